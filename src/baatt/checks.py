@@ -1,0 +1,131 @@
+"""Every error a caller of the operator can provoke, raised before any work is done.
+
+Each message names the argument, what is required and what was given. Reads shapes, dtypes and devices only, never the
+values of a tensor, so a check costs no wait for the device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from baatt.config import BAAttConfig
+from baatt.types import Plan
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_make_plan(q: Tensor, k: Tensor, config: BAAttConfig, key_mask: Tensor | None, scale: float | None) -> None:
+    """Refuse arguments that `make_plan` cannot work with.
+
+    Raises:
+        TypeError, ValueError: with the argument, the requirement and what was given.
+    """
+    _check_query_and_key(q, k)
+    if not isinstance(config, BAAttConfig):
+        raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
+    if key_mask is not None:
+        _check_key_mask(key_mask, k)
+    if scale is not None:
+        _check_scale(scale)
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse query, key and value that do not fit one another.
+
+    Raises:
+        TypeError, ValueError: with the argument, the requirement and what was given.
+    """
+    _check_query_and_key(q, k)
+    _check_tensor("value", v)
+    if v.shape != k.shape:
+        raise ValueError(f"value must have the shape of key {_shape(k)}, got {_shape(v)}")
+    _check_like_query("value", v, q)
+
+
+def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
+    """Refuse a plan that was made for other shapes or another device.
+
+    Raises:
+        TypeError, ValueError: with the part of the plan, the requirement and what was given.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan from make_plan, got {type(plan).__name__}")
+    batch, heads, queries, _ = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    query_blocks = -(-queries // plan.config.block_size)
+    kept = plan.selection.index.shape[-1]
+    required: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("query_order.index", plan.query_order.index, (batch, heads, queries)),
+        ("query_order.length", plan.query_order.length, (batch,)),
+        ("key_order.index", plan.key_order.index, (batch, groups, keys)),
+        ("key_order.length", plan.key_order.length, (batch,)),
+        ("selection.index", plan.selection.index, (batch, heads, query_blocks, kept)),
+        ("selection.count", plan.selection.count, (batch, heads, query_blocks)),
+    ]
+    for name, x, shape in required:
+        if x.shape != shape:
+            raise ValueError(f"plan.{name} must have shape {shape} to fit query and key, got {_shape(x)}")
+        if x.device != q.device:
+            raise ValueError(f"plan.{name} must be on the device of query {q.device}, got {x.device}")
+
+
+def _check_query_and_key(q: Tensor, k: Tensor) -> None:
+    _check_tensor("query", q)
+    _check_tensor("key", k)
+    if q.ndim != 4:
+        raise ValueError(f"query must have shape [B, H, N, D], got {_shape(q)}")
+    if 0 in q.shape:
+        raise ValueError(f"query must have shape [B, H, N, D] without an empty axis, got {_shape(q)}")
+    batch, heads, _, channels = q.shape
+    if k.ndim != 4 or k.shape[3] != channels:
+        raise ValueError(f"key must have shape [B, G, M, D] with D={channels}, got {_shape(k)}")
+    if 0 in k.shape:
+        raise ValueError(f"key must have shape [B, G, M, D] without an empty axis, got {_shape(k)}")
+    if k.shape[0] != batch:
+        raise ValueError(f"key must have shape [B, G, M, D] with B={batch}, got {_shape(k)}")
+    if heads % k.shape[1]:
+        raise ValueError(f"key must have shape [B, G, M, D] with G dividing H={heads}, got {_shape(k)}")
+    _check_like_query("key", k, q)
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must have a dtype of {[str(dtype) for dtype in DTYPES]}, got {x.dtype}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} must not require gradients, got requires_grad=True: baatt is inference only; "
+            "call it under torch.no_grad() or torch.inference_mode()"
+        )
+
+
+def _check_like_query(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype of query {q.dtype}, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of query {q.device}, got {x.device}")
+
+
+def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
+    if not isinstance(key_mask, Tensor):
+        raise TypeError(f"key_mask must be a torch.Tensor or None, got {type(key_mask).__name__}")
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask must have dtype torch.bool (True = attend), got {key_mask.dtype}")
+    batch, keys = k.shape[0], k.shape[2]
+    if key_mask.shape != (batch, keys):
+        raise ValueError(f"key_mask must have shape [B, M] = ({batch}, {keys}), got {_shape(key_mask)}")
+    if key_mask.device != k.device:
+        raise ValueError(f"key_mask must be on the device of query {k.device}, got {key_mask.device}")
+
+
+def _check_scale(scale: object) -> None:
+    if not isinstance(scale, int | float) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and positive, got {scale}")
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)

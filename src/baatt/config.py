@@ -1,0 +1,99 @@
+"""The dials of the method (`BAAttConfig`) and where a model uses it (`Policy`).
+
+Both are frozen and validated once, so code behind them never checks a dial again. Tile sizes, warps and other
+properties of a kernel are not dials of the method and live in `baatt.kernels`.
+"""
+
+import math
+from dataclasses import dataclass
+
+from baatt.stages.scoring import SCORES
+from baatt.stages.sorting import ORDERS
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class BAAttConfig:
+    """The dials of BA-Att; the defaults are the paper's where the paper states them.
+
+    Args:
+        block_size: P, tokens per block of queries and of keys: 16, 32, 64 or 128.
+        sparsity: share of key blocks skipped per query block, in [0, 1); K = max(1, ceil((1 - sparsity) * J)) (E7).
+        sort: which side is sorted by norm (E2): "none", "q", "k" or "qk".
+        segment: tokens per sorting segment, a multiple of `block_size`; None sorts the whole sequence.
+        score: how a block pair is scored, a name in `baatt.stages.scoring.SCORES`.
+        beta: weight of the covariance compensation (E5), at least 0; 0 scores by block means alone (E4).
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range, or an unknown name.
+    """
+
+    block_size: int = 128
+    sparsity: float = 0.5
+    sort: str = "qk"
+    segment: int | None = 1024
+    score: str = "covariance"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not _is_integer(self.block_size):
+            raise TypeError(f"block_size must be an int, got {self.block_size!r}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {list(BLOCK_SIZES)}, got {self.block_size}")
+        if not _is_number(self.sparsity):
+            raise TypeError(f"sparsity must be a finite number, got {self.sparsity!r}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.sort not in ORDERS:
+            raise ValueError(f"sort must be one of {list(ORDERS)}, got {self.sort!r}")
+        if self.segment is not None and not _is_integer(self.segment):
+            raise TypeError(f"segment must be an int or None, got {self.segment!r}")
+        if self.segment is not None and (self.segment < 1 or self.segment % self.block_size):
+            raise ValueError(f"segment must be a positive multiple of block_size={self.block_size}, got {self.segment}")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {list(SCORES)}, got {self.score!r}")
+        if not _is_number(self.beta):
+            raise TypeError(f"beta must be a finite number, got {self.beta!r}")
+        if self.beta < 0:
+            raise ValueError(f"beta must be at least 0, got {self.beta}")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which calls of a model's attention stay dense.
+
+    Args:
+        dense_layers: layer indices that stay dense; negative ones count from the last layer.
+        dense_steps: fraction of the denoising steps, counted from the first, that stay dense, in [0, 1].
+        min_length: sequences shorter than this many tokens stay dense.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range.
+    """
+
+    dense_layers: tuple[int, ...] = ()
+    dense_steps: float = 0.0
+    min_length: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dense_layers, tuple) or not all(_is_integer(layer) for layer in self.dense_layers):
+            raise TypeError(f"dense_layers must be a tuple of ints, got {self.dense_layers!r}")
+        if not _is_number(self.dense_steps):
+            raise TypeError(f"dense_steps must be a finite number, got {self.dense_steps!r}")
+        if not 0 <= self.dense_steps <= 1:
+            raise ValueError(f"dense_steps must be in [0, 1], got {self.dense_steps}")
+        if not _is_integer(self.min_length):
+            raise TypeError(f"min_length must be an int, got {self.min_length!r}")
+        if self.min_length < 0:
+            raise ValueError(f"min_length must be at least 0, got {self.min_length}")

@@ -1,0 +1,101 @@
+"""Asks a model needle questions and scores the answers: samples in, `Answer` out.
+
+Prompts of unequal length are padded on the left and answered in batches by the sampler, with dense or sparse attention.
+The shipped model's accuracy, the demo and the ablations all come through `answer`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from baatt.config import BAAttConfig, Policy
+from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample, fit
+from baatt.evaluation.ruler.words import load_heldout_essay, load_words
+from baatt.evaluation.scoring import matched_share
+from baatt.models.llada import MaskedDiffusionLM
+from baatt.sampling import SamplerConfig, generate
+
+# A token is filled as soon as the model is this sure of it; blocks of 32 as in Fast-dLLM.
+RETRIEVAL_SAMPLER = SamplerConfig(steps=32, gen_length=128, block_length=32, threshold=0.9)
+
+
+class Answer(NamedTuple):
+    """One answered sample. share: of the expected values found; exact: all of them, so share == 1."""
+
+    sample: NeedleSample
+    text: str
+    share: float
+    exact: bool
+    seconds: float
+
+
+def draw_samples(task: str, length: int, count: int, tokenizer: Tokenizer, *, seed: int = 42) -> list[NeedleSample]:
+    """`count` samples of a RULER needle task with held-out words and held-out text.
+
+    Args:
+        length: tokens of prompt and answer budget together.
+
+    Raises:
+        ValueError: an unknown task, or a length too small for it.
+    """
+    if task not in NIAH_TASKS:
+        raise ValueError(f"task must be one of {list(NIAH_TASKS)}, got {task!r}")
+    words, essay = load_words("heldout"), load_heldout_essay()
+    return [
+        fit(NIAH_TASKS[task], Random(f"{seed}/{task}/{length}/{number}"), words, essay, tokenizer, length)
+        for number in range(count)
+    ]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, N] int64 padded on the left, and the mask [B, N] bool of real tokens."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(width) >= width - lengths[:, None]
+
+
+def answer(
+    model: MaskedDiffusionLM,
+    tokenizer: Tokenizer,
+    samples: Sequence[NeedleSample],
+    *,
+    sampler: SamplerConfig = RETRIEVAL_SAMPLER,
+    sparse: BAAttConfig | None = None,
+    policy: Policy = Policy(),  # noqa: B008  (frozen)
+    impl: str = "auto",
+    batch_size: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answers in the order of the samples; `progress` is told how many are done."""
+    device = next(model.parameters()).device
+    pad = model.config.pad_token_id or 0
+    answers: list[Answer] = []
+    for first in range(0, len(samples), batch_size):
+        batch = samples[first : first + batch_size]
+        rows = [tokenizer.encode(sample.prompt + sample.answer_prefix).ids for sample in batch]
+        ids, mask = pad_left(rows, pad)
+        started = time.perf_counter()
+        result = generate(
+            model, ids.to(device), mask.to(device), sampler, sparse=sparse, policy=policy, impl=impl
+        )  # fmt: skip
+        seconds = (time.perf_counter() - started) / len(batch)
+        for sample, tokens in zip(batch, result.tokens.tolist(), strict=True):
+            text = decode(tokenizer, tokens, model.config.eos_token_id)
+            share = matched_share(text, sample.values)
+            answers.append(Answer(sample, text, share, share == 1, seconds))
+        if progress is not None:
+            progress(len(answers))
+    return answers
+
+
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], end: int | None) -> str:
+    """Text up to the first end-of-text token."""
+    kept = list(tokens)
+    if end in kept:
+        kept = kept[: kept.index(end)]
+    return str(tokenizer.decode(kept))

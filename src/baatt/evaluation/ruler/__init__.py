@@ -1,0 +1,1 @@
+"""RULER tasks, generated as NVIDIA/RULER defines them: templates, needle placement, token budgets, metrics."""

@@ -1,0 +1,72 @@
+"""What the stages hand to one another: named tuples of tensors with documented shapes.
+
+Axis legend, used everywhere: B batch, H query heads, G key/value heads, N queries, M keys, D head dim,
+P block size, I = ceil(N / P) query blocks, J = ceil(M / P) key blocks, K kept key blocks per query block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # the config checks its names against the stages, which import this module
+    from baatt.config import BAAttConfig
+
+
+class TokenOrder(NamedTuple):
+    """Where each token of a sorted sequence came from (E2).
+
+    index: [B, H, N] (queries) or [B, G, M] (keys) int64, a permutation of the tokens: sorted position -> original
+        position. Masked tokens stand behind all others, so later stages see a shorter sequence and never a mask.
+    length: [B] int64, number of tokens that are not masked.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
+    length: Tensor
+
+
+class BlockStats(NamedTuple):
+    """Per-block moments of sorted tokens (E3), float32 (float64 for float64 input). L is I or J.
+
+    mean: [B, H or G, L, D]; variance: [B, H or G, L, D], per channel, divided by the number of tokens;
+    size: [B, L] int64, tokens in each block that are not masked; mean and variance of an empty block are 0.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    size: Tensor
+
+
+class BlockSelection(NamedTuple):
+    """The kept key blocks of every query block (E7).
+
+    index: [B, H, I, K] int32, ascending in its first `count` entries; the rest repeat the last kept block.
+    count: [B, H, I] int32, kept blocks; 0 only where a batch entry has no key at all.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
+    count: Tensor  # type: ignore[assignment]
+
+
+class Plan(NamedTuple):
+    """Everything `attend` needs besides q, k and v: what was decided, apart from carrying it out."""
+
+    config: BAAttConfig
+    scale: float
+    query_order: TokenOrder
+    key_order: TokenOrder
+    query_stats: BlockStats
+    key_stats: BlockStats
+    selection: BlockSelection
+
+
+class Partial(NamedTuple):
+    """Attention over a subset of the keys, in the original token order.
+
+    out: [B, H, N, D], softmax-normalised over the subset; lse: [B, H, N] float32 (float64 for float64 input), the
+    natural log of the sum of exponentials over the subset, -inf for a row without keys (its `out` is 0).
+    """
+
+    out: Tensor
+    lse: Tensor

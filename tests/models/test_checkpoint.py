@@ -1,0 +1,320 @@
+"""Folders of the real LLaDA layout: written here, read back equal, and every way a folder can be wrong."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from torch import Tensor
+
+from baatt.models import MaskedDiffusionLM, ModelConfig, from_pretrained, load_tokenizer, save_pretrained
+
+CONFIG = {  # LLaDA-8B's config.json with small sizes
+    "activation_type": "silu",
+    "alibi": False,
+    "alibi_bias_max": 8.0,
+    "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "d_model": 32,
+    "embedding_dropout": 0.0,
+    "embedding_size": 72,
+    "eos_token_id": 65,
+    "flash_attention": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mask_token_id": 66,
+    "max_sequence_length": 4096,
+    "mlp_hidden_size": 48,
+    "mlp_ratio": 4,
+    "model_type": "llada",
+    "multi_query_attention": None,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "n_layers": 2,
+    "pad_token_id": 65,
+    "precision": "amp_bf16",
+    "residual_dropout": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_theta": 500000.0,
+    "scale_logits": False,
+    "transformers_version": "4.46.3",
+    "use_cache": False,
+    "vocab_size": 70,
+    "weight_tying": False,
+}
+IDS = torch.arange(20).reshape(2, 10)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models this small spend their time waiting for a second thread: 20 s instead of 4 s on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llada_tensors(config: dict[str, object] = CONFIG) -> dict[str, Tensor]:
+    """Random bf16 tensors under LLaDA's names, written down by hand."""
+    torch.manual_seed(0)
+    width, hidden, rows = config["d_model"], config["mlp_hidden_size"], config["embedding_size"]
+    shapes = {"wte.weight": (rows, width), "ln_f.weight": (width,), "ff_out.weight": (rows, width)}
+    for layer in range(config["n_layers"]):
+        for part in ("q_proj", "k_proj", "v_proj", "attn_out"):
+            shapes[f"blocks.{layer}.{part}.weight"] = (width, width)
+        for part in ("ff_proj", "up_proj"):
+            shapes[f"blocks.{layer}.{part}.weight"] = (hidden, width)
+        shapes[f"blocks.{layer}.ff_out.weight"] = (width, hidden)
+        for part in ("attn_norm", "ff_norm"):
+            shapes[f"blocks.{layer}.{part}.weight"] = (width,)
+    return {f"model.transformer.{name}": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+
+
+def write_folder(
+    folder: Path,
+    tensors: dict[str, Tensor] | None = None,
+    *,
+    shards: int = 3,
+    index: bool = True,
+    **changes: object,
+) -> Path:
+    """A folder as the hub holds it."""
+    tensors = llada_tensors() if tensors is None else tensors
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    if shards == 0:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        names = sorted(tensors)[number::shards]
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if index:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@torch.no_grad()
+def logits_of(model: MaskedDiffusionLM) -> Tensor:
+    return model(IDS)
+
+
+@pytest.mark.parametrize(("shards", "index"), [(3, True), (3, False), (1, False), (0, False)])
+def test_reads_the_real_layout(tmp_path: Path, shards: int, index: bool) -> None:
+    tensors = llada_tensors()
+    expected = MaskedDiffusionLM(ModelConfig.from_dict(CONFIG)).bfloat16()
+    expected.load_state_dict(tensors)
+    model = from_pretrained(write_folder(tmp_path / "m", tensors, shards=shards, index=index))
+    assert not model.training
+    assert model.config == ModelConfig.from_dict(CONFIG)
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == dict.fromkeys(tensors, torch.bfloat16)
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
+    for name, tensor in tensors.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert torch.equal(logits_of(model), logits_of(expected))
+
+
+def test_dtype_and_class_method(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    model = MaskedDiffusionLM.from_pretrained(str(folder), dtype=torch.float64, device=torch.device("cpu"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert torch.equal(logits_of(model), logits_of(from_pretrained(folder).double()))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"weight_tying": True, "attention_layer_norm": True, "n_kv_heads": 2}], ids=str
+)
+def test_saved_folder_reads_back_equal(tmp_path: Path, changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = MaskedDiffusionLM(ModelConfig.from_dict({**CONFIG, **changes}))
+    save_pretrained(model, tmp_path / "deep" / "m", max_shard_bytes=6000)
+    stored = from_pretrained(tmp_path / "deep" / "m")
+    assert torch.equal(logits_of(stored), logits_of(model.bfloat16()))
+    assert ("model.transformer.ff_out.weight" in stored.state_dict()) is not bool(changes)
+    save_pretrained(model.float(), tmp_path / "exact", dtype=None)
+    exact = from_pretrained(tmp_path / "exact")
+    assert {parameter.dtype for parameter in exact.parameters()} == {torch.float32}
+    assert torch.equal(logits_of(exact), logits_of(model))
+
+
+def test_saved_layout(tmp_path: Path) -> None:
+    model = MaskedDiffusionLM(ModelConfig.from_dict(CONFIG))
+    save_pretrained(model, tmp_path, max_shard_bytes=6000)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert (values["model_type"], values["architectures"]) == ("llada", ["LLaDAModelLM"])
+    assert (values["rope"], values["alibi"], values["torch_dtype"]) == (True, False, "bfloat16")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == 2 * sum(parameter.numel() for parameter in model.parameters())
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        assert sum(t.numel() * 2 for t in tensors.values()) <= 6000 or len(tensors) == 1
+        assert all(index["weight_map"][name] == file for name in tensors)
+
+
+def test_saving_over_a_loaded_folder(tmp_path: Path) -> None:
+    """The loaded parameters may be mapped from the very files that are replaced, and fewer shards must not mix."""
+    model = from_pretrained(write_folder(tmp_path / "m"))
+    (tmp_path / "m" / "notes.txt").write_text("kept")
+    before = logits_of(model).clone()
+    save_pretrained(model, tmp_path / "m")
+    assert torch.equal(logits_of(model), before)
+    assert torch.equal(logits_of(from_pretrained(tmp_path / "m")), before)
+    names = {"config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "notes.txt"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == names
+
+
+def test_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
+    tensors = llada_tensors()
+    tensors["model.transformer.ff_out.weight"] = tensors["model.transformer.wte.weight"].clone()
+    model = from_pretrained(write_folder(tmp_path / "m", tensors, weight_tying=True))
+    assert "model.transformer.ff_out.weight" not in model.state_dict()
+    untied = from_pretrained(write_folder(tmp_path / "u", tensors))
+    assert torch.equal(logits_of(model), logits_of(untied))
+    with pytest.raises(ValueError, match=r"ff_out.weight must equal .*wte.weight when weight_tying is true"):
+        from_pretrained(write_folder(tmp_path / "x", llada_tensors(), weight_tying=True))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def assert_one_line(error: pytest.ExceptionInfo[Exception], folder: Path) -> None:
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folder_names_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"GSAI-ML/LLaDA-8B-Base: no such folder .*downloaded to a local folder"
+    ):
+        from_pretrained("GSAI-ML/LLaDA-8B-Base")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    write_folder(tmp_path / "m")
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config\.json") as error:
+        from_pretrained(tmp_path / "m")
+    assert_one_line(error, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_broken_config(tmp_path: Path, text: str) -> None:
+    (write_folder(tmp_path / "m") / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: must hold .*JSON") as error:
+        from_pretrained(tmp_path / "m")
+    assert_one_line(error, tmp_path)
+
+
+def test_refused_config(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="alibi must be False"):
+        from_pretrained(write_folder(tmp_path / "m", alibi=True))
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(FileNotFoundError, match=r"no weights: needs model\.safetensors or shards") as error:
+        from_pretrained(tmp_path)
+    assert_one_line(error, tmp_path)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_missing_shard(tmp_path: Path, index: bool) -> None:
+    folder = write_folder(tmp_path / "m", index=index)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"missing model-00002-of-00003\.safetensors") as error:
+        from_pretrained(folder)
+    assert_one_line(error, tmp_path)
+
+
+def test_broken_index(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="must have a weight_map"):
+        from_pretrained(folder)
+
+
+def test_broken_weights(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", shards=0)
+    (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file") as error:
+        from_pretrained(folder)
+    assert_one_line(error, tmp_path)
+
+
+def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
+    tensors = llada_tensors()
+    del tensors["model.transformer.ln_f.weight"]
+    tensors["model.transformer.wpe.weight"] = torch.zeros(3)
+    with pytest.raises(
+        ValueError, match=r"missing model\.transformer\.ln_f\.weight; unexpected .*wpe\.weight$"
+    ) as error:
+        from_pretrained(write_folder(tmp_path / "m", tensors))
+    assert_one_line(error, tmp_path)
+
+
+def test_at_most_five_names(tmp_path: Path) -> None:
+    tensors = {name.replace("model.transformer.", "transformer."): x for name, x in llada_tensors().items()}
+    with pytest.raises(ValueError, match="missing") as error:
+        from_pretrained(write_folder(tmp_path / "m", tensors))
+    assert str(error.value).count("weight") == 10
+    assert str(error.value).count("and 16 more") == 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_wrong_shape(tmp_path: Path, tied: bool) -> None:
+    tensors = llada_tensors() | {"model.transformer.ff_out.weight": torch.zeros(70, 32)}
+    with pytest.raises(ValueError, match=r"ff_out\.weight must have shape \[72, 32\], got \[70, 32\]") as error:
+        from_pretrained(write_folder(tmp_path / "m", tensors, weight_tying=tied))
+    assert_one_line(error, tmp_path)
+
+
+def test_shard_size_must_be_positive(tmp_path: Path) -> None:
+    model = MaskedDiffusionLM(dataclasses.replace(ModelConfig.from_dict(CONFIG), n_layers=1))
+    with pytest.raises(ValueError, match="max_shard_bytes must be positive, got 0"):
+        save_pretrained(model, tmp_path, max_shard_bytes=0)
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_round_trip(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"mask": 0, "me": 1}, unk_token="me")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.token_to_id("me") == 1
+
+
+def test_tokenizer_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json") as missing:
+        load_tokenizer(tmp_path)
+    assert_one_line(missing, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"not a tokenizer\.json") as broken:
+        load_tokenizer(tmp_path)
+    assert_one_line(broken, tmp_path)

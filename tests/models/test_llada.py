@@ -1,0 +1,524 @@
+"""The model against one in plain loops, and what padding, masks, dtypes and compilation may not change."""
+
+import cmath
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from baatt import BAAttConfig, ba_attention
+from baatt.models import MaskedDiffusionLM, ModelConfig, dense_attention
+from baatt.models.llada import RMSNorm
+
+SMALL = ModelConfig(
+    d_model=24,
+    n_heads=6,
+    n_kv_heads=2,
+    n_layers=2,
+    mlp_hidden_size=40,
+    vocab_size=37,
+    embedding_size=40,
+    mask_token_id=36,
+    rope_theta=100.0,
+)
+REAL = {  # config.json of LLaDA-8B
+    "activation_type": "silu",
+    "alibi": False,
+    "alibi_bias_max": 8.0,
+    "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig"},
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "d_model": 4096,
+    "embedding_dropout": 0.0,
+    "embedding_size": 126464,
+    "eos_token_id": 126081,
+    "flash_attention": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mask_token_id": 126336,
+    "max_sequence_length": 4096,
+    "mlp_hidden_size": 12288,
+    "mlp_ratio": 4,
+    "model_type": "llada",
+    "multi_query_attention": None,
+    "n_heads": 32,
+    "n_kv_heads": None,
+    "n_layers": 32,
+    "pad_token_id": 126081,
+    "precision": "amp_bf16",
+    "residual_dropout": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_theta": 500000.0,
+    "scale_logits": False,
+    "transformers_version": "4.46.3",
+    "use_cache": False,
+    "vocab_size": 126464,
+    "weight_tying": False,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models this small spend their time waiting for a second thread: 20 s instead of 4 s on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 0) -> MaskedDiffusionLM:
+    """A model whose weights, norms and biases are all random and large enough to matter."""
+    torch.manual_seed(seed)
+    model = MaskedDiffusionLM(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.3 if parameter.dim() == 2 else 0.5) + (parameter.dim() == 1)
+            )
+    return model.eval()
+
+
+def make_ids(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, 36, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_norm(row: list[float], weight: list[float], epsilon: float) -> list[float]:
+    size = math.sqrt(sum(x * x for x in row) / len(row) + epsilon)
+    return [x / size * w for x, w in zip(row, weight, strict=True)]
+
+
+def naive_linear(row: list[float], state: dict[str, Tensor], name: str) -> list[float]:
+    weight = state[f"{name}.weight"].tolist()
+    bias = state[f"{name}.bias"].tolist() if f"{name}.bias" in state else [0.0] * len(weight)
+    return [sum(w * x for w, x in zip(ws, row, strict=True)) + b for ws, b in zip(weight, bias, strict=True)]
+
+
+def naive_rope(head: list[float], position: int, theta: float) -> list[float]:
+    half = len(head) // 2
+    turned = [
+        complex(head[t], head[t + half]) * cmath.exp(1j * position * theta ** (-2 * t / len(head))) for t in range(half)
+    ]
+    return [z.real for z in turned] + [z.imag for z in turned]
+
+
+def naive_attention(qs: list[list[float]], ks: list[list[float]], vs: list[list[float]]) -> list[list[float]]:
+    out = []
+    for q in qs:
+        weights = [math.exp(sum(a * b for a, b in zip(q, k, strict=True)) / math.sqrt(len(q))) for k in ks]
+        total = sum(weights)
+        out.append([sum(w * v[t] for w, v in zip(weights, vs, strict=True)) / total for t in range(len(q))])
+    return out
+
+
+def naive_logits(model: MaskedDiffusionLM, ids: list[int]) -> list[list[float]]:
+    """The whole forward of one sequence, number by number."""
+    config, state = model.config, model.state_dict()
+    size, group = config.d_model // config.n_heads, config.n_heads // (config.n_kv_heads or config.n_heads)
+    embedding = state["model.transformer.wte.weight"].tolist()
+    rows = [embedding[i] for i in ids]
+    for layer in range(config.n_layers):
+        name = f"model.transformer.blocks.{layer}"
+
+        def norm(row: list[float], part: str, name: str = name) -> list[float]:
+            return naive_norm(row, state[f"{name}.{part}.weight"].tolist(), config.rms_norm_eps)
+
+        def project(row: list[float], part: str, name: str = name) -> list[float]:
+            return naive_linear(row, state, f"{name}.{part}")
+
+        normed = [norm(row, "attn_norm") for row in rows]
+        q, k, v = ([project(row, f"{x}_proj") for row in normed] for x in "qkv")
+        if config.attention_layer_norm:
+            q, k = [norm(row, "q_norm") for row in q], [norm(row, "k_norm") for row in k]
+        joined: list[list[float]] = [[] for _ in ids]
+        for head in range(config.n_heads):
+            mine, theirs = (
+                slice(head * size, (head + 1) * size),
+                slice(head // group * size, (head // group + 1) * size),
+            )
+            qs = [naive_rope(row[mine], p, config.rope_theta) for p, row in enumerate(q)]
+            ks = [naive_rope(row[theirs], p, config.rope_theta) for p, row in enumerate(k)]
+            for row, out in zip(joined, naive_attention(qs, ks, [x[theirs] for x in v]), strict=True):
+                row.extend(out)
+        rows = [
+            [a + b for a, b in zip(row, project(out, "attn_out"), strict=True)]
+            for row, out in zip(rows, joined, strict=True)
+        ]
+        for index, row in enumerate(rows):
+            normed_row = norm(row, "ff_norm")
+            gate = [x / (1 + math.exp(-x)) for x in project(normed_row, "ff_proj")]
+            hidden = [a * b for a, b in zip(gate, project(normed_row, "up_proj"), strict=True)]
+            rows[index] = [a + b for a, b in zip(row, project(hidden, "ff_out"), strict=True)]
+    final = [naive_norm(row, state["model.transformer.ln_f.weight"].tolist(), config.rms_norm_eps) for row in rows]
+    if config.weight_tying:
+        return [[sum(a * b for a, b in zip(row, e, strict=True)) for e in embedding] for row in final]
+    return [naive_linear(row, state, "model.transformer.ff_out") for row in final]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weight_tying": True, "attention_layer_norm": True},
+        {"n_kv_heads": None, "include_qkv_bias": True},
+        {"n_kv_heads": 1, "include_bias": True, "attention_layer_norm": True, "rms_norm_eps": 0.1},
+    ],
+    ids=str,
+)
+def test_equals_plain_loops(changes: dict[str, object]) -> None:
+    model = make_model(dataclasses.replace(SMALL, **changes))
+    ids = make_ids(2, 7)
+    with torch.no_grad():
+        logits = model(ids)
+    expected = torch.tensor([naive_logits(model, row.tolist()) for row in ids], dtype=torch.float64)
+    assert logits.shape == (2, 7, 40)
+    assert expected.std() > 0.1  # not a comparison of zeros
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_state_dict_has_lladas_names() -> None:
+    parts = ["attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"]
+    outside = ["model.transformer.wte.weight", "model.transformer.ln_f.weight"]
+    blocks = [f"model.transformer.blocks.{i}.{part}.weight" for i in range(2) for part in parts]
+    norms = [f"model.transformer.blocks.{i}.{part}.weight" for i in range(2) for part in ("q_norm", "k_norm")]
+    assert set(make_model().state_dict()) == {*outside, *blocks, "model.transformer.ff_out.weight"}
+    tied = dataclasses.replace(SMALL, weight_tying=True, attention_layer_norm=True)
+    state = make_model(tied).state_dict()
+    assert set(state) == {*outside, *blocks, *norms}
+    assert state["model.transformer.blocks.0.q_norm.weight"].shape == (24,)
+    assert state["model.transformer.blocks.0.k_norm.weight"].shape == (8,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_output_dtype_follows_parameters(dtype: torch.dtype) -> None:
+    exact = make_model(dtype=dtype).double()
+    logits = make_model(dtype=dtype)(make_ids(1, 9))
+    assert logits.dtype == dtype
+    error = (logits.double() - exact(make_ids(1, 9))).abs().max()
+    assert error <= {torch.float64: 0.0, torch.float32: 1e-4, torch.bfloat16: 1.0}[dtype]
+
+
+def test_rope_keeps_fp32_angles_in_a_bf16_model() -> None:
+    """Angles rounded to bf16 are wrong by radians at position 1000; q then k then differ from exact rotation."""
+    seen: list[Tensor] = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+        seen.append(q)
+        return dense_attention(q, k, v, key_mask=key_mask)
+
+    model = make_model(dtype=torch.bfloat16)
+    ids = torch.full((1, 1200), 5)
+    model(ids, attention=record)
+    head, last = seen[0][0, 0, 0].double().tolist(), seen[0][0, 0, 1199].double()
+    expected = torch.tensor(naive_rope(head, 1199, SMALL.rope_theta), dtype=torch.float64)
+    assert (last - expected).abs().max() <= 2**-7 * expected.norm()
+
+
+# --- padding and masks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 5), (3, 4)])
+def test_padding_does_not_change_real_tokens(left: int, right: int, mask_dtype: torch.dtype) -> None:
+    model, ids = make_model(), make_ids(2, 9)
+    padded = torch.cat((make_ids(2, left, seed=7), ids, make_ids(2, right, seed=8)), dim=1)
+    mask = torch.zeros(padded.shape, dtype=mask_dtype)
+    mask[:, left : left + 9] = 1
+    with torch.no_grad():
+        alone, inside = model(ids), model(padded, mask)
+    torch.testing.assert_close(inside[:, left : left + 9], alone, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        ignored = model(padded)[:, left : left + 9]
+    assert (ignored - alone).abs().max() > 1e-3  # the mask is what made them equal
+
+
+def test_rows_are_masked_independently() -> None:
+    model, ids = make_model(), make_ids(3, 8)
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    mask[1, :3] = False
+    with torch.no_grad():
+        together = model(ids, mask)
+        torch.testing.assert_close(together[:1], model(ids[:1]), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(together[1:2, 3:], model(ids[1:2, 3:]), rtol=1e-10, atol=1e-10)
+
+
+def test_masked_token_cannot_be_seen() -> None:
+    model, ids = make_model(), make_ids(1, 8)
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    mask[0, 4] = False
+    other = ids.clone()
+    other[0, 4] = (ids[0, 4] + 1) % 36
+    keep = mask[0]
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask)[:, keep], model(other, mask)[:, keep])
+        assert not torch.equal(model(ids)[:, keep], model(other)[:, keep])
+
+
+def test_positions_count_real_tokens_only() -> None:
+    """RoPE is relative, so padding at an end hides its shift; a hole inside does not."""
+    model, ids = make_model(), make_ids(1, 8)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+    keep = mask[0].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, mask)[:, keep], model(ids[:, keep]), rtol=1e-10, atol=1e-10)
+
+
+def test_norms_are_computed_in_fp32() -> None:
+    norm = RMSNorm(4096, 1e-5).bfloat16()
+    x = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert norm(x).dtype == torch.bfloat16
+    assert torch.equal(norm(x), exact.bfloat16())  # rounded once
+
+
+def test_fully_masked_row_is_finite_with_finite_gradients() -> None:
+    model, ids = make_model(dtype=torch.float32), make_ids(2, 6)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1] = False
+    logits = model(ids, mask)
+    assert torch.isfinite(logits).all()
+    logits.square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+def test_dense_attention_equals_softmax(heads: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, heads[0], 11, 5, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 3, heads[1], 11, 5, generator=generator, dtype=torch.float64)
+    key_mask = torch.rand(3, 11, generator=generator) > 0.4
+    key_mask[2] = False
+    for mask in (None, key_mask):
+        expected = torch.zeros_like(q)
+        for b in range(3):
+            for h in range(heads[0]):
+                g = h // (heads[0] // heads[1])
+                keep = torch.ones(11, dtype=torch.bool) if mask is None else mask[b]
+                if keep.any():
+                    weights = (q[b, h] @ k[b, g, keep].T / math.sqrt(5)).softmax(-1)
+                    expected[b, h] = weights @ v[b, g, keep]
+        torch.testing.assert_close(dense_attention(q, k, v, key_mask=mask), expected, rtol=1e-10, atol=1e-10)
+
+
+# --- the attention seam ----------------------------------------------------------------------------------------------
+
+
+def test_attention_receives_unrepeated_heads_and_the_mask() -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def record(name: str, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+        calls.append((name, tuple(q.shape), tuple(k.shape), tuple(v.shape), key_mask))
+        return dense_attention(q, k, v, key_mask=key_mask)
+
+    model, ids = make_model(), make_ids(2, 5)
+    functions = [functools.partial(record, "first"), functools.partial(record, "second")]
+    assert torch.equal(model(ids, attention=functions), model(ids))
+    assert calls == [(name, (2, 6, 5, 4), (2, 2, 5, 4), (2, 2, 5, 4), None) for name in ("first", "second")]
+    model(ids, torch.ones(2, 5, dtype=torch.int32), attention=functions)
+    assert calls[-1][-1].dtype == torch.bool
+    assert calls[-1][-1].shape == (2, 5)
+
+
+def test_one_function_serves_every_layer_and_is_used() -> None:
+    def nothing(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+        return torch.zeros_like(q)
+
+    model, ids = make_model(), make_ids(1, 6)
+    blind = model(ids, attention=nothing)
+    single = torch.cat([model(ids[:, i : i + 1], attention=nothing) for i in range(6)], dim=1)
+    torch.testing.assert_close(blind, single, rtol=1e-10, atol=1e-10)
+
+
+def test_ba_attention_fits_and_is_exact_without_sparsity() -> None:
+    model, ids = make_model(), make_ids(2, 50)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, :13] = False
+    exact = functools.partial(
+        ba_attention, config=BAAttConfig(block_size=16, sparsity=0.0, segment=None), impl="reference"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, attention=exact), model(ids), rtol=1e-9, atol=1e-9)
+        dense, sparse = model(ids, mask), model(ids, mask, attention=exact)
+    torch.testing.assert_close(sparse[mask], dense[mask], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("start", [0, 3, 8, 9])
+def test_logits_from_leaves_out_earlier_tokens(start: int) -> None:
+    model, ids = make_model(), make_ids(2, 9)
+    logits = model(ids, logits_from=start)
+    assert logits.shape == (2, 9 - start, 40)
+    torch.testing.assert_close(logits, model(ids)[:, start:], rtol=1e-12, atol=1e-12)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def test_trains_under_bf16_autocast() -> None:
+    torch.manual_seed(0)
+    model = MaskedDiffusionLM(dataclasses.replace(SMALL, weight_tying=True, attention_layer_norm=True)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = make_ids(8, 12)
+    masked = torch.where(torch.arange(12) % 3 == 0, SMALL.mask_token_id, ids)
+    losses = []
+    for _ in range(60):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(masked)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert losses[0] == pytest.approx(math.log(40), rel=0.1)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_compiles_in_one_graph_for_every_length() -> None:
+    model = make_model(dtype=torch.float32).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :4] = False
+    compiled(make_ids(2, 20), mask)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, length in ((3, 33), (2, 47)):
+            ids = make_ids(batch, length)
+            mask = torch.arange(length) >= torch.arange(batch)[:, None]
+            logits = compiled(ids, mask)
+            torch.testing.assert_close(logits, model(ids, mask), rtol=1e-5, atol=1e-5)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_fresh_weights_follow_init_std() -> None:
+    torch.manual_seed(0)
+    model = MaskedDiffusionLM(
+        dataclasses.replace(SMALL, d_model=96, mlp_hidden_size=192, include_bias=True, n_layers=8)
+    )
+    state = model.state_dict()
+    first = "model.transformer.blocks.0"
+    assert state[f"{first}.q_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert state[f"{first}.ff_out.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert state["model.transformer.ff_out.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert (state[f"{first}.attn_norm.weight"] == 1).all()
+    assert (state[f"{first}.q_proj.bias"] == 0).all()
+
+
+# --- config ----------------------------------------------------------------------------------------------------------
+
+
+def test_reads_the_real_config() -> None:
+    config = ModelConfig.from_dict(REAL)
+    assert (config.d_model, config.kv_heads, config.head_size, config.logit_size) == (4096, 32, 128, 126464)
+    assert (config.mask_token_id, config.eos_token_id, config.rope_theta) == (126336, 126081, 500000.0)
+    with torch.device("meta"):
+        model = MaskedDiffusionLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_015_581_184
+
+
+def test_config_round_trip() -> None:
+    for config in (SMALL, ModelConfig.from_dict(REAL)):
+        again = ModelConfig.from_dict(config.to_dict())
+        resolved = {"n_kv_heads": config.kv_heads, "embedding_size": config.logit_size}
+        assert again == dataclasses.replace(config, **resolved)
+    assert {name: ModelConfig.from_dict(REAL).to_dict()[name] for name in ("model_type", "rope", "alibi")} == {
+        "model_type": "llada",
+        "rope": True,
+        "alibi": False,
+    }
+
+
+def test_mlp_width_from_ratio() -> None:
+    assert ModelConfig.from_dict({**REAL, "mlp_hidden_size": None}).mlp_hidden_size == 4 * 4096
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "llama"),
+        ("block_type", "sequential"),
+        ("block_group_size", 2),
+        ("activation_type", "swiglu"),
+        ("layer_norm_type", "default"),
+        ("layer_norm_type", "gemma_rms"),
+        ("layer_norm_with_affine", False),
+        ("attention_layer_norm_with_affine", False),
+        ("bias_for_layer_norm", True),
+        ("rope", False),
+        ("alibi", True),
+        ("multi_query_attention", True),
+        ("scale_logits", True),
+        ("input_emb_norm", True),
+        ("clip_qkv", 8.0),
+    ],
+)
+def test_refuses_what_is_not_implemented(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} must be .*, got {value!r}$"):
+        ModelConfig.from_dict({**REAL, key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"d_model": 0}, ValueError, "d_model must be positive, got 0"),
+        ({"n_layers": 2.0}, TypeError, "n_layers must be an int, got 2.0"),
+        ({"n_heads": True}, TypeError, "n_heads must be an int, got True"),
+        ({"d_model": 30}, ValueError, r"d_model must be a multiple of 2 \* n_heads=12, got 30"),
+        ({"n_kv_heads": 4}, ValueError, "n_kv_heads must divide n_heads=6, got 4"),
+        ({"n_kv_heads": 0}, ValueError, "n_kv_heads must be positive, got 0"),
+        ({"embedding_size": 36}, ValueError, "embedding_size must be at least vocab_size=37, got 36"),
+        ({"mask_token_id": 40}, ValueError, r"mask_token_id must be in \[0, 40\), got 40"),
+        ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive, got 0.0"),
+        ({"block_type": "sequential"}, ValueError, "block_type must be 'llama'"),
+    ],
+)
+def test_config_errors(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_config_needs_its_keys() -> None:
+    with pytest.raises(ValueError, match=r"missing \['d_model', 'mask_token_id'\]"):
+        ModelConfig.from_dict({k: v for k, v in REAL.items() if k not in ("d_model", "mask_token_id")})
+    with pytest.raises(ValueError, match="bias_for_layer_norm must be false when include_bias is true, got None"):
+        ModelConfig.from_dict({**REAL, "include_bias": True, "bias_for_layer_norm": None})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "error", "message"),
+    [
+        ((torch.zeros(4, dtype=torch.int64),), {}, ValueError, r"input_ids must be \[B, N\] int64, got \(4,\)"),
+        ((torch.zeros(1, 4),), {}, ValueError, "got .* torch.float32"),
+        ((make_ids(1, 4), torch.ones(1, 5)), {}, ValueError, r"attention_mask must have the shape .*, got \(1, 5\)"),
+        (
+            (make_ids(1, 4), torch.ones(1, 4)),
+            {},
+            TypeError,
+            "attention_mask must be bool or integer, got torch.float32",
+        ),
+        ((make_ids(1, 4),), {"logits_from": 5}, ValueError, r"logits_from must be in \[0, N=4\], got 5"),
+        ((make_ids(1, 4),), {"logits_from": -1}, ValueError, "logits_from must be in"),
+        ((make_ids(1, 4),), {"attention": [dense_attention]}, ValueError, "attention must hold 2 functions.*, got 1"),
+    ],
+)
+def test_forward_errors(
+    arguments: tuple[Tensor, ...], keywords: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make_model()(*arguments, **keywords)
