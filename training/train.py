@@ -33,7 +33,7 @@ TEXT_RATE, TAIL_RATE = 1 / 16, 1 / 8
 
 
 class Corrupted(NamedTuple):
-    """inputs [B, T] with masks; answer, text, tail [B, T] bool: positions in the loss; whole [B]: all answers hidden."""
+    """inputs [B, T] with masks; answer, text, tail [B, T] bool: tokens in the loss; whole [B]: all answers hidden."""
 
     inputs: Tensor
     answer: Tensor
@@ -187,7 +187,7 @@ def train(arguments: argparse.Namespace) -> None:
             rates = current.read()
             here = CURRICULUM[stage.value]
             key = "pairs" if here.kind == "pairs" else "document"
-            recent = (recent + [rates[key]] if key in rates else recent)[-2:]
+            recent = ([*recent, rates[key]] if key in rates else recent)[-2:]
             late = time.monotonic() - stage_start > here.patience * arguments.seconds / 900
             if (len(recent) == 2 and min(recent) >= here.target) or late:
                 print(

@@ -89,11 +89,15 @@ def choose_backend(impl: str, device: torch.device) -> Backend:
 
 
 def describe() -> list[Availability]:
-    """What every implementation says about this machine, in the order of `IMPLS`."""
+    """What every implementation says about this machine, in the order of `IMPLS`. Builds nothing."""
+    from baatt.kernels import cpu_native
+
+    compiler = cpu_native.find_compiler()
+    way = f"builds its C kernel with {compiler}" if compiler else "no C compiler found: slower, gathers with PyTorch"
     return [
         Availability("auto", True, "'cpu' for CPU tensors, 'reference' elsewhere"),
         Availability("reference", True, "eager PyTorch, any device"),
-        Availability("cpu", True, "CPU"),
+        Availability("cpu", True, way),
         Availability("triton", False, _NO_GPU_KERNEL),
         Availability("hopper", False, _NO_GPU_KERNEL),
     ]

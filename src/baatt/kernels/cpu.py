@@ -87,10 +87,13 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _moments(blocks: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Mean and variance of blocks [L, P, D] over P, written to [L, D] each."""
-    found_variance, found_mean = torch.var_mean(blocks, dim=1, correction=0)
-    mean.copy_(found_mean)
-    variance.copy_(found_variance)
+    """Mean and variance of blocks [L, P, D] over P, written to [L, D] each; `blocks` is used up.
+
+    Two sums and not torch.var_mean, which takes six times as long over an axis that is not the last.
+    """
+    mean.copy_(blocks.mean(dim=1))
+    blocks -= rearrange(mean, "l d -> l 1 d")
+    variance.copy_(blocks.square_().mean(dim=1))
 
 
 def _check_order(name: str, order: TokenOrder) -> None:

@@ -81,8 +81,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, present: Tensor, scale: float) -> t
     scores = _product(q, rearrange(k, "b h t d -> b h d t")) * scale
     scores = scores.masked_fill(rearrange(~present, "b h t -> b h 1 t"), -math.inf)
     lse = scores.logsumexp(dim=-1)
-    # A row without keys has lse = -inf; subtracting 0 there gives weights of exp(-inf) = 0 instead of NaN.
-    weights = torch.exp(scores - rearrange(lse.masked_fill(lse == -math.inf, 0), "b h p -> b h p 1"))
+    # Over no key at all, softmax is 0 / 0.
+    weights = scores.softmax(dim=-1).masked_fill(rearrange(lse == -math.inf, "b h p -> b h p 1"), 0)
     return _product(weights, v), lse
 
 

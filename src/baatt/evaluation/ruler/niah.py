@@ -1,8 +1,8 @@
 """RULER's eight needle-in-a-haystack tasks as text.
 
-In: a task, a word pool, an essay as words, a random generator and a haystack size. Out: a `NeedleSample` with the prompt, the
-start of the answer and the expected values. `fit` chooses the size so that prompt and answer fill a token budget
-counted with the model's own tokenizer. Knows nothing of models, attention or scoring.
+In: a task, a word pool, an essay as words, a random generator and a haystack size. Out: a `NeedleSample` with the
+prompt, the start of the answer and the expected values. `fit` chooses the size so that prompt and answer fill a token
+budget counted with the model's own tokenizer. Knows nothing of models, attention or scoring.
 """
 
 import re
@@ -118,7 +118,9 @@ def among_lines(lines: list[str], sentences: list[str], random: Random) -> str:
     return "\n".join(lines)
 
 
-def noise_context(task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]) -> str:
+def noise_context(
+    task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]
+) -> str:
     """`size` lines of one repeated noise line."""
     return among_lines([NOISE_LINE] * max(size, len(sentences)), sentences, random)
 
@@ -132,7 +134,9 @@ def needle_context(
     return among_lines([needle_sentence(task, needle) for needle in distractors], sentences, random)
 
 
-def essay_context(task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]) -> str:
+def essay_context(
+    task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]
+) -> str:
     """`size` words of running text from a random place, needles between its sentences at distinct depths."""
     start = random.randrange(len(essay))
     text = SENTENCE_END.split(" ".join(essay[(start + offset) % len(essay)] for offset in range(size)))

@@ -1,0 +1,113 @@
+"""Attention maps before and after sorting, with the kept blocks outlined (the paper's Fig. 5).
+
+In: q and k of one layer and head. Out: cell averages of the dense attention map in a given token order, and a PNG.
+Computed over slabs of query rows, so the whole map is never stored. matplotlib is imported only to draw.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from baatt.types import Plan
+
+CELLS = 256
+SLAB_ROWS = 1024
+
+
+class Panel(NamedTuple):
+    """One map: mass [rows, columns] fp32, mean attention of each cell; plan: its orders and kept blocks; title."""
+
+    mass: Tensor
+    plan: Plan
+    title: str
+
+
+def attention_cells(q: Tensor, k: Tensor, plan: Plan, head: int) -> Tensor:
+    """Mean dense attention of square cells of the map in the plan's token order, for batch entry 0.
+
+    Args:
+        q: [1, H, N, D]; k: [1, G, M, D]; head: query head.
+
+    Returns:
+        [ceil(N / c), ceil(M / c)] fp32 for cells of c tokens, c chosen so that there are at most 256 columns. Each cell
+        is scaled so that uniform attention is 1 everywhere.
+    """
+    key_head = head * k.shape[1] // q.shape[1]
+    keys_used = int(plan.key_order.length[0])
+    queries = q[0, head, plan.query_order.index[0, head]].float()
+    keys = k[0, key_head, plan.key_order.index[0, key_head, :keys_used]].float()
+    cell = -(-max(len(queries), keys_used) // CELLS)
+    slab = max(cell, SLAB_ROWS // cell * cell)
+    rows = []
+    for first in range(0, len(queries), slab):
+        attention = torch.softmax(plan.scale * queries[first : first + slab] @ keys.T, dim=-1)
+        rows.append(_cell_means(_cell_means(attention, cell).T, cell).T)
+    return torch.cat(rows) * keys_used
+
+
+def _cell_means(x: Tensor, cell: int) -> Tensor:
+    """Means of runs of `cell` columns; the last run may be shorter."""
+    whole = x.shape[1] // cell * cell
+    parts = [reduce(x[:, :whole], "r (c cell) -> r c", "mean", cell=cell)]
+    if whole < x.shape[1]:
+        parts.append(x[:, whole:].mean(dim=1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def most_structured_head(q: Tensor, k: Tensor, plan: Plan) -> int:
+    """The head whose map differs most from block to block: the one worth looking at."""
+    spread = [float(attention_cells(q, k, plan, head).clamp(min=1e-6).log().std()) for head in range(q.shape[1])]
+    return max(range(len(spread)), key=spread.__getitem__)
+
+
+def draw_maps(panels: list[Panel], head: int, caption: str, path: Path) -> None:
+    """Write the panels side by side to a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install baatt[plots]`).
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        from matplotlib.collections import PatchCollection
+        from matplotlib.colors import LogNorm
+        from matplotlib.patches import Rectangle
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'baatt[plots]'") from error
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(7.2 * len(panels), 7.6), layout="constrained")
+    norm = LogNorm(vmin=0.03, vmax=max(float(panel.mass.max()) for panel in panels))
+    image = None
+    for axis, panel in zip(axes, panels, strict=True):
+        plan, size = panel.plan, panel.plan.config.block_size
+        tokens = plan.query_order.index.shape[-1], int(plan.key_order.length[0])
+        image = axis.imshow(
+            panel.mass.numpy(), norm=norm, cmap="magma", interpolation="nearest", extent=(0, tokens[1], tokens[0], 0)
+        )
+        kept = plan.selection.index[0, head].tolist()
+        boxes = [
+            Rectangle(
+                (block * size, row * size),
+                min(size, tokens[1] - block * size),
+                min(size, tokens[0] - row * size),
+            )
+            for row, blocks in enumerate(kept)
+            for block in blocks[: int(plan.selection.count[0, head, row])]
+        ]
+        axis.add_collection(PatchCollection(boxes, facecolor="none", edgecolor="#35d0ff", linewidth=0.4, alpha=0.8))
+        axis.set(
+            title=panel.title,
+            xlabel="keys (in this order)",
+            ylabel="queries (in this order)",
+            xlim=(0, tokens[1]),
+            ylim=(tokens[0], 0),
+        )
+    if image is not None:
+        figure.colorbar(image, ax=axes, shrink=0.75, label="attention / uniform attention")
+    figure.suptitle(caption, fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

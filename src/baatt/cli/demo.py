@@ -1,0 +1,228 @@
+"""Read a fresh 4K-token document and answer from it, once with full attention and once with BA-Att.
+
+Everything runs on the shipped model without network or GPU. Prints the question, a bar while the model works, a table
+with both answers and their times, and writes a picture of one early layer's attention map.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
+from baatt.attention import attend, make_plan
+from baatt.cli.errors import UsageError
+from baatt.cli.options import (
+    Setting,
+    add_model_options,
+    add_sparse_options,
+    check_memory,
+    load_model,
+    read_setting,
+)
+from baatt.config import BAAttConfig, Policy
+from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER, decode, draw_samples
+from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
+from baatt.evaluation.scoring import matched_share
+from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+from baatt.sampling import StepInfo, generate
+from baatt.types import Plan
+
+
+class Reading(NamedTuple):
+    """One run over the document: what was answered and what it cost."""
+
+    text: str
+    right: bool
+    steps: int
+    seconds: float
+    attention_seconds: float
+    sparsity: float
+
+
+class Meter:
+    """Stands between model and attention: times every call and counts the kept block pairs.
+
+    Keeps q and k of the layer that is drawn, from the first step, when the answer is still masked.
+    """
+
+    def __init__(self, config: BAAttConfig | None, impl: str, drawn_layer: int | None = None) -> None:
+        self.config, self.impl, self.drawn_layer = config, impl, drawn_layer
+        self.seconds: dict[int, float] = defaultdict(float)
+        self.kept, self.calls = 0.0, 0
+        self.drawn: tuple[Tensor, Tensor] | None = None
+
+    def wrap(self, layer: int, function: AttentionFunction) -> AttentionFunction:
+        """The function that runs instead of `function` in `layer`."""
+
+        def metered(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+            if layer == self.drawn_layer and self.drawn is None:
+                self.drawn = q, k
+            _synchronise(q)
+            started = time.perf_counter()
+            if function is dense_attention or self.config is None:
+                out, kept, pairs = function(q, k, v, key_mask=key_mask), 1, 1
+            else:
+                plan = make_plan(q, k, self.config, key_mask=key_mask, impl=self.impl)
+                out = attend(q, k, v, plan, impl=self.impl)
+                kept = int(plan.selection.count.sum())
+                pairs = plan.selection.count.numel() * plan.key_stats.mean.shape[2]
+            _synchronise(q)
+            self.seconds[layer] += time.perf_counter() - started
+            # Every call weighs the same, dense ones count as all pairs kept.
+            self.kept += kept / pairs
+            self.calls += 1
+            return out
+
+        return metered
+
+    @property
+    def sparsity(self) -> float:
+        """Share of block pairs skipped, over all layers and steps."""
+        return 1 - self.kept / self.calls
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Document, output and the shared options."""
+    parser.add_argument("--length", type=int, default=4096, help="tokens of document and answer (default: 4096)")
+    parser.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
+    parser.add_argument("--seed", type=int, default=0, help="which document (default: 0)")
+    parser.add_argument("--output", type=Path, default=Path("baatt-demo.png"), help="picture (default: baatt-demo.png)")
+    add_model_options(parser)
+    add_sparse_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The whole demo."""
+    console = Console()
+    check_output(arguments.output)
+    setting = read_setting(arguments)
+    model, tokenizer = load_model(arguments)
+    check_memory(model.config, arguments.length, arguments.device)
+    sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
+    ids = tokenizer.encode(sample.prompt + sample.answer_prefix).ids
+    console.print(f"[bold]Document[/bold] {arguments.task}, {len(ids)} tokens, {len(sample.prompt.split())} words")
+    console.print(f"[bold]Question[/bold] {sample.prompt.rsplit(chr(10), 1)[1]}", highlight=False)
+    console.print(f"[bold]Setting[/bold]  {arguments.preset}: {setting.describe()}", highlight=False)
+    if arguments.length > model.config.max_sequence_length:
+        console.print(
+            f"[yellow]The model was trained up to {model.config.max_sequence_length} tokens: beyond, times mean "
+            "something, answers often do not.[/yellow]"
+        )  # fmt: skip
+    layers = range(model.config.n_layers)
+    dense_layers = {layer % len(layers) for layer in setting.policy.dense_layers}
+    drawn = next((layer for layer in layers if layer not in dense_layers), 0)
+    prompt = torch.tensor([ids], device=arguments.device)
+    warm_up(model, setting, arguments.impl)
+    dense_meter, sparse_meter = Meter(None, arguments.impl), Meter(setting.config, arguments.impl, drawn)
+    dense = read(console, model, tokenizer, sample, prompt, None, dense_meter)
+    sparse = read(console, model, tokenizer, sample, prompt, setting, sparse_meter)
+    console.print(table(sample, dense, sparse))
+    if sparse_meter.drawn is not None:
+        draw(*sparse_meter.drawn, setting, drawn, arguments.output)
+        console.print(f"Attention map of layer {drawn}, kept blocks outlined: {arguments.output}")
+
+
+def check_output(path: Path) -> None:
+    """Refuse a picture that could not be written before a minute is spent on it.
+
+    Raises:
+        UsageError: no such folder, another format, or no matplotlib.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"--output must lie in an existing folder, {path.parent} is none")
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--output must end in .png, got {path.name!r}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("the picture needs matplotlib: pip install 'baatt[plots]'")
+
+
+def warm_up(model: MaskedDiffusionLM, setting: Setting, impl: str) -> None:
+    """One sparse call on a few tokens: building a kernel is not part of reading a document."""
+    weight = next(model.parameters())
+    q = torch.randn(1, model.config.n_heads, 256, model.config.head_size, device=weight.device, dtype=weight.dtype)
+    attend(q, q, q, make_plan(q, q, setting.config, impl=impl), impl=impl)
+
+
+def read(
+    console: Console,
+    model: MaskedDiffusionLM,
+    tokenizer: Tokenizer,
+    sample: NeedleSample,
+    prompt: Tensor,
+    setting: Setting | None,
+    meter: Meter,
+) -> Reading:
+    """Answer the question once, with a progress bar."""
+    name = "full attention" if setting is None else "BA-Att"
+    config, policy = (None, Policy()) if setting is None else setting
+    columns = (TextColumn(f"{name:15}"), BarColumn(), TextColumn("{task.completed} of {task.total} tokens"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=RETRIEVAL_SAMPLER.gen_length)
+
+        def progress(info: StepInfo) -> None:
+            bar.update(task, completed=RETRIEVAL_SAMPLER.gen_length - info.masked_remaining)
+
+        result = generate(
+            model, prompt, None, RETRIEVAL_SAMPLER, sparse=config, policy=policy, impl=meter.impl,
+            wrap_attention=meter.wrap, progress=progress,
+        )  # fmt: skip
+    text = decode(tokenizer, result.tokens[0].tolist(), model.config.eos_token_id)
+    right = matched_share(text, sample.values) == 1
+    return Reading(text.strip(), right, result.steps, result.seconds, sum(meter.seconds.values()), meter.sparsity)
+
+
+def table(sample: NeedleSample, dense: Reading, sparse: Reading) -> Table:
+    """Both readings side by side."""
+    out = Table("", "full attention", "BA-Att", title=f"Expected: {sample.answer.strip()}", title_justify="left")
+    out.add_row("answer", dense.text, sparse.text)
+    out.add_row("right", *("[green]yes[/green]" if one.right else "[red]no[/red]" for one in (dense, sparse)))
+    out.add_row("model evaluations", str(dense.steps), str(sparse.steps))
+    per_step = [one.seconds / one.steps for one in (dense, sparse)]
+    attention = [one.attention_seconds / one.steps for one in (dense, sparse)]
+    out.add_row("seconds per step", *(f"{seconds:.2f}" for seconds in per_step))
+    out.add_row("of which attention", *(f"{seconds:.2f}" for seconds in attention))
+    out.add_row("block pairs skipped", *(f"{one.sparsity:.1%}" for one in (dense, sparse)))
+    out.add_row("attention speed-up", "1.00x", f"{attention[0] / attention[1]:.2f}x")
+    out.add_row("step speed-up", "1.00x", f"{per_step[0] / per_step[1]:.2f}x")
+    return out
+
+
+def draw(q: Tensor, k: Tensor, setting: Setting, layer: int, path: Path) -> None:
+    """The map in the tokens' own order and sorted by norm, each with the blocks BA-Att keeps in that order."""
+    plain = make_plan(q, k, dataclasses.replace(setting.config, sort="none"), impl="reference")
+    order = "qk" if setting.config.sort == "none" else setting.config.sort
+    arranged = make_plan(q, k, dataclasses.replace(setting.config, sort=order), impl="reference")
+    head = most_structured_head(q, k, plain)
+    segment = setting.config.segment or "all"
+    titles = ("in the document's order", f"sorted by norm ({order}, segments of {segment} tokens)")
+    panels = [
+        Panel(attention_cells(q, k, plan, head), plan, f"{title}\n{outlined(plan, head)}")
+        for plan, title in zip((plain, arranged), titles, strict=True)
+    ]
+    caption = f"Layer {layer}, head {head}: dense attention at the first denoising step; outlined: blocks BA-Att keeps"
+    draw_maps(panels, head, caption, path)
+
+
+def outlined(plan: Plan, head: int) -> str:
+    """How many block pairs of a head are kept."""
+    kept, pairs = (
+        int(plan.selection.count[0, head].sum()),
+        plan.selection.count[0, head].numel() * plan.key_stats.mean.shape[2],
+    )
+    return f"{kept} of {pairs} blocks kept"
+
+
+def _synchronise(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

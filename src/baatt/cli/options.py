@@ -1,0 +1,132 @@
+"""Options that several verbs share: which model, how sparse, and which of two measured settings.
+
+A preset names dials and policy together; single options change one dial of it.
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from baatt.assets import shipped_model
+from baatt.backend import IMPLS, choose_backend
+from baatt.cli.errors import UsageError
+from baatt.config import BLOCK_SIZES, BAAttConfig, Policy
+from baatt.models.checkpoint import load_tokenizer
+from baatt.models.llada import MaskedDiffusionLM, ModelConfig
+from baatt.stages.sorting import ORDERS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Setting(NamedTuple):
+    """What of a model is sparse, and how."""
+
+    config: BAAttConfig
+    policy: Policy
+
+    def describe(self) -> str:
+        """One line with every dial."""
+        dials = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self.config).items())
+        dense = ", ".join(map(str, self.policy.dense_layers)) or "none"
+        return f"{dials}; dense layers: {dense}"
+
+
+# "safe" keeps the shipped model's answers right (docs/method.md); "paper" sorts both sides and
+# makes every layer sparse.
+PRESETS = {
+    "safe": Setting(BAAttConfig(sort="none"), Policy(dense_layers=(0, 1))),
+    "paper": Setting(BAAttConfig(), Policy()),
+}
+
+
+def add_sparse_options(parser: argparse.ArgumentParser) -> None:
+    """--preset and one option per dial."""
+    group = parser.add_argument_group("sparse attention")
+    group.add_argument("--preset", choices=list(PRESETS), default="safe", help="dials and dense layers (default: safe)")
+    group.add_argument("--sparsity", type=float, help="share of key blocks skipped per query block, in [0, 1)")
+    group.add_argument("--sort", choices=list(ORDERS), help="which side is sorted by norm")
+    group.add_argument("--segment", type=_segment, help='tokens per sorting segment, or "whole"')
+    group.add_argument("--beta", type=float, help="weight of the covariance compensation")
+    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="tokens per block")
+    group.add_argument("--dense-layers", type=_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
+    group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
+
+
+def read_setting(arguments: argparse.Namespace) -> Setting:
+    """The preset with the dials that were given."""
+    preset = PRESETS[arguments.preset]
+    names = ("sparsity", "sort", "segment", "beta", "block_size")
+    changed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if changed.get("segment") == "whole":
+        changed["segment"] = None
+    policy = preset.policy
+    if arguments.dense_layers is not None:
+        policy = dataclasses.replace(policy, dense_layers=arguments.dense_layers)
+    return Setting(dataclasses.replace(preset.config, **changed), policy)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", type=Path, help="folder in LLaDA's layout (default: the model shipped with baatt)")
+    group.add_argument("--device", default="cpu", help='where to run, e.g. "cpu" or "cuda" (default: cpu)')
+    group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: float32)")
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[MaskedDiffusionLM, Tokenizer]:
+    """Model and tokenizer of the chosen folder, on the chosen device."""
+    folder = arguments.model or shipped_model()
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError:
+        raise UsageError(f'--device must be a device such as "cpu" or "cuda", got {arguments.device!r}') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda needs a GPU that PyTorch can use, and found none")
+    try:
+        choose_backend(arguments.impl, device)
+    except RuntimeError as error:
+        raise UsageError(f"--impl {arguments.impl} is refused: {error}") from None
+    model = MaskedDiffusionLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype], device=device)
+    return model, load_tokenizer(folder)
+
+
+def check_memory(config: ModelConfig, tokens: int, device: str) -> None:
+    """Refuse a length whose activations cannot fit, before anything is allocated.
+
+    Raises:
+        UsageError: with the estimate and what is free.
+    """
+    # Widest moment of a layer in fp32: residual, q, k, v, their rotated and sorted copies, both halves of the MLP.
+    estimate = 4 * tokens * (10 * config.d_model + 3 * config.mlp_hidden_size)
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(torch.device(device))[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    if estimate > free:
+        raise UsageError(
+            f"{tokens} tokens must fit into memory: one layer needs about {estimate / 2**30:.1f} GiB, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+
+
+def _segment(text: str) -> int | str:
+    if text == "whole":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be a number of tokens or "whole", got {text!r}') from None
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    try:
+        return tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'must be layer numbers like "0,1,-1" or "none", got {text!r}') from None

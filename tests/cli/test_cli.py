@@ -1,0 +1,129 @@
+"""The command line as a stranger uses it: right calls, wrong calls, one line on stderr and exit code 2."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from baatt.assets import shipped_model
+from baatt.cli.main import main
+from baatt.models import MaskedDiffusionLM, ModelConfig
+from baatt.models.checkpoint import save_pretrained
+
+SHORT = ["--gen-length", "8", "--block-length", "8", "--steps", "4"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line a refused call prints."""
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("baatt: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_generate_prints_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = (
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        "the number afterwards.\nThe grass is green. The sky is blue.\nOne of the special magic numbers for "
+        "calm-river is: 4821973.\nThe sun is yellow. Here we go.\nWhat is the special magic number for calm-river "
+        "mentioned in the provided text? The special magic number for calm-river mentioned in the provided text is"
+    )
+    assert main(["generate", "--prompt", prompt, "--gen-length", "16", "--block-length", "16", "--steps", "16"]) == 0
+    assert capsys.readouterr().out.strip() == "4821973."
+
+
+def test_generate_json_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("The grass is green.")
+    assert main(["generate", "--prompt-file", str(path), "--json", "--sparsity", "0.75", "--sort", "k", *SHORT]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["sparse"]["sparsity"] == 0.75
+    assert record["sparse"]["sort"] == "k"
+    assert len(record["generated_tokens"]) == 8
+    assert record["model_evaluations"] == 4
+
+
+def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for options in (["--dense"], ["--sparsity", "0", "--dense-layers", "none"]):
+        assert main(["generate", "--prompt", "Most SQL database engines", *options, *SHORT]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "pattern"),
+    [
+        ((), "VERB"),
+        (("dance",), "invalid choice: 'dance'"),
+        (("generate",), "--prompt"),
+        (("generate", "--prompt", "  "), "prompt must not be empty"),
+        (("generate", "--prompt-file", "/nowhere/text"), "/nowhere/text cannot be read: No such file"),
+        (("generate", "--prompt-file", "/"), "cannot be read: Is a directory"),
+        (("generate", "--prompt", "a", "--model", "/nowhere"), "/nowhere"),
+        (("generate", "--prompt", "a", "--sparsity", "1"), r"sparsity must be in \[0, 1\), got 1.0"),
+        (("generate", "--prompt", "a", "--sparsity", "much"), "--sparsity: invalid float value: 'much'"),
+        (("generate", "--prompt", "a", "--segment", "100"), "multiple of block_size=128, got 100"),
+        (("generate", "--prompt", "a", "--segment", "some"), 'number of tokens or "whole"'),
+        (("generate", "--prompt", "a", "--dense-layers", "first"), "layer numbers"),
+        (("generate", "--prompt", "a", "--dense-layers", "9"), "dense_layers must lie in"),
+        (("generate", "--prompt", "a", "--gen-length", "10"), "block_length must divide gen_length=10"),
+        (("generate", "--prompt", "a", "--device", "abacus"), "--device must be a device"),
+        (("demo", "--length", "10"), "max_length must hold the smallest"),
+        (("demo", "--length", "10000000000"), "must fit into memory"),
+        (("demo", "--task", "hide_and_seek"), "invalid choice: 'hide_and_seek'"),
+        (("demo", "--output", "/nowhere/picture.png"), "must lie in an existing folder, /nowhere is none"),
+        (("demo", "--output", "picture.txt"), "must end in .png"),
+    ],
+)
+def test_wrong_calls(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], pattern: str) -> None:
+    assert re.search(pattern, refused(capsys, *argv))
+
+
+def test_binary_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompt.bin"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    assert "UTF-8" in refused(capsys, "generate", "--prompt-file", str(path))
+
+
+def test_gpu_kernels_are_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "generate", "--prompt", "a", "--dense-layers", "none", "--impl", "triton", *SHORT)
+    assert "triton" in message
+
+
+def test_model_without_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=32, vocab_size=16, mask_token_id=1)
+    save_pretrained(MaskedDiffusionLM(config), tmp_path)
+    assert "tokenizer.json" in refused(capsys, "generate", "--prompt", "a", "--model", str(tmp_path))
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("Versions", "torch", torch.__version__, "Devices", "Implementations", "reference", "present"):
+        assert expected in printed
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--length", "640", "--seed", "3", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("Question", "Setting", "full attention", "BA-Att", "seconds per step", "block pairs skipped"):
+        assert expected in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_warns_beyond_the_trained_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(shipped_model() / "tokenizer.json", tmp_path)
+    config = ModelConfig(
+        d_model=64, n_heads=2, n_layers=3, mlp_hidden_size=64, vocab_size=4096, mask_token_id=1, max_sequence_length=512
+    )
+    save_pretrained(MaskedDiffusionLM(config), tmp_path)
+    call = ["demo", "--model", str(tmp_path), "--length", "640", "--output", str(tmp_path / "demo.png")]
+    assert main(call) == 0
+    assert "trained up to 512 tokens" in capsys.readouterr().out

@@ -1,0 +1,79 @@
+"""The shipped model answers needle questions, alone and in padded batches, with dense and with sparse attention."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import baatt.assets
+from baatt import BAAttConfig
+from baatt.evaluation import retrieval
+from baatt.evaluation.retrieval import answer, decode, draw_samples, pad_left
+from baatt.evaluation.ruler.niah import NIAH_TASKS
+from baatt.models import MaskedDiffusionLM
+from baatt.models.checkpoint import load_tokenizer
+
+MODEL = Path(baatt.assets.__file__).parent / "needle-18m"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MaskedDiffusionLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(MODEL)
+
+
+@pytest.mark.parametrize(("task", "count"), [("niah_multikey_2", 3), ("niah_multiquery", 2)])
+def test_dense_answers_are_right(model, tokenizer, task, count):
+    samples = draw_samples(task, 512, count, tokenizer, seed=1)
+    done = []
+    answers = answer(model, tokenizer, samples, progress=done.append)
+    assert [one.sample for one in answers] == samples
+    assert [one.text for one in answers] == [sample.answer for sample in samples]
+    assert all(one.exact and one.share == 1 and one.seconds > 0 for one in answers)
+    assert done == list(range(1, count + 1))
+
+
+def test_sparsity_zero_equals_dense(model, tokenizer):
+    samples = draw_samples("niah_multikey_1", 512, 2, tokenizer, seed=2)
+    dense = answer(model, tokenizer, samples)
+    sparse = answer(model, tokenizer, samples, sparse=BAAttConfig(block_size=32, sparsity=0.0, segment=256))
+    assert [one.text for one in sparse] == [one.text for one in dense]
+    assert all(one.exact for one in dense)
+
+
+def test_a_padded_batch_gives_the_answers_of_single_prompts(model, tokenizer):
+    samples = [draw_samples("niah_single_1", length, 1, tokenizer, seed=3)[0] for length in (320, 512)]
+    alone = [one.text for one in answer(model, tokenizer, samples)]
+    together = [one.text for one in answer(model, tokenizer, samples, batch_size=2)]
+    assert together == alone == [sample.answer for sample in samples]
+
+
+def test_a_wrong_answer_is_not_exact(model, tokenizer):
+    (sample,) = draw_samples("niah_single_1", 320, 1, tokenizer, seed=4)
+    (one,) = answer(model, tokenizer, [sample._replace(values=(sample.values[0], "not there"))])
+    assert one.share == 0.5
+    assert not one.exact
+
+
+def test_pad_left():
+    ids, mask = pad_left([[5, 6], [7, 8, 9, 10]], 0)
+    assert ids.tolist() == [[0, 0, 5, 6], [7, 8, 9, 10]]
+    assert mask.tolist() == [[False, False, True, True], [True] * 4]
+
+
+def test_decode_stops_at_the_first_end(tokenizer):
+    tokens = tokenizer.encode(" 123.").ids
+    assert decode(tokenizer, [*tokens, 0, *tokens], 0) == " 123."
+    assert decode(tokenizer, tokens, 0) == " 123."
+    assert decode(tokenizer, tokens, None) == " 123."
+
+
+def test_the_sampler_has_room_for_rulers_answers():
+    from baatt.evaluation.ruler.niah import ANSWER_TOKENS
+
+    assert retrieval.RETRIEVAL_SAMPLER.gen_length == ANSWER_TOKENS
+    assert len(NIAH_TASKS) == 8

@@ -1,0 +1,50 @@
+"""Wilson's interval against known values and its own definition."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baatt.evaluation.statistics import NORMAL_QUANTILE, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "samples", "low", "high"),
+    [
+        (475, 500, 92.7, 96.6),
+        (95, 100, 88.8, 97.8),
+        (188, 200, 89.8, 96.5),
+        (200, 200, 98.1, 100.0),
+        (0, 10, 0.0, 27.8),
+    ],
+)
+def test_known_values(successes, samples, low, high):
+    interval = wilson_interval(successes, samples)
+    assert (round(100 * interval.low, 1), round(100 * interval.high, 1)) == (low, high)
+
+
+@given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_limits_solve_the_score_equation(case):
+    """(share - p)^2 = z^2 p (1 - p) / n at both ends, and the share lies between them."""
+    successes, samples = case
+    share = successes / samples
+    low, high = wilson_interval(successes, samples)
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+    for limit in (low, high):
+        assert (share - limit) ** 2 == pytest.approx(NORMAL_QUANTILE**2 * limit * (1 - limit) / samples, abs=1e-12)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_symmetry(case):
+    successes, samples = case
+    low, high = wilson_interval(successes, samples)
+    assert wilson_interval(samples - successes, samples) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("successes", "samples", "message"),
+    [(0, 0, "samples must be positive"), (-1, 5, r"in \[0, 5\]"), (6, 5, r"in \[0, 5\], got 6")],
+)
+def test_impossible_counts(successes, samples, message):
+    with pytest.raises(ValueError, match=message):
+        wilson_interval(successes, samples)

@@ -1,0 +1,105 @@
+"""BA-Att written naively from its equations: Python loops over batch, heads, blocks and tokens, float64, one file.
+
+Shares no code with the package and is as slow as it looks. Every function takes one head; `naive_ba_attention` loops.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def naive_order(x: Tensor, mask: list[bool], sort: bool, segment: int | None) -> list[int]:
+    """E2 for x [N, D]: positions of the unmasked tokens, sorted by norm inside each segment of them."""
+    kept = [n for n in range(x.shape[0]) if mask[n]]
+    if not sort:
+        return kept
+    length = segment if segment is not None else max(1, len(kept))
+    result = []
+    for start in range(0, len(kept), length):
+        run = kept[start : start + length]
+        result += sorted(run, key=lambda n: math.sqrt(sum(float(value) ** 2 for value in x[n])))
+    return result
+
+
+def naive_blocks(order: list[int], block_size: int) -> list[list[int]]:
+    """Consecutive runs of P sorted tokens."""
+    return [order[start : start + block_size] for start in range(0, len(order), block_size)]
+
+
+def naive_moments(x: Tensor, block: list[int]) -> tuple[Tensor, Tensor]:
+    """E3 for the tokens of one block of x [N, D]: mean [D] and variance [D]."""
+    mean = sum(x[n] for n in block) / len(block)
+    variance = sum((x[n] - mean) ** 2 for n in block) / len(block)
+    return mean, variance
+
+
+def naive_score(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor], scale: float, beta: float) -> float:
+    """E4 and E5 for one pair of blocks, from their moments; the paper's 1/D is scale^2."""
+    (query_mean, query_variance), (key_mean, key_variance) = query, key
+    score = compensation = 0.0
+    for t in range(query_mean.shape[0]):
+        score += float(query_mean[t] * key_mean[t]) * scale
+        compensation += float(
+            query_variance[t] * key_mean[t] ** 2
+            + key_variance[t] * query_mean[t] ** 2
+            + query_variance[t] * key_variance[t]
+        )
+    return score + beta * scale**2 * compensation
+
+
+def naive_selection(scores: list[float], sparsity: float) -> list[int]:
+    """E7 for one query block: ids of the kept key blocks, ascending."""
+    if not scores:
+        return []
+    kept = max(1, math.ceil((1 - sparsity) * len(scores)))
+    return sorted(sorted(range(len(scores)), key=lambda block: (-scores[block], block))[:kept])
+
+
+def naive_row(query: Tensor, k: Tensor, v: Tensor, keys: list[int], scale: float) -> tuple[Tensor, float]:
+    """E8 for one query [D] over the given keys of k, v [M, D]: output [D] and log-sum-exp."""
+    if not keys:
+        return torch.zeros_like(v[0]), -math.inf
+    logits = [float(query @ k[m]) * scale for m in keys]
+    top = max(logits)
+    weights = [math.exp(logit - top) for logit in logits]
+    output = sum(weight * v[m] for weight, m in zip(weights, keys, strict=True)) / sum(weights)
+    return output, top + math.log(sum(weights))
+
+
+def naive_ba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    sparsity: float,
+    sort: str,
+    segment: int | None,
+    beta: float,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[list[list[list[int]]]]]:
+    """All of it: out [B, H, N, D] and lse [B, H, N] in float64, kept key blocks per [B][H][I]."""
+    q, k, v = q.double(), k.double(), v.double()
+    batch, heads, queries, channels = q.shape
+    repeats = heads // k.shape[1]
+    out, lse = torch.zeros(batch, heads, queries, channels).double(), torch.zeros(batch, heads, queries).double()
+    selection = []
+    for b in range(batch):
+        mask = [True] * k.shape[2] if key_mask is None else key_mask[b].tolist()
+        selection.append([])
+        for h in range(heads):
+            rows, keys, values = q[b, h], k[b, h // repeats], v[b, h // repeats]
+            query_blocks = naive_blocks(naive_order(rows, [True] * queries, "q" in sort, segment), block_size)
+            key_blocks = naive_blocks(naive_order(keys, mask, "k" in sort, segment), block_size)
+            key_moments = [naive_moments(keys, block) for block in key_blocks]
+            selection[b].append([])
+            for block in query_blocks:
+                moments = naive_moments(rows, block)
+                kept = naive_selection([naive_score(moments, key, scale, beta) for key in key_moments], sparsity)
+                selection[b][h].append(kept)
+                attended = [m for j in kept for m in key_blocks[j]]
+                for n in block:
+                    out[b, h, n], lse[b, h, n] = naive_row(rows[n], keys, values, attended, scale)
+    return out, lse, selection

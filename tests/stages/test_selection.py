@@ -1,0 +1,45 @@
+"""E7: the kept key blocks."""
+
+import math
+
+import pytest
+import torch
+
+from baatt.stages.selection import select_blocks
+from tests.naive import naive_selection
+
+SPARSITIES = [0.0, 0.1, 0.3, 0.5, 0.7, 0.875, 0.9, 0.99]
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("key_blocks", [1, 2, 3, 10, 30])
+def test_selection_equals_the_naive_one(key_blocks, sparsity):
+    generator = torch.Generator().manual_seed(key_blocks)
+    scores = torch.randint(0, 6, (3, 2, 4, key_blocks), generator=generator).float()  # many ties
+    available = [key_blocks, (key_blocks + 1) // 2, 0]
+    size = torch.tensor([[16] * n + [0] * (key_blocks - n) for n in available])
+    scores = scores.masked_fill((size == 0)[:, None, None], -math.inf)
+    selection = select_blocks(scores, size, sparsity)
+    assert selection.index.dtype == selection.count.dtype == torch.int32
+    assert selection.index.shape == (3, 2, 4, max(1, math.ceil((1 - sparsity) * key_blocks)))
+    for b in range(3):
+        for h in range(2):
+            for i in range(4):
+                kept = naive_selection(scores[b, h, i, : available[b]].tolist(), sparsity)
+                count, row = int(selection.count[b, h, i]), selection.index[b, h, i].tolist()
+                assert row[:count] == kept
+                assert set(row[count:]) <= {kept[-1] if kept else 0}
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_count_of_a_shorter_entry_is_that_of_the_entry_alone(sparsity):
+    for key_blocks in range(1, 200):
+        size = torch.zeros(1, 200, dtype=torch.int64)
+        size[0, :key_blocks] = 1
+        count = select_blocks(torch.zeros(1, 1, 1, 200), size, sparsity).count.item()
+        assert count == max(1, math.ceil((1 - sparsity) * key_blocks))
+
+
+def test_of_equal_scores_the_lower_id_wins():
+    selection = select_blocks(torch.zeros(1, 1, 1, 8), torch.ones(1, 8, dtype=torch.int64), 0.5)
+    assert selection.index.flatten().tolist() == [0, 1, 2, 3]

@@ -1,0 +1,43 @@
+"""From `impl` to functions: what runs, what refuses, what `auto` says."""
+
+import logging
+
+import pytest
+import torch
+
+from baatt import backend
+from baatt.backend import IMPLS, choose_backend, describe
+from baatt.kernels import cpu
+from baatt.stages import pooling, sparse
+
+
+def test_explicit_choices_are_what_they_say():
+    reference = choose_backend("reference", torch.device("cpu"))
+    assert reference == ("reference", pooling.pool_blocks, sparse.sparse_attention)
+    assert choose_backend("cpu", torch.device("cpu")) == ("cpu", cpu.pool_blocks, cpu.sparse_attention)
+
+
+def test_cpu_refuses_tensors_elsewhere():
+    with pytest.raises(RuntimeError, match=r"^impl='cpu' needs tensors on the CPU, got device 'cuda:1'$"):
+        choose_backend("cpu", torch.device("cuda:1"))
+
+
+@pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("cuda", "reference"), ("mps", "reference")])
+def test_auto_logs_its_choice_once(device, name, caplog, monkeypatch):
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="baatt"):
+        assert [choose_backend("auto", torch.device(device)).name for _ in range(3)] == [name] * 3
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"impl='auto' chose '{name}' for device type '{device}': ")
+
+
+def test_describe_covers_every_impl():
+    entries = describe()
+    assert tuple(entry.impl for entry in entries) == IMPLS
+    assert all(entry.reason for entry in entries)
+    for entry in entries[1:]:
+        if entry.available:
+            choose_backend(entry.impl, torch.device("cpu"))
+        else:
+            with pytest.raises(RuntimeError):
+                choose_backend(entry.impl, torch.device("cpu"))

@@ -1,0 +1,184 @@
+"""Every error a caller of the operator can provoke: its type and its text, for each of the three functions."""
+
+import math
+
+import pytest
+import torch
+
+from baatt import BAAttConfig, attend, ba_attention, make_plan
+
+CONFIG = BAAttConfig(block_size=16, segment=32)
+
+
+def inputs():
+    return {"q": torch.randn(2, 4, 40, 8), "k": torch.randn(2, 2, 50, 8), "v": torch.randn(2, 2, 50, 8)}
+
+
+def calls(changes, **options):
+    """The public functions that take what is changed, ready to be called."""
+    tensors = inputs()
+    plan = make_plan(tensors["q"], tensors["k"], CONFIG)
+    tensors |= changes
+    q, k, v = tensors.values()
+    functions = [lambda: ba_attention(q, k, v, CONFIG, **options)]
+    if "v" not in changes:
+        functions.append(lambda: make_plan(q, k, CONFIG, **options))
+    if not set(options) - {"impl"}:
+        functions.append(lambda: attend(q, k, v, plan, **options))
+    return functions
+
+
+MISFITS = [
+    ({"q": None}, TypeError, "query must be a torch.Tensor, got NoneType"),
+    ({"k": [1.0]}, TypeError, "key must be a torch.Tensor, got list"),
+    ({"v": 1}, TypeError, "value must be a torch.Tensor, got int"),
+    ({"q": torch.ones(4, 40, 8)}, ValueError, "query must have shape [B, H, N, D], got (4, 40, 8)"),
+    ({"k": torch.ones(50, 8)}, ValueError, "key must have shape [B, G, M, D] with D=8, got (50, 8)"),
+    (
+        {"q": torch.ones(2, 4, 0, 8)},
+        ValueError,
+        "query must have shape [B, H, N, D] without an empty axis, got (2, 4, 0, 8)",
+    ),
+    (
+        {"k": torch.ones(2, 2, 0, 8)},
+        ValueError,
+        "key must have shape [B, G, M, D] without an empty axis, got (2, 2, 0, 8)",
+    ),
+    ({"k": torch.ones(2, 2, 50, 4)}, ValueError, "key must have shape [B, G, M, D] with D=8, got (2, 2, 50, 4)"),
+    ({"k": torch.ones(3, 2, 50, 8)}, ValueError, "key must have shape [B, G, M, D] with B=2, got (3, 2, 50, 8)"),
+    (
+        {"k": torch.ones(2, 3, 50, 8)},
+        ValueError,
+        "key must have shape [B, G, M, D] with G dividing H=4, got (2, 3, 50, 8)",
+    ),
+    ({"v": torch.ones(2, 2, 51, 8)}, ValueError, "value must have the shape of key (2, 2, 50, 8), got (2, 2, 51, 8)"),
+    (
+        {"q": torch.ones(2, 4, 40, 8, dtype=torch.int64)},
+        TypeError,
+        "query must have a dtype of ['torch.float64', 'torch.float32', 'torch.bfloat16', 'torch.float16'], "
+        "got torch.int64",
+    ),
+    (
+        {"k": torch.ones(2, 2, 50, 8).double()},
+        TypeError,
+        "key must have the dtype of query torch.float32, got torch.float64",
+    ),
+    (
+        {"v": torch.ones(2, 2, 50, 8).half()},
+        TypeError,
+        "value must have the dtype of query torch.float32, got torch.float16",
+    ),
+    (
+        {"k": torch.ones(2, 2, 50, 8, device="meta")},
+        ValueError,
+        "key must be on the device of query cpu, got meta",
+    ),
+    (
+        {"v": torch.ones(2, 2, 50, 8, device="meta")},
+        ValueError,
+        "value must be on the device of query cpu, got meta",
+    ),
+] + [
+    (
+        {name: torch.ones(shape, requires_grad=True)},
+        ValueError,
+        f"{text} must not require gradients, got requires_grad=True: baatt is inference only; "
+        "call it under torch.no_grad() or torch.inference_mode()",
+    )
+    for name, text, shape in (("q", "query", (2, 4, 40, 8)), ("k", "key", (2, 2, 50, 8)), ("v", "value", (2, 2, 50, 8)))
+]
+
+
+@pytest.mark.parametrize(("changes", "kind", "text"), MISFITS, ids=[text[:60] for _, _, text in MISFITS])
+def test_tensors_that_do_not_fit(changes, kind, text):
+    for call in calls(changes):
+        with pytest.raises(kind) as caught:
+            call()
+        assert str(caught.value) == text
+
+
+OPTIONS = [
+    ({"key_mask": [True]}, TypeError, "key_mask must be a torch.Tensor or None, got list"),
+    (
+        {"key_mask": torch.ones(2, 50)},
+        TypeError,
+        "key_mask must have dtype torch.bool (True = attend), got torch.float32",
+    ),
+    (
+        {"key_mask": torch.ones(50, dtype=torch.bool)},
+        ValueError,
+        "key_mask must have shape [B, M] = (2, 50), got (50,)",
+    ),
+    (
+        {"key_mask": torch.ones(2, 50, dtype=torch.bool, device="meta")},
+        ValueError,
+        "key_mask must be on the device of query cpu, got meta",
+    ),
+    ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
+    ({"scale": True}, TypeError, "scale must be a number or None, got bool"),
+    ({"scale": 0.0}, ValueError, "scale must be finite and positive, got 0.0"),
+    ({"scale": -1}, ValueError, "scale must be finite and positive, got -1"),
+    ({"scale": math.nan}, ValueError, "scale must be finite and positive, got nan"),
+    ({"scale": math.inf}, ValueError, "scale must be finite and positive, got inf"),
+    (
+        {"impl": "fast"},
+        ValueError,
+        "impl must be one of ['auto', 'reference', 'cpu', 'triton', 'hopper'], got 'fast'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "text"), OPTIONS, ids=[text[:60] for _, _, text in OPTIONS])
+def test_options_that_do_not_fit(options, kind, text):
+    for call in calls({}, **options):
+        with pytest.raises(kind) as caught:
+            call()
+        assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("function", [ba_attention, make_plan])
+def test_a_config_of_the_wrong_type(function):
+    tensors = list(inputs().values())[: 3 if function is ba_attention else 2]
+    with pytest.raises(TypeError, match=r"^config must be a BAAttConfig, got dict$"):
+        function(*tensors, {"sparsity": 0.5})
+
+
+def test_a_plan_of_the_wrong_type():
+    with pytest.raises(TypeError, match=r"^plan must be a Plan from make_plan, got BAAttConfig$"):
+        attend(*inputs().values(), CONFIG)
+
+
+def test_a_plan_for_other_shapes():
+    q, k, v = inputs().values()
+    plan = make_plan(q, k, CONFIG)
+    longer_q = torch.randn(2, 4, 41, 8)
+    with pytest.raises(ValueError, match="plan") as caught:
+        attend(longer_q, k, v, plan)
+    assert str(caught.value) == "plan.query_order.index must have shape (2, 4, 41) to fit query and key, got (2, 4, 40)"
+    with pytest.raises(ValueError, match="plan") as caught:
+        attend(q, k[:, :, :49], v[:, :, :49], plan)
+    assert str(caught.value) == "plan.key_order.index must have shape (2, 2, 49) to fit query and key, got (2, 2, 50)"
+    with pytest.raises(ValueError, match="plan") as caught:
+        attend(q[:, :2], k, v, plan._replace(query_order=make_plan(q[:, :2], k, CONFIG).query_order))
+    assert (
+        str(caught.value) == "plan.selection.index must have shape (2, 2, 3, 2) to fit query and key, got (2, 4, 3, 2)"
+    )
+
+
+@pytest.mark.parametrize("part", ["query_order", "key_order"])
+@pytest.mark.parametrize("field", ["index", "length"])
+def test_a_plan_on_another_device(part, field):
+    q, k, v = inputs().values()
+    plan = make_plan(q, k, CONFIG)
+    order = getattr(plan, part)
+    moved = plan._replace(**{part: order._replace(**{field: getattr(order, field).to("meta")})})
+    with pytest.raises(ValueError, match=rf"^plan\.{part}\.{field} must be on the device of query cpu, got meta$"):
+        attend(q, k, v, moved)
+
+
+@pytest.mark.parametrize("impl", ["triton", "hopper"])
+def test_kernels_that_do_not_exist_say_so(impl):
+    for call in calls({}, impl=impl):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        assert str(caught.value) == f"impl='{impl}' cannot run: GPU kernels do not exist yet in this version"

@@ -1,0 +1,133 @@
+"""The tables in the Markdown files are those of the stored results."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "needles_dense_h200"
+BLOCK = f"<!-- render:{NAME} -->\n<!-- /render -->"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks/render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["render"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+render = load_script()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A repository of one result and a README with one block, not rendered yet."""
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    shutil.copy(ROOT / f"benchmarks/results/{NAME}.json", results)
+    (tmp_path / "README.md").write_text(f"before\n{BLOCK}\nafter\n")
+    return tmp_path
+
+
+def test_render_then_check(copy):
+    assert render.main(["--check"], copy) == 1
+    assert render.main([], copy) == 0
+    text = (copy / "README.md").read_text()
+    assert text.startswith("before\n<!-- render:")
+    assert text.endswith("<!-- /render -->\nafter\n")
+    assert render.main(["--check"], copy) == 0
+    render.main([], copy)
+    assert (copy / "README.md").read_text() == text
+
+
+def test_rendered_numbers_are_those_of_the_file(copy):
+    render.main([], copy)
+    text = (copy / "README.md").read_text()
+    stored = json.loads((copy / f"benchmarks/results/{NAME}.json").read_text())
+    assert len(stored["records"]) == 32
+    for one in stored["records"]:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{one['task']}` "))
+        column = 2 + [512, 1024, 2048, 4096].index(one["length"])
+        low, high = 100 * one["ci_low"], 100 * one["ci_high"]
+        assert row.split("|")[column].strip() == f"{100 * one['accuracy']:.1f} [{low:.1f}-{high:.1f}]"
+    assert "| task | 512 | 1024 | 2048 | 4096 |" in text
+    assert "n = 200 samples" in text
+    assert stored["command"] in text
+    assert f"Commit {stored['commit'][:10]}, device NVIDIA H200, python 3." in text
+
+
+def test_stale_text_is_detected_and_left_alone(copy, capsys):
+    render.main([], copy)
+    path = copy / "README.md"
+    stale = path.read_text().replace("94.0 [", "99.0 [")
+    path.write_text(stale)
+    assert render.main(["--check"], copy) == 1
+    assert "README.md: out of date" in capsys.readouterr().err
+    assert path.read_text() == stale
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- render:nothing -->\n<!-- /render -->", "render:nothing is unknown"),
+        (f"<!-- render:{NAME} -->\n", "needs its own"),
+        (f"{BLOCK}\n<!-- /render -->", "needs its own"),
+        (f"<!-- render:{NAME} -->\n{BLOCK}", "needs its own"),
+    ],
+)
+def test_broken_blocks_are_named(copy, capsys, text, message):
+    (copy / "README.md").write_text(text)
+    assert render.main([], copy) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("README.md: ")
+    assert message in error
+    assert (copy / "README.md").read_text() == text
+
+
+def test_missing_result_is_an_error_unless_optional(copy, capsys, monkeypatch):
+    (copy / f"benchmarks/results/{NAME}.json").unlink()
+    assert render.main(["--check"], copy) == 1
+    assert f"README.md: render:{NAME} needs benchmarks/results/{NAME}.json" in capsys.readouterr().err
+    monkeypatch.setattr(render, "OPTIONAL", frozenset({NAME}))
+    assert render.main([], copy) == 0
+    assert render.NOT_MEASURED in (copy / "README.md").read_text()
+    assert render.main(["--check"], copy) == 0
+
+
+def test_settings_table(copy):
+    """One row per setting and length, a dash where a task was not measured."""
+    stored = json.loads((copy / f"benchmarks/results/{NAME}.json").read_text())
+    first, second = stored["records"][:2]
+    stored["records"] = [first, second, first | {"setting": "sort=none", "accuracy": 0.5, "n": 10}]
+    (copy / "benchmarks/results/needles_sparse_cpu.json").write_text(json.dumps(stored))
+    (copy / "README.md").write_text("<!-- render:demo_settings -->\n<!-- /render -->\n")
+    assert render.main([], copy) == 0
+    text = (copy / "README.md").read_text()
+    assert "| setting | length | `niah_single_1` | `niah_single_2` |" in text
+    assert "| `dense` | 4096 | 100.0 [98.1-100.0] n=200 | 100.0 [98.1-100.0] n=200 |" in text
+    assert "| `sort=none` | 4096 | 50.0 [98.1-100.0] n=10 | - |" in text
+
+
+def test_two_measurements_of_one_cell_are_refused(copy, capsys):
+    path = copy / f"benchmarks/results/{NAME}.json"
+    stored = json.loads(path.read_text())
+    stored["records"].append(stored["records"][0])
+    path.write_text(json.dumps(stored))
+    assert render.main([], copy) == 1
+    assert "two measurements" in capsys.readouterr().err
+
+
+def test_every_block_of_the_repository_is_current(capsys):
+    assert render.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_optional_blocks_exist():
+    assert set(render.BLOCKS) >= render.OPTIONAL

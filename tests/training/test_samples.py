@@ -1,0 +1,195 @@
+"""Training sequences: exact lengths, regions that mark the answers and nothing else, no held-out words; and masking."""
+
+import itertools
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from baatt.assets import shipped_model
+from baatt.evaluation.ruler import niah
+from baatt.evaluation.ruler.words import load_words
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "training"))
+
+
+import samples as training_samples  # noqa: E402
+from samples import CONTEXT, CURRICULUM, FIRST_ANSWER, MAX_ANSWERS, SOURCES, TAIL, TEXT, SampleMaker  # noqa: E402
+from train import corrupt  # noqa: E402
+
+NEEDLE = re.compile(r"One of the special magic \w+ for (\S+) is: (\S+)\.")
+ASKED = re.compile(r" special magic \w+ for ([^?]*?) mentioned in the provided text (?:is|are)$")
+STAGES = pytest.mark.parametrize("number", range(len(CURRICULUM)))
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small data folder: the first part of the held-out text plays the training text."""
+    folder = tmp_path_factory.mktemp("data")
+    text = (shipped_model().parent / "heldout.txt").read_text()
+    (folder / "train.txt").write_text(text[:120_000])
+    shutil.copy(shipped_model() / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture
+def maker(data):
+    """A `SampleMaker` that keeps the pieces of its last sequence."""
+    maker = SampleMaker(data, seed=5)
+    draw = maker.draw
+
+    def kept_draw(stage, length):
+        maker.last = draw(stage, length)
+        return maker.last
+
+    maker.draw = kept_draw
+    return maker
+
+
+def sequences(maker, number, count=COUNT):
+    """Tokens, regions, source and pieces of some sequences of a stage."""
+    stage = CURRICULUM[number]
+    for _ in range(count):
+        length = maker.random.choice(stage.lengths)
+        tokens, regions, source = maker.sequence(stage, length)
+        assert tokens.shape == regions.shape == (length,)
+        yield tokens, regions, SOURCES[source], maker.last[0]
+
+
+@STAGES
+def test_regions_of_answers_hold_the_answers(maker, number):
+    for tokens, regions, source, pieces in sequences(maker, number):
+        assert source == maker.last[1]
+        answers = [text for text, region in pieces if region != CONTEXT]
+        assert [region for _, region in pieces if region != CONTEXT] == [FIRST_ANSWER + n for n in range(len(answers))]
+        assert 1 <= len(answers) <= MAX_ANSWERS
+        for answer_number, answer in enumerate(answers):
+            (places,) = np.nonzero(regions == FIRST_ANSWER + answer_number)
+            assert (np.diff(places) == 1).all()
+            ids = tokens[places].tolist()
+            if answer_number == len(answers) - 1:
+                assert ids.pop() == maker.end  # the end of the text belongs to the last answer
+            assert maker.tokenizer.decode(ids, skip_special_tokens=False) == answer
+        assert regions.max() == FIRST_ANSWER + len(answers) - 1
+        assert (tokens[regions == TAIL] == maker.end).all()
+        assert (np.diff((regions == TAIL).astype(int)) >= 0).all()
+        whole = maker.tokenizer.decode([token for token in tokens.tolist() if token != maker.end])
+        assert whole == "".join(text for text, _ in pieces)
+
+
+@STAGES
+def test_answers_are_what_the_context_says(maker, number):
+    """Checked from the text alone: the values of the keys asked for, by key and then by place."""
+    for _, _, source, pieces in sequences(maker, number):
+        if source == "pairs":
+            values = dict(re.findall(r"(\S+) is: (\S+)\.\n", pieces[0][0]))
+            for (asked, _), (answer, region) in itertools.pairwise(pieces):
+                if region >= FIRST_ANSWER:
+                    key = asked.split("\n")[-1].removesuffix(" is")
+                    assert answer == f" {values[key]}."
+            continue
+        needles = NEEDLE.findall(pieces[0][0])
+        for (asked, _), (answer, region) in itertools.pairwise(pieces):
+            if region < FIRST_ANSWER:
+                continue
+            match = ASKED.search(asked)
+            assert match is not None
+            keys = re.split(r", and |, ", match[1])
+            assert answer == f" {niah.join_list([value for key in keys for name, value in needles if name == key])}."
+
+
+@STAGES
+def test_text_regions_are_running_text_only(maker, number):
+    """No token that may be hidden as text touches a needle, the instruction or the question."""
+    text_tokens = 0
+    for _, regions, _, pieces in sequences(maker, number):
+        text = pieces[0][0]
+        encoding = maker.tokenizer.encode(text)
+        assert (regions[len(encoding.ids) :] != TEXT).all()
+        forbidden = np.zeros(len(text), bool)
+        forbidden[: text.index("\n")] = True
+        forbidden[text.rindex("\n") :] = True
+        for needle in NEEDLE.finditer(text):
+            forbidden[needle.start() : needle.end()] = True
+        for (start, end), region in zip(encoding.offsets, regions, strict=False):
+            if region == TEXT:
+                text_tokens += 1
+                assert not forbidden[start:end].any()
+                assert niah.NOISE_LINE[:12] not in text
+    assert (text_tokens > 0) == (CURRICULUM[number].kind in ("document", "ruler"))
+
+
+@pytest.mark.parametrize("number", [3, 7])
+def test_keys_are_training_words(maker, number):
+    heldout = load_words("heldout")
+    reserved = {*heldout.nouns, *heldout.adjectives}
+    for _, _, _, pieces in sequences(maker, number):
+        keys = re.findall(r"([a-z]+)-([a-z]+) is", pieces[0][0])
+        assert reserved.isdisjoint(word for key in keys for word in key)
+
+
+def test_batches(maker, monkeypatch):
+    monkeypatch.setattr(training_samples, "TOKENS_PER_BATCH", 4096)
+    for number in (4, 5, 6, 8):
+        batch = maker.batch(number)
+        length = batch.tokens.shape[1]
+        assert length in CURRICULUM[number].lengths
+        assert batch.tokens.shape == batch.regions.shape == (4096 // length, length)
+        assert batch.source.shape == (4096 // length,)
+        assert (batch.tokens.dtype, batch.regions.dtype, batch.source.dtype) == (np.int16, np.uint8, np.uint8)
+        assert batch.stage == number
+
+
+def test_batches_are_fixed_by_the_seed(data, monkeypatch):
+    monkeypatch.setattr(training_samples, "TOKENS_PER_BATCH", 2048)
+    first, second, other = (SampleMaker(data, seed).batch(5) for seed in (1, 1, 2))
+    assert np.array_equal(first.tokens, second.tokens)
+    assert np.array_equal(first.regions, second.regions)
+    assert first.tokens.shape != other.tokens.shape or not np.array_equal(first.tokens, other.tokens)
+
+
+MASK = 1
+ROWS, LENGTH = 400, 120
+
+
+@pytest.fixture(scope="module")
+def corrupted():
+    """Random rows with context, text, three answers and a tail, and what `corrupt` makes of them."""
+    torch.manual_seed(0)
+    layout = [CONTEXT] * 10 + [TEXT] * 40 + [CONTEXT] * 10
+    for answer in range(3):
+        layout += [FIRST_ANSWER + answer] * 10 + [CONTEXT] * 5
+    layout = layout[:-5] + [TAIL] * 20
+    regions = torch.tensor(layout, dtype=torch.uint8).repeat(ROWS, 1)
+    assert regions.shape == (ROWS, LENGTH)
+    tokens = torch.randint(2, 4096, (ROWS, LENGTH))
+    return tokens, regions, corrupt(tokens, regions, MASK)
+
+
+def test_only_allowed_tokens_are_hidden(corrupted):
+    tokens, regions, result = corrupted
+    hidden = result.inputs == MASK
+    assert torch.equal(result.inputs[~hidden], tokens[~hidden])
+    assert not hidden[regions == CONTEXT].any()
+    assert torch.equal(hidden & (regions >= FIRST_ANSWER), result.answer)
+    assert torch.equal(hidden & (regions == TEXT), result.text)
+    assert not (result.tail & ~(hidden & (regions == TAIL))).any()
+    assert 0.05 < result.text[regions == TEXT].float().mean() < 0.075
+    assert 0.08 < result.tail.sum() / (hidden & (regions == TAIL)).sum() < 0.17
+
+
+def test_answers_are_hidden_whole_or_scattered_or_from_a_place_on(corrupted):
+    _, regions, result = corrupted
+    answers = result.answer[regions >= FIRST_ANSWER].view(ROWS, -1)
+    assert answers[result.whole].all()
+    assert 0.5 < result.whole.float().mean() < 0.7
+    rest = answers[~result.whole].int()
+    suffix = (rest.diff(dim=1) >= 0).all(dim=1)
+    assert 0.3 < suffix.float().mean() < 0.7
+    assert rest[~suffix].float().mean(dim=1).std() > 0.2
