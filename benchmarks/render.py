@@ -40,8 +40,14 @@ def provenance(record: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return (
         f"Command: `{record['command']}`  \n"
-        f"Commit {record['commit'][:10]}, device {device_name(record['device'])}, {versions}."
+        f"Commit {commit_name(record['commit'])}, device {device_name(record['device'])}, {versions}."
     )
+
+
+def commit_name(commit: str) -> str:
+    """First ten characters; a mark such as `+changes` stays."""
+    base, plus, mark = commit.partition("+")
+    return base[:10] + plus + mark
 
 
 def device_name(device: Any) -> str:
@@ -144,7 +150,7 @@ BLOCKS: dict[str, Block] = {
     "demo_settings": Block(("needles_sparse_cpu.json", "needles_sparse_h200.json"), accuracy_by_setting),
 }
 #: Blocks that may stand without a result; they say so.
-OPTIONAL = frozenset({"cpu_operator", "demo_settings"})
+OPTIONAL = frozenset({"demo_settings"})
 
 
 def load(path: Path) -> list[Record]:

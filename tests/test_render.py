@@ -129,5 +129,10 @@ def test_every_block_of_the_repository_is_current(capsys):
     assert render.main(["--check"]) == 0, capsys.readouterr().err
 
 
+def test_uncommitted_changes_are_shown():
+    assert render.commit_name("0123456789abcdef") == "0123456789"
+    assert render.commit_name("0123456789abcdef+changes") == "0123456789+changes"
+
+
 def test_optional_blocks_exist():
     assert set(render.BLOCKS) >= render.OPTIONAL

@@ -56,11 +56,15 @@ def load_samples(arguments: argparse.Namespace, jobs: list[Job]) -> list[list[Ne
     kept = arguments.samples
     if kept is not None and kept.exists():
         stored = json.loads(kept.read_text())
+        if (stored["count"], stored["seed"]) != (arguments.count, arguments.seed):
+            raise ValueError(f"{kept} holds samples of another --count or --seed: {stored['count']}, {stored['seed']}")
+        stored = stored["samples"]
         return [[NeedleSample(*sample) for sample in stored[f"{task}/{length}"]] for task, length, *_ in jobs]
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         drawn = pool.map(draw, jobs, chunksize=1)
     if kept is not None:
-        kept.write_text(json.dumps({f"{job[0]}/{job[1]}": samples for job, samples in zip(jobs, drawn, strict=True)}))
+        samples = {f"{job[0]}/{job[1]}": samples for job, samples in zip(jobs, drawn, strict=True)}
+        kept.write_text(json.dumps({"count": arguments.count, "seed": arguments.seed, "samples": samples}))
     return drawn
 
 
@@ -115,7 +119,7 @@ def model_dtype(model: MaskedDiffusionLM) -> torch.dtype:
 
 
 def fingerprint(folder: Path) -> str:
-    """One checksum over the weight files, to tie a record to a checkpoint."""
+    """The beginning of every weight file's checksum, to tie a record to a checkpoint."""
     files = sorted(str(path) for path in folder.glob("*.safetensors"))
     sums = subprocess.run(["sha256sum", *files], capture_output=True, text=True, check=True).stdout
     return " ".join(line.split()[0][:16] for line in sums.splitlines())

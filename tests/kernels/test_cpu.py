@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import platform
 import subprocess
 import sys
 
@@ -90,6 +91,20 @@ def test_twins_have_the_signatures_of_the_stages():
 @pytest.mark.usefixtures("poisoned_memory")
 def test_sparse_attention_is_its_twin(way, shape, block_size, dtype):
     assert_twins(random_case(shape, block_size, dtype), block_size, scale=shape[-1] ** -0.5)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+@pytest.mark.parametrize("machine", ["x86-64", "haswell"])
+@pytest.mark.usefixtures("fresh_library", "poisoned_memory")
+def test_narrower_vectors_are_its_twin_too(machine, monkeypatch):
+    """Vectors of 4 and 8 lanes, which this machine may not choose by itself."""
+    if cpu_native.find_compiler() is None or "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("needs a C compiler and AVX2")
+    monkeypatch.setattr(cpu_native, "CPU_FLAGS", ((f"-march={machine}",),))
+    assert cpu_native.library() is not None
+    for block_size in (16, 128):
+        for shape in SHAPES:
+            assert_twins(random_case(shape, block_size, torch.float32), block_size, scale=shape[-1] ** -0.5)
 
 
 @pytest.mark.parametrize("spread", [1e-20, 30.0, 300.0])

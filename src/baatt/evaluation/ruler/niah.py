@@ -79,8 +79,15 @@ def random_uuid(random: Random, words: WordPool) -> str:
 
 
 def draw_needles(task: NeedleTask, random: Random, words: WordPool, count: int) -> list[Needle]:
-    """`count` distinct keys with `task.values` values each, grouped by key."""
+    """`count` distinct keys with `task.values` values each, grouped by key.
+
+    Raises:
+        ValueError: the pool has fewer adjective-noun pairs than keys are asked for.
+    """
     draw_key, draw_value = ITEMS[task.key_type], ITEMS[task.value_type]
+    pairs = len(words.adjectives) * len(words.nouns)
+    if task.key_type == "words" and count > pairs:
+        raise ValueError(f"words must hold at least {count} adjective-noun pairs for as many keys, got {pairs}")
     keys: dict[str, None] = {}
     while len(keys) < count:
         keys[draw_key(random, words)] = None
