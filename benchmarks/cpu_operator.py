@@ -3,6 +3,7 @@
 Verifies first: without sparsity against dense attention, and every sparsity against the reference stages, with the
 error budget of the tests. Then times the operator, selection included, and dense attention in turn in one process,
 forwards and backwards alternately, so that a change of the machine's mood hits both. Medians go to a JSON file.
+Runs on Linux (it reads /proc).
 """
 
 import argparse

@@ -149,9 +149,8 @@ static void pack_task(const Problem *problem, int64_t block, float *scratch) {
     const int64_t place = block * block_size + offset;
     float *key_column = packed_key + offset / width * width * channels + offset % width;
     float *value_row = packed_value + offset * value_stride;
-    if (place >= problem->keys) { /* absent: read by the products, masked before the softmax */
+    if (place >= problem->keys) { /* absent: its scores are computed and masked, its value is never read */
       for (int64_t channel = 0; channel < channels; channel++) key_column[channel * width] = 0;
-      memset(value_row, 0, sizeof(float) * value_stride);
       continue;
     }
     const float *key = problem->key + problem->key_order[place] * problem->key_row_stride;
