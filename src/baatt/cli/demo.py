@@ -31,12 +31,15 @@ from baatt.cli.options import (
     read_setting,
 )
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER, decode, draw_samples
+from baatt.evaluation.retrieval import decode, draw_samples
 from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
 from baatt.evaluation.scoring import matched_share
 from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
-from baatt.sampling import StepInfo, generate
+from baatt.sampling import SamplerConfig, StepInfo, generate
 from baatt.types import Plan
+
+# At most eight model evaluations, so that a document beyond the trained length, where no token is sure, still ends.
+DEMO_SAMPLER = SamplerConfig(steps=8, gen_length=64, block_length=32, threshold=0.9)
 
 
 class Reading(NamedTuple):
@@ -168,13 +171,13 @@ def read(
     config, policy = (None, Policy()) if setting is None else setting
     columns = (TextColumn(f"{name:15}"), BarColumn(), TextColumn("{task.completed} of {task.total} tokens"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("", total=RETRIEVAL_SAMPLER.gen_length)
+        task = bar.add_task("", total=DEMO_SAMPLER.gen_length)
 
         def progress(info: StepInfo) -> None:
-            bar.update(task, completed=RETRIEVAL_SAMPLER.gen_length - info.masked_remaining)
+            bar.update(task, completed=DEMO_SAMPLER.gen_length - info.masked_remaining)
 
         result = generate(
-            model, prompt, None, RETRIEVAL_SAMPLER, sparse=config, policy=policy, impl=meter.impl,
+            model, prompt, None, DEMO_SAMPLER, sparse=config, policy=policy, impl=meter.impl,
             wrap_attention=meter.wrap, progress=progress,
         )  # fmt: skip
     text = decode(tokenizer, result.tokens[0].tolist(), model.config.eos_token_id)
