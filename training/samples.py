@@ -60,8 +60,8 @@ CURRICULUM = (
     # Accuracy falls off towards the longest length unless that length is practised most.
     Stage("ruler", (1024, 2048, 3072, 3584, 4096, 4096, 4096), 64, joint=0.3),
 )
-# Seven digits of a single needle are learned at once; the others need the practice.
-TASK_WEIGHTS = {"niah_single_1": 1, "niah_single_2": 1}
+# Seven digits of a single needle are learned at once; the others need the practice, the two weakest most of it.
+TASK_WEIGHTS = {"niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 8, "niah_multivalue": 5}
 TASK_WEIGHT = 3
 
 Pieces = list[tuple[str, int]]
