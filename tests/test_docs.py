@@ -127,17 +127,20 @@ def test_links_lead_to_files(document):
             assert ((ROOT / document).parent / target).exists(), target
 
 
-def test_the_model_card_states_the_shortfall():
-    """Every cell from 1024 tokens on below the goal of 95 %, with its counts and interval, and no others."""
+def test_the_model_card_states_the_lowest_cell():
+    """The goal of 95 % is reached from 1024 tokens on; the lowest cells are named, with counts and interval."""
     records = json.loads(read("benchmarks/results/needles_dense_h200.json"))["records"]
-    short = [one for one in records if one["length"] >= 1024 and one["accuracy"] < 0.95]
+    assert min(one["accuracy"] for one in records if one["length"] >= 1024) >= 0.95
+    accuracy = min(one["accuracy"] for one in records)
+    lowest = sorted((one for one in records if one["accuracy"] == accuracy), key=lambda one: one["length"])
+    assert len({one["task"] for one in lowest}) == 1
+    *lengths, last = (str(one["length"]) for one in lowest)
+    where = f"{', '.join(lengths)} and {last}" if lengths else last
+    one = lowest[0]
+    counts = f"{round(accuracy * one['n'])}/{one['n']} = {100 * accuracy:.1f} %"
+    interval = f"95 % interval {100 * one['ci_low']:.1f}-{100 * one['ci_high']:.1f}"
     card = " ".join(read(CARD).split())
-    assert len(short) == 1
-    for one in short:
-        right = round(one["accuracy"] * one["n"])
-        low, high = 100 * one["ci_low"], 100 * one["ci_high"]
-        assert f"`{one['task']}` (a UUID in an essay) at {one['length']} tokens is {right}/{one['n']} =" in card
-        assert f"{100 * one['accuracy']:.1f} % (95 % interval {low:.1f}-{high:.1f})" in card
+    assert f"The lowest cell is `{one['task']}` at {where} tokens, each {counts} ({interval}" in card
 
 
 def test_the_accuracies_are_those_of_the_shipped_weights():
@@ -160,7 +163,7 @@ def test_the_model_card_s_runs_are_those_of_the_histories():
     rows = [json.loads(line) for line in read(f"{folder}/run1.jsonl").splitlines()]
     tokens = max(row["tokens"] for row in rows if row["seconds"] <= 812)
     assert f"{tokens / 1e9:.2f}e9 | `run1.jsonl`" in card
-    for number in (2, 3):
+    for number in (2, 3, 4):
         run = json.loads(read(f"{folder}/run{number}.json"))
         arguments = run["arguments"]
         start = f"stage {arguments['stage']} "
