@@ -107,7 +107,7 @@ def time_stages(inputs: Inputs, config: BAAttConfig, repeats: int) -> dict[str, 
     steps: dict[str, Callable[[], Any]] = {
         "order": lambda: (order_queries(q, config.segment, None), order_keys(k, config.segment, None)),
         "pool": lambda: [
-            backend.pool_blocks(x, order, config.block_size)
+            backend.pool_tokens(x, order, config.block_size)
             for x, order in ((q, plan.query_order), (k, plan.key_order))
         ],
         "score": lambda: score(query_stats, key_stats, scale=scale, beta=config.beta),

@@ -8,18 +8,29 @@ import torch
 from baatt import backend
 from baatt.backend import IMPLS, choose_backend, describe
 from baatt.kernels import cpu
-from baatt.stages import pooling, sparse
+from baatt.stages import pooling, sorting, sparse
 
 
 def test_explicit_choices_are_what_they_say():
-    reference = choose_backend("reference", torch.device("cpu"))
-    assert reference == ("reference", pooling.pool_blocks, sparse.sparse_attention)
-    assert choose_backend("cpu", torch.device("cpu")) == ("cpu", cpu.pool_blocks, cpu.sparse_attention)
+    for name, pool_blocks, attention in (
+        ("reference", pooling.pool_blocks, sparse.sparse_attention),
+        ("cpu", cpu.pool_blocks, cpu.sparse_attention),
+    ):
+        chosen = choose_backend(name, torch.device("cpu"))
+        assert (chosen.name, chosen.sparse_attention, chosen.orders) == (name, attention, sorting.ORDERS)
+        assert chosen.pool_tokens.args == (pool_blocks,)
 
 
-def test_cpu_refuses_tensors_elsewhere():
-    with pytest.raises(RuntimeError, match=r"^impl='cpu' needs tensors on the CPU, got device 'cuda:1'$"):
+def test_every_impl_says_why_it_cannot_run():
+    with pytest.raises(
+        RuntimeError, match=r"^impl='cpu' cannot run: it needs tensors on the CPU, got device 'cuda:1'$"
+    ):
         choose_backend("cpu", torch.device("cuda:1"))
+    for impl in ("triton", "hopper"):
+        with pytest.raises(
+            RuntimeError, match=rf"^impl='{impl}' cannot run: it needs tensors on a GPU, got device 'cpu'$"
+        ):
+            choose_backend(impl, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("cuda", "reference"), ("mps", "reference")])

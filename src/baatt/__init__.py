@@ -2,6 +2,7 @@
 
 from baatt.attention import attend, ba_attention, make_plan
 from baatt.config import BAAttConfig, Policy
+from baatt.operators import attention as _registered  # noqa: F401  (torch.ops.baatt.attention)
 
 __version__ = "0.1.0"
 

@@ -6,16 +6,14 @@ does both. Holds no tensor arithmetic: the steps are the files of `baatt.stages`
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from baatt.backend import choose_backend
+from baatt.backend import Backend, Workload, choose_backend
 from baatt.checks import check_make_plan, check_plan, check_tensors
 from baatt.config import BAAttConfig
-from baatt.stages.scoring import SCORES
-from baatt.stages.selection import select_blocks
-from baatt.stages.sorting import ORDERS
 from baatt.types import Plan
 
 
@@ -46,9 +44,15 @@ def ba_attention(
         TypeError, ValueError: an argument that does not fit, saying what was required and what was given.
         RuntimeError: `impl` cannot run here, with the reason.
     """
+    if torch.compiler.is_compiling():  # one opaque node of the graph, see baatt.operators
+        dials = (config.block_size, config.sparsity, config.sort, config.segment, config.score, config.beta)
+        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, *dials, scale, impl)
+        return traced
     check_tensors(q, k, v)
-    plan = make_plan(q, k, config, key_mask=key_mask, scale=scale, impl=impl)
-    return attend(q, k, v, plan, impl=impl)
+    check_make_plan(q, k, config, key_mask, scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    backend = _backend(impl, q, config, scale)
+    return _carry_out(q, k, v, _decide(q, k, config, key_mask, scale, backend), backend)
 
 
 def make_plan(
@@ -67,18 +71,8 @@ def make_plan(
         selection.count [B, H, I].
     """
     check_make_plan(q, k, config, key_mask, scale)
-    backend = choose_backend(impl, q.device)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    order_queries, order_keys = ORDERS[config.sort]
-
-    with torch.autocast(q.device.type, enabled=False):
-        query_order = order_queries(q, config.segment, None)
-        key_order = order_keys(k, config.segment, key_mask)
-        query_stats = backend.pool_blocks(q, query_order, config.block_size)
-        key_stats = backend.pool_blocks(k, key_order, config.block_size)
-        scores = SCORES[config.score](query_stats, key_stats, scale=scale, beta=config.beta)
-        selection = select_blocks(scores, key_stats.size, config.sparsity)
-    return Plan(config, scale, query_order, key_order, query_stats, key_stats, selection)
+    return _decide(q, k, config, key_mask, scale, _backend(impl, q, config, scale)).plan
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
@@ -98,10 +92,50 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -
     """
     check_tensors(q, k, v)
     check_plan(plan, q, k)
-    backend = choose_backend(impl, q.device)
-    orders_and_blocks = (plan.query_order, plan.key_order, plan.selection)
+    return _carry_out(q, k, v, _Decided(plan, None, None), _backend(impl, q, plan.config, plan.scale))
+
+
+class _Decided(NamedTuple):
+    """A plan and, from kernels that make them, the sorted copies that fell out on the way."""
+
+    plan: Plan
+    sorted_q: Tensor | None
+    sorted_k: Tensor | None
+
+
+def _backend(impl: str, q: Tensor, config: BAAttConfig, scale: float) -> Backend:
+    return choose_backend(impl, q.device, Workload(q.dtype, q.shape[-1], config.block_size, scale))
+
+
+def _decide(
+    q: Tensor, k: Tensor, config: BAAttConfig, key_mask: Tensor | None, scale: float, backend: Backend
+) -> _Decided:
+    order_queries, order_keys = backend.orders[config.sort]
+    with torch.autocast(q.device.type, enabled=False):
+        query_order = order_queries(q, config.segment, None)
+        key_order = order_keys(k, config.segment, key_mask)
+        queries = backend.pool_tokens(q, query_order, config.block_size)
+        keys = backend.pool_tokens(k, key_order, config.block_size)
+        selection = backend.choose_blocks(queries.stats, keys.stats, config, scale)
+    plan = Plan(config, scale, query_order, key_order, queries.stats, keys.stats, selection)
+    return _Decided(plan, queries.tokens, keys.tokens)
+
+
+def _carry_out(q: Tensor, k: Tensor, v: Tensor, decided: _Decided, backend: Backend) -> Tensor:
+    plan = decided.plan
+    copies: dict[str, Tensor] = {}
+    if decided.sorted_q is not None and decided.sorted_k is not None:
+        copies = {"sorted_q": decided.sorted_q, "sorted_k": decided.sorted_k}
     with torch.autocast(q.device.type, enabled=False):
         partial = backend.sparse_attention(
-            q, k, v, *orders_and_blocks, block_size=plan.config.block_size, scale=plan.scale
+            q,
+            k,
+            v,
+            plan.query_order,
+            plan.key_order,
+            plan.selection,
+            block_size=plan.config.block_size,
+            scale=plan.scale,
+            **copies,
         )
     return partial.out

@@ -38,6 +38,17 @@ class BlockStats(NamedTuple):
     size: Tensor
 
 
+class PooledTokens(NamedTuple):
+    """What one pass over the sorted tokens leaves: the blocks' moments and, from kernels that make one, the copy.
+
+    stats: `BlockStats` of the sorted tokens; tokens: [B, H or G, N or M, D], contiguous, in sorted order, masked tokens
+    0, or None where attention gathers from the original.
+    """
+
+    stats: BlockStats
+    tokens: Tensor | None
+
+
 class BlockSelection(NamedTuple):
     """The kept key blocks of every query block (E7).
 

@@ -1,0 +1,143 @@
+"""Block-sparse attention for Hopper GPUs (sm_90) in Gluon: the twin of `stages.sparse` for bf16 and fp16, D 64 and 128.
+
+A persistent grid walks over tiles of 128 sorted query rows. One producer warp brings Q, K and V blocks in by TMA; two
+consumer warpgroups of 64 rows each multiply, and the product with the next key block runs while the softmax weights of
+this one meet V. Lists are walked from the back, so that the one ragged key block comes first and the steady loop needs
+no mask. Gluon is experimental: `refusal` compiles a kernel once and reports whatever goes wrong.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from baatt.kernels.hopper_kernel import attention_kernel, gl, mbarrier_stages
+from baatt.types import BlockSelection, Partial, TokenOrder
+
+BLOCK = 128
+CHANNELS = (64, 128)
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def refusal(device: torch.device, workload: Any | None) -> str | None:
+    """Why the kernel cannot run this on `device`, or None."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it needs a GPU of compute capability 9.0"
+    if workload is not None:
+        if workload.dtype not in DTYPES:
+            return f"dtype must be bfloat16 or float16, got {workload.dtype}"
+        if workload.channels not in CHANNELS:
+            return f"head dim must be 64 or 128, got {workload.channels}"
+        if workload.block_size != BLOCK:
+            return f"block_size must be {BLOCK}, got {workload.block_size}"
+        if not workload.scale > 0:
+            return f"scale must be positive, got {workload.scale}"
+    return _broken(torch.device(device.type, device.index or 0))
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    selection: BlockSelection,
+    *,
+    block_size: int,
+    scale: float,
+    sorted_q: Tensor | None = None,
+    sorted_k: Tensor | None = None,
+) -> Partial:
+    """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
+    from baatt.kernels.triton_pooling import permute
+
+    return attend_sorted(
+        permute(q, query_order) if sorted_q is None else sorted_q,
+        permute(k, key_order) if sorted_k is None else sorted_k,
+        permute(v, key_order),
+        query_order,
+        key_order.length,
+        selection,
+        block_size=block_size,
+        scale=scale,
+    )
+
+
+def attend_sorted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_order: TokenOrder,
+    key_length: Tensor,
+    selection: BlockSelection,
+    *,
+    block_size: int,
+    scale: float,
+) -> Partial:
+    """The same for tokens that are in sorted order already; the result is in the original order.
+
+    Args:
+        q: [B, H, N, D] contiguous, sorted.
+        k, v: [B, G, M, D] contiguous, sorted, rows from `key_length` on 0.
+        query_order: where each row of q came from.
+        key_length: [B] int64, keys that count.
+        selection: ascending lists without empty key blocks.
+        block_size: 128.
+        scale: factor on q.k, positive.
+
+    Returns:
+        Partial with out [B, H, N, D] and lse [B, H, N] float32.
+    """
+    if block_size != BLOCK:
+        raise ValueError(f"block_size must be {BLOCK}, got {block_size}")
+    batch, heads, tokens, channels = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    query_blocks = -(-tokens // BLOCK)
+    tiles = batch * heads * query_blocks
+    dtype = DTYPES[q.dtype]
+    descriptors = (
+        _descriptor(q, (batch * heads, tokens, channels), BLOCK // 2, dtype),
+        _descriptor(k, (batch * groups, keys, channels), BLOCK, dtype),
+        _descriptor(v, (batch * groups, keys, channels), BLOCK, dtype),
+    )
+    index = selection.index.contiguous()
+    attention_kernel[(min(tiles, _multiprocessors(q.device)),)](
+        *descriptors,
+        index, selection.count.contiguous(), query_order.index.contiguous(), key_length, out, lse,
+        tiles, query_blocks, index.shape[-1], heads, groups, tokens, scale * math.log2(math.e),
+        BLOCK=BLOCK, CHANNELS=channels, STAGES=mbarrier_stages(channels), DTYPE=dtype, num_warps=4,
+    )  # fmt: skip
+    return Partial(out, lse)
+
+
+def _descriptor(x: Tensor, shape: tuple[int, int, int], rows: int, dtype: Any) -> Any:
+    """TMA descriptor of tiles [1, rows, D]; what lies beyond the last token reads as 0."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout.get_default_for([1, rows, shape[2]], dtype)
+    return TensorDescriptor(x, list(shape), [shape[1] * shape[2], shape[2], 1], [1, rows, shape[2]], layout)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _broken(device: torch.device) -> str | None:
+    """Runs the kernel once on a small input: None if it works, else what went wrong."""
+    try:
+        x = torch.ones(1, 1, BLOCK, 64, dtype=torch.bfloat16, device=device)
+        order = TokenOrder(torch.arange(BLOCK, device=device)[None, None], torch.tensor([BLOCK], device=device))
+        first = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
+        partial = attend_sorted(
+            x, x, x, order, order.length, BlockSelection(first, first + 1), block_size=BLOCK, scale=1.0
+        )
+        right = bool((partial.out == 1).all())
+    except Exception as error:  # whatever another Triton version raises is the reason
+        return f"the Gluon kernel does not work with this Triton: {type(error).__name__}: {error}"
+    return None if right else "the Gluon kernel gives a wrong result on this machine"

@@ -1,0 +1,212 @@
+"""The Gluon kernel behind `hopper`: producer, two consumers, and the order in which they hand blocks to one another.
+
+Ring entry number e of a program, counted over all its tiles, uses stage e % STAGES in phase e // STAGES; K and V have
+rings of their own. Full barriers count the producer's expected bytes, empty barriers one arrival per consumer.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+def mbarrier_stages(channels: int) -> int:
+    """Blocks of K and of V in shared memory at once: what fits into 227 KiB beside Q."""
+    return 2 if channels == 128 else 4
+
+
+@gluon.jit
+def key_head(head_entry, heads, groups):
+    """Row of [B * G] that belongs to row `head_entry` of [B * H]."""
+    return (head_entry // heads) * groups + (head_entry % heads) // (heads // groups)
+
+
+@gluon.jit
+def load_block(descriptor, row, block, full, empty, ring, entry, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+    """Bring one block of K or V into the ring as soon as both consumers are done with what stood there."""
+    stage = entry % STAGES
+    phase = (entry // STAGES) & 1
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(descriptor, [row, block * BLOCK, 0], full.index(stage), ring.index(stage))
+
+
+@gluon.jit
+def produce(
+    q_descriptor, k_descriptor, v_descriptor, q_tiles, k_ring, v_ring,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
+    tiles, query_blocks, capacity, heads, groups,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: Q halves, then K one entry ahead of V, from the back of the list."""
+    HALF: gl.constexpr = BLOCK // 2
+    entry = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        head_entry = tile // query_blocks
+        query_block = tile % query_blocks
+        row = key_head(head_entry, heads, groups)
+        count = gl.maximum(gl.load(count_ptr + tile), 1)
+        list_ptr = index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1
+        block = gl.load(list_ptr)
+        first_row = query_block * BLOCK
+        for half in gl.static_range(2):
+            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(half), q_descriptor.block_type.nbytes)
+            place = [head_entry, first_row + half * HALF, 0]
+            tma.async_copy_global_to_shared(q_descriptor, place, q_full.index(half), q_tiles.index(half))
+        load_block(k_descriptor, row, block, k_full, k_empty, k_ring, entry, BLOCK, STAGES)
+        for slot in range(1, count):
+            following = gl.load(list_ptr - slot)
+            load_block(k_descriptor, row, following, k_full, k_empty, k_ring, entry + 1, BLOCK, STAGES)
+            load_block(v_descriptor, row, block, v_full, v_empty, v_ring, entry, BLOCK, STAGES)
+            block = following
+            entry += 1
+        load_block(v_descriptor, row, block, v_full, v_empty, v_ring, entry, BLOCK, STAGES)
+        entry += 1
+        turn += 1  # noqa: SIM113  (no enumerate in Gluon)
+
+
+@gluon.jit
+def consume(
+    q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    tiles, query_blocks, capacity, heads, tokens, scale_log2,
+    HALF: gl.constexpr, BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: rows HALF * 64 to HALF * 64 + 63 of every tile."""
+    ROWS: gl.constexpr = BLOCK // 2
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHANNELS, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
+    q_tile = q_tiles.index(HALF).reshape([ROWS, CHANNELS])
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
+    channels = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, out_layout))
+    no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=score_layout)
+    entry = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        head_entry = tile // query_blocks
+        count = gl.maximum(gl.load(count_ptr + tile), 1)
+        last_block = gl.load(index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1)
+        present = gl.cast(gl.load(length_ptr + head_entry // heads), gl.int32) - last_block * BLOCK
+
+        mbarrier.wait(q_full.index(HALF), turn & 1)
+        stage = entry % STAGES
+        mbarrier.wait(k_full.index(stage), (entry // STAGES) & 1)
+        k_block = k_ring.index(stage).reshape([BLOCK, CHANNELS]).permute((1, 0))
+        scores = warpgroup_mma(q_tile, k_block, no_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        scores = gl.where(columns[None, :] < present, scores, float("-inf"))
+        running_max = gl.max(scores, 1) * scale_log2
+        running_max = gl.where(running_max == float("-inf"), 0.0, running_max)  # an entry whose keys are all masked
+        weights = gl.exp2(scores * scale_log2 - running_max[:, None])
+        running_sum = gl.sum(weights, 1)
+        operand = gl.convert_layout(weights.to(DTYPE), weight_layout)
+        accumulator = gl.zeros([ROWS, CHANNELS], gl.float32, layout=out_layout)
+
+        for _ in range(1, count):
+            stage = (entry + 1) % STAGES
+            mbarrier.wait(k_full.index(stage), ((entry + 1) // STAGES) & 1)
+            k_block = k_ring.index(stage).reshape([BLOCK, CHANNELS]).permute((1, 0))
+            scores = warpgroup_mma(q_tile, k_block, no_scores, use_acc=False, is_async=True)
+            v_stage = entry % STAGES
+            mbarrier.wait(v_full.index(v_stage), (entry // STAGES) & 1)
+            v_block = v_ring.index(v_stage).reshape([BLOCK, CHANNELS])
+            accumulator = warpgroup_mma(operand, v_block, accumulator, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(scores,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+            weights = gl.exp2(scores * scale_log2 - new_max[:, None])
+            shrink = gl.exp2(running_max - new_max)
+            running_sum = running_sum * shrink + gl.sum(weights, 1)
+            running_max = new_max
+            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            mbarrier.arrive(v_empty.index(v_stage), count=1)
+            operand = gl.convert_layout(weights.to(DTYPE), weight_layout)
+            accumulator = accumulator * gl.convert_layout(shrink, out_rows)[:, None]
+            entry += 1
+
+        mbarrier.arrive(q_empty.index(HALF), count=1)
+        v_stage = entry % STAGES
+        mbarrier.wait(v_full.index(v_stage), (entry // STAGES) & 1)
+        v_block = v_ring.index(v_stage).reshape([BLOCK, CHANNELS])
+        accumulator = warpgroup_mma(operand, v_block, accumulator, is_async=True)
+        lse = gl.convert_layout((running_max + gl.log2(running_sum)) * LN_2, out_rows)
+        divisor = gl.convert_layout(gl.where(running_sum == 0.0, 1.0, running_sum), out_rows)
+        rows = (tile % query_blocks) * BLOCK + HALF * ROWS + gl.arange(0, ROWS, layout=out_rows)
+        head_start = gl.cast(head_entry, gl.int64) * tokens
+        target = head_start + gl.load(order_ptr + head_start + rows, mask=rows < tokens, other=0)
+        gl.store(lse_ptr + target, lse, mask=rows < tokens)
+        accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
+        accumulator = accumulator / divisor[:, None]
+        # Straight from the registers: 16 bytes of a row per four threads, no shared memory, no wait for the other half.
+        gl.store(
+            out_ptr + target[:, None] * CHANNELS + channels[None, :],
+            accumulator.to(DTYPE),
+            mask=(rows < tokens)[:, None],
+        )
+        entry += 1
+        turn += 1  # noqa: SIM113  (no enumerate in Gluon)
+
+
+@gluon.jit
+def attention_kernel(
+    q_descriptor, k_descriptor, v_descriptor, index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    tiles, query_blocks, capacity, heads, groups, tokens, scale_log2,
+    BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Persistent block-sparse attention; see `baatt.kernels.hopper.attend_sorted`."""
+    q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, BLOCK // 2, CHANNELS], q_descriptor.layout)
+    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, CHANNELS], k_descriptor.layout)
+    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, CHANNELS], v_descriptor.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for half in gl.static_range(2):
+        mbarrier.init(q_full.index(half), count=1)
+        mbarrier.init(q_empty.index(half), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+                    tiles, query_blocks, capacity, heads, tokens, scale_log2,
+                    0, BLOCK, CHANNELS, STAGES, DTYPE,
+                ),
+            ),
+            (
+                consume,
+                (
+                    q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+                    tiles, query_blocks, capacity, heads, tokens, scale_log2,
+                    1, BLOCK, CHANNELS, STAGES, DTYPE,
+                ),
+            ),
+            (
+                produce,
+                (
+                    q_descriptor, k_descriptor, v_descriptor, q_tiles, k_ring, v_ring,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
+                    tiles, query_blocks, capacity, heads, groups, BLOCK, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

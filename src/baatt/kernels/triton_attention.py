@@ -1,0 +1,189 @@
+"""Block-sparse attention for GPUs in plain Triton (sm_80 and newer, ROCm): the twin of `stages.sparse`.
+
+One program attends from one block of sorted query rows and walks over its list of kept key blocks, a tile of keys at a
+time, with the online softmax in base 2. Nothing but loads and stores through pointers, so that it runs wherever Triton
+does. The last step scatters the rows back to the original order.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baatt.types import BlockSelection, Partial, TokenOrder
+
+MAX_CHANNELS = 256
+MAX_TILE = 64
+
+LN_2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+def refusal(device: torch.device, workload: Any | None) -> str | None:
+    """Why the kernel cannot run this on `device`, or None."""
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"it needs a GPU of compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    if workload is not None:
+        if workload.dtype == torch.float64:
+            return "float64 is for 'reference'"
+        if workload.channels > MAX_CHANNELS:
+            return f"head dim must be at most {MAX_CHANNELS}, got {workload.channels}"
+    return None
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    selection: BlockSelection,
+    *,
+    block_size: int,
+    scale: float,
+    sorted_q: Tensor | None = None,
+    sorted_k: Tensor | None = None,
+) -> Partial:
+    """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
+    from baatt.kernels.triton_pooling import permute
+
+    return attend_sorted(
+        permute(q, query_order) if sorted_q is None else sorted_q,
+        permute(k, key_order) if sorted_k is None else sorted_k,
+        permute(v, key_order),
+        query_order,
+        key_order.length,
+        selection,
+        block_size=block_size,
+        scale=scale,
+    )
+
+
+def attend_sorted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_order: TokenOrder,
+    key_length: Tensor,
+    selection: BlockSelection,
+    *,
+    block_size: int,
+    scale: float,
+) -> Partial:
+    """The same for tokens that are in sorted order already; the result is in the original order.
+
+    Args:
+        q: [B, H, N, D] contiguous, sorted.
+        k, v: [B, G, M, D] contiguous, sorted.
+        query_order: where each row of q came from.
+        key_length: [B] int64, keys that count; those behind are not read.
+        selection: kept key blocks, index [B, H, I, K] and count [B, H, I].
+        block_size: P, a power of two from 16 to 128.
+        scale: s, the factor on q.k, of any sign.
+
+    Returns:
+        Partial with out [B, H, N, D] and lse [B, H, N] float32.
+    """
+    batch, heads, tokens, channels = q.shape
+    groups, keys = k.shape[1], k.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    index = selection.index.contiguous()
+    _attention_kernel[(triton.cdiv(tokens, block_size), batch * heads)](
+        q, k, v, index, selection.count.contiguous(), query_order.index.contiguous(), key_length.contiguous(), out, lse,
+        heads, heads // groups, tokens, keys, index.shape[-1], scale * math.log2(math.e),
+        CHANNELS=channels, BLOCK=block_size, **launch_options(q.dtype, channels, block_size),
+    )  # fmt: skip
+    return Partial(out, lse)
+
+
+def launch_options(dtype: torch.dtype, channels: int, block_size: int) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline stages: what fits into registers and shared memory."""
+    columns = max(16, triton.next_power_of_2(channels))
+    narrow = dtype != torch.float32
+    return {
+        "COLUMNS": columns,
+        "TILE": min(MAX_TILE, block_size),
+        "PRECISION": None if narrow else "ieee",
+        "num_warps": 8 if columns == MAX_CHANNELS else 4,
+        "num_stages": 3 if narrow and columns <= 128 else 2,
+    }
+
+
+@triton.jit
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    heads, repeats, tokens, keys, slots, scale,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    head_entry = tl.program_id(1).to(tl.int64)
+    list_start = head_entry * tl.num_programs(0) + block
+    count = tl.load(count_ptr + list_start)
+    length = tl.load(length_ptr + head_entry // heads)
+    key_start = (head_entry // repeats) * keys * CHANNELS
+    first_query = block.to(tl.int64) * BLOCK
+    queries = _load_rows(q_ptr + head_entry * tokens * CHANNELS, first_query, tokens, BLOCK, CHANNELS, COLUMNS)
+
+    # The lowest finite number and not -inf: a row whose scores are all -inf then gets weights 0, not exp2(inf - inf).
+    running_max = tl.full([BLOCK], LOWEST, tl.float32)
+    running_sum = tl.zeros([BLOCK], tl.float32)
+    accumulator = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for step in range(0, count * (BLOCK // TILE)):
+        first_key = _first_key(index_ptr + list_start * slots, step, BLOCK, TILE)
+        key_tile = _load_rows(k_ptr + key_start, first_key, length, TILE, CHANNELS, COLUMNS)
+        value_tile = _load_rows(v_ptr + key_start, first_key, length, TILE, CHANNELS, COLUMNS)
+        scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
+        scores = tl.where((tl.arange(0, TILE) < length - first_key)[None, :], scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_max[:, None])
+        shrink = tl.exp2(running_max - new_max)
+        running_max = new_max
+        running_sum = running_sum * shrink + tl.sum(weights, axis=1)
+        accumulator = tl.dot(
+            weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], input_precision=PRECISION
+        )
+
+    divisor = tl.where(running_sum == 0, 1.0, running_sum)
+    lse = tl.where(running_sum == 0, float("-inf"), (running_max + tl.log2(divisor)) * LN_2)
+    _scatter_rows(
+        accumulator / divisor[:, None], lse, out_ptr, lse_ptr, order_ptr, head_entry * tokens, first_query, tokens,
+        BLOCK, CHANNELS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _first_key(list_ptr, step, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Sorted position of the first key of the tile at `step`."""
+    kept = tl.load(list_ptr + step // (BLOCK // TILE)).to(tl.int64)
+    return kept * BLOCK + (step % (BLOCK // TILE)) * TILE
+
+
+@triton.jit
+def _load_rows(x_ptr, first, length, ROWS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows [ROWS, COLUMNS] of x from `first` on, 0 from row `length` and from column CHANNELS on."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = (rows < length - first)[:, None] & (columns < CHANNELS)[None, :]
+    offsets = rows[:, None] * CHANNELS + columns[None, :]
+    return tl.load(x_ptr + first * CHANNELS + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def _scatter_rows(
+    out, lse, out_ptr, lse_ptr, order_ptr, start, first, tokens,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Stores rows [BLOCK, COLUMNS] of one head where their queries came from."""
+    columns = tl.arange(0, COLUMNS)
+    rows = first + tl.arange(0, BLOCK)
+    present = rows < tokens
+    targets = start + tl.load(order_ptr + start + rows, mask=present, other=0)
+    offsets_out = targets[:, None] * CHANNELS + columns[None, :]
+    inside = present[:, None] & (columns < CHANNELS)[None, :]
+    tl.store(out_ptr + offsets_out, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(lse_ptr + targets, lse, mask=present)

@@ -1,0 +1,173 @@
+"""The GPU implementations on a GPU: against the stages in fp64, under compilation, in a graph, without waiting.
+
+Run with `pytest -m gpu tests/gpu` on a machine with a CUDA device; `hopper` cases need compute capability 9.0.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from baatt import BAAttConfig, attend, ba_attention, make_plan
+from baatt.backend import Workload, choose_backend
+from baatt.types import BlockSelection
+from tests.budget import assert_within_budget, eager_dtype
+
+pytestmark = pytest.mark.gpu
+
+IMPLS = ("triton", "hopper")
+SHAPES = [  # B, H, G, N, M, D
+    (1, 1, 1, 1, 1, 64),
+    (2, 4, 2, 1000, 777, 128),
+    (1, 6, 2, 333, 1500, 64),
+    (3, 2, 1, 129, 257, 128),
+    (1, 3, 3, 2048, 2048, 64),
+]
+PORTABLE_SHAPES = [(2, 4, 2, 75, 301, 40, 16), (1, 2, 1, 500, 129, 256, 32), (1, 4, 4, 260, 260, 16, 64)]
+
+
+def inputs(shape, dtype, seed=0):
+    batch, heads, groups, queries, keys, channels = shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, device="cuda", generator=generator).to(dtype)  # noqa: E731
+    return (
+        draw(batch, heads, queries, channels),
+        draw(batch, groups, keys, channels),
+        draw(batch, groups, keys, channels),
+    )
+
+
+def require(impl, q, config):
+    try:
+        choose_backend(impl, q.device, Workload(q.dtype, q.shape[-1], config.block_size, q.shape[-1] ** -0.5))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def check(impl, q, k, v, config, key_mask=None, scale=None):
+    """Within the budget of exact attention with the plan the implementation itself made."""
+    require(impl, q, config)
+    plan = make_plan(q, k, config, key_mask=key_mask, scale=scale, impl=impl)
+    exact = attend(q.double(), k.double(), v.double(), plan, impl="reference")
+    eager = attend(*(x.to(eager_dtype(x.dtype)) for x in (q, k, v)), plan, impl="reference").to(q.dtype)
+    actual = ba_attention(q, k, v, config, key_mask=key_mask, scale=scale, impl=impl)
+    assert torch.isfinite(actual).all()
+    assert_within_budget(actual, eager, exact)
+    return plan
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sort", ["qk", "none"])
+def test_within_the_error_budget(impl, dtype, shape, sort):
+    check(impl, *inputs(shape, dtype), BAAttConfig(sparsity=0.6, sort=sort))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", PORTABLE_SHAPES)
+def test_portable_shapes(dtype, shape):
+    *shape, block_size = shape
+    check("triton", *inputs(shape, dtype), BAAttConfig(block_size=block_size, segment=256, sparsity=0.5))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masked_keys_influence_nothing(impl):
+    q, k, v = inputs((3, 4, 2, 300, 900, 64), torch.bfloat16)
+    mask = torch.rand(3, 900, device="cuda") > 0.3
+    mask[1, 100:] = False
+    hidden = ~mask[:, None].expand(3, 2, 900)
+    config = BAAttConfig(sparsity=0.5)
+    clean = ba_attention(q, k, v, config, key_mask=mask, impl=impl)
+    k[hidden], v[hidden] = float("nan"), float("nan")
+    assert torch.equal(ba_attention(q, k, v, config, key_mask=mask, impl=impl), clean)
+    k[hidden], v[hidden] = 0, 0
+    check(impl, q, k, v, config, key_mask=mask)
+    nothing = torch.zeros_like(mask)
+    assert (ba_attention(q, k, v, config, key_mask=nothing, impl=impl) == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_plan_is_the_stages_plan(impl):
+    q, k, _ = inputs((2, 4, 2, 3000, 3000, 128), torch.bfloat16)
+    config = BAAttConfig(sparsity=0.7)
+    require(impl, q, config)
+    ours, theirs = make_plan(q, k, config, impl=impl), make_plan(q, k, config, impl="reference")
+    # Norms that agree to the last bit but one may stand in either order.
+    assert (ours.key_order.index != theirs.key_order.index).float().mean() < 1e-3
+    kept = [set(row.tolist()) for row in ours.selection.index.flatten(0, 2)]
+    expected = [set(row.tolist()) for row in theirs.selection.index.flatten(0, 2)]
+    same = sum(len(one & two) for one, two in zip(kept, expected, strict=True))
+    assert same / sum(map(len, expected)) > 0.999
+    assert torch.equal(ours.selection.count, theirs.selection.count)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_sparsity_is_dense_attention(impl):
+    q, k, v = inputs((1, 4, 2, 700, 650, 128), torch.bfloat16)
+    require(impl, q, BAAttConfig())
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    eager = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=True).to(q.dtype)
+    assert_within_budget(ba_attention(q, k, v, BAAttConfig(sparsity=0.0), impl=impl), eager, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lse_and_variable_counts(impl):
+    q, k, v = inputs((1, 2, 1, 400, 1000, 128), torch.bfloat16)
+    plan = make_plan(q, k, BAAttConfig(sparsity=0.3, sort="qk"), impl=impl)
+    index, count = plan.selection.index, torch.randint(1, 6, plan.selection.count.shape, device="cuda").int()
+    plan = plan._replace(selection=BlockSelection(index, count))
+    functions = {name: choose_backend(name, q.device).sparse_attention for name in (impl, "reference")}
+    sides = (plan.query_order, plan.key_order, plan.selection)
+    actual = functions[impl](q, k, v, *sides, block_size=128, scale=plan.scale)
+    exact = functions["reference"](q.double(), k.double(), v.double(), *sides, block_size=128, scale=plan.scale)
+    assert (actual.lse - exact.lse).abs().max() < 1e-5
+    assert (actual.out - exact.out).norm() / exact.out.norm() < 4e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_batch_entries_do_not_see_one_another(impl):
+    q, k, v = inputs((3, 4, 2, 900, 900, 128), torch.bfloat16)
+    together = ba_attention(q, k, v, BAAttConfig(), impl=impl)
+    alone = [ba_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], BAAttConfig(), impl=impl) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, ba_attention(q, k, v, BAAttConfig(), impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs(impl):
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs((2, 4, 2, 500, 500, 64), torch.bfloat16))
+    check(impl, q, k, v, BAAttConfig())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_never_waits_for_the_device_and_runs_in_a_graph(impl):
+    q, k, v = inputs((1, 4, 2, 1024, 1024, 128), torch.bfloat16)
+    expected = ba_attention(q, k, v, BAAttConfig(), impl=impl)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ba_attention(q, k, v, BAAttConfig(), impl=impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = ba_attention(q, k, v, BAAttConfig(), impl=impl)
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_in_one_graph(impl):
+    q, k, v = inputs((1, 4, 2, 600, 600, 64), torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: ba_attention(q, k, v, BAAttConfig(), impl=impl) * 2, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), ba_attention(q, k, v, BAAttConfig(), impl=impl) * 2)
+
+
+@pytest.mark.parametrize("segment", [256, 1024, None])
+def test_large_magnitudes_and_ties(segment):
+    q, k, v = inputs((1, 2, 2, 1500, 1500, 128), torch.bfloat16)
+    k[:, :, ::2] = k[:, :, :1]
+    for impl in IMPLS:
+        check(impl, q * 8, k, v, BAAttConfig(segment=segment))

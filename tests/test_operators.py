@@ -1,0 +1,38 @@
+"""The operator under torch.compile: one graph, the same values, the same refusals."""
+
+import pytest
+import torch
+
+from baatt import BAAttConfig, ba_attention
+from baatt.operators import attention
+
+
+def inputs(tokens=70):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, tokens, 32, generator=generator)
+    k, v = (torch.randn(2, 2, tokens, 32, generator=generator) for _ in range(2))
+    return q, k, v, torch.rand(2, tokens, generator=generator) > 0.2
+
+
+def test_full_graph_gives_the_same_values():
+    config = BAAttConfig(block_size=16, segment=64, sparsity=0.6)
+    q, k, v, mask = inputs()
+
+    def function(q, k, v, mask):
+        return ba_attention(q * 1.0, k, v, config, key_mask=mask) + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(q, k, v, mask), function(q, k, v, mask))
+
+
+def test_registration_is_sound():
+    q, k, v, mask = inputs(33)
+    arguments = (q, k, v, mask, 16, 0.5, "qk", 32, "covariance", 0.5, None, "cpu")
+    torch.library.opcheck(attention, arguments)
+
+
+def test_refusals_pass_through():
+    q, k, v, _ = inputs(33)
+    with pytest.raises(ValueError, match="value must have the shape of key"):
+        attention(q, k, v[:, :, :5], None, 16, 0.5, "qk", 32, "covariance", 0.5, None, "auto")
