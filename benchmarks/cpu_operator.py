@@ -26,7 +26,6 @@ from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.backend import choose_backend, describe
 from baatt.stages.scoring import SCORES
 from baatt.stages.selection import select_blocks
-from baatt.stages.sorting import ORDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -101,15 +100,10 @@ def time_stages(inputs: Inputs, config: BAAttConfig, repeats: int) -> dict[str, 
     q, k, _ = inputs
     backend, scale = choose_backend("cpu", q.device), q.shape[-1] ** -0.5
     plan = make_plan(q, k, config, impl="cpu")
-    order_queries, order_keys = ORDERS[config.sort]
     query_stats, key_stats, score = plan.query_stats, plan.key_stats, SCORES[config.score]
     scores = score(query_stats, key_stats, scale=scale, beta=config.beta)
     steps: dict[str, Callable[[], Any]] = {
-        "order": lambda: (order_queries(q, config.segment, None), order_keys(k, config.segment, None)),
-        "pool": lambda: [
-            backend.pool_tokens(x, order, config.block_size)
-            for x, order in ((q, plan.query_order), (k, plan.key_order))
-        ],
+        "arrange": lambda: backend.arrange(q, k, None, config, None),
         "score": lambda: score(query_stats, key_stats, scale=scale, beta=config.beta),
         "select": lambda: select_blocks(scores, key_stats.size, config.sparsity),
         "attend": lambda: attend(*inputs, plan, impl="cpu"),

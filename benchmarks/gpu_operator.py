@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import baatt
 from baatt import BAAttConfig, ba_attention, make_plan
 from baatt.backend import Workload, choose_backend
-from baatt.kernels import hopper, triton_attention, triton_pooling
+from baatt.kernels import hopper, triton_attention
 from baatt.types import BlockSelection, Plan, TokenOrder
 
 BASELINES = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -97,24 +97,16 @@ def operator(heads: int, tokens: int, channels: int, sparsity: float, impl: str,
         raise RuntimeError(f"verification failed at {tokens} tokens: error {error:.2e} is above {limit:.2e}")
     del out
     backend = choose_backend(impl, q.device, Workload(q.dtype, channels, BLOCK, plan.scale))
-    order = backend.orders[config.sort][0]
-    pooled = [backend.pool_tokens(q, plan.query_order, BLOCK), backend.pool_tokens(k, plan.key_order, BLOCK)]
-    sorted_v = triton_pooling.permute(v, plan.key_order)
+    arranged = backend.arrange(q, k, v, config, None)
     side = (plan.query_order, plan.key_order.length, plan.selection)
     stages: dict[str, Callable[[], Any]] = {
-        "order": lambda: (order(q, config.segment, None), order(k, config.segment, None)),
-        "pool_and_permute": lambda: (
-            backend.pool_tokens(q, plan.query_order, BLOCK),
-            backend.pool_tokens(k, plan.key_order, BLOCK),
-            triton_pooling.permute(v, plan.key_order),
-        ),
-        "score_and_select": lambda: backend.choose_blocks(pooled[0].stats, pooled[1].stats, config, plan.scale),
+        "arrange": lambda: backend.arrange(q, k, v, config, None),
+        "score_and_select": lambda: backend.choose_blocks(plan.query_stats, plan.key_stats, config, plan.scale),
         "attend": lambda: KERNELS[impl].attend_sorted(
-            pooled[0].tokens, pooled[1].tokens, sorted_v, *side, block_size=BLOCK, scale=plan.scale
+            arranged.sorted_q, arranged.sorted_k, arranged.sorted_v, *side, block_size=BLOCK, scale=plan.scale
         ),
     }
     stage_ms = {name: median_ms(function, graph=graph) for name, function in stages.items()}
-    pooled, sorted_v = [], q.new_empty(0)
     total = median_ms(lambda: ba_attention(q, k, v, config, impl=impl), graph=graph)
     off = BAAttConfig(sparsity=sparsity, beta=0.0)
     without = median_ms(lambda: ba_attention(q, k, v, off, impl=impl), graph=graph)

@@ -8,7 +8,7 @@ import torch
 from baatt import backend
 from baatt.backend import IMPLS, choose_backend, describe
 from baatt.kernels import cpu
-from baatt.stages import pooling, sorting, sparse
+from baatt.stages import pooling, sparse
 
 
 def test_explicit_choices_are_what_they_say():
@@ -17,8 +17,8 @@ def test_explicit_choices_are_what_they_say():
         ("cpu", cpu.pool_blocks, cpu.sparse_attention),
     ):
         chosen = choose_backend(name, torch.device("cpu"))
-        assert (chosen.name, chosen.sparse_attention, chosen.orders) == (name, attention, sorting.ORDERS)
-        assert chosen.pool_tokens.args == (pool_blocks,)
+        assert (chosen.name, chosen.sparse_attention) == (name, attention)
+        assert chosen.arrange.args == (pool_blocks,)
 
 
 def test_every_impl_says_why_it_cannot_run():

@@ -19,6 +19,6 @@ def test_stores_a_complete_record(tmp_path):
     assert {"command", "commit", "device", "versions", "what", "shape", "dtype", "records"} <= record.keys()
     assert [one["sparsity"] for one in record["records"]] == [0.5, 0.75]
     for one in record["records"]:
-        assert list(one["stage_ms"]) == ["order", "pool", "score", "select", "attend"]
+        assert list(one["stage_ms"]) == ["arrange", "score", "select", "attend"]
         assert one["speedup"] == one["dense_ms"] / one["total_ms"]
         assert {"config", "error", "peak_memory_bytes", "extra_memory_ratio"} <= one.keys()

@@ -6,7 +6,6 @@ does both. Holds no tensor arithmetic: the steps are the files of `baatt.stages`
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from baatt.backend import Backend, Workload, choose_backend
 from baatt.checks import check_make_plan, check_plan, check_tensors
 from baatt.config import BAAttConfig
-from baatt.types import Plan
+from baatt.types import Arrangement, Plan
 
 
 def ba_attention(
@@ -52,7 +51,8 @@ def ba_attention(
     check_make_plan(q, k, config, key_mask, scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     backend = _backend(impl, q, config, scale)
-    return _carry_out(q, k, v, _decide(q, k, config, key_mask, scale, backend), backend)
+    plan, arrangement = _decide(q, k, v, config, key_mask, scale, backend)
+    return _carry_out(q, k, v, plan, backend, _copies(arrangement))
 
 
 def make_plan(
@@ -72,7 +72,7 @@ def make_plan(
     """
     check_make_plan(q, k, config, key_mask, scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return _decide(q, k, config, key_mask, scale, _backend(impl, q, config, scale)).plan
+    return _decide(q, k, None, config, key_mask, scale, _backend(impl, q, config, scale))[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
@@ -92,15 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -
     """
     check_tensors(q, k, v)
     check_plan(plan, q, k)
-    return _carry_out(q, k, v, _Decided(plan, None, None), _backend(impl, q, plan.config, plan.scale))
-
-
-class _Decided(NamedTuple):
-    """A plan and, from kernels that make them, the sorted copies that fell out on the way."""
-
-    plan: Plan
-    sorted_q: Tensor | None
-    sorted_k: Tensor | None
+    return _carry_out(q, k, v, plan, _backend(impl, q, plan.config, plan.scale), {})
 
 
 def _backend(impl: str, q: Tensor, config: BAAttConfig, scale: float) -> Backend:
@@ -108,24 +100,24 @@ def _backend(impl: str, q: Tensor, config: BAAttConfig, scale: float) -> Backend
 
 
 def _decide(
-    q: Tensor, k: Tensor, config: BAAttConfig, key_mask: Tensor | None, scale: float, backend: Backend
-) -> _Decided:
-    order_queries, order_keys = backend.orders[config.sort]
+    q: Tensor, k: Tensor, v: Tensor | None, config: BAAttConfig, key_mask: Tensor | None, scale: float, backend: Backend
+) -> tuple[Plan, Arrangement]:
+    """The plan, and with it the sorted copies that fell out on the way."""
     with torch.autocast(q.device.type, enabled=False):
-        query_order = order_queries(q, config.segment, None)
-        key_order = order_keys(k, config.segment, key_mask)
-        queries = backend.pool_tokens(q, query_order, config.block_size)
-        keys = backend.pool_tokens(k, key_order, config.block_size)
-        selection = backend.choose_blocks(queries.stats, keys.stats, config, scale)
-    plan = Plan(config, scale, query_order, key_order, queries.stats, keys.stats, selection)
-    return _Decided(plan, queries.tokens, keys.tokens)
+        arrangement = backend.arrange(q, k, v, config, key_mask)
+        query_stats, key_stats = arrangement.query_stats, arrangement.key_stats
+        selection = backend.choose_blocks(query_stats, key_stats, config, scale)
+    orders = arrangement.query_order, arrangement.key_order
+    return Plan(config, scale, *orders, query_stats, key_stats, selection), arrangement
 
 
-def _carry_out(q: Tensor, k: Tensor, v: Tensor, decided: _Decided, backend: Backend) -> Tensor:
-    plan = decided.plan
-    copies: dict[str, Tensor] = {}
-    if decided.sorted_q is not None and decided.sorted_k is not None:
-        copies = {"sorted_q": decided.sorted_q, "sorted_k": decided.sorted_k}
+def _copies(arrangement: Arrangement) -> dict[str, Tensor]:
+    """The sorted copies that are there, by the names under which `sparse_attention` takes them."""
+    found = {name: getattr(arrangement, name) for name in ("sorted_q", "sorted_k", "sorted_v")}
+    return {name: copy for name, copy in found.items() if copy is not None}
+
+
+def _carry_out(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: Backend, copies: dict[str, Tensor]) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         partial = backend.sparse_attention(
             q,

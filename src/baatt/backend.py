@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baatt.config import BAAttConfig
 from baatt.stages import pooling, scoring, selection, sorting, sparse
-from baatt.types import BlockSelection, BlockStats, Partial, PooledTokens, TokenOrder
+from baatt.types import Arrangement, BlockSelection, BlockStats, Partial, TokenOrder
 
 IMPLS = ("auto", "reference", "cpu", "triton", "hopper")
 
@@ -23,10 +23,12 @@ logger = logging.getLogger("baatt")
 _logged: set[str] = set()
 
 
-class PoolTokens(Protocol):
-    """`baatt.stages.pooling.pool_blocks`, or a twin that keeps its sorted copy."""
+class Arrange(Protocol):
+    """Orders and pools queries and keys: a pair of `ORDERS`, then `pool_blocks`; v is there to be copied on the way."""
 
-    def __call__(self, x: Tensor, order: TokenOrder, block_size: int) -> PooledTokens: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor | None, config: BAAttConfig, key_mask: Tensor | None
+    ) -> Arrangement: ...
 
 
 class ChooseBlocks(Protocol):
@@ -37,7 +39,7 @@ class ChooseBlocks(Protocol):
     ) -> BlockSelection: ...
 
 
-#: `baatt.stages.sparse.sparse_attention` and its twins, which may take `sorted_q` and `sorted_k` besides.
+#: `baatt.stages.sparse.sparse_attention` and its twins, which may take the sorted copies of an `Arrangement` besides.
 SparseAttention = Callable[..., Partial]
 
 
@@ -45,8 +47,7 @@ class Backend(NamedTuple):
     """The functions of one implementation, in the order in which they run."""
 
     name: str
-    orders: Mapping[str, tuple[sorting.OrderFunction, sorting.OrderFunction]]
-    pool_tokens: PoolTokens
+    arrange: Arrange
     choose_blocks: ChooseBlocks
     sparse_attention: SparseAttention
 
@@ -155,10 +156,19 @@ def _kernel_refusal(impl: str, device: torch.device, workload: Workload | None) 
     return refused
 
 
-def _pool_only(
-    pool_blocks: Callable[[Tensor, TokenOrder, int], BlockStats], x: Tensor, order: TokenOrder, block_size: int
-) -> PooledTokens:
-    return PooledTokens(pool_blocks(x, order, block_size), None)
+def _arrange_in_stages(
+    pool_blocks: Callable[[Tensor, TokenOrder, int], BlockStats],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    config: BAAttConfig,
+    key_mask: Tensor | None,
+) -> Arrangement:
+    order_queries, order_keys = sorting.ORDERS[config.sort]
+    query_order = order_queries(q, config.segment, None)
+    key_order = order_keys(k, config.segment, key_mask)
+    query_stats = pool_blocks(q, query_order, config.block_size)
+    return Arrangement(query_order, query_stats, key_order, pool_blocks(k, key_order, config.block_size))
 
 
 def _choose_eagerly(
@@ -169,45 +179,58 @@ def _choose_eagerly(
 
 
 def _reference() -> Backend:
-    pool_tokens = functools.partial(_pool_only, pooling.pool_blocks)
-    return Backend("reference", sorting.ORDERS, pool_tokens, _choose_eagerly, sparse.sparse_attention)
+    arrange = functools.partial(_arrange_in_stages, pooling.pool_blocks)
+    return Backend("reference", arrange, _choose_eagerly, sparse.sparse_attention)
 
 
 def _cpu() -> Backend:
     from baatt.kernels import cpu
 
-    pool_tokens = functools.partial(_pool_only, cpu.pool_blocks)
-    return Backend("cpu", sorting.ORDERS, pool_tokens, _choose_eagerly, cpu.sparse_attention)
+    arrange = functools.partial(_arrange_in_stages, cpu.pool_blocks)
+    return Backend("cpu", arrange, _choose_eagerly, cpu.sparse_attention)
 
 
 def _choose_on_gpu(query_stats: BlockStats, key_stats: BlockStats, config: BAAttConfig, scale: float) -> BlockSelection:
     from baatt.kernels import triton_selection
 
-    score = functools.partial(scoring.SCORES[config.score], scale=scale, beta=config.beta)
+    twins: dict[scoring.ScoreFunction, scoring.ScoreFunction] = {
+        scoring.covariance_score: triton_selection.covariance_score
+    }
+    function = scoring.SCORES[config.score]
+    score = functools.partial(twins.get(function, function), scale=scale, beta=config.beta)
     return triton_selection.choose_blocks(query_stats, key_stats, score, config.sparsity)
 
 
-def _gpu_orders() -> Mapping[str, tuple[sorting.OrderFunction, sorting.OrderFunction]]:
-    from baatt.kernels import triton_sorting
+def _arrange_on_gpu(
+    q: Tensor, k: Tensor, v: Tensor | None, config: BAAttConfig, key_mask: Tensor | None
+) -> Arrangement:
+    """By the kernel, which makes the orders it knows itself and follows any other."""
+    from baatt.kernels import triton_arrangement
 
-    twins: dict[sorting.OrderFunction, sorting.OrderFunction] = {sorting.by_norm: triton_sorting.by_norm}
-    return {
-        sort: (twins.get(queries, queries), twins.get(keys, keys)) for sort, (queries, keys) in sorting.ORDERS.items()
-    }
+    def order(x: Tensor, function: sorting.OrderFunction, mask: Tensor | None) -> TokenOrder | str:
+        longest = x.shape[2] if config.segment is None else min(config.segment, x.shape[2])
+        known = function.__name__ in triton_arrangement.ORDERS
+        if known and (function is not sorting.by_norm or longest <= triton_arrangement.LONGEST):
+            return function.__name__
+        return function(x, config.segment, mask)
+
+    order_queries, order_keys = sorting.ORDERS[config.sort]
+    return triton_arrangement.arrange(
+        q, k, v, order(q, order_queries, None), order(k, order_keys, key_mask),
+        segment=config.segment, key_mask=key_mask, block_size=config.block_size,
+    )  # fmt: skip
 
 
 def _triton() -> Backend:
-    from baatt.kernels import triton_attention, triton_pooling
+    from baatt.kernels import triton_attention
 
-    return Backend(
-        "triton", _gpu_orders(), triton_pooling.pool_tokens, _choose_on_gpu, triton_attention.sparse_attention
-    )
+    return Backend("triton", _arrange_on_gpu, _choose_on_gpu, triton_attention.sparse_attention)
 
 
 def _hopper() -> Backend:
-    from baatt.kernels import hopper, triton_pooling
+    from baatt.kernels import hopper
 
-    return Backend("hopper", _gpu_orders(), triton_pooling.pool_tokens, _choose_on_gpu, hopper.sparse_attention)
+    return Backend("hopper", _arrange_on_gpu, _choose_on_gpu, hopper.sparse_attention)
 
 
 _BACKENDS: Mapping[str, Callable[[], Backend]] = {

@@ -38,15 +38,21 @@ class BlockStats(NamedTuple):
     size: Tensor
 
 
-class PooledTokens(NamedTuple):
-    """What one pass over the sorted tokens leaves: the blocks' moments and, from kernels that make one, the copy.
+class Arrangement(NamedTuple):
+    """Both sides in order and pooled, before anything is scored.
 
-    stats: `BlockStats` of the sorted tokens; tokens: [B, H or G, N or M, D], contiguous, in sorted order, masked tokens
-    0, or None where attention gathers from the original.
+    query_order, key_order: `TokenOrder`; query_stats, key_stats: `BlockStats` of the sorted tokens; sorted_q
+    [B, H, N, D], sorted_k and sorted_v [B, G, M, D]: contiguous copies in sorted order, masked tokens 0, from kernels
+    that make them, else None.
     """
 
-    stats: BlockStats
-    tokens: Tensor | None
+    query_order: TokenOrder
+    query_stats: BlockStats
+    key_order: TokenOrder
+    key_stats: BlockStats
+    sorted_q: Tensor | None = None
+    sorted_k: Tensor | None = None
+    sorted_v: Tensor | None = None
 
 
 class BlockSelection(NamedTuple):

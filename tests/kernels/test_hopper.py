@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.disasm import get_sass
-from baatt.kernels.hopper_kernel import attention_kernel as kernel, gl, mbarrier_stages
+from baatt.kernels.hopper_kernel import attention_kernel as kernel, gl, ring_stages
 
 channels, dtype = int(sys.argv[1]), sys.argv[2]
 element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
@@ -31,7 +31,7 @@ signature = {name: "i32" for name in kernel.arg_names}
 signature |= {"q_descriptor": descriptor(64), "k_descriptor": descriptor(128), "v_descriptor": descriptor(128)}
 signature |= {"index_ptr": "*i32", "count_ptr": "*i32", "order_ptr": "*i64", "length_ptr": "*i64"}
 signature |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "scale_log2": "fp32"}
-values = {"BLOCK": 128, "CHANNELS": channels, "STAGES": mbarrier_stages(channels), "DTYPE": element}
+values = {"BLOCK": 128, "CHANNELS": channels, "STAGES": ring_stages(channels), "DTYPE": element}
 signature |= {name: "constexpr" for name in values}
 constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
 compiled = triton.compile(

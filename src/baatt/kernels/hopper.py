@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baatt.kernels.hopper_kernel import attention_kernel, gl, mbarrier_stages
+from baatt.kernels.hopper_kernel import attention_kernel, gl, ring_stages
 from baatt.types import BlockSelection, Partial, TokenOrder
 
 BLOCK = 128
+#: Blocks that a multiprocessor walks through before all of them start together again.
+IN_STEP = 800
 CHANNELS = (64, 128)
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -49,14 +51,15 @@ def sparse_attention(
     scale: float,
     sorted_q: Tensor | None = None,
     sorted_k: Tensor | None = None,
+    sorted_v: Tensor | None = None,
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
-    from baatt.kernels.triton_pooling import permute
+    from baatt.kernels.triton_arrangement import permute
 
     return attend_sorted(
         permute(q, query_order) if sorted_q is None else sorted_q,
         permute(k, key_order) if sorted_k is None else sorted_k,
-        permute(v, key_order),
+        permute(v, key_order) if sorted_v is None else sorted_v,
         query_order,
         key_order.length,
         selection,
@@ -105,12 +108,15 @@ def attend_sorted(
         _descriptor(v, (batch * groups, keys, channels), BLOCK, dtype),
     )
     index = selection.index.contiguous()
-    attention_kernel[(min(tiles, _multiprocessors(q.device)),)](
-        *descriptors,
-        index, selection.count.contiguous(), query_order.index.contiguous(), key_length, out, lse,
-        tiles, query_blocks, index.shape[-1], heads, groups, tokens, scale * math.log2(math.e),
-        BLOCK=BLOCK, CHANNELS=channels, STAGES=mbarrier_stages(channels), DTYPE=dtype, num_warps=4,
-    )  # fmt: skip
+    chunk = _tiles_per_launch(tiles, index.shape[-1], 2 * k[0, 0].nbytes, q.device)
+    for first_tile in range(0, tiles, chunk):
+        last_tile = min(first_tile + chunk, tiles)
+        attention_kernel[(min(last_tile - first_tile, _multiprocessors(q.device)),)](
+            *descriptors,
+            index, selection.count.contiguous(), query_order.index.contiguous(), key_length, out, lse,
+            first_tile, last_tile, query_blocks, index.shape[-1], heads, groups, tokens, scale * math.log2(math.e),
+            BLOCK=BLOCK, CHANNELS=channels, STAGES=ring_stages(channels), DTYPE=dtype, num_warps=4,
+        )  # fmt: skip
     return Partial(out, lse)
 
 
@@ -120,6 +126,18 @@ def _descriptor(x: Tensor, shape: tuple[int, int, int], rows: int, dtype: Any) -
 
     layout = gl.NVMMASharedLayout.get_default_for([1, rows, shape[2]], dtype)
     return TensorDescriptor(x, list(shape), [shape[1] * shape[2], shape[2], 1], [1, rows, shape[2]], layout)
+
+
+def _tiles_per_launch(tiles: int, capacity: int, bytes_per_head: int, device: torch.device) -> int:
+    """All of them, unless K and V of one head are more than half of the L2 cache.
+
+    Ascending lists make all multiprocessors sweep over the same keys at the same time, so that a block comes from
+    memory once for all of them, as long as they keep in step. A new launch puts them back in step.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    if 2 * bytes_per_head <= properties.L2_cache_size:
+        return tiles
+    return properties.multi_processor_count * max(1, round(IN_STEP / capacity))
 
 
 @functools.cache

@@ -11,9 +11,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
-def mbarrier_stages(channels: int) -> int:
+def ring_stages(channels: int) -> int:
     """Blocks of K and of V in shared memory at once: what fits into 227 KiB beside Q."""
-    return 2 if channels == 128 else 4
+    return 3 if channels == 128 else 4
 
 
 @gluon.jit
@@ -36,14 +36,14 @@ def load_block(descriptor, row, block, full, empty, ring, entry, BLOCK: gl.const
 def produce(
     q_descriptor, k_descriptor, v_descriptor, q_tiles, k_ring, v_ring,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
-    tiles, query_blocks, capacity, heads, groups,
+    first_tile, last_tile, query_blocks, capacity, heads, groups,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: Q halves, then K one entry ahead of V, from the back of the list."""
     HALF: gl.constexpr = BLOCK // 2
     entry = 0
     turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
         head_entry = tile // query_blocks
         query_block = tile % query_blocks
         row = key_head(head_entry, heads, groups)
@@ -72,7 +72,7 @@ def produce(
 def consume(
     q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
-    tiles, query_blocks, capacity, heads, tokens, scale_log2,
+    first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
     HALF: gl.constexpr, BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: rows HALF * 64 to HALF * 64 + 63 of every tile."""
@@ -87,7 +87,7 @@ def consume(
     no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=score_layout)
     entry = 0
     turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
         head_entry = tile // query_blocks
         count = gl.maximum(gl.load(count_ptr + tile), 1)
         last_block = gl.load(index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1)
@@ -157,7 +157,7 @@ def consume(
 @gluon.jit
 def attention_kernel(
     q_descriptor, k_descriptor, v_descriptor, index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
-    tiles, query_blocks, capacity, heads, groups, tokens, scale_log2,
+    first_tile, last_tile, query_blocks, capacity, heads, groups, tokens, scale_log2,
     BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Persistent block-sparse attention; see `baatt.kernels.hopper.attend_sorted`."""
@@ -185,7 +185,7 @@ def attention_kernel(
                 (
                     q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
-                    tiles, query_blocks, capacity, heads, tokens, scale_log2,
+                    first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     0, BLOCK, CHANNELS, STAGES, DTYPE,
                 ),
             ),
@@ -194,7 +194,7 @@ def attention_kernel(
                 (
                     q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
-                    tiles, query_blocks, capacity, heads, tokens, scale_log2,
+                    first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     1, BLOCK, CHANNELS, STAGES, DTYPE,
                 ),
             ),
@@ -203,7 +203,7 @@ def attention_kernel(
                 (
                     q_descriptor, k_descriptor, v_descriptor, q_tiles, k_ring, v_ring,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
-                    tiles, query_blocks, capacity, heads, groups, BLOCK, STAGES,
+                    first_tile, last_tile, query_blocks, capacity, heads, groups, BLOCK, STAGES,
                 ),
             ),
         ],

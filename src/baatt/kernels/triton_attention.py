@@ -48,14 +48,15 @@ def sparse_attention(
     scale: float,
     sorted_q: Tensor | None = None,
     sorted_k: Tensor | None = None,
+    sorted_v: Tensor | None = None,
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
-    from baatt.kernels.triton_pooling import permute
+    from baatt.kernels.triton_arrangement import permute
 
     return attend_sorted(
         permute(q, query_order) if sorted_q is None else sorted_q,
         permute(k, key_order) if sorted_k is None else sorted_k,
-        permute(v, key_order),
+        permute(v, key_order) if sorted_v is None else sorted_v,
         query_order,
         key_order.length,
         selection,

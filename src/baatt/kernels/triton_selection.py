@@ -1,4 +1,4 @@
-"""Scores and selection on the GPU: the product of block features, and the twin of `stages.selection`.
+"""Scores and selection on the GPU: twins of `stages.scoring.covariance_score` and of `stages.selection`.
 
 Scores exist for a slab of query blocks at a time, so memory is the result's [I, K] and a bounded slab of [I, J], never
 all of it. A kept list comes out ascending because it is cut from its row by a threshold and not sorted. Nothing waits
@@ -6,28 +6,30 @@ for the device, and neither rounding nor ties depend on the batch.
 """
 
 import math
+import struct
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
-from einops import repeat
 from torch import Tensor
 
 from baatt.types import BlockSelection, BlockStats
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
+TILE = 64
+FEW = 64  # programs, when smaller tiles for more of them are faster
 
 
 def choose_blocks(
-    query_stats: BlockStats, key_stats: BlockStats, score: Callable[..., Tensor], sparsity: float
+    query_stats: BlockStats, key_stats: BlockStats, score: Callable[[BlockStats, BlockStats], Tensor], sparsity: float
 ) -> BlockSelection:
     """Score every block pair and keep the K best of every row (E5, E7), ties to the lower id.
 
     Args:
         query_stats: of [B, H, I] blocks.
         key_stats: of [B, G, J] blocks.
-        score: (query_stats, key_stats, *, product) -> [B, H, I, J].
+        score: (query_stats, key_stats) -> [B, H, I, J], called with slabs of query blocks.
         sparsity: share of key blocks skipped.
 
     Returns:
@@ -36,64 +38,81 @@ def choose_blocks(
     batch, heads, query_blocks, _ = query_stats.mean.shape
     key_blocks = key_stats.mean.shape[2]
     capacity = max(1, math.ceil((1 - sparsity) * key_blocks))
-    available = (key_stats.size > 0).sum(-1)
-    count = ((1 - sparsity) * available.double()).ceil().long().clamp(min=1).minimum(available).int()
-    index = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=count.device)
+    index = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=key_stats.mean.device)
+    selection = BlockSelection(index, torch.empty(index.shape[:3], dtype=torch.int32, device=index.device))
     rows = max(1, min(query_blocks, SLAB_SCORES // (batch * heads * key_blocks)))
     for start in range(0, query_blocks, rows):
         slab = slice(start, start + rows)
-        part = BlockStats(query_stats.mean[:, :, slab], query_stats.variance[:, :, slab], query_stats.size)
-        _select(score(part, key_stats, product=product), count, index, start)
-    return BlockSelection(index, repeat(count, "b -> b h i", h=heads, i=query_blocks).contiguous())
+        part = BlockStats(query_stats.mean[:, :, slab], query_stats.variance[:, :, slab], query_stats.size[:, slab])
+        _select(score(part, key_stats).contiguous(), key_stats.size, sparsity, selection, start)
+    return selection
 
 
-def product(query_features: Tensor, key_features: Tensor) -> Tensor:
-    """[B, H, I, F] times [B, G, J, F] -> [B, H, I, J] in fp32; twin of `stages.scoring.feature_product`."""
-    batch, heads, query_blocks, features = query_features.shape
-    groups, key_blocks = key_features.shape[1:3]
-    query_features, key_features = query_features.contiguous(), key_features.contiguous()
-    scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_features.device)
-    tile = 64
+def covariance_score(query_stats: BlockStats, key_stats: BlockStats, *, scale: float, beta: float) -> Tensor:
+    """E4 and E5 in one kernel that makes the features as it multiplies; see `stages.scoring.covariance_score`."""
+    query_mean, query_variance = query_stats.mean, query_stats.variance
+    key_mean, key_variance = (x.contiguous() for x in (key_stats.mean, key_stats.variance))
+    if query_mean.stride() != query_variance.stride() or query_mean.stride(-1) != 1:
+        query_mean, query_variance = query_mean.contiguous(), query_variance.contiguous()
+    batch, heads, query_blocks, channels = query_mean.shape
+    groups, key_blocks = key_mean.shape[1:3]
+    scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_mean.device)
+    tile = TILE if triton.cdiv(query_blocks, TILE) * triton.cdiv(key_blocks, TILE) * batch * heads > FEW else 16
     grid = (triton.cdiv(query_blocks, tile) * triton.cdiv(key_blocks, tile), batch * heads)
-    _product_kernel[grid](
-        query_features, key_features, scores, heads, groups, query_blocks, key_blocks,
-        FEATURES=features, TILE=tile, DEPTH=32, num_warps=4,
+    _covariance_kernel[grid](
+        query_mean, query_variance, key_mean, key_variance, key_stats.size.contiguous(), scores,
+        *query_mean.stride()[:3], heads, groups, query_blocks, key_blocks, scale, beta * scale * scale,
+        CHANNELS=channels, TILE=tile, DEPTH=32, COMPENSATE=beta != 0, num_warps=4,
     )  # fmt: skip
     return scores
 
 
-def _select(scores: Tensor, count: Tensor, index: Tensor, start: int) -> None:
-    """Fill rows `start` and following of `index` from scores [B, H, i, J]."""
+def _select(scores: Tensor, key_size: Tensor, sparsity: float, selection: BlockSelection, start: int) -> None:
+    """Fill rows `start` and following of `selection` from scores [B, H, i, J]."""
     batch, heads, rows, key_blocks = scores.shape
     width = max(16, triton.next_power_of_2(key_blocks))
+    share = struct.unpack("<q", struct.pack("<d", 1 - sparsity))[0]  # a float argument would be rounded to fp32
     _select_kernel[(rows, batch * heads)](
-        scores, count, index, heads, rows, key_blocks, index.shape[2], index.shape[3], start,
+        scores, key_size, selection.count, selection.index, heads, rows, key_blocks,
+        selection.index.shape[2], selection.index.shape[3], start, share,
         WIDTH=width, num_warps=min(16, max(1, width // 1024)),
     )  # fmt: skip
 
 
 @triton.jit
-def _product_kernel(
-    query_ptr, key_ptr, scores_ptr, heads, groups, query_blocks, key_blocks,
-    FEATURES: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+def _covariance_kernel(
+    query_mean_ptr, query_variance_ptr, key_mean_ptr, key_variance_ptr, size_ptr, scores_ptr,
+    stride_batch, stride_head, stride_block, heads, groups, query_blocks, key_blocks, scale, weight,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, COMPENSATE: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(key_blocks, TILE)
     head_entry = tl.program_id(1).to(tl.int64)
-    key_entry = (head_entry // heads) * groups + (head_entry % heads) // (heads // groups)
+    entry = head_entry // heads
+    key_entry = entry * groups + (head_entry % heads) // (heads // groups)
     rows = (tl.program_id(0) // column_tiles) * TILE + tl.arange(0, TILE)
     columns = (tl.program_id(0) % column_tiles) * TILE + tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH)
-    query_offsets = (head_entry * query_blocks + rows)[:, None] * FEATURES + depth[None, :]
-    key_offsets = (key_entry * key_blocks + columns)[None, :] * FEATURES + depth[:, None]
+    start = entry * stride_batch + (head_entry % heads) * stride_head
+    query_offsets = start + rows[:, None] * stride_block + depth[None, :]
+    key_offsets = (key_entry * key_blocks + columns)[None, :] * CHANNELS + depth[:, None]
     accumulator = tl.zeros([TILE, TILE], tl.float32)
-    for step in range(0, FEATURES, DEPTH):
-        inside = step + depth < FEATURES
-        left_mask = (rows < query_blocks)[:, None] & inside[None, :]
-        right_mask = (columns < key_blocks)[None, :] & inside[:, None]
-        left = tl.load(query_ptr + query_offsets + step, mask=left_mask, other=0.0)
-        right = tl.load(key_ptr + key_offsets + step, mask=right_mask, other=0.0)
+    for step in range(0, CHANNELS, DEPTH):
+        inside = step + depth < CHANNELS
+        query_mask = (rows < query_blocks)[:, None] & inside[None, :]
+        key_mask = (columns < key_blocks)[None, :] & inside[:, None]
+        query_mean = tl.load(query_mean_ptr + query_offsets + step, mask=query_mask, other=0.0)
+        key_mean = tl.load(key_mean_ptr + key_offsets + step, mask=key_mask, other=0.0)
         # Three products of tf32 parts: 21 bits of mantissa, on the matrix units.
-        accumulator = tl.dot(left, right, accumulator, input_precision="tf32x3")
+        accumulator = tl.dot(scale * query_mean, key_mean, accumulator, input_precision="tf32x3")
+        if COMPENSATE:
+            query_variance = tl.load(query_variance_ptr + query_offsets + step, mask=query_mask, other=0.0)
+            key_variance = tl.load(key_variance_ptr + key_offsets + step, mask=key_mask, other=0.0)
+            key_square = key_mean * key_mean + key_variance
+            accumulator = tl.dot(weight * query_variance, key_square, accumulator, input_precision="tf32x3")
+            query_square = weight * query_mean * query_mean
+            accumulator = tl.dot(query_square, key_variance, accumulator, input_precision="tf32x3")
+    filled = tl.load(size_ptr + entry * key_blocks + columns, mask=columns < key_blocks, other=0) > 0
+    accumulator = tl.where(filled[None, :], accumulator, float("-inf"))
     offsets = (head_entry * query_blocks + rows)[:, None] * key_blocks + columns[None, :]
     tl.store(scores_ptr + offsets, accumulator, mask=(rows < query_blocks)[:, None] & (columns < key_blocks)[None, :])
 
@@ -108,13 +127,19 @@ def _ordered(scores):
 
 @triton.jit
 def _select_kernel(
-    scores_ptr, count_ptr, index_ptr, heads, rows, key_blocks, query_blocks, capacity, start, WIDTH: tl.constexpr
-):
+    scores_ptr, size_ptr, count_ptr, index_ptr, heads, rows, key_blocks, query_blocks, capacity, start, share,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
     head_entry = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0)
-    count = tl.load(count_ptr + head_entry // heads)
     columns = tl.arange(0, WIDTH)
     inside = columns < key_blocks
+    filled = tl.load(size_ptr + head_entry // heads * key_blocks + columns, mask=inside, other=0) > 0
+    available = tl.sum(filled.to(tl.int32), axis=0)
+    wanted = tl.ceil((share + tl.zeros([1], tl.int64)).to(tl.float64, bitcast=True) * available.to(tl.float64))
+    count = tl.minimum(tl.maximum(tl.max(wanted, axis=0).to(tl.int32), 1), available)
+    list_start = head_entry * query_blocks + start + row
+    tl.store(count_ptr + list_start, count)
     scores = tl.load(scores_ptr + (head_entry * rows + row) * key_blocks + columns, mask=inside, other=float("-inf"))
     values = tl.where(inside, _ordered(scores), 0)
     # The largest threshold that at least `count` values reach, bit by bit.
@@ -129,7 +154,7 @@ def _select_kernel(
     room = count - tl.sum(above.to(tl.int32), axis=0)
     kept = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
     place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    list_ptr = index_ptr + (head_entry * query_blocks + start + row) * capacity
+    list_ptr = index_ptr + list_start * capacity
     tl.store(list_ptr + place, columns, mask=kept & inside)
     # What lies beyond `count` repeats the last kept block, 0 where none is.
     last = tl.max(tl.where(kept & inside, columns, 0), axis=0)

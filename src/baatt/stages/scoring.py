@@ -15,36 +15,9 @@ from torch import Tensor
 from baatt.types import BlockStats
 
 ScoreFunction = Callable[..., Tensor]
-Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def feature_product(query_features: Tensor, key_features: Tensor) -> Tensor:
-    """Products of block features, one matrix product per key head with its query heads as further rows.
-
-    Not a batched product: its rounding depends on the batch size, and with it which of two close blocks is kept.
-
-    Args:
-        query_features: [B, H, I, F].
-        key_features: [B, G, J, F], H % G == 0.
-
-    Returns:
-        [B, H, I, J].
-    """
-    batch, groups = key_features.shape[:2]
-    rows = rearrange(query_features, "b (g r) i f -> (b g) (r i) f", g=groups)
-    columns = rearrange(key_features, "b g j f -> (b g) f j")
-    scores = torch.stack([row @ column for row, column in zip(rows, columns, strict=True)])
-    return rearrange(scores, "(b g) (r i) j -> b (g r) i j", b=batch, g=groups, i=query_features.shape[2])
-
-
-def covariance_score(
-    query_stats: BlockStats,
-    key_stats: BlockStats,
-    *,
-    scale: float,
-    beta: float,
-    product: Product = feature_product,
-) -> Tensor:
+def covariance_score(query_stats: BlockStats, key_stats: BlockStats, *, scale: float, beta: float) -> Tensor:
     """Logit of the block means plus beta times the logits' variance inside the block pair (E4, E5).
 
     l~ = s q_bar.k_bar + beta s^2 (Var q.(k_bar^2 + Var k) + q_bar^2.Var k), with s = `scale`. The paper's 1/D is s^2 at
@@ -55,7 +28,6 @@ def covariance_score(
         key_stats: of [B, G, J] key blocks, H % G == 0.
         scale: s, the factor on q.k.
         beta: weight of the compensation; 0 leaves E4.
-        product: `feature_product` or a twin of it.
 
     Returns:
         [B, H, I, J] float32 (float64 for float64 statistics), -inf for key blocks without a token.
@@ -68,7 +40,7 @@ def covariance_score(
         weight = beta * scale * scale
         query_features = torch.cat([scale * query_mean, weight * query_variance, weight * query_mean.square()], dim=-1)
         key_features = torch.cat([key_mean, key_mean.square() + key_variance, key_variance], dim=-1)
-    scores = product(query_features, key_features)
+    scores = _product(query_features, key_features)
     return scores.masked_fill(rearrange(key_stats.size == 0, "b j -> b 1 1 j"), -math.inf)
 
 
@@ -85,5 +57,17 @@ def block_distribution(scores: Tensor) -> Tensor:
     return scores.masked_fill(unreachable, 0).softmax(dim=-1).masked_fill(unreachable, 0)
 
 
-#: score -> score(query_stats, key_stats, *, scale, beta, product)
+def _product(query_features: Tensor, key_features: Tensor) -> Tensor:
+    """[B, H, I, F] times [B, G, J, F] -> [B, H, I, J], a product per key head with its query heads as further rows.
+
+    Not a batched product: its rounding depends on the batch size, and with it which of two close blocks is kept.
+    """
+    batch, groups = key_features.shape[:2]
+    rows = rearrange(query_features, "b (g r) i f -> (b g) (r i) f", g=groups)
+    columns = rearrange(key_features, "b g j f -> (b g) f j")
+    scores = torch.stack([row @ column for row, column in zip(rows, columns, strict=True)])
+    return rearrange(scores, "(b g) (r i) j -> b (g r) i j", b=batch, g=groups, i=query_features.shape[2])
+
+
+#: score -> score(query_stats, key_stats, *, scale, beta)
 SCORES: dict[str, ScoreFunction] = {"covariance": covariance_score}

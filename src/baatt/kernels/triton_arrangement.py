@@ -1,0 +1,345 @@
+"""Sorts, pools and copies the tokens on the GPU: the twin of `stages.sorting` and `stages.pooling`.
+
+Three launches, each for both sides: norms; orders, where a program sorts the 64-bit numbers of norm and position of one
+segment, so that equal norms keep their order; copies, where a program gathers one block of q, k or v, writes it out and
+takes mean and variance from the same registers. A single launch per segment for everything was slower: there are too
+few segments to keep the memory busy. An order that is not made here is given.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baatt.types import Arrangement, BlockStats, TokenOrder
+
+LONGEST = 4096
+#: Tokens per program where nothing is sorted.
+STRETCH = 1024
+MANY_TOKENS = 2**20
+MANY_SEGMENTS = 1024
+#: Orders the kernel makes itself, by the names of their stages.
+ORDERS = ("by_norm", "by_position")
+
+
+class _Side(NamedTuple):
+    """The order of one side, queries or keys, and what the launches that make it need."""
+
+    x: Tensor
+    order: TokenOrder
+    rule: str
+    positions: Tensor | None
+    norms: Tensor | None
+    segment: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the kernels that fill `order`."""
+        return self.positions, self.norms, *self.order, *self.x.shape[1:3]
+
+    def programs(self, tokens: int) -> int:
+        """How many stretches of so many tokens there are."""
+        batch, heads, length, _ = self.x.shape
+        return batch * heads * triton.cdiv(length, tokens)
+
+    @property
+    def width(self) -> int:
+        """Of the sorting network."""
+        return max(16, triton.next_power_of_2(self.segment))
+
+
+def arrange(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    query_order: TokenOrder | str,
+    key_order: TokenOrder | str,
+    *,
+    segment: int | None,
+    key_mask: Tensor | None,
+    block_size: int,
+) -> Arrangement:
+    """Order both sides (E2), and on the way copy the tokens in that order and take their blocks' moments (E3).
+
+    Args:
+        q: [B, H, N, D], any strides.
+        k: [B, G, M, D], any strides; v: the same shape, or None.
+        query_order, key_order: a name in `ORDERS`, or an order that exists already and is followed.
+        segment: tokens per sorting segment, at most `LONGEST` unless the sequence is shorter; None = all.
+        key_mask: [B, M] bool, True = the key counts; without effect on a given order.
+        block_size: P.
+
+    Returns:
+        Arrangement with sorted copies of q, k and, where given, v.
+    """
+    queries, keys = _prepare(q, query_order, None, segment), _prepare(k, key_order, key_mask, segment)
+    columns = max(16, triton.next_power_of_2(q.shape[-1]))
+    masked = key_mask is not None
+    if queries.norms is not None or keys.norms is not None:
+        _take_norms(queries, keys, columns, masked)
+    if queries.rule != "given" or keys.rule != "given":
+        programs = [side.programs(side.segment) for side in (queries, keys)]
+        _order_kernel[(sum(programs),)](
+            *queries.arguments, queries.segment, *keys.arguments, keys.segment, programs[0],
+            QUERY_RULE=queries.rule, QUERY_WIDTH=queries.width, KEY_RULE=keys.rule, KEY_WIDTH=keys.width,
+            KEYS_MASKED=masked, num_warps=sorting_warps(sum(programs), max(queries.width, keys.width)),
+        )  # fmt: skip
+    query_stats, key_stats = (_room_for_stats(x, block_size) for x in (q, k))
+    sorted_q, sorted_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    sorted_v = None if v is None else torch.empty_like(sorted_k)
+    programs = [side.programs(block_size) for side in (queries, keys)]
+    _gather_kernel[(programs[0] + programs[1] * (1 if v is None else 2),)](
+        q, *queries.order, sorted_q, *query_stats, *q.stride(), *q.shape[1:3],
+        k, *keys.order, sorted_k, *key_stats, *k.stride(), *k.shape[1:3],
+        v, sorted_v, *(k if v is None else v).stride(), *programs,
+        BLOCK=block_size, CHANNELS=q.shape[-1], COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return Arrangement(queries.order, query_stats, keys.order, key_stats, sorted_q, sorted_k, sorted_v)
+
+
+def permute(x: Tensor, order: TokenOrder) -> Tensor:
+    """The sorted tokens alone: [B, H, N, D] contiguous, tokens from `order.length` on are 0."""
+    batch, heads, tokens, channels = x.shape
+    copy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    columns, rows = max(16, triton.next_power_of_2(channels)), 64
+    _permute_kernel[(triton.cdiv(tokens, rows) * batch * heads,)](
+        x, order.index.contiguous(), order.length.contiguous(), copy, *x.stride(), heads, tokens,
+        BLOCK=rows, CHANNELS=channels, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return copy
+
+
+def _room_for_stats(x: Tensor, block_size: int) -> BlockStats:
+    batch, heads, tokens, channels = x.shape
+    blocks = triton.cdiv(tokens, block_size)
+    moments = torch.empty(2, batch, heads, blocks, channels, dtype=torch.float32, device=x.device)
+    return BlockStats(*moments, torch.empty(batch, blocks, dtype=torch.int64, device=x.device))
+
+
+def _prepare(x: Tensor, order: TokenOrder | str, mask: Tensor | None, segment: int | None) -> _Side:
+    """One side's order, still to be filled unless it is given."""
+    batch, heads, tokens, _ = x.shape
+    positions, norms, rule = None, None, "given"
+    if isinstance(order, TokenOrder):
+        order = TokenOrder(order.index.contiguous(), order.length.contiguous())
+    else:
+        rule = order
+        index = torch.empty(batch, heads, tokens, dtype=torch.int64, device=x.device)
+        if mask is None:
+            length = torch.empty(batch, dtype=torch.int64, device=x.device)
+        else:
+            length, positions = mask.sum(-1), (~mask).byte().argsort(dim=-1, stable=True)
+        order = TokenOrder(index, length)
+    if rule == "by_norm":
+        norms = torch.empty(batch, heads, tokens, dtype=torch.int32, device=x.device)
+        segment = min(tokens, segment or tokens)
+    else:
+        segment = min(tokens, STRETCH)
+    return _Side(x, order, rule, positions, norms, segment)
+
+
+def _take_norms(queries: _Side, keys: _Side, columns: int, masked: bool) -> None:
+    many = sum(side.norms.numel() for side in (queries, keys) if side.norms is not None) > MANY_TOKENS
+    rows = max(16, min(128 if many else 64, 16384 // columns))
+    programs = [0 if side.norms is None else side.programs(rows) for side in (queries, keys)]
+    _norm_kernel[(sum(programs),)](
+        queries.x, *queries.arguments, *queries.x.stride(), keys.x, *keys.arguments, *keys.x.stride(), programs[0],
+        KEYS_MASKED=masked, CHANNELS=keys.x.shape[-1], COLUMNS=columns, ROWS=rows, num_warps=8,
+    )  # fmt: skip
+
+
+def sorting_warps(programs: int, width: int) -> int:
+    """Warps per segment: a network inside one warp needs no barriers, but a few segments alone want more of them."""
+    return max(width // 1024, 1 if programs > MANY_SEGMENTS else 4)
+
+
+@triton.jit
+def _norm_kernel(
+    q_ptr, no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries,
+    q_stride_batch, q_stride_head, q_stride_token, q_stride_channel,
+    k_ptr, positions_ptr, k_norms_ptr, k_order_ptr, k_length_ptr, groups, keys,
+    k_stride_batch, k_stride_head, k_stride_token, k_stride_channel, query_programs,
+    KEYS_MASKED: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Programs of query rows first, then those of key rows."""
+    program = tl.program_id(0)
+    if program < query_programs:
+        if q_norms_ptr is not None:
+            _norm_rows(
+                program, q_ptr, no_positions_ptr, q_norms_ptr, q_length_ptr, heads, queries,
+                q_stride_batch, q_stride_head, q_stride_token, q_stride_channel, False, CHANNELS, COLUMNS, ROWS,
+            )  # fmt: skip
+    elif k_norms_ptr is not None:
+        _norm_rows(
+            program - query_programs, k_ptr, positions_ptr, k_norms_ptr, k_length_ptr, groups, keys,
+            k_stride_batch, k_stride_head, k_stride_token, k_stride_channel, KEYS_MASKED, CHANNELS, COLUMNS, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _norm_rows(
+    program, x_ptr, positions_ptr, norms_ptr, length_ptr, heads, tokens,
+    stride_batch, stride_head, stride_token, stride_channel,
+    MASKED: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Squared norms as integers in their order; masked tokens stand last and are infinite."""
+    tiles = tl.cdiv(tokens, ROWS)
+    head_entry = (program // tiles).to(tl.int64)
+    entry = head_entry // heads
+    rows = (program % tiles) * ROWS + tl.arange(0, ROWS)
+    source = rows.to(tl.int64)
+    counted = rows < tokens
+    if MASKED:
+        source = tl.load(positions_ptr + entry * tokens + rows, mask=rows < tokens, other=0)
+        counted = rows < tl.load(length_ptr + entry)
+    x_ptr += entry * stride_batch + (head_entry % heads) * stride_head
+    members = _load_rows(x_ptr, source, counted, stride_token, stride_channel, CHANNELS, COLUMNS).to(tl.float32)
+    squares = tl.sum(members * members, axis=1)
+    squares = tl.where(counted & (squares == squares), squares, float("inf"))  # NaN counts as infinite
+    # Bits of a float that is not negative sort like the float.
+    tl.store(norms_ptr + head_entry * tokens + rows, squares.to(tl.int32, bitcast=True), mask=rows < tokens)
+
+
+@triton.jit
+def _order_kernel(
+    no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries, query_segment,
+    positions_ptr, k_norms_ptr, k_order_ptr, k_length_ptr, groups, keys, key_segment, query_programs,
+    QUERY_RULE: tl.constexpr, QUERY_WIDTH: tl.constexpr, KEY_RULE: tl.constexpr, KEY_WIDTH: tl.constexpr,
+    KEYS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """Programs of query segments first, then those of key segments."""
+    program = tl.program_id(0)
+    if program < query_programs:
+        _order_segment(
+            program, no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries, query_segment,
+            QUERY_RULE, QUERY_WIDTH, False,
+        )  # fmt: skip
+    else:
+        _order_segment(
+            program - query_programs, positions_ptr, k_norms_ptr, k_order_ptr, k_length_ptr, groups, keys, key_segment,
+            KEY_RULE, KEY_WIDTH, KEYS_MASKED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _order_segment(
+    program, positions_ptr, norms_ptr, order_ptr, length_ptr, heads, tokens, segment,
+    RULE: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    if RULE != "given":
+        segments = tl.cdiv(tokens, segment)
+        first = (program % segments) * segment
+        head_entry = (program // segments).to(tl.int64)
+        places = tl.arange(0, WIDTH)
+        inside = (places < segment) & (first + places < tokens)
+        order = first + places.to(tl.int64)
+        if RULE == "by_norm":
+            # The padding stands behind infinity.
+            norms = tl.load(norms_ptr + head_entry * tokens + first + places, mask=inside, other=0x7FFFFFFF)
+            order = first + (tl.sort((norms.to(tl.int64) << 32) | places) & 0xFFFFFFFF)
+        entry = head_entry // heads
+        if MASKED:
+            order = tl.load(positions_ptr + entry * tokens + order, mask=inside, other=0)
+        else:
+            tl.store(length_ptr + entry, tl.cast(tokens, tl.int64))  # every program the same
+        tl.store(order_ptr + head_entry * tokens + first + places, order, mask=inside)
+
+
+@triton.jit
+def _gather_kernel(
+    q_ptr, q_order_ptr, q_length_ptr, q_copy_ptr, q_mean_ptr, q_variance_ptr, q_size_ptr,
+    q_stride_batch, q_stride_head, q_stride_token, q_stride_channel, heads, queries,
+    k_ptr, k_order_ptr, k_length_ptr, k_copy_ptr, k_mean_ptr, k_variance_ptr, k_size_ptr,
+    k_stride_batch, k_stride_head, k_stride_token, k_stride_channel, groups, keys,
+    v_ptr, v_copy_ptr, v_stride_batch, v_stride_head, v_stride_token, v_stride_channel,
+    query_programs, key_programs,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Programs of query blocks first, then those of key blocks, then those of value blocks."""
+    program = tl.program_id(0)
+    if program < query_programs:
+        members, length = _gather_block(
+            program, q_ptr, q_order_ptr, q_length_ptr, q_copy_ptr,
+            q_stride_batch, q_stride_head, q_stride_token, q_stride_channel, heads, queries, BLOCK, CHANNELS, COLUMNS,
+        )  # fmt: skip
+        _pool_block(
+            program, members, length, q_mean_ptr, q_variance_ptr, q_size_ptr, heads, queries, BLOCK, CHANNELS, COLUMNS
+        )
+    elif program < query_programs + key_programs:
+        program -= query_programs
+        members, length = _gather_block(
+            program, k_ptr, k_order_ptr, k_length_ptr, k_copy_ptr,
+            k_stride_batch, k_stride_head, k_stride_token, k_stride_channel, groups, keys, BLOCK, CHANNELS, COLUMNS,
+        )  # fmt: skip
+        _pool_block(
+            program, members, length, k_mean_ptr, k_variance_ptr, k_size_ptr, groups, keys, BLOCK, CHANNELS, COLUMNS
+        )
+    elif v_ptr is not None:
+        _gather_block(
+            program - query_programs - key_programs, v_ptr, k_order_ptr, k_length_ptr, v_copy_ptr,
+            v_stride_batch, v_stride_head, v_stride_token, v_stride_channel, groups, keys, BLOCK, CHANNELS, COLUMNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _permute_kernel(
+    x_ptr, order_ptr, length_ptr, copy_ptr, stride_batch, stride_head, stride_token, stride_channel, heads, tokens,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    _gather_block(
+        tl.program_id(0), x_ptr, order_ptr, length_ptr, copy_ptr,
+        stride_batch, stride_head, stride_token, stride_channel, heads, tokens, BLOCK, CHANNELS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gather_block(
+    program, x_ptr, order_ptr, length_ptr, copy_ptr,
+    stride_batch, stride_head, stride_token, stride_channel, heads, tokens,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Copies one block of sorted tokens; hands it on, 0 from `length` on, with the length of its entry."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    head_entry = (program // blocks).to(tl.int64)
+    entry = head_entry // heads
+    rows = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
+    length = tl.load(length_ptr + entry).to(tl.int32)
+    x_ptr += entry * stride_batch + (head_entry % heads) * stride_head
+    members = _load_rows(x_ptr, source, rows < length, stride_token, stride_channel, CHANNELS, COLUMNS)
+    columns = tl.arange(0, COLUMNS)
+    targets = (head_entry * tokens + rows)[:, None] * CHANNELS + columns[None, :]
+    tl.store(copy_ptr + targets, members, mask=(rows < tokens)[:, None] & (columns < CHANNELS)[None, :])
+    return members, length
+
+
+@triton.jit
+def _pool_block(
+    program, members, length, mean_ptr, variance_ptr, size_ptr, heads, tokens,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Mean, then variance around it, of the block that stands in registers."""
+    blocks = tl.cdiv(tokens, BLOCK)
+    block = program % blocks
+    head_entry = (program // blocks).to(tl.int64)
+    count = tl.minimum(tl.maximum(length - block * BLOCK, 0), BLOCK)
+    tl.store(size_ptr + head_entry // heads * blocks + block, count.to(tl.int64))  # every head the same
+    members = members.to(tl.float32)
+    divisor = tl.maximum(count, 1).to(tl.float32)
+    mean = tl.sum(members, axis=0) / divisor
+    centred = tl.where((tl.arange(0, BLOCK) < count)[:, None], members - mean[None, :], 0.0)
+    variance = tl.sum(centred * centred, axis=0) / divisor
+    columns = tl.arange(0, COLUMNS)
+    place = (head_entry * blocks + block) * CHANNELS + columns
+    tl.store(mean_ptr + place, mean, mask=columns < CHANNELS)
+    tl.store(variance_ptr + place, variance, mask=columns < CHANNELS)
+
+
+@triton.jit
+def _load_rows(x_ptr, rows, present, stride_token, stride_channel, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of x, 0 where not `present`."""
+    columns = tl.arange(0, COLUMNS)
+    offsets = rows[:, None] * stride_token + columns[None, :].to(tl.int64) * stride_channel
+    return tl.load(x_ptr + offsets, mask=present[:, None] & (columns < CHANNELS)[None, :], other=0.0)

@@ -1,0 +1,90 @@
+"""Order, moments and sorted copies for the GPU against the stages they are twins of, in Triton's interpreter."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("the interpreter is for machines without a GPU; see tests/gpu", allow_module_level=True)
+
+from baatt import BAAttConfig
+from baatt.backend import _arrange_on_gpu
+from baatt.kernels import triton_arrangement
+from baatt.stages import pooling, sorting
+
+CASES = [  # B, H, G, N, M, D, P, segment, masked
+    (2, 4, 2, 75, 90, 40, 16, 32, False),
+    (1, 2, 1, 200, 130, 64, 64, None, False),
+    (2, 2, 2, 101, 140, 16, 32, 64, True),
+    (1, 1, 1, 1, 3, 3, 16, 16, False),
+    (1, 1, 1, 20, 1100, 8, 128, 1152, True),
+]
+
+
+def draw(batch, heads, tokens, channels, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, heads, channels, generator=generator).transpose(1, 2).to(dtype)
+
+
+def case(shape, dtype):
+    batch, heads, groups, queries, keys, channels, block_size, segment, masked = shape
+    q = draw(batch, heads, queries, channels, dtype, 0)
+    k, v = (draw(batch, groups, keys, channels, dtype, seed) for seed in (1, 2))
+    mask = None
+    if masked:
+        mask = torch.rand(batch, keys, generator=torch.Generator().manual_seed(3)) > 0.3
+        if batch > 1:
+            mask[0] = False
+        for x in (k, v):
+            x[~mask[:, None].expand(batch, groups, keys)] = float("nan")
+    return q, k, v, mask, block_size, segment
+
+
+def check_side(x, order, stats, copy, expected, block_size):
+    assert torch.equal(order.index, expected.index)
+    assert torch.equal(order.length, expected.length)
+    eager = pooling.pool_blocks(x, expected, block_size)
+    torch.testing.assert_close(stats.mean, eager.mean, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(stats.variance, eager.variance, atol=2e-6, rtol=2e-6)
+    assert torch.equal(stats.size, eager.size)
+    check_copy(x, expected, copy)
+
+
+def check_copy(x, order, copy):
+    counted = torch.arange(x.shape[2]) < order.length[:, None]
+    rows = x.gather(2, order.index[..., None].expand_as(x))
+    assert torch.equal(copy, torch.where(counted[:, None, :, None], rows, 0))
+    assert torch.equal(triton_arrangement.permute(x, order), copy)
+
+
+@pytest.mark.parametrize("sort", list(sorting.ORDERS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", CASES)
+def test_orders_moments_and_copies(shape, dtype, sort, poisoned_memory):
+    q, k, v, mask, block_size, segment = case(shape, dtype)
+    config = BAAttConfig(block_size=block_size, segment=segment, sort=sort)
+    order_queries, order_keys = sorting.ORDERS[sort]
+    found = _arrange_on_gpu(q, k, v, config, mask)
+    key_order = order_keys(k, segment, mask)
+    check_side(q, found.query_order, found.query_stats, found.sorted_q, order_queries(q, segment, None), block_size)
+    check_side(k, found.key_order, found.key_stats, found.sorted_k, key_order, block_size)
+    check_copy(v, key_order, found.sorted_v)
+    assert _arrange_on_gpu(q, k, None, config, mask).sorted_v is None
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poisoned_memory, monkeypatch):
+    monkeypatch.setattr(triton_arrangement, "LONGEST", 64)
+    q, k, v, mask, block_size, _ = case((2, 2, 2, 150, 140, 16, 32, 128, masked), torch.float32)
+    found = _arrange_on_gpu(q, k, v, BAAttConfig(block_size=block_size, segment=128), mask)
+    expected = sorting.by_norm(q, 128, None), sorting.by_norm(k, 128, mask)
+    check_side(q, found.query_order, found.query_stats, found.sorted_q, expected[0], block_size)
+    check_side(k, found.key_order, found.key_stats, found.sorted_k, expected[1], block_size)
+    check_copy(v, expected[1], found.sorted_v)
+
+
+def test_equal_and_nan_norms_keep_their_order():
+    x = torch.ones(1, 2, 70, 16)
+    x[:, :, 7] = float("nan")
+    found = _arrange_on_gpu(x, x, None, BAAttConfig(block_size=16, segment=32), None)
+    assert torch.equal(found.key_order.index, sorting.by_norm(x, 32, None).index)
