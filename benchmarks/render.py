@@ -45,9 +45,8 @@ def provenance(record: Record) -> str:
 
 
 def commit_name(commit: str) -> str:
-    """First ten characters; a mark such as `+changes` stays."""
-    base, plus, mark = commit.partition("+")
-    return base[:10] + plus + mark
+    """First ten characters; a mark such as `+changes` or `-dirty` stays."""
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]*", r"\1", commit)
 
 
 def device_name(device: Any) -> str:

@@ -133,6 +133,8 @@ def test_every_block_of_the_repository_is_current(capsys):
 def test_uncommitted_changes_are_shown():
     assert render.commit_name("0123456789abcdef") == "0123456789"
     assert render.commit_name("0123456789abcdef+changes") == "0123456789+changes"
+    assert render.commit_name("0123456789abcdef-dirty") == "0123456789-dirty"
+    assert render.commit_name("unknown") == "unknown"
 
 
 def test_optional_blocks_exist():
