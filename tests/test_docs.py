@@ -26,6 +26,8 @@ ROOMS = ("src/", "tests/", "training/", "docs/", "benchmarks/", "examples/")
 NOT_RUN = {"docs/design.md"}
 #: Made by `training/run.sh`, not tracked.
 GENERATED = ("training/data", "training/runs")
+#: The setting of the preset `safe`, as training/evaluate.py calls it.
+SAFE = "sort=qk,dense_layers=0+1"
 #: Rooms that docs/design.md announces.
 PLANNED = {"src/baatt/integrations", "src/baatt/distributed.py"}
 
@@ -143,10 +145,80 @@ def test_the_model_card_states_the_lowest_cell():
     assert f"The lowest cell is `{one['task']}` at {where} tokens, each {counts} ({interval}" in card
 
 
-def test_the_accuracies_are_those_of_the_shipped_weights():
+@pytest.fixture(scope="module")
+def sparse():
+    """The record of every setting and task, each of 200 samples."""
+    records = json.loads(read("benchmarks/results/needles_sparse_h200.json"))["records"]
+    assert {one["n"] for one in records} == {200}
+    return {(one["setting"], one["task"].removeprefix("niah_")): one for one in records}
+
+
+def right(one: dict[str, float], key: str = "accuracy") -> int:
+    return round(200 * one[key])
+
+
+def test_the_prose_about_sparse_settings_is_that_of_the_file(sparse):
+    """README, model card and changelog name the losses of the presets in counts."""
+    readme, card, changelog = (" ".join(read(name).split()) for name in ("README.md", CARD, "CHANGELOG.md"))
+    safe = {task: one for (setting, task), one in sparse.items() if setting == SAFE}
+    dense = {task: one for (setting, task), one in sparse.items() if setting == "dense"}
+    for task in ("multikey_3", "multivalue"):
+        loss = f"{right(safe[task])} of 200 on `niah_{task}` (dense: {right(dense[task])})"
+        assert loss in readme.replace("of 200 right", "of 200")
+        assert loss in changelog.replace("of 200 right", "of 200")
+        assert f"{right(safe[task])}/200" in card
+    others = [right(one) for task, one in safe.items() if task not in ("multikey_3", "multivalue")]
+    assert f"stays at {min(others)}/200 or more" in card
+    lost = [right(sparse["sort=qk", task]) for task in ("single_2", "single_3", "multikey_1", "multivalue")]
+    assert "with {}, {}, {} and {} of 200 right on `niah_single_2`".format(*lost) in readme
+    assert (lost[1], lost[3]) == (0, 0)
+    lowest = min(dense.values(), key=lambda one: one["accuracy"])
+    counts = f"{right(lowest)}/200 = {100 * lowest['accuracy']:.1f} %"
+    interval = f"95 % interval {100 * lowest['ci_low']:.1f}-{100 * lowest['ci_high']:.1f}"
+    assert f"lowest on `{lowest['task']}`, {counts} ({interval})" in card
+    assert f"gets {right(dense['single_3'])}/200 on `niah_single_3`" in card
+
+
+def test_the_prose_about_exact_answers_is_that_of_the_file(sparse):
+    """Word for word, the preset `safe` is behind the setting without sorting on every task but one."""
+    exact = {key: right(one, "trained_format") for key, one in sparse.items()}
+    readme, card, changelog = (" ".join(read(name).split()) for name in ("README.md", CARD, "CHANGELOG.md"))
+    count, dense = exact[SAFE, "multikey_2"], exact["dense", "multikey_2"]
+    assert f"Word for word, {count} of its 200 answers on `niah_multikey_2` are right (dense: {dense})" in readme
+    assert f"word for word, {count} of 200 answers on `niah_multikey_2` are right (dense: {dense})" in changelog
+    assert f"on `niah_multikey_2` {count}/200" in card
+    on_cpu = json.loads(read("benchmarks/results/needles_sparse_cpu.json"))["records"][0]
+    assert (on_cpu["setting"], on_cpu["n"]) == (SAFE, 20)
+    assert f"word for word, {round(20 * on_cpu['trained_format'])} of its 20 answers are right" in readme
+    tasks = [task for setting, task in sparse if setting == SAFE]
+    ahead = [task for task in tasks if exact["sort=none,dense_layers=0+1", task] > exact[SAFE, task]]
+    assert sorted(ahead) == sorted(set(tasks) - {"multivalue"})
+    best = [
+        task
+        for task in tasks
+        if all(
+            one["accuracy"] <= sparse[SAFE, task]["accuracy"]
+            for key, one in sparse.items()
+            if key[1] == task and key[0] != "dense"
+        )
+    ]
+    assert sorted(best) == sorted(set(tasks) - {"single_3"})
+
+
+def test_the_presets_are_measured_settings(sparse):
+    from baatt.cli.options import PRESETS
+
+    for preset, name in (("safe", SAFE), ("paper", "sort=qk")):
+        one = sparse[name, "single_1"]
+        assert vars(PRESETS[preset].config) == one["config"]
+        assert list(PRESETS[preset].policy.dense_layers) == one["policy"]["dense_layers"]
+
+
+@pytest.mark.parametrize("name", ["needles_dense_h200", "needles_sparse_h200", "needles_sparse_cpu"])
+def test_the_accuracies_are_those_of_the_shipped_weights(name):
     shards = sorted((ROOT / CARD).parent.glob("*.safetensors"))
     weights = " ".join(hashlib.sha256(shard.read_bytes()).hexdigest()[:16] for shard in shards)
-    assert json.loads(read("benchmarks/results/needles_dense_h200.json"))["weights"] == weights
+    assert json.loads(read(f"benchmarks/results/{name}.json"))["weights"] == weights
 
 
 def test_the_model_card_names_the_sources():
