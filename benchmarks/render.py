@@ -6,8 +6,10 @@ files under benchmarks/results/ it is made from and by which function. `python b
 """
 
 import argparse
+import itertools
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -45,9 +47,8 @@ def provenance(record: Record) -> str:
 
 
 def commit_name(commit: str) -> str:
-    """First ten characters; a mark such as `+changes` stays."""
-    base, plus, mark = commit.partition("+")
-    return base[:10] + plus + mark
+    """First ten characters; a mark such as `+changes` or `-dirty` stays."""
+    return re.sub(r"^([0-9a-f]{10})[0-9a-f]*", r"\1", commit)
 
 
 def device_name(device: Any) -> str:
@@ -61,6 +62,14 @@ def cell(one: Record, *, samples: bool) -> str:
     """Accuracy in percent with its 95 % Wilson interval."""
     text = f"{100 * one['accuracy']:.1f} [{100 * one['ci_low']:.1f}-{100 * one['ci_high']:.1f}]"
     return f"{text} n={one['n']}" if samples else text
+
+
+def cell_with_exact_text(one: Record) -> str:
+    """As `cell`, and the share of answers that equal the expected text.
+
+    RULER's measure looks for a value anywhere in the answer: it finds 123 in 1123.
+    """
+    return f"{cell(one, samples=False)}; {100 * one['trained_format']:.1f}"
 
 
 def by_cell(
@@ -120,6 +129,45 @@ def accuracy_by_setting(record: Record) -> str:
     )
 
 
+def accuracy_by_task(record: Record) -> str:
+    """Needle accuracy at one length: a row per task, a column per setting.
+
+    A run stores its cells one by one, so a cell that is missing is one that the run's time limit came before.
+    """
+    lengths = {one["length"] for one in record["records"]}
+    if len(lengths) > 1:
+        raise RenderError(f"a table by task and setting is of one length, got {sorted(lengths)}")
+    grid = by_cell(record, lambda one: one["task"], lambda one: one["setting"])
+    settings = list(dict.fromkeys(one["setting"] for one in record["records"]))
+    rows = [
+        [f"`{task}`", *(cell_with_exact_text(row[name]) if name in row else "-" for name in settings)]
+        for task, row in grid.items()
+    ]
+    caption = (
+        "Share of samples whose answer contains every value, in percent [95 % Wilson interval]; after the semicolon, "
+        f"share of answers that are right word for word. {sample_count(record)} samples per cell (seed "
+        f"{record['seed']}), {lengths.pop()} tokens of prompt and answer budget together, weights in "
+        f"{dtype_name(record)}, held-out words and text."
+    )
+    parts = [table(["task", *(f"`{name}`" for name in settings)], rows), caption]
+    missing = sum(line.count("-") for line in rows)
+    skipped = ", ".join(f"`{name}`" for name in settings_of_command(record["command"]) if name not in settings)
+    if missing:
+        parts.append(
+            "`-`: not measured, the run was cut by its time limit before "
+            f"{'this cell' if missing == 1 else 'these cells'}"
+            f"{f' and never began with {skipped}' if skipped else ''}."
+        )
+    return "\n\n".join([*parts, provenance(record)])
+
+
+def settings_of_command(command: str) -> list[str]:
+    """The settings that a call of training/evaluate.py asked for."""
+    words = shlex.split(command)
+    following = words[words.index("--settings") + 1 :] if "--settings" in words else []
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), following))
+
+
 def cpu_operator(record: Record) -> str:
     """Time and memory of the operator on the CPU, a row per sparsity."""
     rows = [
@@ -146,6 +194,7 @@ class Block(NamedTuple):
 
 BLOCKS: dict[str, Block] = {
     "needles_dense_h200": Block(("needles_dense_h200.json",), accuracy_by_length),
+    "needles_sparse_h200": Block(("needles_sparse_h200.json",), accuracy_by_task),
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),
     "demo_settings": Block(("needles_sparse_cpu.json",), accuracy_by_setting),
 }

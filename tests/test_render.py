@@ -117,6 +117,37 @@ def test_settings_table(copy):
     assert "| `sort=none` | 4096 | 50.0 [98.1-100.0] n=10 | - |" in text
 
 
+def test_settings_by_task(copy):
+    """One row per task, one column per setting; a cell the run did not reach is a dash, and the caption says why."""
+    stored = json.loads((copy / f"benchmarks/results/{NAME}.json").read_text())
+    first, second = stored["records"][:2]
+    stored["records"] = [first, second, first | {"setting": "sort=qk", "accuracy": 0.5, "trained_format": 0.25}]
+    stored["command"] = "python training/evaluate.py --settings dense sort=qk sort=q --count 200"
+    path = copy / "benchmarks/results/needles_sparse_h200.json"
+    path.write_text(json.dumps(stored))
+    (copy / "README.md").write_text("<!-- render:needles_sparse_h200 -->\n<!-- /render -->\n")
+    assert render.main([], copy) == 0
+    text = (copy / "README.md").read_text()
+    assert "| task | `dense` | `sort=qk` |" in text
+    assert "| `niah_single_1` | 100.0 [98.1-100.0]; 100.0 | 50.0 [98.1-100.0]; 25.0 |" in text
+    assert "| `niah_single_2` | 100.0 [98.1-100.0]; 100.0 | - |" in text
+    assert f"n = 200 samples per cell (seed {stored['seed']}), 4096 tokens" in text
+    assert (
+        "`-`: not measured, the run was cut by its time limit before this cell and never began with `sort=q`." in text
+    )
+    stored["records"] = [first, first | {"setting": "sort=qk", "accuracy": 0.5}]
+    path.write_text(json.dumps(stored))
+    assert render.main([], copy) == 0
+    assert "time limit" not in (copy / "README.md").read_text()
+
+
+def test_settings_by_task_are_of_one_length(copy, capsys):
+    shutil.copy(copy / f"benchmarks/results/{NAME}.json", copy / "benchmarks/results/needles_sparse_h200.json")
+    (copy / "README.md").write_text("<!-- render:needles_sparse_h200 -->\n<!-- /render -->\n")
+    assert render.main([], copy) == 1
+    assert "is of one length, got [512, 1024, 2048, 4096]" in capsys.readouterr().err
+
+
 def test_two_measurements_of_one_cell_are_refused(copy, capsys):
     path = copy / f"benchmarks/results/{NAME}.json"
     stored = json.loads(path.read_text())
@@ -133,6 +164,8 @@ def test_every_block_of_the_repository_is_current(capsys):
 def test_uncommitted_changes_are_shown():
     assert render.commit_name("0123456789abcdef") == "0123456789"
     assert render.commit_name("0123456789abcdef+changes") == "0123456789+changes"
+    assert render.commit_name("0123456789abcdef-dirty") == "0123456789-dirty"
+    assert render.commit_name("unknown") == "unknown"
 
 
 def test_optional_blocks_exist():

@@ -215,13 +215,33 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit of the run; a machine without the history reads the commit from a file."""
+    """Device, versions and commit of the run."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    noted = Path(".commit")
-    commit = git.stdout.strip() if git.returncode == 0 else noted.read_text().strip() if noted.exists() else "unknown"
     versions = {"python": platform.python_version(), "torch": torch.__version__, "baatt": baatt.__version__}
-    return {"device": name, "commit": commit, "versions": versions}
+    return {"device": name, "commit": commit(), "versions": versions}
+
+
+def commit() -> str:
+    """The commit that runs, with "-dirty" where tracked files differ from it.
+
+    A machine without the history reads the commit from the file `.commit`, mark included.
+    """
+    head = git("rev-parse", "HEAD")
+    if head is None:
+        noted = Path(".commit")
+        return noted.read_text().strip() if noted.exists() else "unknown"
+    # Untracked files do not count: checkpoints, samples and new results lie beside every run.
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return head if changed == "" else f"{head}-dirty"
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints, or None where it is not installed or finds no repository."""
+    try:
+        run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
 
 
 def main() -> None:

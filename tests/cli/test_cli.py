@@ -10,8 +10,9 @@ import torch
 
 from baatt.assets import shipped_model
 from baatt.cli.main import main
+from baatt.evaluation.retrieval import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
-from baatt.models.checkpoint import save_pretrained
+from baatt.models.checkpoint import load_tokenizer, save_pretrained
 
 SHORT = ["--gen-length", "8", "--block-length", "8", "--steps", "4"]
 
@@ -116,6 +117,17 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for expected in ("Question", "Setting", "full attention", "BA-Att", "seconds per step", "block pairs skipped"):
         assert expected in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("before", "verdict"), [(" ", "yes"), ("1", "no")])
+def test_demo_calls_a_longer_number_wrong(
+    before: str, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = draw_samples("niah_single_2", 640, 1, load_tokenizer(shipped_model()), seed=0)[0].values[0]
+    monkeypatch.setattr("baatt.cli.demo.decode", lambda *_: f"{before}{value}.")
+    assert main(["demo", "--task", "niah_single_2", "--length", "640", "--output", str(tmp_path / "demo.png")]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if re.search(r"\bright\b", line))
+    assert re.findall(r"\b(yes|no)\b", row) == [verdict, verdict]
 
 
 def test_demo_warns_beyond_the_trained_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ from baatt.cli.options import (
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.retrieval import decode, draw_samples
 from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
-from baatt.evaluation.scoring import matched_share
+from baatt.evaluation.scoring import whole_share
 from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
 from baatt.sampling import SamplerConfig, StepInfo, generate
 from baatt.types import Plan
@@ -181,7 +181,7 @@ def read(
             wrap_attention=meter.wrap, progress=progress,
         )  # fmt: skip
     text = decode(tokenizer, result.tokens[0].tolist(), model.config.eos_token_id)
-    right = matched_share(text, sample.values) == 1
+    right = whole_share(text, sample.values) == 1
     return Reading(text.strip(), right, result.steps, result.seconds, sum(meter.seconds.values()), meter.sparsity)
 
 

@@ -1,4 +1,4 @@
-"""RULER's text metrics: which of the expected values a prediction contains."""
+"""Which of the expected values a prediction contains: RULER's text metric, and a stricter one."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,23 @@ def matched_share(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: no references.
     """
-    if not references:
-        raise ValueError("references must hold at least one string, got none")
+    _check(references)
     text = normalise(prediction).lower()
     return sum(reference.lower() in text for reference in references) / len(references)
+
+
+def whole_share(prediction: str, references: Sequence[str]) -> float:
+    """As `matched_share`, but a reference with a letter or digit directly next to it does not count: no 123 in 1123.
+
+    Raises:
+        ValueError: no references.
+    """
+    _check(references)
+    text = normalise(prediction).lower()
+    whole = (rf"(?<![^\W_]){re.escape(reference.lower())}(?![^\W_])" for reference in references)
+    return sum(re.search(pattern, text) is not None for pattern in whole) / len(references)
+
+
+def _check(references: Sequence[str]) -> None:
+    if not references:
+        raise ValueError("references must hold at least one string, got none")
