@@ -17,6 +17,8 @@ from torch import Tensor
 from baatt.types import BlockSelection, BlockStats
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
+# Three products of tf32 parts: 21 bits of mantissa, on the matrix units. ROCm has no such product, but fp32 ones.
+_PRECISION = "tf32x3" if torch.version.hip is None else "ieee"
 
 
 def choose_blocks(
@@ -57,7 +59,7 @@ def product(query_features: Tensor, key_features: Tensor) -> Tensor:
     grid = (triton.cdiv(query_blocks, tile) * triton.cdiv(key_blocks, tile), batch * heads)
     _product_kernel[grid](
         query_features, key_features, scores, heads, groups, query_blocks, key_blocks,
-        FEATURES=features, TILE=tile, DEPTH=32, num_warps=4,
+        FEATURES=features, TILE=tile, DEPTH=32, PRECISION=_PRECISION, num_warps=4,
     )  # fmt: skip
     return scores
 
@@ -75,7 +77,7 @@ def _select(scores: Tensor, count: Tensor, index: Tensor, start: int) -> None:
 @triton.jit
 def _product_kernel(
     query_ptr, key_ptr, scores_ptr, heads, groups, query_blocks, key_blocks,
-    FEATURES: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    FEATURES: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(key_blocks, TILE)
     head_entry = tl.program_id(1).to(tl.int64)
@@ -92,8 +94,7 @@ def _product_kernel(
         right_mask = (columns < key_blocks)[None, :] & inside[:, None]
         left = tl.load(query_ptr + query_offsets + step, mask=left_mask, other=0.0)
         right = tl.load(key_ptr + key_offsets + step, mask=right_mask, other=0.0)
-        # Three products of tf32 parts: 21 bits of mantissa, on the matrix units.
-        accumulator = tl.dot(left, right, accumulator, input_precision="tf32x3")
+        accumulator = tl.dot(left, right, accumulator, input_precision=PRECISION)
     offsets = (head_entry * query_blocks + rows)[:, None] * key_blocks + columns[None, :]
     tl.store(scores_ptr + offsets, accumulator, mask=(rows < query_blocks)[:, None] & (columns < key_blocks)[None, :])
 
