@@ -5,10 +5,11 @@ arithmetic. A new kernel is one entry here and one file in `baatt.kernels`.
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -144,16 +145,24 @@ def _gpu_refusal(device: torch.device) -> str | None:
 
 
 def _kernel_refusal(impl: str, device: torch.device, workload: Workload | None) -> str | None:
-    refused: str | None
-    if impl == "triton":
-        from baatt.kernels import triton_attention
-
-        refused = triton_attention.refusal(device, workload)
-    else:
-        from baatt.kernels import hopper
-
-        refused = hopper.refusal(device, workload)
+    module = _import_kernel(impl)
+    if isinstance(module, str):
+        return module
+    refused: str | None = module.refusal(device, workload)
     return refused
+
+
+@functools.cache
+def _import_kernel(impl: str) -> Any:
+    """The module of a Triton kernel, or why it cannot be imported; a failure stays, so that it is paid for once."""
+    module, kernel = {
+        "triton": ("triton_attention", "portable kernel"),
+        "hopper": ("hopper", "Gluon kernel"),
+    }[impl]
+    try:
+        return importlib.import_module(f"baatt.kernels.{module}")
+    except Exception as error:  # Gluon moves between versions, and a broken installation raises whatever it likes
+        return f"the {kernel} does not work with this Triton: {type(error).__name__}: {error}"
 
 
 def _arrange_in_stages(

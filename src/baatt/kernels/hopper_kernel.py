@@ -10,6 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 LN_2 = gl.constexpr(0.6931471805599453)
 
+# Triton 3.8 renamed the load and 3.9 left only an error under the old name, so the new one goes first.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 
 def ring_stages(channels: int) -> int:
     """Blocks of K and of V in shared memory at once: what fits into 227 KiB beside Q."""
@@ -29,7 +32,7 @@ def load_block(descriptor, row, block, full, empty, ring, entry, BLOCK: gl.const
     phase = (entry // STAGES) & 1
     mbarrier.wait(empty.index(stage), phase ^ 1)
     mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [row, block * BLOCK, 0], full.index(stage), ring.index(stage))
+    load_tile(descriptor, [row, block * BLOCK, 0], full.index(stage), ring.index(stage))
 
 
 @gluon.jit
@@ -55,7 +58,7 @@ def produce(
             mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(half), q_descriptor.block_type.nbytes)
             place = [head_entry, first_row + half * HALF, 0]
-            tma.async_copy_global_to_shared(q_descriptor, place, q_full.index(half), q_tiles.index(half))
+            load_tile(q_descriptor, place, q_full.index(half), q_tiles.index(half))
         load_block(k_descriptor, row, block, k_full, k_empty, k_ring, entry, BLOCK, STAGES)
         for slot in range(1, count):
             following = gl.load(list_ptr - slot)

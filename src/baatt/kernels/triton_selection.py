@@ -18,6 +18,8 @@ from baatt.types import BlockSelection, BlockStats
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
 TILE = 64
+# Three products of tf32 parts: 21 bits of mantissa, on the matrix units. ROCm has no such product, but fp32 ones.
+_PRECISION = "tf32x3" if torch.version.hip is None else "ieee"
 FEW = 64  # programs, when smaller tiles for more of them are faster
 
 
@@ -62,7 +64,7 @@ def covariance_score(query_stats: BlockStats, key_stats: BlockStats, *, scale: f
     _covariance_kernel[grid](
         query_mean, query_variance, key_mean, key_variance, key_stats.size.contiguous(), scores,
         *query_mean.stride()[:3], heads, groups, query_blocks, key_blocks, scale, beta * scale * scale,
-        CHANNELS=channels, TILE=tile, DEPTH=32, COMPENSATE=beta != 0, num_warps=4,
+        CHANNELS=channels, TILE=tile, DEPTH=32, COMPENSATE=beta != 0, PRECISION=_PRECISION, num_warps=4,
     )  # fmt: skip
     return scores
 
@@ -84,6 +86,7 @@ def _covariance_kernel(
     query_mean_ptr, query_variance_ptr, key_mean_ptr, key_variance_ptr, size_ptr, scores_ptr,
     stride_batch, stride_head, stride_block, heads, groups, query_blocks, key_blocks, scale, weight,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, COMPENSATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(key_blocks, TILE)
     head_entry = tl.program_id(1).to(tl.int64)
@@ -102,15 +105,14 @@ def _covariance_kernel(
         key_mask = (columns < key_blocks)[None, :] & inside[:, None]
         query_mean = tl.load(query_mean_ptr + query_offsets + step, mask=query_mask, other=0.0)
         key_mean = tl.load(key_mean_ptr + key_offsets + step, mask=key_mask, other=0.0)
-        # Three products of tf32 parts: 21 bits of mantissa, on the matrix units.
-        accumulator = tl.dot(scale * query_mean, key_mean, accumulator, input_precision="tf32x3")
+        accumulator = tl.dot(scale * query_mean, key_mean, accumulator, input_precision=PRECISION)
         if COMPENSATE:
             query_variance = tl.load(query_variance_ptr + query_offsets + step, mask=query_mask, other=0.0)
             key_variance = tl.load(key_variance_ptr + key_offsets + step, mask=key_mask, other=0.0)
             key_square = key_mean * key_mean + key_variance
-            accumulator = tl.dot(weight * query_variance, key_square, accumulator, input_precision="tf32x3")
+            accumulator = tl.dot(weight * query_variance, key_square, accumulator, input_precision=PRECISION)
             query_square = weight * query_mean * query_mean
-            accumulator = tl.dot(query_square, key_variance, accumulator, input_precision="tf32x3")
+            accumulator = tl.dot(query_square, key_variance, accumulator, input_precision=PRECISION)
     filled = tl.load(size_ptr + entry * key_blocks + columns, mask=columns < key_blocks, other=0) > 0
     accumulator = tl.where(filled[None, :], accumulator, float("-inf"))
     offsets = (head_entry * query_blocks + rows)[:, None] * key_blocks + columns[None, :]
