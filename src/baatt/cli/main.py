@@ -4,15 +4,16 @@ What the caller can mend ends in one line on stderr and exit code 2; a defect of
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from baatt import __version__
-from baatt.cli import demo, doctor, generate
+from baatt.cli import bench, demo, doctor, generate
 from baatt.cli.errors import UsageError
 
-VERBS = {"demo": demo, "generate": generate, "doctor": doctor}
+VERBS = {"demo": demo, "generate": generate, "bench": bench, "doctor": doctor}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
         arguments = build_parser().parse_args(argv)
+        arguments.command = shlex.join(["baatt", *(sys.argv[1:] if argv is None else argv)])
         arguments.run(arguments)
     except (UsageError, OSError, ValueError, TypeError) as error:
         print(f"baatt: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201

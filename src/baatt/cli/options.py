@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -49,21 +49,34 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sparse attention")
     group.add_argument("--preset", choices=list(PRESETS), default="safe", help="dials and dense layers (default: safe)")
     group.add_argument("--sparsity", type=float, help="share of key blocks skipped per query block, in [0, 1)")
+    add_dial_options(group)
+    group.add_argument("--dense-layers", type=_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
+    group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
+
+
+def add_dial_options(group: argparse._ArgumentGroup) -> None:
+    """One option per dial but sparsity."""
     group.add_argument("--sort", choices=list(ORDERS), help="which side is sorted by norm")
     group.add_argument("--segment", type=_segment, help='tokens per sorting segment, or "whole"')
     group.add_argument("--beta", type=float, help="weight of the covariance compensation")
     group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="tokens per block")
-    group.add_argument("--dense-layers", type=_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
-    group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
+
+
+def changed_dials(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The dials but sparsity that were given, by their names in `BAAttConfig`."""
+    names = ("sort", "segment", "beta", "block_size")
+    changed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if changed.get("segment") == "whole":
+        changed["segment"] = None
+    return changed
 
 
 def read_setting(arguments: argparse.Namespace) -> Setting:
     """The preset with the dials that were given."""
     preset = PRESETS[arguments.preset]
-    names = ("sparsity", "sort", "segment", "beta", "block_size")
-    changed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if changed.get("segment") == "whole":
-        changed["segment"] = None
+    changed = changed_dials(arguments)
+    if arguments.sparsity is not None:
+        changed["sparsity"] = arguments.sparsity
     policy = preset.policy
     if arguments.dense_layers is not None:
         policy = dataclasses.replace(policy, dense_layers=arguments.dense_layers)
@@ -103,15 +116,19 @@ def check_memory(config: ModelConfig, tokens: int, device: str) -> None:
     """
     # Widest moment of a layer in fp32: residual, q, k, v, their rotated and sorted copies, both halves of the MLP.
     estimate = 4 * tokens * (10 * config.d_model + 3 * config.mlp_hidden_size)
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(torch.device(device))[0]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = free_bytes(torch.device(device))
     if estimate > free:
         raise UsageError(
             f"{tokens} tokens must fit into memory: one layer needs about {estimate / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free"
         )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses, of a GPU or of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _segment(text: str) -> int | str:
