@@ -1,8 +1,8 @@
 """Median times of functions that take turns, on the GPU by events, on the CPU by the clock.
 
-In: named functions without arguments. Out: milliseconds by name. All candidates run in every round, every other round
-backwards, so that clocks, heat and a neighbour's load hit each of them alike. Also measures the two ceilings of a
-roofline: matrix products and memory bandwidth. Knows nothing of attention.
+In: named functions without arguments. Out: milliseconds by name. All candidates run in every round, from another first
+one each time and every other round backwards, so that clocks, heat and neighbours hit each of them alike. Also measures
+the two ceilings of a roofline: matrix products and memory bandwidth. Knows nothing of attention.
 """
 
 import statistics
@@ -39,7 +39,8 @@ def median_times(functions: Mapping[str, Callable[[], Any]], device: torch.devic
     started, rounds = time.perf_counter(), 0
     enough_s = ENOUGH_MS * len(functions) / 1e3
     while rounds < ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - started < enough_s):
-        names = list(functions)[:: 1 if rounds % 2 == 0 else -1]
+        first = rounds // 2 % len(functions)
+        names = (list(functions)[first:] + list(functions)[:first])[:: 1 if rounds % 2 == 0 else -1]
         for name, milliseconds in one_round({name: functions[name] for name in names}).items():
             times[name].append(milliseconds)
         rounds += 1

@@ -221,7 +221,9 @@ def tell(console: Console, cases: Sequence[Case]) -> None:
     console.print(out)
     console.print(f"Against: {', '.join(first.against) or 'none'}", highlight=False)
     if unavailable:
-        console.print("No GPU here to ask: what impl resolves to, or whether it is refused, is decided there.")
+        console.print(
+            "No GPU here to ask: what impl resolves to, or whether it is refused, is decided there.", soft_wrap=True
+        )
     for name, reason in static_refusals(first).items():
         console.print(f"{name} will be refused: {reason}", soft_wrap=True, highlight=False)
 
