@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,13 @@ def test_wrong_calls(capsys: pytest.CaptureFixture[str], options: tuple[str, ...
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cuda needs a GPU" in refused(capsys, "bench", "--device", "cuda")
+
+
+def test_runs_without_the_packages_of_other_verbs() -> None:
+    """A GPU machine of ours has torch, triton, numpy, einops and rich."""
+    absent = "sys.modules.update(dict.fromkeys(['tokenizers', 'safetensors', 'matplotlib', 'transformers']))"
+    call = "['bench', '--device', 'cpu', '--shape', '1x1x64x16', '--sparsity', '0']"
+    code = f"import sys; {absent}; from baatt.cli.main import main; sys.exit(main({call}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "speed-up over dense" in run.stdout

@@ -38,7 +38,7 @@ def draw_report(report: Mapping[str, Any], path: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'baatt[plots]'") from error
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 7), layout="constrained")
     _draw_speedup(axes[0], [one for one in records if one["what"] == "operator"])
     _draw_roofline(axes[1], records, report)
     first = records[0]
@@ -77,15 +77,22 @@ def _draw_speedup(axis: Any, records: Records) -> None:
     axis.set_xticks(lengths, [short_length(length) for length in lengths])
     axis.minorticks_off()
     axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-    axis.legend(fontsize=9)
+    _legend_below(axis)
+
+
+def _legend_below(axis: Any) -> None:
+    """Eight lines leave no corner free."""
+    axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
 
 
 def _draw_roofline(axis: Any, records: Records, report: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
     peak, bandwidth = report["matrix_peak_tflops"], report["memory_bandwidth"]
     ridge = peak * 1e12 / bandwidth
     intensities = [one["arithmetic_intensity"] for one in records]
     left, right = min(ridge, *intensities) / 4, max(ridge, *intensities) * 4
-    low, high = min([peak, *(one["kept_tflops"] for one in records)]) / 4, peak * 2.5
+    low, high = min([peak, *(one["kept_tflops"] for one in records)]) / 2, peak * 1.6
     axis.plot([left, ridge], [left * bandwidth / 1e12, peak], color="0.35", label=f"memory {bandwidth / 1e9:,.0f} GB/s")
     dtype = report["matrix_peak_dtype"]
     axis.plot([ridge, right], [peak, peak], color="0.35", linestyle="--", label=f"{dtype} product {peak:.3g} TFLOP/s")
@@ -96,12 +103,11 @@ def _draw_roofline(axis: Any, records: Records, report: Mapping[str, Any]) -> No
             *zip(*points, strict=True), LINES[number % 4], marker=MARKERS[number % 4], markersize=5,
             color=COLORS[number % 6], label=f"attention, {sparsity:.0%} sparse",
         )  # fmt: skip
-        # Labels of neighbouring curves stand on opposite sides of them.
-        offset = (0, 7) if number % 2 == 0 else (0, -14)
-        for one, point in zip(chosen, points, strict=True):
+        ends = {0: ((-8, -3), "right"), len(chosen) - 1: ((0, -15), "center")}  # beside the line, which rises
+        for place, (offset, alignment) in ends.items():
             axis.annotate(
-                short_length(one["shape"][2]), point, offset, textcoords="offset points", fontsize=8, ha="center",
-                color=COLORS[number % 6],
+                short_length(chosen[place]["shape"][2]), points[place], offset, textcoords="offset points", fontsize=9,
+                ha=alignment, color=COLORS[number % 6],
             )  # fmt: skip
     axis.set(
         title="Roofline of the attention kernel, ceilings measured in the same run",
@@ -111,4 +117,6 @@ def _draw_roofline(axis: Any, records: Records, report: Mapping[str, Any]) -> No
     axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axis.grid(alpha=0.3, which="major")
-    axis.legend(fontsize=9, loc="lower right")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.minorticks_off()
+    _legend_below(axis)

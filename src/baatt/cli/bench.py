@@ -1,4 +1,4 @@
-"""Measure the operator or its attention kernel: verified against dense attention first, then timed against baselines.
+"""Measure the operator or its attention kernel: verified first, then timed against baselines.
 
 Prints a table per shape and can store a JSON file; `--sweep` goes through lengths and draws speed-up and roofline;
 `--draw` draws from a stored file; `--dry-run` says what would be run.
@@ -29,8 +29,8 @@ from baatt.analysis.plots import draw_report, short_length
 from baatt.analysis.reports import Report, load_report, start_report, store_report
 from baatt.analysis.verification import VerificationError
 from baatt.backend import IMPLS
+from baatt.cli.dials import DTYPES, add_dial_options, changed_dials, free_bytes
 from baatt.cli.errors import UsageError
-from baatt.cli.options import DTYPES, add_dial_options, changed_dials, free_bytes
 from baatt.config import BAAttConfig
 
 DEFAULT_SHAPE = {"cuda": "1x32x32768x128", "cpu": "1x8x4096x64"}

@@ -5,22 +5,19 @@ A preset names dials and policy together; single options change one dial of it.
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
 from baatt.assets import shipped_model
 from baatt.backend import IMPLS, choose_backend
+from baatt.cli.dials import DTYPES, add_dial_options, changed_dials, free_bytes
 from baatt.cli.errors import UsageError
-from baatt.config import BLOCK_SIZES, BAAttConfig, Policy
+from baatt.config import BAAttConfig, Policy
 from baatt.models.checkpoint import load_tokenizer
 from baatt.models.llada import MaskedDiffusionLM, ModelConfig
-from baatt.stages.sorting import ORDERS
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Setting(NamedTuple):
@@ -52,23 +49,6 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
     add_dial_options(group)
     group.add_argument("--dense-layers", type=_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
     group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
-
-
-def add_dial_options(group: argparse._ArgumentGroup) -> None:
-    """One option per dial but sparsity."""
-    group.add_argument("--sort", choices=list(ORDERS), help="which side is sorted by norm")
-    group.add_argument("--segment", type=_segment, help='tokens per sorting segment, or "whole"')
-    group.add_argument("--beta", type=float, help="weight of the covariance compensation")
-    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="tokens per block")
-
-
-def changed_dials(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The dials but sparsity that were given, by their names in `BAAttConfig`."""
-    names = ("sort", "segment", "beta", "block_size")
-    changed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if changed.get("segment") == "whole":
-        changed["segment"] = None
-    return changed
 
 
 def read_setting(arguments: argparse.Namespace) -> Setting:
@@ -122,22 +102,6 @@ def check_memory(config: ModelConfig, tokens: int, device: str) -> None:
             f"{tokens} tokens must fit into memory: one layer needs about {estimate / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free"
         )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses, of a GPU or of this machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _segment(text: str) -> int | str:
-    if text == "whole":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a number of tokens or "whole", got {text!r}') from None
 
 
 def _layers(text: str) -> tuple[int, ...]:
