@@ -22,6 +22,7 @@ BEGIN, END = "<!-- render:{name} -->", "<!-- /render -->"
 MARKED = re.compile(r"<!-- render:(?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-- /render -->)", re.DOTALL)
 BEGIN_OR_END = re.compile(r"<!-- render:[^>]*-->|<!-- /render -->")
 NOT_MEASURED = "not measured yet"
+GPU_BASELINES = ("cudnn", "flash", "flex")
 
 Record = Mapping[str, Any]
 
@@ -46,9 +47,12 @@ def provenance(record: Record) -> str:
     )
 
 
-def commit_name(commit: str) -> str:
+def commit_name(commit: str | None) -> str:
     """First ten characters; a mark such as `+changes` or `-dirty` stays."""
-    return re.sub(r"^([0-9a-f]{10})[0-9a-f]*", r"\1", commit)
+    if commit is None:
+        return "unknown"
+    base = re.split(r"[+-]", commit, maxsplit=1)[0]
+    return base[:10] + commit[len(base) :]
 
 
 def device_name(device: Any) -> str:
@@ -185,6 +189,76 @@ def cpu_operator(record: Record) -> str:
     return "\n\n".join([table(header, rows), provenance(record)])
 
 
+def length_name(one: Record) -> str:
+    """`32K`, `1M`."""
+    tokens = one["shape"][2]
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)
+
+
+def sizes_name(one: Record) -> str:
+    """All that matters but length and dials: `B 1, H 32, D 128, bfloat16`."""
+    batch, heads, _, channels = one["shape"]
+    grouped = "" if one["groups"] == heads else f", G {one['groups']}"
+    return f"B {batch}, H {heads}{grouped}, D {channels}, {one['dtype']}, `{one['impl']}`"
+
+
+def gpu_operator(record: Record) -> str:
+    """The operator on a GPU against dense and block-sparse attention, a row per length and sparsity."""
+    chosen = [one for one in record["records"] if one["what"] == "operator"]
+    if not chosen:
+        raise RenderError("no record is of the operator")
+    usual = sizes_name(chosen[0])
+    rows = [
+        [
+            length_name(one) + ("" if sizes_name(one) == usual else f" ({sizes_name(one)})"),
+            f"{100 * one['sparsity']:g} %",
+            f"{one['total_ms']:.3g}",
+            f"{100 * one['selection_share']:.0f} %",
+            *(f"{one['speedup'][name]:.2f}x" if name in one["speedup"] else "-" for name in GPU_BASELINES),
+            "-" if one["peak_memory_bytes"] is None else f"{one['peak_memory_bytes'] / 2**30:.2f} GiB",
+            f"{one['error']:.1e} ({one['error_limit']:.1e})",
+        ]
+        for one in chosen
+    ]
+    header = ("length", "sparsity", "ms", "not attention", *(f"over {name}" for name in GPU_BASELINES))
+    refused = dict.fromkeys(f"{name}: {reason}" for one in chosen for name, reason in one["refused"].items())
+    caption = (
+        f"{usual}. Time of the whole call, selection included; share of it that is not attention; speed-up over dense "
+        "attention of cuDNN and FlashAttention and over compiled FlexAttention, which gets our block lists and sorted "
+        "tokens ready-made; memory beyond q, k and v; relative L2 error against float64 with the same mask, and its "
+        "limit." + (f" Not run: {'; '.join(refused)}." if refused else "")
+    )
+    return "\n\n".join([table([*header, "extra memory", "error (limit)"], rows), caption, provenance(record)])
+
+
+def gpu_kernel(record: Record) -> str:
+    """The attention kernel alone on random lists, a row per length, sparsity and D."""
+    chosen = [one for one in record["records"] if one["what"] == "kernel"]
+    if not chosen:
+        raise RenderError("no record is of the kernel")
+    peak = record["matrix_peak_tflops"]
+    rows = [
+        [
+            length_name(one),
+            f"{100 * one['sparsity']:g} %",
+            str(one["shape"][3]),
+            f"{one['kept_tflops']:.0f}",
+            f"{100 * one['kept_tflops'] / peak:.0f} %",
+        ]
+        for one in chosen
+    ]
+    batch, heads = chosen[0]["shape"][:2]
+    caption = (
+        f"B {batch}, H {heads}, {chosen[0]['dtype']}, `{chosen[0]['impl']}`, random lists; operations of kept pairs. "
+        f"The peak is {peak:.0f} TFLOP/s, a large {record['matrix_peak_dtype']} matrix product in the same run."
+    )
+    header = ("length", "sparsity", "D", "TFLOP/s", "of the peak")
+    return "\n\n".join([table(header, rows), caption, provenance(record)])
+
+
 class Block(NamedTuple):
     """Which results a block is made from, in order, and the function that makes it; results of several are stacked."""
 
@@ -196,10 +270,12 @@ BLOCKS: dict[str, Block] = {
     "needles_dense_h200": Block(("needles_dense_h200.json",), accuracy_by_length),
     "needles_sparse_h200": Block(("needles_sparse_h200.json",), accuracy_by_task),
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),
+    "gpu_operator": Block(("gpu_operator_h200.json",), gpu_operator),
+    "gpu_kernel": Block(("gpu_operator_h200.json",), gpu_kernel),
     "demo_settings": Block(("needles_sparse_cpu.json",), accuracy_by_setting),
 }
 #: Blocks that may stand without a result; they say so.
-OPTIONAL: frozenset[str] = frozenset()
+OPTIONAL: frozenset[str] = frozenset({"gpu_operator", "gpu_kernel"})
 
 
 def load(path: Path) -> list[Record]:

@@ -170,3 +170,42 @@ def test_uncommitted_changes_are_shown():
 
 def test_optional_blocks_exist():
     assert set(render.BLOCKS) >= render.OPTIONAL
+
+
+def gpu_record(what, tokens, sparsity, heads=32, channels=128, **changes):
+    """A made-up record of `baatt bench`."""
+    record = {
+        "what": what, "impl": "hopper", "shape": [1, heads, tokens, channels], "groups": heads, "dtype": "bfloat16",
+        "sparsity": sparsity, "total_ms": 12.345, "kept_tflops": 500.0, "selection_share": 0.123,
+        "speedup": {"cudnn": 1.5, "flash": 2.25}, "refused": {"flex": "no compiler"}, "peak_memory_bytes": 3 * 2**30,
+        "error": 0.002, "error_limit": 0.005,
+    }  # fmt: skip
+    return record | changes
+
+
+def test_gpu_tables(copy):
+    records = [
+        gpu_record("kernel", 32768, 0.5, channels=64),
+        gpu_record("operator", 32768, 0.5),
+        gpu_record("operator", 2**20, 0.9, heads=8, speedup={}, refused={}, peak_memory_bytes=None),
+    ]
+    stored = {
+        "command": "python benchmarks/gpu_bars.py", "commit": "0123456789abcdef-dirty", "device": "NVIDIA H200",
+        "versions": {"torch": "2.11.0"}, "matrix_peak_tflops": 1000.0, "matrix_peak_dtype": "bfloat16",
+        "memory_bandwidth": 4e12, "records": records,
+    }  # fmt: skip
+    (copy / "benchmarks/results/gpu_operator_h200.json").write_text(json.dumps(stored))
+    blocks = [f"<!-- render:{name} -->\n<!-- /render -->" for name in ("gpu_operator", "gpu_kernel")]
+    (copy / "README.md").write_text("\n".join(blocks))
+    assert render.main([], copy) == 0
+    text = (copy / "README.md").read_text()
+    assert "| 32K | 50 % | 12.3 | 12 % | 1.50x | 2.25x | - | 3.00 GiB | 2.0e-03 (5.0e-03) |" in text
+    assert "| 1M (B 1, H 8, D 128, bfloat16, `hopper`) | 90 % | 12.3 | 12 % | - | - | - | - |" in text
+    assert "Not run: flex: no compiler." in text
+    assert "| 32K | 50 % | 64 | 500 | 50 % |" in text
+    assert "Commit 0123456789-dirty, device NVIDIA H200" in text
+    assert "The peak is 1000 TFLOP/s" in text
+
+
+def test_a_commit_may_be_unknown():
+    assert render.commit_name(None) == "unknown"

@@ -1,5 +1,6 @@
 """The command line as a stranger uses it: right calls, wrong calls, one line on stderr and exit code 2."""
 
+import importlib
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from baatt.assets import shipped_model
-from baatt.cli.main import main
+from baatt.cli.main import VERBS, main
 from baatt.evaluation.retrieval import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer, save_pretrained
@@ -139,3 +140,15 @@ def test_demo_warns_beyond_the_trained_length(tmp_path: Path, capsys: pytest.Cap
     call = ["demo", "--model", str(tmp_path), "--length", "640", "--output", str(tmp_path / "demo.png")]
     assert main(call) == 0
     assert "trained up to 512 tokens" in capsys.readouterr().out
+
+
+def test_help_says_what_the_verbs_say(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, summary in VERBS.items():
+        assert importlib.import_module(f"baatt.cli.{name}").__doc__.splitlines()[0] == summary
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert f"usage: baatt {name}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"    {name} " in printed for name in VERBS)

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from baatt.analysis.reports import processor_name
 from baatt.assets import shipped_model
 from baatt.backend import describe
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(versions)
 
     devices = Table("device", "properties", title="Devices", title_justify="left")
-    devices.add_row("cpu", f"{_processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    devices.add_row("cpu", f"{processor_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         devices.add_row(f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
@@ -50,11 +51,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -1,18 +1,25 @@
-"""`baatt VERB ...`: reads the verb and hands over to its file.
+"""`baatt VERB ...`: reads the verb and hands over to its file, the only one that is imported.
 
 What the caller can mend ends in one line on stderr and exit code 2; a defect of ours keeps its traceback.
 """
 
 import argparse
+import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from baatt import __version__
-from baatt.cli import demo, doctor, generate
 from baatt.cli.errors import UsageError
 
-VERBS = {"demo": demo, "generate": generate, "doctor": doctor}
+#: Verb, a file beside this one -> first line of its docstring.
+VERBS = {
+    "demo": "Read a fresh 4K-token document and answer from it, once with full attention and once with BA-Att.",
+    "generate": "Continue a prompt with a masked-diffusion language model, sparse or dense.",
+    "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
+    "doctor": "What is installed, which devices there are, and which implementation would run and why.",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -22,23 +29,29 @@ class OneLineParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (try {self.prog} --help)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser of all verbs, with the options of the chosen one.
+
+    The others are not imported: a package that one of them needs and this machine lacks does not matter then.
+    """
     parser = OneLineParser(prog="baatt", description="Block approximate sparse attention for diffusion models.")
     parser.add_argument("--version", action="version", version=f"baatt {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=OneLineParser)
-    for name, module in VERBS.items():
-        summary = (module.__doc__ or "").splitlines()[0]
+    for name, summary in VERBS.items():
         verb = verbs.add_parser(name, help=summary, description=summary)
-        module.add_arguments(verb)
-        verb.set_defaults(run=module.run)
+        if name == chosen:
+            module = importlib.import_module(f"baatt.cli.{name}")
+            module.add_arguments(verb)
+            verb.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
+        arguments.command = shlex.join(["baatt", *argv])
         arguments.run(arguments)
     except (UsageError, OSError, ValueError, TypeError) as error:
         print(f"baatt: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201

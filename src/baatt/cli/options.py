@@ -5,7 +5,6 @@ A preset names dials and policy together; single options change one dial of it.
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +13,11 @@ from tokenizers import Tokenizer
 
 from baatt.assets import shipped_model
 from baatt.backend import IMPLS, choose_backend
+from baatt.cli.dials import DTYPES, add_dial_options, changed_dials, free_bytes
 from baatt.cli.errors import UsageError
-from baatt.config import BLOCK_SIZES, BAAttConfig, Policy
+from baatt.config import BAAttConfig, Policy
 from baatt.models.checkpoint import load_tokenizer
 from baatt.models.llada import MaskedDiffusionLM, ModelConfig
-from baatt.stages.sorting import ORDERS
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Setting(NamedTuple):
@@ -52,10 +49,7 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
         help="safe: no sorting, layers 0 and 1 dense; paper: sorted by norm, every layer sparse (default: safe)",
     )  # fmt: skip
     group.add_argument("--sparsity", type=float, help="share of key blocks skipped per query block, in [0, 1)")
-    group.add_argument("--sort", choices=list(ORDERS), help="which side is sorted by norm")
-    group.add_argument("--segment", type=_segment, help='tokens per sorting segment, or "whole"')
-    group.add_argument("--beta", type=float, help="weight of the covariance compensation")
-    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="tokens per block")
+    add_dial_options(group)
     group.add_argument("--dense-layers", type=_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
     group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
 
@@ -63,10 +57,9 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
 def read_setting(arguments: argparse.Namespace) -> Setting:
     """The preset with the dials that were given."""
     preset = PRESETS[arguments.preset]
-    names = ("sparsity", "sort", "segment", "beta", "block_size")
-    changed = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if changed.get("segment") == "whole":
-        changed["segment"] = None
+    changed = changed_dials(arguments)
+    if arguments.sparsity is not None:
+        changed["sparsity"] = arguments.sparsity
     policy = preset.policy
     if arguments.dense_layers is not None:
         policy = dataclasses.replace(policy, dense_layers=arguments.dense_layers)
@@ -106,24 +99,12 @@ def check_memory(config: ModelConfig, tokens: int, device: str) -> None:
     """
     # Widest moment of a layer in fp32: residual, q, k, v, their rotated and sorted copies, both halves of the MLP.
     estimate = 4 * tokens * (10 * config.d_model + 3 * config.mlp_hidden_size)
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(torch.device(device))[0]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free = free_bytes(torch.device(device))
     if estimate > free:
         raise UsageError(
             f"{tokens} tokens must fit into memory: one layer needs about {estimate / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free"
         )
-
-
-def _segment(text: str) -> int | str:
-    if text == "whole":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'must be a number of tokens or "whole", got {text!r}') from None
 
 
 def _layers(text: str) -> tuple[int, ...]:

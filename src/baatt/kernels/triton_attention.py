@@ -146,9 +146,13 @@ def _attention_kernel(
         shrink = tl.exp2(running_max - new_max)
         running_max = new_max
         running_sum = running_sum * shrink + tl.sum(weights, axis=1)
-        accumulator = tl.dot(
-            weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], input_precision=PRECISION
-        )
+        if PRECISION == "ieee":
+            # Tile by tile and then summed, not one sum over all keys, which would round once per key. An fma and no
+            # addition, for the compiler would take an addition into the product again.
+            product = tl.dot(weights, value_tile, input_precision=PRECISION)
+            accumulator = tl.fma(accumulator, tl.broadcast_to(shrink[:, None], product.shape), product)
+        else:
+            accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None])
 
     divisor = tl.where(running_sum == 0, 1.0, running_sum)
     lse = tl.where(running_sum == 0, float("-inf"), (running_max + tl.log2(divisor)) * LN_2)

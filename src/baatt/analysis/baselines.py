@@ -1,0 +1,153 @@
+"""What the operator is compared with: dense attention in three ways, and FlexAttention with our own plan.
+
+In: q, k, v and the plan. Out: a function to be timed, or `RefusedError` with the reason. FlexAttention gets q, k and v
+that are sorted already and a block mask that is ready: neither its sorting nor its selection is counted, which favours
+it. It is compiled as PyTorch does by default, without autotuning.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from baatt.analysis.verification import VerificationError, require_verified, verify
+from baatt.types import Plan, TokenOrder
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class RefusedError(Exception):
+    """A baseline that cannot run, with the reason."""
+
+
+class Inputs(NamedTuple):
+    """q: [B, H, N, D]; k, v: [B, G, N, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Baseline(NamedTuple):
+    """refusal: (device type, dtype) -> why it cannot run there, or None; prepare: what is timed, or `RefusedError`."""
+
+    refusal: Callable[[str, torch.dtype], str | None]
+    prepare: Callable[[Inputs, Plan], Callable[[], Any]]
+
+
+def prepare_baseline(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Any]:
+    """The function of a baseline, which ran once.
+
+    Raises:
+        RefusedError: it cannot run, with the reason.
+    """
+    baseline = BASELINES[name]
+    if reason := baseline.refusal(inputs.q.device.type, inputs.q.dtype):
+        raise RefusedError(reason)
+    try:
+        function = baseline.prepare(inputs, plan)
+        function()
+    except RefusedError:
+        raise
+    except Exception as error:  # kernels and compilers raise whatever they like, and that is the reason
+        raise RefusedError(f"{type(error).__name__}: {first_line(error)}") from error
+    return function
+
+
+def first_line(error: Exception) -> str:
+    """A message of many lines, shortened to the first that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no message"
+
+
+def sort_tokens(x: Tensor, order: TokenOrder) -> Tensor:
+    """x [B, H, N, D] in sorted order, contiguous."""
+    return torch.take_along_dim(x, rearrange(order.index, "b h n -> b h n 1"), dim=2)
+
+
+def _prepare_dense(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    # Grouped heads as they are; the option refuses some backends, so it is given only where it is needed.
+    options: dict[str, Any] = {"enable_gqa": True} if inputs.q.shape[1] != inputs.k.shape[1] else {}
+    return functools.partial(F.scaled_dot_product_attention, *inputs, scale=plan.scale, **options)
+
+
+def _prepare_with(backend: str, inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    attention, chosen = _prepare_dense(inputs, plan), getattr(SDPBackend, backend)
+
+    def attention_with_backend() -> Tensor:
+        with sdpa_kernel(chosen):
+            return attention()
+
+    return attention_with_backend
+
+
+def _prepare_flex(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    q = sort_tokens(inputs.q, plan.query_order)
+    k, v = (sort_tokens(x, plan.key_order) for x in (inputs.k, inputs.v))
+    options = {"block_mask": block_mask(plan, k.shape[2]), "scale": plan.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    # Past its limit of recompilations PyTorch would run the eager version; a whole graph or an error instead.
+    torch.compiler.reset()
+    compiled = compile_flex()
+    function = functools.partial(compiled, q, k, v, **options)
+    out = torch.empty_like(inputs.q)
+    out.scatter_(2, rearrange(plan.query_order.index, "b h n -> b h n 1").expand_as(out), function())
+    try:
+        # A baseline that computes something else is none; twice our own limit, for it is not what is judged here.
+        require_verified("flex", verify(*inputs, plan, out), factor=2)
+    except VerificationError as error:
+        raise RefusedError(str(error)) from error
+    return function
+
+
+def compile_flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled for the shapes it will see."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return compiled
+
+
+def block_mask(plan: Plan, keys: int) -> Any:
+    """The kept blocks of a plan as FlexAttention's BlockMask over sorted tokens; every kept block counts in full."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    index, count = plan.selection
+    key_blocks = -(-keys // plan.config.block_size)
+    # Lists as long as there are key blocks: PyTorch derives the other direction from a table of that width.
+    padded = F.pad(index, (0, key_blocks - index.shape[-1])).contiguous()
+    count = count.contiguous()
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(count),
+        torch.zeros_like(padded),
+        count,
+        padded,
+        BLOCK_SIZE=plan.config.block_size,
+        seq_lengths=(plan.query_order.index.shape[-1], keys),
+    )
+
+
+def _needs_gpu_and_half(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda":
+        return f"it needs a GPU, got device {device!r}"
+    if dtype not in HALF:
+        return f"it needs bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _never(device: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+#: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler
+BASELINES: dict[str, Baseline] = {
+    "cudnn": Baseline(_needs_gpu_and_half, functools.partial(_prepare_with, "CUDNN_ATTENTION")),
+    "flash": Baseline(_needs_gpu_and_half, functools.partial(_prepare_with, "FLASH_ATTENTION")),
+    "flex": Baseline(_never, _prepare_flex),
+    "dense": Baseline(_never, _prepare_dense),
+}

@@ -1,0 +1,122 @@
+"""Two panels from a stored benchmark: speed-up over length, and a roofline of the attention kernel.
+
+In: the JSON of a `baatt.analysis.reports.Report`. Out: a PNG. matplotlib is imported only to draw.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Records = Sequence[Mapping[str, Any]]
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+
+
+def short_length(tokens: int) -> str:
+    """4096 -> 4K, 1048576 -> 1M, 1000 -> 1000."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return str(tokens)
+
+
+def draw_report(report: Mapping[str, Any], path: Path) -> None:
+    """Write both panels to a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install baatt[plots]`).
+        ValueError: there is nothing to draw.
+    """
+    records = report["records"]
+    if not records:
+        raise ValueError("records must hold at least one measurement to be drawn, got none")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'baatt[plots]'") from error
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 7), layout="constrained")
+    _draw_speedup(axes[0], [one for one in records if one["what"] == "operator"])
+    _draw_roofline(axes[1], records, report)
+    first = records[0]
+    heads = f"H{first['shape'][1]}" + ("" if first["groups"] == first["shape"][1] else f":{first['groups']}")
+    sizes = f"B{first['shape'][0]} {heads} D{first['shape'][3]}, {first['dtype']}"
+    commit = (report["commit"] or "unknown")[:10]
+    figure.suptitle(f"{report['device']}, {sizes}, torch {report['versions']['torch']}, commit {commit}", fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _sparsities(records: Records) -> list[float]:
+    return sorted({one["sparsity"] for one in records})
+
+
+def _draw_speedup(axis: Any, records: Records) -> None:
+    names = list(dict.fromkeys(name for one in records for name in one["speedup"]))
+    for number, sparsity in enumerate(_sparsities(records)):
+        chosen = sorted((one for one in records if one["sparsity"] == sparsity), key=lambda one: one["shape"][2])
+        for color, name in enumerate(names):
+            points = [(one["shape"][2], one["speedup"][name]) for one in chosen if name in one["speedup"]]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), LINES[number % 4], marker=MARKERS[number % 4], markersize=5,
+                    color=COLORS[color % 6], label=f"over {name}, {sparsity:.0%} sparse",
+                )  # fmt: skip
+    axis.axhline(1, color="0.5", linewidth=1)
+    axis.set(title="Operator, selection included", xlabel="tokens", ylabel="speed-up (times)")
+    axis.grid(alpha=0.3, which="major")
+    if not names:
+        axis.text(0.5, 0.5, "no baseline was measured", transform=axis.transAxes, ha="center")
+        return
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    lengths = sorted({one["shape"][2] for one in records})
+    axis.set_xticks(lengths, [short_length(length) for length in lengths])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    _legend_below(axis)
+
+
+def _legend_below(axis: Any) -> None:
+    """Eight lines leave no corner free."""
+    axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
+
+
+def _draw_roofline(axis: Any, records: Records, report: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    peak, bandwidth = report["matrix_peak_tflops"], report["memory_bandwidth"]
+    ridge = peak * 1e12 / bandwidth
+    intensities = [one["arithmetic_intensity"] for one in records]
+    left, right = min(ridge, *intensities) / 4, max(ridge, *intensities) * 4
+    low, high = min([peak, *(one["kept_tflops"] for one in records)]) / 2, peak * 1.6
+    axis.plot([left, ridge], [left * bandwidth / 1e12, peak], color="0.35", label=f"memory {bandwidth / 1e9:,.0f} GB/s")
+    dtype = report["matrix_peak_dtype"]
+    axis.plot([ridge, right], [peak, peak], color="0.35", linestyle="--", label=f"{dtype} product {peak:.3g} TFLOP/s")
+    for number, sparsity in enumerate(_sparsities(records)):
+        chosen = sorted((one for one in records if one["sparsity"] == sparsity), key=lambda one: one["shape"][2])
+        points = [(one["arithmetic_intensity"], one["kept_tflops"]) for one in chosen]
+        axis.plot(
+            *zip(*points, strict=True), LINES[number % 4], marker=MARKERS[number % 4], markersize=5,
+            color=COLORS[number % 6], label=f"attention, {sparsity:.0%} sparse",
+        )  # fmt: skip
+        ends = {0: ((-8, -3), "right"), len(chosen) - 1: ((0, -15), "center")}  # beside the line, which rises
+        for place, (offset, alignment) in ends.items():
+            axis.annotate(
+                short_length(chosen[place]["shape"][2]), points[place], offset, textcoords="offset points", fontsize=9,
+                ha=alignment, color=COLORS[number % 6],
+            )  # fmt: skip
+    axis.set(
+        title="Roofline of the attention kernel, ceilings measured in the same run",
+        xlabel="FLOP per byte (q, k, v, output and lists moved once)", ylabel="TFLOP/s of kept pairs",
+        xscale="log", yscale="log", xlim=(left, right), ylim=(low, high),
+    )  # fmt: skip
+    axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.grid(alpha=0.3, which="major")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.minorticks_off()
+    _legend_below(axis)

@@ -1,0 +1,47 @@
+"""The operator taken apart: one function per stage, with everything it needs at hand, and the attention kernel alone.
+
+The only file here that knows how a `Backend` is put together; `benchmark` times what it returns.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from baatt.analysis.baselines import Inputs, sort_tokens
+from baatt.backend import Backend
+from baatt.types import Partial, Plan
+
+#: Implementations whose attention takes the sorted copies that `arrange` made.
+TAKES_COPIES = ("triton", "hopper")
+STAGES = ("arrange", "score_and_select", "attend")
+
+
+def stage_functions(inputs: Inputs, plan: Plan, backend: Backend) -> dict[str, Callable[[], Any]]:
+    """What to call for each of `STAGES`, as `ba_attention` does it with this backend.
+
+    Args:
+        inputs: q, k, v in the original order.
+        plan: made from them.
+        backend: of the implementation under test.
+    """
+    arrange = functools.partial(backend.arrange, *inputs, plan.config, None)
+    score_and_select = functools.partial(
+        backend.choose_blocks, plan.query_stats, plan.key_stats, plan.config, plan.scale
+    )
+    functions = arrange, score_and_select, attention_kernel(inputs, plan, backend)
+    return dict(zip(STAGES, functions, strict=True))
+
+
+def attention_kernel(inputs: Inputs, plan: Plan, backend: Backend) -> Callable[[], Partial]:
+    """The attention of a plan alone: on sorted copies where the implementation takes them, else with its gathers."""
+    copies: dict[str, Tensor] = {}
+    if backend.name in TAKES_COPIES:
+        orders = plan.query_order, plan.key_order, plan.key_order
+        sides = zip(("sorted_q", "sorted_k", "sorted_v"), inputs, orders, strict=True)
+        copies = {name: sort_tokens(x, order) for name, x, order in sides}
+    return functools.partial(
+        backend.sparse_attention, *inputs, plan.query_order, plan.key_order, plan.selection,
+        block_size=plan.config.block_size, scale=plan.scale, **copies,
+    )  # fmt: skip

@@ -1,0 +1,120 @@
+"""Median times of functions that take turns, on the GPU by events, on the CPU by the clock.
+
+In: named functions without arguments. Out: milliseconds by name. All candidates run in every round, from another first
+one each time and every other round backwards, so that clocks, heat and neighbours hit each of them alike. Also measures
+the two ceilings of a roofline: matrix products and memory bandwidth. Knows nothing of attention.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+MOST_ROUNDS = 200
+ENOUGH_MS = 300.0
+# About 0.1 ms: the GPU stays busy while the next launch is prepared, so a launch costs no idle time inside the events.
+SLEEP_CYCLES = 200_000
+MATRIX_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (1024,)}
+COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 2**28}
+
+
+def median_times(functions: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of one call of each function, which take turns.
+
+    Args:
+        functions: what to call, by name.
+        device: where they work; the type decides how time is taken.
+
+    Returns:
+        Milliseconds by name; at least 7 timed calls of each.
+    """
+    for function in functions.values():
+        warm_up(function, device)
+    one_round = _gpu_round if device.type == "cuda" else _cpu_round
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    started, rounds = time.perf_counter(), 0
+    enough_s = ENOUGH_MS * len(functions) / 1e3
+    while rounds < ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - started < enough_s):
+        first = rounds // 2 % len(functions)
+        names = (list(functions)[first:] + list(functions)[:first])[:: 1 if rounds % 2 == 0 else -1]
+        for name, milliseconds in one_round({name: functions[name] for name in names}).items():
+            times[name].append(milliseconds)
+        rounds += 1
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def warm_up(function: Callable[[], Any], device: torch.device) -> None:
+    """Up to three calls that do not count; one is enough for what takes long."""
+    for _ in range(3):
+        started = time.perf_counter()
+        function()
+        synchronise(device)
+        if time.perf_counter() - started > 0.2:
+            return
+
+
+def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """The function as replays of a CUDA graph, which leaves out what launching costs.
+
+    Raises:
+        RuntimeError: the function does something that a graph cannot hold.
+    """
+    warm_up(function, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """10^12 floating-point operations per second of the fastest of a few large square matrix products."""
+    best = 0.0
+    for size in MATRIX_SIZES[device.type]:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        best = max(best, 2 * size**3 / _milliseconds_of_product(left, right) / 1e9)
+    return best
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, reading and writing counted."""
+    source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2e3 * source.nbytes / median_times({"copy": lambda: target.copy_(source)}, device)["copy"]
+
+
+def _milliseconds_of_product(left: Tensor, right: Tensor) -> float:
+    out = torch.empty_like(left)
+    return median_times({"product": lambda: torch.mm(left, right, out=out)}, left.device)["product"]
+
+
+def _gpu_round(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    events = {}
+    for name, function in functions.items():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        function()
+        end.record()
+        events[name] = start, end
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+
+def _cpu_round(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    times = {}
+    for name, function in functions.items():
+        started = time.perf_counter()
+        function()
+        times[name] = 1e3 * (time.perf_counter() - started)
+    return times

@@ -1,0 +1,140 @@
+"""Cases and records: what is counted, what is refused."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from baatt import BAAttConfig, make_plan
+from baatt.analysis import benchmark, reports, timing
+from baatt.analysis.benchmark import Case, Shape, estimated_bytes, kept_pairs, measure, random_plan, static_refusals
+from baatt.analysis.plots import draw_report, short_length
+from baatt.analysis.verification import VerificationError
+
+SMALL = Shape(1, 4, 2, 301, 16)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "ENOUGH_MS", 0.0)
+
+
+def case(what="operator", shape=SMALL, impl="cpu", dtype=torch.float32, sparsity=0.5, **options):
+    config = BAAttConfig(sparsity=sparsity, block_size=16, segment=64)
+    return Case(what, shape, config, dtype, torch.device("cpu"), impl, **options)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_record(impl, dtype):
+    record = measure(case(impl=impl, dtype=dtype, against=("dense", "cudnn")))
+    assert record.impl == {"auto": "cpu", "reference": "reference"}[impl]
+    assert (record.shape, record.groups) == ([1, 4, 301, 16], 2)
+    assert record.achieved_sparsity == 1 - 10 / 19
+    assert list(record.stage_ms)[-1] == "attend"
+    assert record.speedup == {"dense": record.baseline_ms["dense"] / record.total_ms}
+    assert record.refused == {"cudnn": "it needs a GPU, got device 'cpu'"}
+    assert record.selection_share == 1 - record.stage_ms["attend"] / record.total_ms
+    assert record.error <= record.error_limit
+    assert record.verified_blocks == [76, 76]
+    assert record.input_bytes == 8 * 301 * 16 * dtype.itemsize
+    assert not record.graph
+    assert json.loads(json.dumps(record._asdict()))["config"]["block_size"] == 16
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [SMALL, Shape(2, 3, 3, 128, 40)])
+def test_kernel_record(impl, shape):
+    record = measure(case("kernel", shape, impl))
+    assert list(record.stage_ms) == ["attend"]
+    assert record.total_ms == record.stage_ms["attend"]
+    assert record.total_ms_without_compensation is None
+    assert record.selection_share is None
+    assert record.config["sort"] == "none"
+    assert record.error <= record.error_limit
+
+
+@pytest.mark.parametrize(("what", "name"), [("operator", "ba_attention"), ("kernel", "attention_kernel")])
+def test_a_wrong_output_is_not_timed(monkeypatch, what, name):
+    right = getattr(benchmark, name)
+
+    def wrong(*arguments, **options):
+        found = right(*arguments, **options)
+        return 1.01 * found if what == "operator" else lambda: found()._replace(out=1.01 * found().out)
+
+    monkeypatch.setattr(benchmark, name, wrong)
+    monkeypatch.setattr(benchmark, "median_times", lambda *_: pytest.fail("timed"))
+    with pytest.raises(VerificationError, match=rf"{what} cpu at 1x4:2x301x16, sparsity 0.5 must be within"):
+        measure(case(what))
+
+
+def test_kept_pairs_counts_ragged_blocks():
+    q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16)
+    assert kept_pairs(make_plan(q, k, BAAttConfig(sparsity=0.0, block_size=16, segment=64))) == 2 * 70 * 70
+    plan = make_plan(q, k, BAAttConfig(sparsity=0.5, block_size=16, segment=64))
+    expected = 0
+    for head in range(2):
+        for block, row in enumerate(plan.selection.index[0, head].tolist()):
+            expected += min(16, 70 - 16 * block) * sum(min(16, 70 - 16 * kept) for kept in row)
+    assert kept_pairs(plan) == expected
+
+
+def test_random_lists_are_ascending_and_differ():
+    plan = random_plan(case("kernel", Shape(2, 3, 1, 301, 16), sparsity=0.7))
+    index = plan.selection.index
+    assert index.shape == (2, 3, 19, 6)
+    assert (index.diff(dim=-1) > 0).all()
+    assert not torch.equal(index[0, 0], index[0, 1])
+    assert not torch.equal(index[0], index[1])
+
+
+def test_static_refusals_and_estimates_need_no_gpu():
+    big = case(shape=Shape(1, 32, 32, 2**18, 128), dtype=torch.bfloat16, against=("cudnn", "flash", "flex", "dense"))
+    assert set(static_refusals(big)) == {"cudnn", "flash"}
+    on_gpu = big._replace(device=torch.device("cuda"), config=BAAttConfig(sparsity=0.9))
+    assert static_refusals(on_gpu) == {}
+    assert 8 * 2**30 < estimated_bytes(on_gpu._replace(against=())) < estimated_bytes(on_gpu) < 60 * 2**30
+
+
+def test_commit_is_marked_or_read_from_a_file(monkeypatch, tmp_path):
+    commit = reports.commit_here()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
+    answers = {"ls-files": "", "rev-parse": "a" * 40, "status": " M file"}
+    monkeypatch.setattr(reports, "_git", lambda *command: answers[command[0]])
+    assert reports.commit_here() == "a" * 40 + "-dirty"
+    answers["status"] = ""
+    assert reports.commit_here() == "a" * 40
+
+    def fail(*command):
+        raise subprocess.CalledProcessError(128, command)
+
+    monkeypatch.setattr(reports, "_git", fail)
+    monkeypatch.chdir(tmp_path)
+    assert reports.commit_here() is None
+    Path(".commit").write_text("b" * 40 + "\n")
+    assert reports.commit_here() == "b" * 40
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": []}'])
+def test_foreign_files_are_refused(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"file.json must hold"):
+        reports.load_report(path)
+
+
+def test_a_report_survives_storing(tmp_path):
+    report = reports.Report("command", None, "device", {"torch": "2"}, 1.0, "float32", 2.0, [])
+    reports.store_report(report, tmp_path / "file.json")
+    assert reports.load_report(tmp_path / "file.json") == report._asdict()
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+    with pytest.raises(ValueError, match="at least one measurement"):
+        draw_report(report._asdict(), tmp_path / "picture.png")
+
+
+def test_lengths_are_short():
+    assert [short_length(tokens) for tokens in (300, 1024, 1500, 2**18, 2**20)] == ["300", "1K", "1500", "256K", "1M"]
+    assert math.isclose(benchmark.scale_of(case()), 0.25)

@@ -1,0 +1,66 @@
+"""benchmarks/gpu_bars.py with one tiny CPU case in place of its own: what it stores, prints and survives."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from baatt import BAAttConfig
+from baatt.analysis import timing
+from baatt.analysis.benchmark import Case, Shape
+
+PATH = Path(__file__).resolve().parents[1] / "benchmarks/gpu_bars.py"
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_bars", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_bars", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_cases_are_those_of_the_table(bars):
+    assert list(bars.CASES) == [
+        *("kernel-4K-0.5", "kernel-32K-0", "kernel-32K-0.5", "kernel-32K-0.9", "kernel-128K-0.9", "kernel-32K-0.5-d64"),
+        *("operator-4K-0.5", "operator-16K-0.5", "operator-32K-0.5", "operator-32K-0.9", "operator-128K-0.9"),
+        *("operator-256K-0.9", "operator-1M-0.9-h8"),
+    ]
+    assert bars.CASES["operator-256K-0.9"].against == ("cudnn", "flash", "flex")
+    assert bars.CASES["operator-1M-0.9-h8"].against == ()
+
+
+def test_a_failing_case_leaves_the_others(bars, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(timing, "ENOUGH_MS", 0.0)
+    monkeypatch.setitem(timing.MATRIX_SIZES, "cpu", (128,))
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 2**20)
+    config = BAAttConfig(block_size=16, segment=64)
+    cpu, shape = torch.device("cpu"), Shape(1, 2, 2, 100, 16)
+    good = Case("operator", shape, config, torch.float32, cpu, against=("dense", "flex"))
+    monkeypatch.setattr(bars, "CASES", {"bad": good._replace(device=torch.device("meta")), "good": good})
+    monkeypatch.setattr(bars, "start_report", lambda command, *_: real(command, cpu, torch.float32))
+    from baatt.analysis.reports import start_report as real
+
+    path = tmp_path / "bars.json"
+    assert bars.main(["--json", str(path), "--impl", "cpu", "--cases", "bad,good", "--no-flex"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("bad: FAILED, RuntimeError")
+    assert printed[2].startswith("good: ")
+    assert "x over dense" in printed[2]
+    stored = json.loads(path.read_text())
+    assert len(stored["records"]) == 1
+    assert "flex" not in stored["records"][0]["refused"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_wrong_calls(bars, tmp_path, capsys):
+    for options, message in ((["--cases", "x"], "--cases must be of"), ([], "a GPU is needed")):
+        with pytest.raises(SystemExit):
+            bars.main(["--json", str(tmp_path / "bars.json"), *options])
+        assert message in capsys.readouterr().err
