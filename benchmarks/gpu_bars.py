@@ -73,9 +73,9 @@ def line(name: str, record: Record, seconds: float) -> str:
     share = "" if record.selection_share is None else f", not attention {record.selection_share:.1%}"
     speedup = "".join(f", {found:.2f}x over {baseline}" for baseline, found in record.speedup.items())
     notes = [f"{baseline} refused: {reason}" for baseline, reason in record.refused.items()] + record.without_graph
-    beta = record.total_ms_without_compensation
+    cost = record.compensation_cost
     return (
-        f"{name}: {record.total_ms:.4g} ms ({stages}){'' if beta is None else f', beta=0 {beta:.4g} ms'}, "
+        f"{name}: {record.total_ms:.4g} ms ({stages}){'' if cost is None else f', {cost:+.1%} to beta=0'}, "
         f"{record.kept_tflops:.0f} TFLOP/s{share}{speedup}, error {record.error:.2e} of {record.error_limit:.2e}, "
         f"{(record.peak_memory_bytes or 0) / 2**30:.2f} GiB beyond inputs, took {seconds:.0f} s"
         f"{''.join(f'; {note}' for note in notes)}\n"

@@ -1,10 +1,11 @@
 """Median times of functions that take turns, on the GPU by events, on the CPU by the clock.
 
-In: named functions without arguments. Out: milliseconds by name. All candidates run in every round, from another first
-one each time and every other round backwards, so that clocks, heat and neighbours hit each of them alike. Also measures
+In: named functions without arguments. Out: milliseconds by name. All candidates run in every round, in another
+random order each time, so that clocks, heat and neighbours hit each of them alike. Also measures
 the two ceilings of a roofline: matrix products and memory bandwidth. Knows nothing of attention.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,11 +37,10 @@ def median_times(functions: Mapping[str, Callable[[], Any]], device: torch.devic
         warm_up(function, device)
     one_round = _gpu_round if device.type == "cuda" else _cpu_round
     times: dict[str, list[float]] = {name: [] for name in functions}
-    started, rounds = time.perf_counter(), 0
+    started, rounds, shuffle = time.perf_counter(), 0, random.Random(0)
     enough_s = ENOUGH_MS * len(functions) / 1e3
     while rounds < ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - started < enough_s):
-        first = rounds // 2 % len(functions)
-        names = (list(functions)[first:] + list(functions)[:first])[:: 1 if rounds % 2 == 0 else -1]
+        names = shuffle.sample(list(functions), len(functions))
         for name, milliseconds in one_round({name: functions[name] for name in names}).items():
             times[name].append(milliseconds)
         rounds += 1

@@ -249,7 +249,7 @@ def show(console: Console, records: Sequence[Record]) -> None:
     out.add_row("attention, TFLOP/s of kept pairs", *(_number(one.kept_tflops) for one in records))
     if first.what == "operator":
         out.add_row("total, ms", *(_number(one.total_ms) for one in records), style="bold")
-        out.add_row("total with beta=0, ms", *(_number(one.total_ms_without_compensation) for one in records))
+        out.add_row("slower than with beta=0 by", *(f"{one.compensation_cost or 0:.1%}" for one in records))
         out.add_row("share outside of attention", *(f"{one.selection_share or 0:.1%}" for one in records))
     for name in dict.fromkeys(name for one in records for name in (*one.speedup, *one.refused)):
         out.add_row(f"{name}, ms", *(_number(one.baseline_ms.get(name)) for one in records))

@@ -152,7 +152,7 @@ def _take_norms(queries: _Side, keys: _Side, columns: int, masked: bool) -> None
 
 def sorting_warps(programs: int, width: int) -> int:
     """Warps per segment: a network inside one warp needs no barriers, but a few segments alone want more of them."""
-    return max(width // 1024, 1 if programs > MANY_SEGMENTS else 4)
+    return max(width // 1024, 1 if programs > MANY_SEGMENTS else 8)
 
 
 @triton.jit

@@ -109,6 +109,7 @@ def launch_options(dtype: torch.dtype, channels: int, block_size: int) -> dict[s
     narrow = dtype != torch.float32
     return {
         "COLUMNS": columns,
+        "DEPTH": columns if narrow else min(columns, 64),
         "TILE": min(MAX_TILE, block_size),
         "PRECISION": None if narrow else "ieee",
         "num_warps": 8 if columns == MAX_CHANNELS else 4,
@@ -120,7 +121,8 @@ def launch_options(dtype: torch.dtype, channels: int, block_size: int) -> dict[s
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
     heads, repeats, tokens, keys, slots, scale,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     head_entry = tl.program_id(1).to(tl.int64)
@@ -129,7 +131,10 @@ def _attention_kernel(
     length = tl.load(length_ptr + head_entry // heads)
     key_start = (head_entry // repeats) * keys * CHANNELS
     first_query = block.to(tl.int64) * BLOCK
-    queries = _load_rows(q_ptr + head_entry * tokens * CHANNELS, first_query, tokens, BLOCK, CHANNELS, COLUMNS)
+    q_ptr += head_entry * tokens * CHANNELS
+    k_ptr += key_start
+    v_ptr += key_start
+    queries = _load_rows(q_ptr, first_query, tokens, 0, BLOCK, CHANNELS, DEPTH)
 
     # The lowest finite number and not -inf: a row whose scores are all -inf then gets weights 0, not exp2(inf - inf).
     running_max = tl.full([BLOCK], LOWEST, tl.float32)
@@ -137,22 +142,25 @@ def _attention_kernel(
     accumulator = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for step in range(0, count * (BLOCK // TILE)):
         first_key = _first_key(index_ptr + list_start * slots, step, BLOCK, TILE)
-        key_tile = _load_rows(k_ptr + key_start, first_key, length, TILE, CHANNELS, COLUMNS)
-        value_tile = _load_rows(v_ptr + key_start, first_key, length, TILE, CHANNELS, COLUMNS)
+        key_tile = _load_rows(k_ptr, first_key, length, 0, TILE, CHANNELS, DEPTH)
+        value_tile = _load_rows(v_ptr, first_key, length, 0, TILE, CHANNELS, COLUMNS)
         scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
+        # Sums of DEPTH products and then their sum: one sum over all channels would round once per channel. An fma and
+        # no addition, for the compiler would take an addition into the product again.
+        for first_column in tl.static_range(DEPTH, COLUMNS, DEPTH):
+            more_queries = _load_rows(q_ptr, first_query, tokens, first_column, BLOCK, CHANNELS, DEPTH)
+            more_keys = _load_rows(k_ptr, first_key, length, first_column, TILE, CHANNELS, DEPTH)
+            product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
+            scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
         scores = tl.where((tl.arange(0, TILE) < length - first_key)[None, :], scores, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_max[:, None])
         shrink = tl.exp2(running_max - new_max)
         running_max = new_max
         running_sum = running_sum * shrink + tl.sum(weights, axis=1)
-        if PRECISION == "ieee":
-            # Tile by tile and then summed, not one sum over all keys, which would round once per key. An fma and no
-            # addition, for the compiler would take an addition into the product again.
-            product = tl.dot(weights, value_tile, input_precision=PRECISION)
-            accumulator = tl.fma(accumulator, tl.broadcast_to(shrink[:, None], product.shape), product)
-        else:
-            accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None])
+        accumulator = tl.dot(
+            weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], input_precision=PRECISION
+        )
 
     divisor = tl.where(running_sum == 0, 1.0, running_sum)
     lse = tl.where(running_sum == 0, float("-inf"), (running_max + tl.log2(divisor)) * LN_2)
@@ -170,9 +178,11 @@ def _first_key(list_ptr, step, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(x_ptr, first, length, ROWS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows [ROWS, COLUMNS] of x from `first` on, 0 from row `length` and from column CHANNELS on."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+def _load_rows(
+    x_ptr, first, length, first_column, ROWS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Part [ROWS, COLUMNS] of x from `first` and `first_column` on, 0 from row `length` and column CHANNELS on."""
+    rows, columns = tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     inside = (rows < length - first)[:, None] & (columns < CHANNELS)[None, :]
     offsets = rows[:, None] * CHANNELS + columns[None, :]
     return tl.load(x_ptr + first * CHANNELS + offsets, mask=inside, other=0.0)
