@@ -18,7 +18,9 @@ def test_candidates_take_turns(monkeypatch):
     times = timing.median_times(functions, CPU)
     rounds = "".join(calls[9:])
     assert len(rounds) == 3 * timing.ROUNDS
-    assert [rounds[i : i + 3] for i in range(0, 12, 3)] == ["abc", "cba", "bca", "acb"]
+    rounds = [rounds[i : i + 3] for i in range(0, len(rounds), 3)]
+    assert all(set(one) == set("abc") for one in rounds)
+    assert len(set(rounds)) > 1
     assert set(times) == set("abc")
 
 

@@ -25,6 +25,7 @@ from baatt.config import BAAttConfig
 from baatt.types import BlockSelection, BlockStats, Plan, TokenOrder
 
 GRAPH_TOKENS = 32768
+PAIR_ROUNDS = 25
 KERNELS = ("triton", "hopper")
 WHAT = ("operator", "kernel")
 
@@ -146,7 +147,7 @@ def _measure_operator(case: Case, backend: Backend, inputs: Inputs) -> Record:
     if graph:
         functions = {name: captured(function, case.device) for name, function in functions.items()}
     # The two alone: beside dense attention, which heats the chip, their small difference drowns.
-    pair = median_times(functions, case.device)
+    pair = median_times(functions, case.device, PAIR_ROUNDS)
     baselines, refused, without_graph = _baselines(case, inputs, plan, graph)
     times = median_times({"total": functions["total"], **baselines}, case.device)
     total = times.pop("total")

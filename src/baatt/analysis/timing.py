@@ -23,15 +23,18 @@ MATRIX_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (1024,)}
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 2**28}
 
 
-def median_times(functions: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+def median_times(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, least: int = ROUNDS
+) -> dict[str, float]:
     """Median milliseconds of one call of each function, which take turns.
 
     Args:
         functions: what to call, by name.
         device: where they work; the type decides how time is taken.
+        least: timed calls of each; more where that takes less than 0.3 s.
 
     Returns:
-        Milliseconds by name; at least 7 timed calls of each.
+        Milliseconds by name.
     """
     for function in functions.values():
         warm_up(function, device)
@@ -39,7 +42,7 @@ def median_times(functions: Mapping[str, Callable[[], Any]], device: torch.devic
     times: dict[str, list[float]] = {name: [] for name in functions}
     started, rounds, shuffle = time.perf_counter(), 0, random.Random(0)
     enough_s = ENOUGH_MS * len(functions) / 1e3
-    while rounds < ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() - started < enough_s):
+    while rounds < least or (rounds < MOST_ROUNDS and time.perf_counter() - started < enough_s):
         names = shuffle.sample(list(functions), len(functions))
         for name, milliseconds in one_round({name: functions[name] for name in names}).items():
             times[name].append(milliseconds)
