@@ -113,7 +113,7 @@ def _decide(
 
 def _copies(arrangement: Arrangement) -> dict[str, Tensor]:
     """The sorted copies that are there, by the names under which `sparse_attention` takes them."""
-    found = {name: getattr(arrangement, name) for name in ("sorted_q", "sorted_k", "sorted_v")}
+    found = {name: getattr(arrangement, name) for name in ("sorted_k", "sorted_v")}
     return {name: copy for name, copy in found.items() if copy is not None}
 
 

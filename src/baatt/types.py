@@ -41,16 +41,15 @@ class BlockStats(NamedTuple):
 class Arrangement(NamedTuple):
     """Both sides in order and pooled, before anything is scored.
 
-    query_order, key_order: `TokenOrder`; query_stats, key_stats: `BlockStats` of the sorted tokens; sorted_q
-    [B, H, N, D], sorted_k and sorted_v [B, G, M, D]: contiguous copies in sorted order, masked tokens 0, from kernels
-    that make them, else None.
+    query_order, key_order: `TokenOrder`; query_stats, key_stats: `BlockStats` of the sorted tokens; sorted_k
+    and sorted_v [B, G, M, D]: contiguous copies in sorted order, masked tokens 0, from kernels that make them, else
+    None.
     """
 
     query_order: TokenOrder
     query_stats: BlockStats
     key_order: TokenOrder
     key_stats: BlockStats
-    sorted_q: Tensor | None = None
     sorted_k: Tensor | None = None
     sorted_v: Tensor | None = None
 

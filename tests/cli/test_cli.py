@@ -4,11 +4,14 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import baatt
 from baatt.assets import shipped_model
 from baatt.cli.main import VERBS, main
 from baatt.evaluation.retrieval import draw_samples
@@ -152,3 +155,8 @@ def test_help_says_what_the_verbs_say(capsys: pytest.CaptureFixture[str]) -> Non
         main(["--help"])
     printed = capsys.readouterr().out
     assert all(f"    {name} " in printed for name in VERBS)
+
+
+def test_the_package_runs_as_a_module():
+    run = subprocess.run([sys.executable, "-m", "baatt", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"baatt {baatt.__version__}\n"

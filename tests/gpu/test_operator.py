@@ -22,7 +22,13 @@ SHAPES = [  # B, H, G, N, M, D
     (3, 2, 1, 129, 257, 128),
     (1, 3, 3, 2048, 2048, 64),
 ]
-PORTABLE_SHAPES = [(2, 4, 2, 75, 301, 40, 16), (1, 2, 1, 500, 129, 256, 32), (1, 4, 4, 260, 260, 16, 64)]
+PORTABLE_SHAPES = [
+    (2, 4, 2, 75, 301, 40, 16),
+    (1, 2, 1, 500, 129, 256, 32),
+    (1, 4, 4, 260, 260, 16, 64),
+    (1, 2, 2, 300, 700, 256, 128),
+    (1, 2, 1, 700, 300, 128, 128),
+]
 
 
 def inputs(shape, dtype, seed=0):
@@ -137,6 +143,15 @@ def test_batch_entries_do_not_see_one_another(impl):
 def test_strided_inputs(impl):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs((2, 4, 2, 500, 500, 64), torch.bfloat16))
     check(impl, q, k, v, BAAttConfig())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("channels", [64, 128])
+def test_inputs_that_are_not_aligned(impl, channels):
+    """Rows that start at any element, and channels that are not side by side."""
+    wide = inputs((1, 2, 2, 300, 300, 2 * channels + 3), torch.bfloat16)
+    check(impl, *(x[..., 3 : channels + 3] for x in wide), BAAttConfig())
+    check(impl, *(x[..., 1 : 2 * channels : 2] for x in wide), BAAttConfig())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

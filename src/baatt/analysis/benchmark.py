@@ -295,12 +295,13 @@ def estimated_bytes(case: Case) -> int:
     blocks = -(-tokens // case.config.block_size)
     kept = max(1, math.ceil((1 - case.config.sparsity) * blocks))
     query_side = batch * heads * tokens * channels * case.dtype.itemsize
-    inputs = query_side * (heads + 2 * groups) // heads
+    key_sides = 2 * query_side * groups // heads
+    inputs = query_side + key_sides
     pairs = batch * heads * blocks * blocks
     orders, lists = 8 * batch * (heads + groups) * tokens, 4 * batch * heads * blocks * kept
     total = inputs + query_side + orders + lists
     if case.device.type == "cuda":
-        total += inputs  # sorted copies
+        total += key_sides  # sorted copies
     if case.what == "operator":
         # Kernels score in slabs of 256 MiB; the stages hold scores and two sorts of them, with int64 places.
         total += min(4 * pairs, 2**28) if case.device.type == "cuda" else 28 * pairs

@@ -35,12 +35,10 @@ def stage_functions(inputs: Inputs, plan: Plan, backend: Backend) -> dict[str, C
 
 
 def attention_kernel(inputs: Inputs, plan: Plan, backend: Backend) -> Callable[[], Partial]:
-    """The attention of a plan alone: on sorted copies where the implementation takes them, else with its gathers."""
+    """The attention of a plan alone: on sorted keys where the implementation takes them, else with its gathers."""
     copies: dict[str, Tensor] = {}
     if backend.name in TAKES_COPIES:
-        orders = plan.query_order, plan.key_order, plan.key_order
-        sides = zip(("sorted_q", "sorted_k", "sorted_v"), inputs, orders, strict=True)
-        copies = {name: sort_tokens(x, order) for name, x, order in sides}
+        copies = {"sorted_k": sort_tokens(inputs.k, plan.key_order), "sorted_v": sort_tokens(inputs.v, plan.key_order)}
     return functools.partial(
         backend.sparse_attention, *inputs, plan.query_order, plan.key_order, plan.selection,
         block_size=plan.config.block_size, scale=plan.scale, **copies,

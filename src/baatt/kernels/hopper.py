@@ -1,9 +1,10 @@
 """Block-sparse attention for Hopper GPUs (sm_90) in Gluon: the twin of `stages.sparse` for bf16 and fp16, D 64 and 128.
 
-A persistent grid walks over tiles of 128 sorted query rows. One producer warp brings Q, K and V blocks in by TMA; two
-consumer warpgroups of 64 rows each multiply, and the product with the next key block runs while the softmax weights of
-this one meet V. Lists are walked from the back, so that the one ragged key block comes first and the steady loop needs
-no mask. Gluon is experimental: `refusal` compiles a kernel once and reports whatever goes wrong.
+A persistent grid walks over tiles of 128 sorted query rows. One producer warp brings K and V blocks in by TMA; two
+consumer warpgroups of 64 rows each gather their queries and multiply, and the product with the next key block runs
+while the softmax weights of this one meet V. Lists are walked from the back, so that the one ragged key block comes
+first and the steady loop needs no mask. Gluon is experimental: `refusal` compiles a kernel once and reports whatever
+goes wrong.
 """
 
 import functools
@@ -49,7 +50,6 @@ def sparse_attention(
     *,
     block_size: int,
     scale: float,
-    sorted_q: Tensor | None = None,
     sorted_k: Tensor | None = None,
     sorted_v: Tensor | None = None,
 ) -> Partial:
@@ -57,7 +57,7 @@ def sparse_attention(
     from baatt.kernels.triton_arrangement import permute
 
     return attend_sorted(
-        permute(q, query_order) if sorted_q is None else sorted_q,
+        q,
         permute(k, key_order) if sorted_k is None else sorted_k,
         permute(v, key_order) if sorted_v is None else sorted_v,
         query_order,
@@ -79,12 +79,12 @@ def attend_sorted(
     block_size: int,
     scale: float,
 ) -> Partial:
-    """The same for tokens that are in sorted order already; the result is in the original order.
+    """The same for keys and values that are in sorted order already.
 
     Args:
-        q: [B, H, N, D] contiguous, sorted.
+        q: [B, H, N, D], any strides, in the original order, as the result.
         k, v: [B, G, M, D] contiguous, sorted, rows from `key_length` on 0.
-        query_order: where each row of q came from.
+        query_order: which row of q stands at each sorted place.
         key_length: [B] int64, keys that count.
         selection: ascending lists without empty key blocks.
         block_size: 128.
@@ -97,22 +97,23 @@ def attend_sorted(
         raise ValueError(f"block_size must be {BLOCK}, got {block_size}")
     batch, heads, tokens, channels = q.shape
     groups, keys = k.shape[1], k.shape[2]
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.stride(-1) != 1:
+        q = q.contiguous()
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     query_blocks = -(-tokens // BLOCK)
     tiles = batch * heads * query_blocks
     dtype = DTYPES[q.dtype]
     descriptors = (
-        _descriptor(q, (batch * heads, tokens, channels), BLOCK // 2, dtype),
-        _descriptor(k, (batch * groups, keys, channels), BLOCK, dtype),
-        _descriptor(v, (batch * groups, keys, channels), BLOCK, dtype),
+        _descriptor(k, (batch * groups, keys, channels), dtype),
+        _descriptor(v, (batch * groups, keys, channels), dtype),
     )
     index = selection.index.contiguous()
     chunk = _tiles_per_launch(tiles, index.shape[-1], 2 * k[0, 0].nbytes, q.device)
     for first_tile in range(0, tiles, chunk):
         last_tile = min(first_tile + chunk, tiles)
         attention_kernel[(min(last_tile - first_tile, _multiprocessors(q.device)),)](
-            *descriptors,
+            q, *q.stride()[:3], *descriptors,
             index, selection.count.contiguous(), query_order.index.contiguous(), key_length, out, lse,
             first_tile, last_tile, query_blocks, index.shape[-1], heads, groups, tokens, scale * math.log2(math.e),
             BLOCK=BLOCK, CHANNELS=channels, STAGES=ring_stages(channels), DTYPE=dtype, num_warps=4,
@@ -120,12 +121,12 @@ def attend_sorted(
     return Partial(out, lse)
 
 
-def _descriptor(x: Tensor, shape: tuple[int, int, int], rows: int, dtype: Any) -> Any:
-    """TMA descriptor of tiles [1, rows, D]; what lies beyond the last token reads as 0."""
+def _descriptor(x: Tensor, shape: tuple[int, int, int], dtype: Any) -> Any:
+    """TMA descriptor of tiles [1, BLOCK, D]; what lies beyond the last token reads as 0."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout.get_default_for([1, rows, shape[2]], dtype)
-    return TensorDescriptor(x, list(shape), [shape[1] * shape[2], shape[2], 1], [1, rows, shape[2]], layout)
+    layout = gl.NVMMASharedLayout.get_default_for([1, BLOCK, shape[2]], dtype)
+    return TensorDescriptor(x, list(shape), [shape[1] * shape[2], shape[2], 1], [1, BLOCK, shape[2]], layout)
 
 
 def _tiles_per_launch(tiles: int, capacity: int, bytes_per_head: int, device: torch.device) -> int:

@@ -1,5 +1,8 @@
 """The Gluon kernel behind `hopper`: producer, two consumers, and the order in which they hand blocks to one another.
 
+Queries are gathered through their order straight into registers, the next tile's while the last product of this one
+runs; whatever else a tile needs from memory is asked for a tile ahead, for its latency would idle the matrix units.
+
 Ring entry number e of a program, counted over all its tiles, uses stage e % STAGES in phase e // STAGES; K and V have
 rings of their own. Full barriers count the producer's expected bytes, empty barriers one arrival per consumer.
 """
@@ -15,14 +18,46 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 
 
 def ring_stages(channels: int) -> int:
-    """Blocks of K and of V in shared memory at once: what fits into 227 KiB beside Q."""
+    """Blocks of K and of V in shared memory at once."""
     return 3 if channels == 128 else 4
+
+
+@gluon.constexpr_function
+def row_layout(channels, step):
+    """From the layout of a product (step 0) to 16 bytes of a row per thread (step 2).
+
+    A product gives a thread 4 bytes here and there, which makes loads and stores of rows slow. Each step swaps one bit
+    of the register number with one of the thread number: an exchange inside a quad of threads. Both swaps at once would
+    go through shared memory, of which nothing is left.
+    """
+    inner, outer = [[0, 8], [0, 16]], [[0, 32 << bit] for bit in range((channels // 64).bit_length())]
+    threads = [[0, 2], [0, 4]]
+    for swap in range(step):
+        inner[swap], threads[swap] = threads[swap], inner[swap]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], *inner, [8, 0], *outer],
+        lane_bases=[*threads, [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, channels],
+    )
 
 
 @gluon.jit
 def key_head(head_entry, heads, groups):
     """Row of [B * G] that belongs to row `head_entry` of [B * H]."""
     return (head_entry // heads) * groups + (head_entry % heads) // (heads // groups)
+
+
+@gluon.jit
+def load_queries(
+    q_ptr, stride_batch, stride_head, stride_token, order, tile, present, heads, query_blocks, channels,
+):  # fmt: skip
+    """Rows `order` of the head that a tile belongs to, 16 bytes per thread; 0 where not `present`."""
+    head_entry = tile // query_blocks
+    head_start = gl.cast(head_entry // heads, gl.int64) * stride_batch + (head_entry % heads) * stride_head
+    offsets = order[:, None] * stride_token + channels[None, :]
+    return gl.load(q_ptr + head_start + offsets, mask=present[:, None], other=0.0)
 
 
 @gluon.jit
@@ -37,28 +72,17 @@ def load_block(descriptor, row, block, full, empty, ring, entry, BLOCK: gl.const
 
 @gluon.jit
 def produce(
-    q_descriptor, k_descriptor, v_descriptor, q_tiles, k_ring, v_ring,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
+    k_descriptor, v_descriptor, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
     first_tile, last_tile, query_blocks, capacity, heads, groups,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: Q halves, then K one entry ahead of V, from the back of the list."""
-    HALF: gl.constexpr = BLOCK // 2
+    """The producer warp: K one entry ahead of V, from the back of the list."""
     entry = 0
-    turn = 0
     for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
-        head_entry = tile // query_blocks
-        query_block = tile % query_blocks
-        row = key_head(head_entry, heads, groups)
+        row = key_head(tile // query_blocks, heads, groups)
         count = gl.maximum(gl.load(count_ptr + tile), 1)
         list_ptr = index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1
         block = gl.load(list_ptr)
-        first_row = query_block * BLOCK
-        for half in gl.static_range(2):
-            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(half), q_descriptor.block_type.nbytes)
-            place = [head_entry, first_row + half * HALF, 0]
-            load_tile(q_descriptor, place, q_full.index(half), q_tiles.index(half))
         load_block(k_descriptor, row, block, k_full, k_empty, k_ring, entry, BLOCK, STAGES)
         for slot in range(1, count):
             following = gl.load(list_ptr - slot)
@@ -68,39 +92,59 @@ def produce(
             entry += 1
         load_block(v_descriptor, row, block, v_full, v_empty, v_ring, entry, BLOCK, STAGES)
         entry += 1
-        turn += 1  # noqa: SIM113  (no enumerate in Gluon)
 
 
 @gluon.jit
 def consume(
-    q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
     index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
     first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
-    HALF: gl.constexpr, BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    HALF: gl.constexpr, BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: rows HALF * 64 to HALF * 64 + 63 of every tile."""
     ROWS: gl.constexpr = BLOCK // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHANNELS, 16])
+    swapped_layout: gl.constexpr = row_layout(CHANNELS, 1)
+    wide_layout: gl.constexpr = row_layout(CHANNELS, 2)
+    wide_rows: gl.constexpr = gl.SliceLayout(1, wide_layout)
+    query_layout: gl.constexpr = gl.DotOperandLayout(0, score_layout, 2)
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-    q_tile = q_tiles.index(HALF).reshape([ROWS, CHANNELS])
     columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
-    channels = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, out_layout))
+    channels = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, wide_layout))
+    half_rows = HALF * ROWS + gl.arange(0, ROWS, layout=wide_rows)
     no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=score_layout)
     entry = 0
-    turn = 0
-    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
-        head_entry = tile // query_blocks
-        count = gl.maximum(gl.load(count_ptr + tile), 1)
-        last_block = gl.load(index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1)
-        present = gl.cast(gl.load(length_ptr + head_entry // heads), gl.int32) - last_block * BLOCK
 
-        mbarrier.wait(q_full.index(HALF), turn & 1)
+    tile = first_tile + gl.program_id(0)
+    count = gl.maximum(gl.load(count_ptr + tile), 1)
+    last_block = gl.load(index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1)
+    length = gl.cast(gl.load(length_ptr + tile // query_blocks // heads), gl.int32)
+    rows = (tile % query_blocks) * BLOCK + half_rows
+    order = gl.load(order_ptr + gl.cast(tile // query_blocks, gl.int64) * tokens + rows, mask=rows < tokens, other=0)
+    queries = load_queries(
+        q_ptr, stride_batch, stride_head, stride_token, order, tile, rows < tokens, heads, query_blocks, channels
+    )
+    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
+        target = gl.cast(tile // query_blocks, gl.int64) * tokens + order
+        stored = rows < tokens
+        present = length - last_block * BLOCK
+        # The last tile has itself for the next one.
+        next_tile = gl.minimum(tile + gl.num_programs(0), last_tile - 1)
+        next_count = gl.maximum(gl.load(count_ptr + next_tile), 1)
+        rows = (next_tile % query_blocks) * BLOCK + half_rows
+        next_start = gl.cast(next_tile // query_blocks, gl.int64) * tokens
+        order = gl.load(order_ptr + next_start + rows, mask=rows < tokens, other=0)
+
+        query_operand = gl.convert_layout(
+            gl.convert_layout(gl.convert_layout(queries, swapped_layout), out_layout), query_layout
+        )
         stage = entry % STAGES
         mbarrier.wait(k_full.index(stage), (entry // STAGES) & 1)
         k_block = k_ring.index(stage).reshape([BLOCK, CHANNELS]).permute((1, 0))
-        scores = warpgroup_mma(q_tile, k_block, no_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma(query_operand, k_block, no_scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         scores = gl.where(columns[None, :] < present, scores, float("-inf"))
@@ -115,7 +159,7 @@ def consume(
             stage = (entry + 1) % STAGES
             mbarrier.wait(k_full.index(stage), ((entry + 1) // STAGES) & 1)
             k_block = k_ring.index(stage).reshape([BLOCK, CHANNELS]).permute((1, 0))
-            scores = warpgroup_mma(q_tile, k_block, no_scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma(query_operand, k_block, no_scores, use_acc=False, is_async=True)
             v_stage = entry % STAGES
             mbarrier.wait(v_full.index(v_stage), (entry // STAGES) & 1)
             v_block = v_ring.index(v_stage).reshape([BLOCK, CHANNELS])
@@ -133,49 +177,47 @@ def consume(
             accumulator = accumulator * gl.convert_layout(shrink, out_rows)[:, None]
             entry += 1
 
-        mbarrier.arrive(q_empty.index(HALF), count=1)
+        last_block = gl.load(index_ptr + gl.cast(next_tile, gl.int64) * capacity + next_count - 1)
+        length = gl.cast(gl.load(length_ptr + next_tile // query_blocks // heads), gl.int32)
+        count = next_count
+        queries = load_queries(
+            q_ptr, stride_batch, stride_head, stride_token, order, next_tile, rows < tokens, heads, query_blocks,
+            channels,
+        )  # fmt: skip
         v_stage = entry % STAGES
         mbarrier.wait(v_full.index(v_stage), (entry // STAGES) & 1)
         v_block = v_ring.index(v_stage).reshape([BLOCK, CHANNELS])
         accumulator = warpgroup_mma(operand, v_block, accumulator, is_async=True)
         lse = gl.convert_layout((running_max + gl.log2(running_sum)) * LN_2, out_rows)
         divisor = gl.convert_layout(gl.where(running_sum == 0.0, 1.0, running_sum), out_rows)
-        rows = (tile % query_blocks) * BLOCK + HALF * ROWS + gl.arange(0, ROWS, layout=out_rows)
-        head_start = gl.cast(head_entry, gl.int64) * tokens
-        target = head_start + gl.load(order_ptr + head_start + rows, mask=rows < tokens, other=0)
-        gl.store(lse_ptr + target, lse, mask=rows < tokens)
+        gl.store(lse_ptr + target, gl.convert_layout(lse, wide_rows), mask=stored)
         accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         mbarrier.arrive(v_empty.index(v_stage), count=1)
         accumulator = accumulator / divisor[:, None]
-        # Straight from the registers: 16 bytes of a row per four threads, no shared memory, no wait for the other half.
+        out = gl.convert_layout(gl.convert_layout(accumulator.to(DTYPE), swapped_layout), wide_layout)
         gl.store(
             out_ptr + target[:, None] * CHANNELS + channels[None, :],
-            accumulator.to(DTYPE),
-            mask=(rows < tokens)[:, None],
+            out,
+            mask=stored[:, None],
         )
         entry += 1
-        turn += 1  # noqa: SIM113  (no enumerate in Gluon)
 
 
 @gluon.jit
 def attention_kernel(
-    q_descriptor, k_descriptor, v_descriptor, index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    q_ptr, stride_batch, stride_head, stride_token, k_descriptor, v_descriptor,
+    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
     first_tile, last_tile, query_blocks, capacity, heads, groups, tokens, scale_log2,
-    BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
+    BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Persistent block-sparse attention; see `baatt.kernels.hopper.attend_sorted`."""
-    q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, BLOCK // 2, CHANNELS], q_descriptor.layout)
     k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, CHANNELS], k_descriptor.layout)
     v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, CHANNELS], v_descriptor.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2):
-        mbarrier.init(q_full.index(half), count=1)
-        mbarrier.init(q_empty.index(half), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
@@ -186,7 +228,7 @@ def attention_kernel(
             (
                 consume,
                 (
-                    q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
                     index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
                     first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     0, BLOCK, CHANNELS, STAGES, DTYPE,
@@ -195,7 +237,7 @@ def attention_kernel(
             (
                 consume,
                 (
-                    q_tiles, k_ring, v_ring, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
                     index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
                     first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     1, BLOCK, CHANNELS, STAGES, DTYPE,
@@ -204,8 +246,7 @@ def attention_kernel(
             (
                 produce,
                 (
-                    q_descriptor, k_descriptor, v_descriptor, q_tiles, k_ring, v_ring,
-                    q_full, q_empty, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
+                    k_descriptor, v_descriptor, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
                     first_tile, last_tile, query_blocks, capacity, heads, groups, BLOCK, STAGES,
                 ),
             ),

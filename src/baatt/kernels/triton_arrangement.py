@@ -1,9 +1,9 @@
 """Sorts, pools and copies the tokens on the GPU: the twin of `stages.sorting` and `stages.pooling`.
 
 Three launches, each for both sides: norms; orders, where a program sorts the 64-bit numbers of norm and position of one
-segment, so that equal norms keep their order; copies, where a program gathers one block of q, k or v, writes it out and
-takes mean and variance from the same registers. A single launch per segment for everything was slower: there are too
-few segments to keep the memory busy. An order that is not made here is given.
+segment, so that equal norms keep their order; blocks, where a program gathers a slab of channels of one block, takes
+mean and variance of q and k and writes k and v out from the same registers. A single launch per segment for everything
+was slower: there are too few segments to keep the memory busy. An order that is not made here is given.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ from baatt.types import Arrangement, BlockStats, TokenOrder
 LONGEST = 4096
 #: Tokens per program where nothing is sorted.
 STRETCH = 1024
-MANY_TOKENS = 2**20
+#: Channels that one program copies: fewer registers each, more programs that wait for memory at once.
+SLAB = 64
+GATHER_WARPS = 2
 MANY_SEGMENTS = 1024
 #: Orders the kernel makes itself, by the names of their stages.
 ORDERS = ("by_norm", "by_position")
@@ -72,7 +74,7 @@ def arrange(
         block_size: P.
 
     Returns:
-        Arrangement with sorted copies of q, k and, where given, v.
+        Arrangement with sorted copies of k and, where given, v; attention gathers queries itself.
     """
     queries, keys = _prepare(q, query_order, None, segment), _prepare(k, key_order, key_mask, segment)
     columns = max(16, triton.next_power_of_2(q.shape[-1]))
@@ -87,16 +89,18 @@ def arrange(
             KEYS_MASKED=masked, num_warps=sorting_warps(sum(programs), max(queries.width, keys.width)),
         )  # fmt: skip
     query_stats, key_stats = (_room_for_stats(x, block_size) for x in (q, k))
-    sorted_q, sorted_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    sorted_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     sorted_v = None if v is None else torch.empty_like(sorted_k)
-    programs = [side.programs(block_size) for side in (queries, keys)]
+    slab = min(columns, SLAB)
+    slabs = triton.cdiv(q.shape[-1], slab)
+    programs = [side.programs(block_size) * slabs for side in (queries, keys)]
     _gather_kernel[(programs[0] + programs[1] * (1 if v is None else 2),)](
-        q, *queries.order, sorted_q, *query_stats, *q.stride(), *q.shape[1:3],
+        q, *queries.order, *query_stats, *q.stride(), *q.shape[1:3],
         k, *keys.order, sorted_k, *key_stats, *k.stride(), *k.shape[1:3],
         v, sorted_v, *(k if v is None else v).stride(), *programs,
-        BLOCK=block_size, CHANNELS=q.shape[-1], COLUMNS=columns, num_warps=4,
+        BLOCK=block_size, CHANNELS=q.shape[-1], COLUMNS=slab, num_warps=GATHER_WARPS,
     )  # fmt: skip
-    return Arrangement(queries.order, query_stats, keys.order, key_stats, sorted_q, sorted_k, sorted_v)
+    return Arrangement(queries.order, query_stats, keys.order, key_stats, sorted_k, sorted_v)
 
 
 def permute(x: Tensor, order: TokenOrder) -> Tensor:
@@ -141,12 +145,11 @@ def _prepare(x: Tensor, order: TokenOrder | str, mask: Tensor | None, segment: i
 
 
 def _take_norms(queries: _Side, keys: _Side, columns: int, masked: bool) -> None:
-    many = sum(side.norms.numel() for side in (queries, keys) if side.norms is not None) > MANY_TOKENS
-    rows = max(16, min(128 if many else 64, 16384 // columns))
+    rows = max(16, min(64, 8192 // columns))
     programs = [0 if side.norms is None else side.programs(rows) for side in (queries, keys)]
     _norm_kernel[(sum(programs),)](
         queries.x, *queries.arguments, *queries.x.stride(), keys.x, *keys.arguments, *keys.x.stride(), programs[0],
-        KEYS_MASKED=masked, CHANNELS=keys.x.shape[-1], COLUMNS=columns, ROWS=rows, num_warps=8,
+        KEYS_MASKED=masked, CHANNELS=keys.x.shape[-1], COLUMNS=columns, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -195,7 +198,7 @@ def _norm_rows(
         source = tl.load(positions_ptr + entry * tokens + rows, mask=rows < tokens, other=0)
         counted = rows < tl.load(length_ptr + entry)
     x_ptr += entry * stride_batch + (head_entry % heads) * stride_head
-    members = _load_rows(x_ptr, source, counted, stride_token, stride_channel, CHANNELS, COLUMNS).to(tl.float32)
+    members = _load_rows(x_ptr, source, counted, 0, stride_token, stride_channel, CHANNELS, COLUMNS).to(tl.float32)
     squares = tl.sum(members * members, axis=1)
     squares = tl.where(counted & (squares == squares), squares, float("inf"))  # NaN counts as infinite
     # Bits of a float that is not negative sort like the float.
@@ -249,7 +252,7 @@ def _order_segment(
 
 @triton.jit
 def _gather_kernel(
-    q_ptr, q_order_ptr, q_length_ptr, q_copy_ptr, q_mean_ptr, q_variance_ptr, q_size_ptr,
+    q_ptr, q_order_ptr, q_length_ptr, q_mean_ptr, q_variance_ptr, q_size_ptr,
     q_stride_batch, q_stride_head, q_stride_token, q_stride_channel, heads, queries,
     k_ptr, k_order_ptr, k_length_ptr, k_copy_ptr, k_mean_ptr, k_variance_ptr, k_size_ptr,
     k_stride_batch, k_stride_head, k_stride_token, k_stride_channel, groups, keys,
@@ -260,22 +263,24 @@ def _gather_kernel(
     """Programs of query blocks first, then those of key blocks, then those of value blocks."""
     program = tl.program_id(0)
     if program < query_programs:
-        members, length = _gather_block(
-            program, q_ptr, q_order_ptr, q_length_ptr, q_copy_ptr,
+        members, length, block, slab = _gather_block(
+            program, q_ptr, q_order_ptr, q_length_ptr, None,
             q_stride_batch, q_stride_head, q_stride_token, q_stride_channel, heads, queries, BLOCK, CHANNELS, COLUMNS,
         )  # fmt: skip
         _pool_block(
-            program, members, length, q_mean_ptr, q_variance_ptr, q_size_ptr, heads, queries, BLOCK, CHANNELS, COLUMNS
-        )
+            block, slab, members, length, q_mean_ptr, q_variance_ptr, q_size_ptr, heads, queries,
+            BLOCK, CHANNELS, COLUMNS,
+        )  # fmt: skip
     elif program < query_programs + key_programs:
         program -= query_programs
-        members, length = _gather_block(
+        members, length, block, slab = _gather_block(
             program, k_ptr, k_order_ptr, k_length_ptr, k_copy_ptr,
             k_stride_batch, k_stride_head, k_stride_token, k_stride_channel, groups, keys, BLOCK, CHANNELS, COLUMNS,
         )  # fmt: skip
         _pool_block(
-            program, members, length, k_mean_ptr, k_variance_ptr, k_size_ptr, groups, keys, BLOCK, CHANNELS, COLUMNS
-        )
+            block, slab, members, length, k_mean_ptr, k_variance_ptr, k_size_ptr, groups, keys,
+            BLOCK, CHANNELS, COLUMNS,
+        )  # fmt: skip
     elif v_ptr is not None:
         _gather_block(
             program - query_programs - key_programs, v_ptr, k_order_ptr, k_length_ptr, v_copy_ptr,
@@ -300,46 +305,55 @@ def _gather_block(
     stride_batch, stride_head, stride_token, stride_channel, heads, tokens,
     BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Copies one block of sorted tokens; hands it on, 0 from `length` on, with the length of its entry."""
+    """A slab of channels of one block of sorted tokens, 0 from `length` on; copied where there is room for a copy.
+
+    Hands on the tokens, the length of their entry, and the numbers of the block, counted over all heads, and the slab.
+    """
+    slabs: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
+    slab = program % slabs
+    block = program // slabs
     blocks = tl.cdiv(tokens, BLOCK)
-    head_entry = (program // blocks).to(tl.int64)
+    head_entry = (block // blocks).to(tl.int64)
     entry = head_entry // heads
-    rows = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    rows = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
     length = tl.load(length_ptr + entry).to(tl.int32)
     x_ptr += entry * stride_batch + (head_entry % heads) * stride_head
-    members = _load_rows(x_ptr, source, rows < length, stride_token, stride_channel, CHANNELS, COLUMNS)
-    columns = tl.arange(0, COLUMNS)
-    targets = (head_entry * tokens + rows)[:, None] * CHANNELS + columns[None, :]
-    tl.store(copy_ptr + targets, members, mask=(rows < tokens)[:, None] & (columns < CHANNELS)[None, :])
-    return members, length
+    members = _load_rows(x_ptr, source, rows < length, slab * COLUMNS, stride_token, stride_channel, CHANNELS, COLUMNS)
+    if copy_ptr is not None:
+        columns = slab * COLUMNS + tl.arange(0, COLUMNS)
+        targets = (head_entry * tokens + rows)[:, None] * CHANNELS + columns[None, :]
+        tl.store(copy_ptr + targets, members, mask=(rows < tokens)[:, None] & (columns < CHANNELS)[None, :])
+    return members, length, block, slab
 
 
 @triton.jit
 def _pool_block(
-    program, members, length, mean_ptr, variance_ptr, size_ptr, heads, tokens,
+    block, slab, members, length, mean_ptr, variance_ptr, size_ptr, heads, tokens,
     BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Mean, then variance around it, of the block that stands in registers."""
     blocks = tl.cdiv(tokens, BLOCK)
-    block = program % blocks
-    head_entry = (program // blocks).to(tl.int64)
-    count = tl.minimum(tl.maximum(length - block * BLOCK, 0), BLOCK)
-    tl.store(size_ptr + head_entry // heads * blocks + block, count.to(tl.int64))  # every head the same
+    head_entry = (block // blocks).to(tl.int64)
+    count = tl.minimum(tl.maximum(length - block % blocks * BLOCK, 0), BLOCK)
+    # Every head and slab the same.
+    tl.store(size_ptr + head_entry // heads * blocks + block % blocks, count.to(tl.int64))
     members = members.to(tl.float32)
     divisor = tl.maximum(count, 1).to(tl.float32)
     mean = tl.sum(members, axis=0) / divisor
     centred = tl.where((tl.arange(0, BLOCK) < count)[:, None], members - mean[None, :], 0.0)
     variance = tl.sum(centred * centred, axis=0) / divisor
-    columns = tl.arange(0, COLUMNS)
-    place = (head_entry * blocks + block) * CHANNELS + columns
+    columns = slab * COLUMNS + tl.arange(0, COLUMNS)
+    place = block.to(tl.int64) * CHANNELS + columns
     tl.store(mean_ptr + place, mean, mask=columns < CHANNELS)
     tl.store(variance_ptr + place, variance, mask=columns < CHANNELS)
 
 
 @triton.jit
-def _load_rows(x_ptr, rows, present, stride_token, stride_channel, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows of x, 0 where not `present`."""
-    columns = tl.arange(0, COLUMNS)
+def _load_rows(
+    x_ptr, rows, present, first_column, stride_token, stride_channel, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Columns of x from `first_column` on in the given rows, 0 where not `present`."""
+    columns = first_column + tl.arange(0, COLUMNS)
     offsets = rows[:, None] * stride_token + columns[None, :].to(tl.int64) * stride_channel
     return tl.load(x_ptr + offsets, mask=present[:, None] & (columns < CHANNELS)[None, :], other=0.0)

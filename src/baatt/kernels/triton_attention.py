@@ -1,10 +1,11 @@
 """Block-sparse attention for GPUs in plain Triton (sm_80 and newer, ROCm): the twin of `stages.sparse`.
 
-One program attends from one block of sorted query rows and walks over its list of kept key blocks, a tile of keys at a
-time, with the online softmax in base 2. Nothing but loads and stores through pointers, so that it runs wherever Triton
-does. The last step scatters the rows back to the original order.
+One program attends from one block of sorted query rows, or a part of it, and walks over its list of kept key blocks, a
+tile of keys at a time, with the online softmax in base 2. Nothing but loads and stores through pointers, so that it
+runs wherever Triton does. Queries are gathered through their order, and the last step scatters the rows back.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from baatt.types import BlockSelection, Partial, TokenOrder
 
 MAX_CHANNELS = 256
-MAX_TILE = 64
+#: Bytes of shared memory per block: of sm_86 and sm_89, the smallest; and what 256 channels want for full tiles.
+SMALL_MEMORY = 99 * 1024
+LARGE_MEMORY = 160 * 1024
 
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -46,7 +49,6 @@ def sparse_attention(
     *,
     block_size: int,
     scale: float,
-    sorted_q: Tensor | None = None,
     sorted_k: Tensor | None = None,
     sorted_v: Tensor | None = None,
 ) -> Partial:
@@ -54,7 +56,7 @@ def sparse_attention(
     from baatt.kernels.triton_arrangement import permute
 
     return attend_sorted(
-        permute(q, query_order) if sorted_q is None else sorted_q,
+        q,
         permute(k, key_order) if sorted_k is None else sorted_k,
         permute(v, key_order) if sorted_v is None else sorted_v,
         query_order,
@@ -76,12 +78,12 @@ def attend_sorted(
     block_size: int,
     scale: float,
 ) -> Partial:
-    """The same for tokens that are in sorted order already; the result is in the original order.
+    """The same for keys and values that are in sorted order already.
 
     Args:
-        q: [B, H, N, D] contiguous, sorted.
+        q: [B, H, N, D], any strides, in the original order, as the result.
         k, v: [B, G, M, D] contiguous, sorted.
-        query_order: where each row of q came from.
+        query_order: which row of q stands at each sorted place.
         key_length: [B] int64, keys that count; those behind are not read.
         selection: kept key blocks, index [B, H, I, K] and count [B, H, I].
         block_size: P, a power of two from 16 to 128.
@@ -95,51 +97,74 @@ def attend_sorted(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     index = selection.index.contiguous()
-    _attention_kernel[(triton.cdiv(tokens, block_size), batch * heads)](
-        q, k, v, index, selection.count.contiguous(), query_order.index.contiguous(), key_length.contiguous(), out, lse,
+    options = launch_options(q.dtype, channels, block_size, _shared_memory(q.device))
+    _attention_kernel[(triton.cdiv(tokens, options["ROWS"]), batch * heads)](
+        q, *q.stride(), k, v, index, selection.count.contiguous(), query_order.index.contiguous(),
+        key_length.contiguous(), out, lse,
         heads, heads // groups, tokens, keys, index.shape[-1], scale * math.log2(math.e),
-        CHANNELS=channels, BLOCK=block_size, **launch_options(q.dtype, channels, block_size),
+        CHANNELS=channels, BLOCK=block_size, **options,
     )  # fmt: skip
     return Partial(out, lse)
 
 
-def launch_options(dtype: torch.dtype, channels: int, block_size: int) -> dict[str, Any]:
-    """Tile sizes, warps and pipeline stages: what fits into registers and shared memory."""
+def launch_options(dtype: torch.dtype, channels: int, block_size: int, shared_memory: int) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline stages: what fits into registers and `shared_memory` bytes per block.
+
+    Every GPU from sm_80 on has `SMALL_MEMORY`, and what is chosen for less than `LARGE_MEMORY` fits into it.
+    """
     columns = max(16, triton.next_power_of_2(channels))
-    narrow = dtype != torch.float32
+    wide = columns > 128
+    if dtype == torch.float32:
+        rows, tile, depth, stages = (32 if wide else 64), 32, min(columns, 64), (1 if wide else 2)
+    elif wide and shared_memory < LARGE_MEMORY:
+        rows, tile, depth, stages = 64, 32, columns, 2
+    else:
+        rows, tile, depth, stages = 128, 64, columns, (2 if wide or shared_memory < SMALL_MEMORY else 3)
     return {
         "COLUMNS": columns,
-        "DEPTH": columns if narrow else min(columns, 64),
-        "TILE": min(MAX_TILE, block_size),
-        "PRECISION": None if narrow else "ieee",
-        "num_warps": 8 if columns == MAX_CHANNELS else 4,
-        "num_stages": 3 if narrow and columns <= 128 else 2,
+        "DEPTH": depth,
+        "ROWS": min(rows, block_size),
+        "TILE": min(tile, block_size),
+        "PRECISION": "ieee" if dtype == torch.float32 else None,
+        "num_warps": 8 if wide else 4,
+        "num_stages": stages,
     }
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have."""
+    if device.type != "cuda":
+        return SMALL_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin or properties.shared_memory_per_block)
 
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    q_ptr, stride_batch, stride_head, stride_token, stride_channel, k_ptr, v_ptr,
+    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
     heads, repeats, tokens, keys, slots, scale,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
     head_entry = tl.program_id(1).to(tl.int64)
-    list_start = head_entry * tl.num_programs(0) + block
+    list_start = head_entry * tl.cdiv(tokens, BLOCK) + tl.program_id(0) // (BLOCK // ROWS)
     count = tl.load(count_ptr + list_start)
     length = tl.load(length_ptr + head_entry // heads)
     key_start = (head_entry // repeats) * keys * CHANNELS
-    first_query = block.to(tl.int64) * BLOCK
-    q_ptr += head_entry * tokens * CHANNELS
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    order = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
+    q_ptr += head_entry // heads * stride_batch + head_entry % heads * stride_head
+    query_ptrs = q_ptr + order * stride_token
     k_ptr += key_start
     v_ptr += key_start
-    queries = _load_rows(q_ptr, first_query, tokens, 0, BLOCK, CHANNELS, DEPTH)
+    queries = _gather_rows(query_ptrs, rows < tokens, 0, stride_channel, CHANNELS, DEPTH)
 
     # The lowest finite number and not -inf: a row whose scores are all -inf then gets weights 0, not exp2(inf - inf).
-    running_max = tl.full([BLOCK], LOWEST, tl.float32)
-    running_sum = tl.zeros([BLOCK], tl.float32)
-    accumulator = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    running_max = tl.full([ROWS], LOWEST, tl.float32)
+    running_sum = tl.zeros([ROWS], tl.float32)
+    accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(0, count * (BLOCK // TILE)):
         first_key = _first_key(index_ptr + list_start * slots, step, BLOCK, TILE)
         key_tile = _load_rows(k_ptr, first_key, length, 0, TILE, CHANNELS, DEPTH)
@@ -148,7 +173,7 @@ def _attention_kernel(
         # Sums of DEPTH products and then their sum: one sum over all channels would round once per channel. An fma and
         # no addition, for the compiler would take an addition into the product again.
         for first_column in tl.static_range(DEPTH, COLUMNS, DEPTH):
-            more_queries = _load_rows(q_ptr, first_query, tokens, first_column, BLOCK, CHANNELS, DEPTH)
+            more_queries = _gather_rows(query_ptrs, rows < tokens, first_column, stride_channel, CHANNELS, DEPTH)
             more_keys = _load_rows(k_ptr, first_key, length, first_column, TILE, CHANNELS, DEPTH)
             product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
             scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
@@ -164,10 +189,12 @@ def _attention_kernel(
 
     divisor = tl.where(running_sum == 0, 1.0, running_sum)
     lse = tl.where(running_sum == 0, float("-inf"), (running_max + tl.log2(divisor)) * LN_2)
-    _scatter_rows(
-        accumulator / divisor[:, None], lse, out_ptr, lse_ptr, order_ptr, head_entry * tokens, first_query, tokens,
-        BLOCK, CHANNELS, COLUMNS,
-    )  # fmt: skip
+    targets = head_entry * tokens + order
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < tokens)[:, None] & (columns < CHANNELS)[None, :]
+    out = (accumulator / divisor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + targets[:, None] * CHANNELS + columns[None, :], out, mask=inside)
+    tl.store(lse_ptr + targets, lse, mask=rows < tokens)
 
 
 @triton.jit
@@ -179,26 +206,20 @@ def _first_key(list_ptr, step, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _load_rows(
-    x_ptr, first, length, first_column, ROWS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr, first, length, first_column, TILE: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Part [ROWS, COLUMNS] of x from `first` and `first_column` on, 0 from row `length` and column CHANNELS on."""
-    rows, columns = tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    """Part [TILE, COLUMNS] of x from `first` and `first_column` on, 0 from row `length` and column CHANNELS on."""
+    rows, columns = tl.arange(0, TILE), first_column + tl.arange(0, COLUMNS)
     inside = (rows < length - first)[:, None] & (columns < CHANNELS)[None, :]
     offsets = rows[:, None] * CHANNELS + columns[None, :]
     return tl.load(x_ptr + first * CHANNELS + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
-def _scatter_rows(
-    out, lse, out_ptr, lse_ptr, order_ptr, start, first, tokens,
-    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+def _gather_rows(
+    row_ptrs, present, first_column, stride_channel, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """Stores rows [BLOCK, COLUMNS] of one head where their queries came from."""
-    columns = tl.arange(0, COLUMNS)
-    rows = first + tl.arange(0, BLOCK)
-    present = rows < tokens
-    targets = start + tl.load(order_ptr + start + rows, mask=present, other=0)
-    offsets_out = targets[:, None] * CHANNELS + columns[None, :]
+    """Columns from `first_column` on of rows that start at `row_ptrs`, 0 where not `present` and from CHANNELS on."""
+    columns = first_column + tl.arange(0, COLUMNS)
     inside = present[:, None] & (columns < CHANNELS)[None, :]
-    tl.store(out_ptr + offsets_out, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(lse_ptr + targets, lse, mask=present)
+    return tl.load(row_ptrs[:, None] + columns[None, :].to(tl.int64) * stride_channel, mask=inside, other=0.0)

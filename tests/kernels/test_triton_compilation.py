@@ -1,0 +1,91 @@
+"""Every launch of the portable kernels compiles for the GPUs they are for, on a machine that has none.
+
+The launches are those that the host functions really make: in a process of its own, without the interpreter, they are
+caught on their way to a device and compiled instead.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+backend, architecture, warp, shared_memory = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) * 1024
+target = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, warp)
+if backend == "hip":
+    torch.version.hip = "for the constants that depend on it"
+from baatt import BAAttConfig
+from baatt.backend import _arrange_on_gpu, _choose_on_gpu
+from baatt.kernels import triton_attention
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+         torch.bool: "i1"}
+done = set()
+
+
+def compile_launch(kernel, *args, grid, warmup, **options):
+    signature, constants, hints = {}, {}, {}
+    named = {name: options.pop(name) for name in kernel.arg_names if name in options}
+    values = dict(zip(kernel.arg_names, args)) | named
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(place,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], hints[(place,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                hints[(place,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=options)
+    needed = compiled.metadata.shared
+    assert needed <= shared_memory, f"{kernel.__name__} needs {needed} bytes for {options}, {constants}"
+    done.add(kernel.__name__)
+
+
+JITFunction.run = compile_launch
+triton_attention._shared_memory = lambda device: shared_memory
+for dtype, channels, block_size, masked in [
+    (torch.bfloat16, 128, 128, True), (torch.float16, 64, 64, False), (torch.float32, 256, 128, False),
+    (torch.bfloat16, 256, 128, False), (torch.float32, 40, 16, True),
+]:
+    q, k, v = (torch.zeros(1, heads, 300, channels, dtype=dtype) for heads in (4, 2, 2))
+    mask = torch.ones(1, 300, dtype=torch.bool) if masked else None
+    config = BAAttConfig(block_size=block_size, sparsity=0.5, segment=256)
+    arranged = _arrange_on_gpu(q, k, v, config, mask)
+    selection = _choose_on_gpu(arranged.query_stats, arranged.key_stats, config, 0.1)
+    triton_attention.sparse_attention(
+        q, k, v, arranged.query_order, arranged.key_order, selection, block_size=block_size, scale=0.1
+    )
+print(*sorted(done))
+"""
+KERNELS = ["_attention_kernel", "_covariance_kernel", "_gather_kernel", "_norm_kernel", "_order_kernel"]
+#: Backend, architecture, threads per warp, KiB of shared memory per block.
+TARGETS = [
+    ("cuda", "80", "32", "163"),
+    ("cuda", "86", "32", "99"),
+    ("cuda", "90", "32", "227"),
+    ("hip", "gfx942", "64", "64"),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=[target[1] for target in TARGETS])
+def test_every_launch_compiles(target, tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    run = subprocess.run([sys.executable, "-c", SCRIPT, *target], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == [*KERNELS, "_permute_kernel", "_select_kernel"]
