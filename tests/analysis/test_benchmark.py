@@ -104,15 +104,21 @@ def test_commit_is_marked_or_read_from_a_file(monkeypatch, tmp_path):
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
     answers = {"ls-files": "", "rev-parse": "a" * 40, "status": " M file"}
     monkeypatch.setattr(reports, "_git", lambda *command: answers[command[0]])
+    monkeypatch.chdir(tmp_path)
     assert reports.commit_here() == "a" * 40 + "-dirty"
     answers["status"] = ""
     assert reports.commit_here() == "a" * 40
+    Path(".commit").write_text("b" * 40 + "\n")
+    answers["cat-file"] = ""
+    assert reports.commit_here() == "a" * 40, "a note that the history knows is older than its HEAD"
+    monkeypatch.setattr(reports, "_known", lambda commit: False)
+    assert reports.commit_here() == "b" * 40
+    Path(".commit").unlink()
 
     def fail(*command):
         raise subprocess.CalledProcessError(128, command)
 
     monkeypatch.setattr(reports, "_git", fail)
-    monkeypatch.chdir(tmp_path)
     assert reports.commit_here() is None
     Path(".commit").write_text("b" * 40 + "\n")
     assert reports.commit_here() == "b" * 40

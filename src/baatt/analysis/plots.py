@@ -3,6 +3,7 @@
 In: the JSON of a `baatt.analysis.reports.Report`. Out: a PNG. matplotlib is imported only to draw.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def draw_report(report: Mapping[str, Any], path: Path) -> None:
     first = records[0]
     heads = f"H{first['shape'][1]}" + ("" if first["groups"] == first["shape"][1] else f":{first['groups']}")
     sizes = f"B{first['shape'][0]} {heads} D{first['shape'][3]}, {first['dtype']}"
-    commit = (report["commit"] or "unknown")[:10]
+    commit = re.sub(r"^(\w{10})\w*", r"\1", report["commit"] or "unknown")  # a mark such as `-dirty` stays
     figure.suptitle(f"{report['device']}, {sizes}, torch {report['versions']['torch']}, commit {commit}", fontsize=11)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -75,14 +75,30 @@ def load_report(path: Path) -> Mapping[str, Any]:
 
 
 def commit_here() -> str | None:
-    """HEAD of the checkout that baatt runs from, marked `-dirty` if tracked files differ; else the file `.commit`."""
+    """HEAD of the checkout that baatt runs from, marked `-dirty` if tracked files differ.
+
+    A copy that was sent to another machine without its last commits, or without any, brings their name in the file
+    `.commit`: it counts where the history at hand does not know that commit.
+    """
+    note = Path(".commit")
+    noted = note.read_text(encoding="utf-8").strip() if note.is_file() else None
     try:
         # An installed copy may lie inside a foreign checkout, whose HEAD says nothing.
         _git("ls-files", "--error-unmatch", "__init__.py")
+        if noted is not None and not _known(noted):
+            return noted
         return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        stored = Path(".commit")
-        return stored.read_text(encoding="utf-8").strip() if stored.is_file() else None
+        return noted
+
+
+def _known(commit: str) -> bool:
+    """Whether the history holds a commit; a mark behind it does not matter."""
+    try:
+        _git("cat-file", "-e", commit.split("-", 1)[0] + "^{commit}")
+    except subprocess.CalledProcessError:
+        return False
+    return True
 
 
 def device_name(device: torch.device) -> str:
