@@ -234,6 +234,21 @@ def gpu_operator(record: Record) -> str:
     return "\n\n".join([table([*header, "extra memory", "error (limit)"], rows), caption, provenance(record)])
 
 
+def gpu_compensation(record: Record) -> str:
+    """By how much the operator is slower than with beta 0, a row per length and sparsity."""
+    chosen = [one for one in record["records"] if one["what"] == "operator"]
+    rows = [
+        [
+            length_name(one),
+            str(one["shape"][1]),
+            f"{100 * one['sparsity']:g} %",
+            f"{100 * one['compensation_cost']:+.1f} %",
+        ]
+        for one in chosen
+    ]
+    return "\n\n".join([table(("length", "H", "sparsity", "slower by"), rows), provenance(record)])
+
+
 def gpu_kernel(record: Record) -> str:
     """The attention kernel alone on random lists, a row per length, sparsity and D."""
     chosen = [one for one in record["records"] if one["what"] == "kernel"]
@@ -272,10 +287,11 @@ BLOCKS: dict[str, Block] = {
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),
     "gpu_operator": Block(("gpu_operator_h200.json",), gpu_operator),
     "gpu_kernel": Block(("gpu_operator_h200.json",), gpu_kernel),
+    "gpu_compensation": Block(("gpu_operator_h200.json",), gpu_compensation),
     "demo_settings": Block(("needles_sparse_cpu.json",), accuracy_by_setting),
 }
 #: Blocks that may stand without a result; they say so.
-OPTIONAL: frozenset[str] = frozenset({"gpu_operator", "gpu_kernel"})
+OPTIONAL: frozenset[str] = frozenset({"gpu_operator", "gpu_kernel", "gpu_compensation"})
 
 
 def load(path: Path) -> list[Record]:

@@ -177,6 +177,7 @@ def gpu_record(what, tokens, sparsity, heads=32, channels=128, **changes):
     record = {
         "what": what, "impl": "hopper", "shape": [1, heads, tokens, channels], "groups": heads, "dtype": "bfloat16",
         "sparsity": sparsity, "total_ms": 12.345, "kept_tflops": 500.0, "selection_share": 0.123,
+        "compensation_cost": 0.01,
         "speedup": {"cudnn": 1.5, "flash": 2.25}, "refused": {"flex": "no compiler"}, "peak_memory_bytes": 3 * 2**30,
         "error": 0.002, "error_limit": 0.005,
     }  # fmt: skip
@@ -195,7 +196,9 @@ def test_gpu_tables(copy):
         "memory_bandwidth": 4e12, "records": records,
     }  # fmt: skip
     (copy / "benchmarks/results/gpu_operator_h200.json").write_text(json.dumps(stored))
-    blocks = [f"<!-- render:{name} -->\n<!-- /render -->" for name in ("gpu_operator", "gpu_kernel")]
+    blocks = [
+        f"<!-- render:{name} -->\n<!-- /render -->" for name in ("gpu_operator", "gpu_kernel", "gpu_compensation")
+    ]
     (copy / "README.md").write_text("\n".join(blocks))
     assert render.main([], copy) == 0
     text = (copy / "README.md").read_text()
@@ -203,6 +206,7 @@ def test_gpu_tables(copy):
     assert "| 1M (B 1, H 8, D 128, bfloat16, `hopper`) | 90 % | 12.3 | 12 % | - | - | - | - |" in text
     assert "Not run: flex: no compiler." in text
     assert "| 32K | 50 % | 64 | 500 | 50 % |" in text
+    assert "| 32K | 32 | 50 % | +1.0 % |" in text
     assert "Commit 0123456789-dirty, device NVIDIA H200" in text
     assert "The peak is 1000 TFLOP/s" in text
 
