@@ -28,7 +28,7 @@ def row_layout(channels, step):
 
     A product gives a thread 4 bytes here and there, which makes loads and stores of rows slow. Each step swaps one bit
     of the register number with one of the thread number: an exchange inside a quad of threads. Both swaps at once would
-    go through shared memory, of which nothing is left.
+    go through shared memory and its barriers.
     """
     inner, outer = [[0, 8], [0, 16]], [[0, 32 << bit] for bit in range((channels // 64).bit_length())]
     threads = [[0, 2], [0, 4]]
