@@ -1,0 +1,104 @@
+"""The paper's error bound (E9): how far a logit can be from the logit of its block means, and how far it is.
+
+In: q and k of a layer and a `Plan`. Out: the bound U and the true largest deviation of every block pair, and their
+correlation (the paper's Fig. 2). Walks over pairs of blocks slab by slab. Knows nothing of scores or selections.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor
+
+from baatt.types import BlockStats, Plan, TokenOrder
+
+
+class Deviation(NamedTuple):
+    """bound: U of E9, [B, H, I, J]; largest, mean: of |s q_i.k_j - s q_bar.k_bar| over the pair, the same shape.
+
+    A pair with an empty key block is NaN in all three.
+    """
+
+    bound: Tensor
+    largest: Tensor
+    mean: Tensor
+
+
+def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
+    """Bound and truth for every block pair (E9).
+
+    U = s (R^Q M^K + M^Q R^K + R^Q R^K), R the largest distance of a token to its block mean, M the largest norm of a
+    token of the block.
+
+    Args:
+        q: [B, H, N, D]; k: [B, G, M, D], in the original order.
+        plan: gives orders, blocks and scale.
+    """
+    size, scale = plan.config.block_size, plan.scale
+    repeats = q.shape[1] // k.shape[1]
+    queries, query_there = _members(q, plan.query_order, size)
+    keys, key_there = _members(k, plan.key_order, size)
+    query_radius, query_norm = _extent(queries, query_there, plan.query_stats)
+    key_radius, key_norm = (
+        repeat(x, "b g j -> b (g r) j", r=repeats) for x in _extent(keys, key_there, plan.key_stats)
+    )
+    bound = scale * (_outer(query_radius, key_norm) + _outer(query_norm, key_radius) + _outer(query_radius, key_radius))
+    means = plan.query_stats.mean.to(queries.dtype), plan.key_stats.mean.to(keys.dtype)
+    largest, mean = torch.empty_like(bound), torch.empty_like(bound)
+    for entry in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            group = head // repeats
+            sides = keys[entry, group], key_there[entry, 0], means[1][entry, group]
+            for block in range(bound.shape[2]):
+                present = query_there[entry, 0, block]
+                logits = scale * torch.einsum("pd,jcd->jpc", queries[entry, head, block][present], sides[0])
+                centre = scale * (sides[2] @ means[0][entry, head, block])
+                off = (logits - rearrange(centre, "j -> j 1 1")).abs()
+                there = rearrange(sides[1], "j c -> j 1 c")
+                largest[entry, head, block] = off.masked_fill(~there, 0).amax(dim=(1, 2))
+                counted = sides[1].sum(-1) * int(present.sum())
+                mean[entry, head, block] = off.masked_fill(~there, 0).sum(dim=(1, 2)) / counted
+    empty = rearrange(plan.key_stats.size == 0, "b j -> b 1 1 j")
+    return Deviation(*(x.masked_fill(empty, math.nan) for x in (bound, largest, mean)))
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Correlation of two tensors of one shape over all places where both are finite.
+
+    Raises:
+        ValueError: fewer than two such places, or one side constant there.
+    """
+    usable = x.isfinite() & y.isfinite()
+    first, second = x[usable].double(), y[usable].double()
+    if first.numel() < 2:
+        raise ValueError(f"a correlation needs at least two finite pairs, got {first.numel()}")
+    first, second = first - first.mean(), second - second.mean()
+    spread = float(first.norm() * second.norm())
+    if spread == 0:
+        raise ValueError("a correlation needs values that differ, got a constant")
+    return float(first @ second) / spread
+
+
+def _members(x: Tensor, order: TokenOrder, size: int) -> tuple[Tensor, Tensor]:
+    """Sorted tokens by block [B, H, L, P, D], 0 where none is, and where one is [B, 1, L, P]."""
+    tokens, channels = x.shape[2:]
+    blocks = -(-tokens // size)
+    sorted_x = x.gather(2, repeat(order.index, "b h n -> b h n d", d=channels))
+    sorted_x = sorted_x.to(torch.promote_types(x.dtype, torch.float32))
+    sorted_x = torch.nn.functional.pad(sorted_x, (0, 0, 0, blocks * size - tokens))
+    there = torch.arange(blocks * size, device=x.device) < rearrange(order.length, "b -> b 1")
+    members = rearrange(sorted_x, "b h (l p) d -> b h l p d", p=size)
+    there = rearrange(there, "b (l p) -> b 1 l p", p=size)
+    return torch.where(there[..., None], members, 0), there
+
+
+def _extent(members: Tensor, there: Tensor, stats: BlockStats) -> tuple[Tensor, Tensor]:
+    """R and M of each block, [B, H, L]."""
+    centred = members - rearrange(stats.mean.to(members.dtype), "b h l d -> b h l 1 d")
+    radius = centred.norm(dim=-1).masked_fill(~there, 0)
+    return reduce(radius, "b h l p -> b h l", "max"), reduce(members.norm(dim=-1), "b h l p -> b h l", "max")
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return rearrange(x, "b h i -> b h i 1") * rearrange(y, "b h j -> b h 1 j")

@@ -1,0 +1,114 @@
+"""Queries, keys and values of a model's attention layers, recorded on a real input and kept in one safetensors file.
+
+In: tensors, or the attention functions of a model to be recorded. Out: a `Capture`. Every command of `baatt analyze`
+reads such a file, so that another model is analysed by writing one: tensors `layers.<n>.q` [B, H, N, D],
+`layers.<n>.k` and `layers.<n>.v` [B, G, M, D] after RoPE, metadata `format` = `FORMAT` and, where it is not
+1 / sqrt(D), `scale`.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "baatt-capture-1"
+
+
+class Heads(NamedTuple):
+    """One layer: q [B, H, N, D]; k, v [B, G, M, D], as attention gets them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Capture(NamedTuple):
+    """layers: by number; scale: factor on q.k; about: where it comes from, free text by name."""
+
+    layers: Mapping[int, Heads]
+    scale: float
+    about: Mapping[str, str]
+
+
+class Recorder:
+    """Stands between a model and its attention and keeps what the first call of every wanted layer gets."""
+
+    def __init__(self, layers: Collection[int]) -> None:
+        self.wanted = set(layers)
+        self.found: dict[int, Heads] = {}
+
+    def around(self, layer: int, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The attention function of a layer, recorded."""
+
+        def recorded(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **named: Any) -> Tensor:
+            if layer in self.wanted and layer not in self.found:
+                self.found[layer] = Heads(*(x.detach().cpu().contiguous() for x in (q, k, v)))
+            return attention(q, k, v, *arguments, **named)
+
+        return recorded
+
+    def result(self, scale: float, about: Mapping[str, str]) -> Capture:
+        """What was found, in the order of the layers.
+
+        Raises:
+            RuntimeError: a wanted layer was never called.
+        """
+        missing = sorted(self.wanted - self.found.keys())
+        if missing:
+            raise RuntimeError(f"attention of layers {missing} was never called")
+        return Capture({layer: self.found[layer] for layer in sorted(self.found)}, scale, dict(about))
+
+
+def save_capture(recorded: Capture, path: Path) -> None:
+    """Write the file; a reader never sees half of one."""
+    tensors = {
+        f"layers.{layer}.{name}": x.contiguous()
+        for layer, heads in recorded.layers.items()
+        for name, x in heads._asdict().items()
+    }
+    metadata = {"format": FORMAT, "scale": repr(recorded.scale), "about": json.dumps(dict(recorded.about))}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)
+
+
+def load_capture(path: Path, layers: Sequence[int] | None = None) -> Capture:
+    """Read a file, or only some layers of it.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no capture, or lacks a layer, or its tensors do not fit one another.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} must have the metadata format={FORMAT}, got {metadata.get('format')!r}")
+            there = sorted({int(name.split(".")[1]) for name in names})
+            missing = sorted(set(layers or ()) - set(there))
+            if missing:
+                raise ValueError(f"{path} holds layers {there}, asked for {missing}")
+            chosen = there if layers is None else layers
+            found = {layer: Heads(*(file.get_tensor(f"layers.{layer}.{name}") for name in "qkv")) for layer in chosen}
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file with q, k and v of every layer: {error}") from None
+    for layer, heads in found.items():
+        _check(path, layer, heads)
+    default = next(iter(found.values())).q.shape[-1] ** -0.5
+    return Capture(found, float(metadata.get("scale", default)), json.loads(metadata.get("about", "{}")))
+
+
+def _check(path: Path, layer: int, heads: Heads) -> None:
+    q, k, v = heads
+    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+    if not fits or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in heads)
+        raise ValueError(
+            f"{path}, layer {layer}: q must be [B, H, N, D], k and v [B, G, M, D], H % G == 0, got {shapes}"
+        )

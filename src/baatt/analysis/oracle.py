@@ -1,0 +1,102 @@
+"""What an ideal selector would know: the attention mass of every block pair (E1), and how much of it a plan keeps.
+
+In: q and k of a layer and a `Plan`. Out: mass [B, H, I, J], the best selection at a budget, recall of a selection.
+Needs dense attention, which is computed over slabs of query rows: memory stays at one slab of rows, never N x M. Does
+not know how the plan came about.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from baatt.stages.selection import select_blocks
+from baatt.types import BlockSelection, Plan
+
+#: Attention weights in memory at once.
+SLAB_WEIGHTS = 2**25
+
+
+class Recall(NamedTuple):
+    """mean and 5th percentile, over heads and query blocks, of the attention mass that is kept, 0 to 1."""
+
+    mean: float
+    fifth_percentile: float
+
+
+def block_mass(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+    """Attention mass of every block pair in the plan's token order, averaged over the queries of a block (E1).
+
+    Args:
+        q: [B, H, N, D]; k: [B, G, M, D], in the original order.
+        plan: gives orders, block size and scale; its selection is not looked at.
+
+    Returns:
+        [B, H, I, J] float32 (float64 for float64), each row sums to 1; 0 for a batch entry without keys.
+    """
+    batch, heads, queries, _ = q.shape
+    groups, keys = k.shape[1:3]
+    size = plan.config.block_size
+    key_blocks = -(-keys // size)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    mass = torch.zeros(batch, heads, -(-queries // size), key_blocks, dtype=dtype, device=q.device)
+    rows_at_once = max(1, SLAB_WEIGHTS // (keys * size)) * size
+    for entry in range(batch):
+        length = int(plan.key_order.length[entry])
+        if length == 0:
+            continue
+        for head in range(heads):
+            group = head * groups // heads
+            sorted_q = q[entry, head, plan.query_order.index[entry, head]].to(dtype)
+            sorted_k = k[entry, group, plan.key_order.index[entry, group, :length]].to(dtype)
+            for first in range(0, queries, rows_at_once):
+                weights = torch.softmax(plan.scale * sorted_q[first : first + rows_at_once] @ sorted_k.T, dim=-1)
+                weights = torch.nn.functional.pad(weights, (0, key_blocks * size - length))
+                per_row = reduce(weights, "n (j p) -> n j", "sum", p=size)
+                blocks = slice(first // size, first // size + -(-len(per_row) // size))
+                mass[entry, head, blocks] = _block_means(per_row, size)
+    return mass
+
+
+def best_selection(mass: Tensor, plan: Plan, sparsity: float) -> BlockSelection:
+    """The selection of the most mass at a budget: the oracle that no selector of blocks can beat.
+
+    Args:
+        mass: [B, H, I, J] of `block_mass`.
+        plan: gives the sizes of the key blocks.
+        sparsity: share of key blocks skipped, as in `BAAttConfig`.
+    """
+    empty = rearrange(plan.key_stats.size == 0, "b j -> b 1 1 j")
+    return select_blocks(mass.masked_fill(empty, -math.inf), plan.key_stats.size, sparsity)
+
+
+def kept_mass(mass: Tensor, selection: BlockSelection) -> Tensor:
+    """Share of the attention mass in the kept blocks, [B, H, I]."""
+    slots = torch.arange(selection.index.shape[-1], device=mass.device) < selection.count[..., None]
+    kept = mass.gather(-1, selection.index.long())
+    return torch.where(slots, kept, 0).sum(dim=-1)
+
+
+def summarise(shares: Tensor) -> Recall:
+    """Mean and 5th percentile of the kept masses of any number of layers, heads and query blocks.
+
+    Raises:
+        ValueError: nothing to summarise.
+    """
+    if shares.numel() == 0:
+        raise ValueError(f"shares must hold at least one number, got shape {tuple(shares.shape)}")
+    flat = shares.flatten().double().sort().values
+    place = 0.05 * (flat.numel() - 1)  # as torch.quantile, which refuses large inputs
+    below = flat[math.floor(place)]
+    return Recall(float(flat.mean()), float(below + (place % 1) * (flat[math.ceil(place)] - below)))
+
+
+def _block_means(per_row: Tensor, size: int) -> Tensor:
+    """Means over runs of `size` rows; the last run may be shorter."""
+    whole = len(per_row) // size * size
+    parts = [reduce(per_row[:whole], "(i p) j -> i j", "mean", p=size)]
+    if whole < len(per_row):
+        parts.append(per_row[whole:].mean(dim=0, keepdim=True))
+    return torch.cat(parts)
