@@ -74,15 +74,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: float32)")
 
 
+def read_device(text: str) -> torch.device:
+    """What --device names.
+
+    Raises:
+        UsageError: no such device.
+    """
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise UsageError(f'--device must be a device such as "cpu" or "cuda", got {text!r}') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda needs a GPU that PyTorch can use, and found none")
+    return device
+
+
 def load_model(arguments: argparse.Namespace) -> tuple[MaskedDiffusionLM, Tokenizer]:
     """Model and tokenizer of the chosen folder, on the chosen device."""
     folder = arguments.model or shipped_model()
-    try:
-        device = torch.device(arguments.device)
-    except RuntimeError:
-        raise UsageError(f'--device must be a device such as "cpu" or "cuda", got {arguments.device!r}') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda needs a GPU that PyTorch can use, and found none")
+    device = read_device(arguments.device)
     try:
         choose_backend(arguments.impl, device)
     except RuntimeError as error:

@@ -1,0 +1,221 @@
+"""Take the method apart on a real input: record a model's attention, then measure recall and bound.
+
+`capture` writes q, k and v of chosen layers to a safetensors file; `recall` and `bound` read such a file, of any model.
+Each prints a table and can store JSON and a picture.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from baatt.analysis.capture import Capture, Recorder, load_capture, save_capture
+from baatt.analysis.reports import commit_here, device_name, versions_here
+from baatt.analysis.rivals import RIVALS
+from baatt.analysis.studies import measure_bound, measure_recall
+from baatt.analysis.study_plots import draw_bound, draw_recall, order_name
+from baatt.cli.errors import UsageError
+from baatt.cli.options import add_model_options, check_memory, load_model, read_device
+from baatt.config import BLOCK_SIZES, BAAttConfig
+from baatt.evaluation.retrieval import draw_samples
+from baatt.evaluation.ruler.niah import NIAH_TASKS
+from baatt.models.llada import dense_attention
+from baatt.stages.sorting import ORDERS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One parser per action."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    capture = _add_action(actions, "capture", "Record q, k and v of a model's layers on a text.", run_capture)
+    capture.add_argument(
+        "--output", type=Path, default=Path("capture.safetensors"), help="(default: capture.safetensors)"
+    )
+    capture.add_argument("--layers", default="all", help='numbers like "0,2,-1", or "all" (default: all)')
+    text = capture.add_mutually_exclusive_group()
+    text.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text (default: a document of --task)")
+    text.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
+    capture.add_argument("--length", type=int, default=4096, help="tokens of a document of --task (default: 4096)")
+    capture.add_argument("--seed", type=int, default=0, help="which document (default: 0)")
+    capture.add_argument("--impl", default="auto", help=argparse.SUPPRESS)
+    add_model_options(capture)
+
+    recall = _add_action(
+        actions, "recall", "How much attention mass each score keeps at equal budgets, beside the oracle.", run_recall
+    )
+    _add_study_options(recall, "none,qk")
+    recall.add_argument("--sparsity", default="0.3,0.5,0.7,0.9", help="by commas (default: 0.3,0.5,0.7,0.9)")
+    recall.add_argument("--beta", default="0.5", help="by commas (default: 0.5)")
+    recall.add_argument("--scores", default=",".join(RIVALS), help=f"by commas (default: {','.join(RIVALS)})")
+    recall.add_argument("--no-outputs", action="store_true", help="skip the error of the output, which takes longest")
+
+    bound = _add_action(actions, "bound", "The error bound U against the true deviation (E9, Fig. 2).", run_bound)
+    _add_study_options(bound, "none,qk")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The chosen action."""
+    arguments.act(arguments)
+
+
+def run_capture(arguments: argparse.Namespace) -> None:
+    """Run the model once, densely, and write the file."""
+    if not arguments.output.parent.is_dir():
+        raise UsageError(f"--output must lie in an existing folder, {arguments.output.parent} is none")
+    model, tokenizer = load_model(arguments)
+    count = model.config.n_layers
+    layers = range(count) if arguments.layers == "all" else _numbers("--layers", arguments.layers, int)
+    if any(not -count <= layer < count for layer in layers):
+        raise UsageError(f"--layers must be numbers from {-count} to {count - 1}, got {arguments.layers}")
+    if arguments.prompt_file is not None:
+        text, source = arguments.prompt_file.read_text(encoding="utf-8"), str(arguments.prompt_file)
+    else:
+        sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
+        text, source = sample.prompt + sample.answer_prefix, f"{arguments.task}, seed {arguments.seed}"
+    ids = tokenizer.encode(text).ids
+    if not ids:
+        raise UsageError("the text must not be empty")
+    check_memory(model.config, len(ids), arguments.device)
+    recorder = Recorder({layer % count for layer in layers})
+    attention = [recorder.around(layer, dense_attention) for layer in range(count)]
+    with torch.inference_mode():
+        model(torch.tensor([ids], device=arguments.device), attention=attention)
+    name = arguments.model.name if arguments.model else "needle-18m"
+    about = {"model": name, "text": source, "tokens": str(len(ids)), "dtype": arguments.dtype}
+    save_capture(recorder.result(model.config.head_size**-0.5, about), arguments.output)
+    Console().print(
+        f"{arguments.output}: {name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}", soft_wrap=True
+    )
+
+
+def run_recall(arguments: argparse.Namespace) -> None:
+    """Table, JSON and picture of the recalls."""
+    scores = arguments.scores.split(",")
+    if unknown := [name for name in scores if name not in RIVALS]:
+        raise UsageError(f"--scores must be of {','.join(RIVALS)}, got {','.join(unknown)}")
+    sparsities, betas = (_numbers(f"--{name}", getattr(arguments, name), float) for name in ("sparsity", "beta"))
+    configs = _configs(arguments, betas)
+    for sparsity in sparsities:
+        BAAttConfig(sparsity=sparsity)  # refuses what is out of range before anything is measured
+    recorded = _read(arguments)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        step = _stepper(bar, len(recorded.layers) * len(configs))
+        records = measure_recall(recorded, configs, sparsities, scores, outputs=not arguments.no_outputs, progress=step)
+    whole = {(one.sort, one.segment, one.beta, one.sparsity, one.score): one for one in records if one.layer is None}
+    console = Console()
+    console.print(f"{_title(recorded)}: attention mass kept, mean (5th percentile)", soft_wrap=True)
+    for config in configs:
+        table = Table("sparsity", title=f"{order_name(config.sort, config.segment)}, beta {config.beta:g}")
+        for sparsity in sparsities:
+            table.add_column(f"{sparsity:g}", justify="right")
+        for score in scores:
+            row = [whole[config.sort, config.segment, config.beta, sparsity, score] for sparsity in sparsities]
+            table.add_row(score, *(f"{one.recall_mean:.3f} ({one.recall_p5:.3f})" for one in row))
+        console.print(table)
+    _finish(arguments, recorded, "recall", [one._asdict() for one in records], draw_recall)
+
+
+def run_bound(arguments: argparse.Namespace) -> None:
+    """Table, JSON and picture of the bound."""
+    configs = _configs(arguments, [0.0])
+    recorded = _read(arguments)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        records = measure_bound(recorded, configs, _stepper(bar, len(recorded.layers) * len(configs)))
+    console = Console()
+    console.print(f"{_title(recorded)}: the bound U (E9) against the deviation of logits", soft_wrap=True)
+    for config in configs:
+        table = Table("layer", title=order_name(config.sort, config.segment))
+        for name in ("R, largest", "R, mean", "mean U", "mean largest", "mean deviation"):
+            table.add_column(name, justify="right")
+        for one in records:
+            if (one.sort, one.segment) == (config.sort, config.segment):
+                means = (f"{x:.3g}" for x in (one.bound_mean, one.largest_mean, one.deviation_mean))
+                table.add_row(str(one.layer), f"{one.correlation_largest:.3f}", f"{one.correlation_mean:.3f}", *means)
+        console.print(table)
+    _finish(arguments, recorded, "bound", [one._asdict() for one in records], draw_bound)
+
+
+def _add_action(
+    actions: Any, name: str, summary: str, function: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(act=function)
+    return parser
+
+
+def _add_study_options(parser: argparse.ArgumentParser, sort: str) -> None:
+    parser.add_argument("capture", type=Path, help="file of `baatt analyze capture`")
+    parser.add_argument("--layers", help='numbers like "0,2" (default: all in the file)')
+    parser.add_argument("--sort", default=sort, help=f"of {','.join(ORDERS)}, by commas (default: {sort})")
+    parser.add_argument("--segment", default="1024", help='tokens per segment, or "whole", by commas (default: 1024)')
+    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=128, help="(default: 128)")
+    parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" (default: cpu)')
+    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--plot", type=Path, help="picture, a PNG")
+
+
+def _configs(arguments: argparse.Namespace, betas: Sequence[float]) -> list[BAAttConfig]:
+    """Every order with every beta; an unsorted one does not depend on the segment."""
+    found: dict[BAAttConfig, None] = {}
+    for sort, segment, beta in itertools.product(arguments.sort.split(","), arguments.segment.split(","), betas):
+        length = None if segment == "whole" or sort == "none" else _numbers("--segment", segment, int)[0]
+        found[BAAttConfig(arguments.block_size, 0.5, sort, length, beta=beta)] = None
+    return list(found)
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f'{option} must be numbers by commas, got "{text}"') from None
+
+
+def _read(arguments: argparse.Namespace) -> Capture:
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path} must lie in an existing folder, {path.parent} is none")
+    device = read_device(arguments.device)
+    layers = None if arguments.layers is None else _numbers("--layers", arguments.layers, int)
+    recorded = load_capture(arguments.capture, layers)
+    moved = {layer: type(heads)(*(x.to(device) for x in heads)) for layer, heads in recorded.layers.items()}
+    return recorded._replace(layers=moved)
+
+
+def _stepper(bar: Progress, total: int) -> Callable[[], None]:
+    task = bar.add_task("layers and orders", total=total)
+    return lambda: bar.advance(task)
+
+
+def _title(recorded: Capture) -> str:
+    first = next(iter(recorded.layers.values()))
+    name = recorded.about.get("model", "a model")
+    return f"{name}, layers {', '.join(map(str, recorded.layers))}, {first.q.shape[2]} queries, {first.k.shape[2]} keys"
+
+
+def _finish(
+    arguments: argparse.Namespace,
+    recorded: Capture,
+    study: str,
+    records: list[dict[str, Any]],
+    draw: Callable[[list[dict[str, Any]], str, Path], None],
+) -> None:
+    device = torch.device(arguments.device)
+    stored = {
+        "study": study, "command": arguments.command, "commit": commit_here(), "device": device_name(device),
+        "versions": versions_here(device), "about": dict(recorded.about), "records": records,
+    }  # fmt: skip
+    console = Console()
+    if arguments.json is not None:
+        partial = arguments.json.with_name(arguments.json.name + ".partial")
+        partial.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        partial.replace(arguments.json)
+        console.print(f"Records: {arguments.json}", soft_wrap=True)
+    if arguments.plot is not None:
+        draw(records, _title(recorded), arguments.plot)
+        console.print(f"Picture: {arguments.plot}", soft_wrap=True)

@@ -1,0 +1,72 @@
+"""`baatt analyze` from a text to tables, files and pictures, and its refusals."""
+
+import json
+
+import pytest
+
+from baatt.analysis.capture import load_capture
+from baatt.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("capture")
+    text, path = folder / "text.txt", folder / "capture.safetensors"
+    text.write_text("The harbour was empty. " * 60, encoding="utf-8")
+    assert main(["analyze", "capture", "--prompt-file", str(text), "--layers", "1,-1", "--output", str(path)]) == 0
+    return path
+
+
+def test_capture_of_a_text(captured):
+    found = load_capture(captured)
+    assert list(found.layers) == [1, 5]
+    assert found.about["model"] == "needle-18m"
+    assert found.layers[1].q.shape[2] == int(found.about["tokens"])
+
+
+def test_recall_and_bound(captured, tmp_path, capsys):
+    sizes = ["--block-size", "16", "--segment", "64", "--layers", "1"]
+    files = ["--json", str(tmp_path / "recall.json"), "--plot", str(tmp_path / "recall.png")]
+    chosen = ["--sparsity", "0.5,0.8", "--scores", "covariance,oracle"]
+    assert main(["analyze", "recall", str(captured), *sizes, *chosen, *files]) == 0
+    stored = json.loads((tmp_path / "recall.json").read_text())
+    assert stored["study"] == "recall"
+    assert stored["command"].startswith("baatt analyze recall")
+    assert {"commit", "device", "versions", "about"} <= stored.keys()
+    assert len(stored["records"]) == 2 * 2 * 2 * 2
+    assert "qk sorted in segments of 64" in capsys.readouterr().out
+    files = ["--json", str(tmp_path / "bound.json"), "--plot", str(tmp_path / "bound.png")]
+    assert main(["analyze", "bound", str(captured), *sizes, *files]) == 0
+    assert [one["sort"] for one in json.loads((tmp_path / "bound.json").read_text())["records"]] == ["none", "qk"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bound.json", "bound.png", "recall.json", "recall.png"]
+
+
+def test_document_of_a_task(tmp_path):
+    path = tmp_path / "capture.safetensors"
+    assert main(["analyze", "capture", "--length", "512", "--layers", "0", "--output", str(path)]) == 0
+    assert load_capture(path).about["text"] == "niah_multikey_1, seed 0"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "arguments are required: ACTION"),
+        (["recall", "nothing.safetensors"], "no such file: nothing.safetensors"),
+        (["recall", "FILE", "--scores", "best"], "--scores must be of covariance,"),
+        (["recall", "FILE", "--layers", "9"], "asked for [9]"),
+        (["recall", "FILE", "--layers", "a"], '--layers must be numbers by commas, got "a"'),
+        (["recall", "FILE", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
+        (["bound", "FILE", "--sort", "norm"], "sort must be one of"),
+        (["bound", "FILE", "--segment", "100"], "segment must be a positive multiple of block_size=128"),
+        (["bound", "FILE", "--json", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
+        (["bound", "FILE", "--device", "gpu"], "--device must be a device"),
+        (["capture", "--layers", "7"], "--layers must be numbers from -6 to 5, got 7"),
+        (["capture", "--output", "/nowhere/x"], "--output must lie in an existing folder"),
+        (["capture", "--prompt-file", "/nowhere/x"], "/nowhere/x"),
+    ],
+)
+def test_refusals(captured, argv, message, capsys):
+    assert main(["analyze", *(str(captured) if word == "FILE" else word for word in argv)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
