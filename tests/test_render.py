@@ -15,6 +15,7 @@ BLOCK = f"<!-- render:{NAME} -->\n<!-- /render -->"
 
 
 def load_script() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # as `python benchmarks/render.py` has it
     spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks/render.py")
     assert spec is not None
     assert spec.loader is not None
@@ -25,6 +26,7 @@ def load_script() -> ModuleType:
 
 
 render = load_script()
+result_tables = sys.modules["result_tables"]
 
 
 @pytest.fixture
@@ -162,10 +164,10 @@ def test_every_block_of_the_repository_is_current(capsys):
 
 
 def test_uncommitted_changes_are_shown():
-    assert render.commit_name("0123456789abcdef") == "0123456789"
-    assert render.commit_name("0123456789abcdef+changes") == "0123456789+changes"
-    assert render.commit_name("0123456789abcdef-dirty") == "0123456789-dirty"
-    assert render.commit_name("unknown") == "unknown"
+    assert result_tables.commit_name("0123456789abcdef") == "0123456789"
+    assert result_tables.commit_name("0123456789abcdef+changes") == "0123456789+changes"
+    assert result_tables.commit_name("0123456789abcdef-dirty") == "0123456789-dirty"
+    assert result_tables.commit_name("unknown") == "unknown"
 
 
 def test_optional_blocks_exist():
@@ -211,5 +213,35 @@ def test_gpu_tables(copy):
     assert "The peak is 1000 TFLOP/s" in text
 
 
+def study_record(**changes):
+    """A made-up record of `baatt analyze`."""
+    record = {
+        "layer": None, "score": "mean", "beta": 0.5, "sort": "qk", "segment": None, "sparsity": 0.7,
+        "recall_mean": 0.75, "recall_p5": 0.5, "pairs": 12345, "correlation_largest": 0.625,
+    }  # fmt: skip
+    return record | changes
+
+
+def test_study_tables(copy):
+    about = {"model": "needle", "text": "a text", "tokens": "77", "dtype": "float32"}
+    stored = {"command": "baatt analyze", "commit": None, "device": "cpu", "versions": {"torch": "2"}, "about": about}
+    kinds = {
+        "recall": [study_record(), study_record(score="oracle", recall_mean=1), study_record(layer=0)],
+        "recall_beta": [study_record(), study_record(beta=2.0, recall_mean=0.5)],
+        "bound": [study_record(layer=3, sort="none"), study_record(layer=3, segment=1024, correlation_largest=0.9)],
+    }
+    for name, records in kinds.items():
+        (copy / f"benchmarks/results/{name}_needle-18m.json").write_text(json.dumps(stored | {"records": records}))
+    (copy / "README.md").write_text("\n".join(f"<!-- render:{name} -->\n<!-- /render -->" for name in kinds))
+    assert render.main([], copy) == 0
+    text = (copy / "README.md").read_text()
+    assert "| qk in one segment | 70 % | 0.750 (0.500) | 1.000 (0.500) |" in text
+    assert "| qk in one segment | 70 % | 0.7500 | 0.5000 |" in text
+    assert "| layer | unsorted | qk in 1024 |" in text
+    assert "| 3 | 0.625 | 0.900 |" in text
+    assert "12,345 block pairs" in text
+    assert "On `needle`, 77 tokens of a text, weights in float32" in text
+
+
 def test_a_commit_may_be_unknown():
-    assert render.commit_name(None) == "unknown"
+    assert result_tables.commit_name(None) == "unknown"

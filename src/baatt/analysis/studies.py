@@ -22,7 +22,7 @@ from baatt.config import BAAttConfig
 from baatt.types import Plan
 
 #: Points of a scatter plot that are kept, of any number measured.
-POINTS = 500
+POINTS = 250
 
 
 class RecallRecord(NamedTuple):
