@@ -73,6 +73,49 @@ def draw_bound(records: Records, caption: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_ablation(records: Records, caption: str, path: Path) -> None:
+    """Accuracy over sparsity with 95 % intervals, a line per order and score, a panel per task and length.
+
+    Raises:
+        ImportError: matplotlib is missing (`pip install baatt[plots]`).
+    """
+    pyplot = _pyplot()
+    panels = list(dict.fromkeys((one["task"], one["length"]) for one in records))
+    width = max(9, 5.6 * len(panels))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(width, 6.5), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        here = [one for one in records if (one["task"], one["length"]) == panel]
+        for dense in (one for one in here if not one["config"]):
+            axis.axhline(dense["accuracy"], color="0.4", label="dense")
+            axis.axhspan(dense["ci_low"], dense["ci_high"], color="0.4", alpha=0.15)
+        lines: dict[str, list[Mapping[str, Any]]] = {}
+        for one in (one for one in here if one["config"]):
+            config = one["config"]
+            score = f"beta {config['beta']:g}" if config["score"] == "covariance" else config["score"]
+            lines.setdefault(f"{order_name(config['sort'], config['segment'])}, {score}", []).append(one)
+        for number, (name, line) in enumerate(lines.items()):
+            line.sort(key=lambda one: one["config"]["sparsity"])
+            middle = [one["accuracy"] for one in line]
+            spread = (
+                [max(0.0, one["accuracy"] - one["ci_low"]) for one in line],
+                [max(0.0, one["ci_high"] - one["accuracy"]) for one in line],
+            )
+            places = [one["config"]["sparsity"] for one in line]
+            axis.errorbar(
+                places, middle, spread, fmt="-o", color=f"C{number % 10}", markersize=4, capsize=3, label=name
+            )
+        axis.set(title=f"{panel[0]}, {panel[1]} tokens", xlabel="sparsity", ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("share of samples with every value right")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=int(width // 4.2), frameon=False)
+    figure.suptitle(caption, fontsize=11)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def order_name(sort: str, segment: int | None) -> str:
     """`unsorted`, `qk sorted in segments of 1024`, `k sorted as a whole`."""
     if sort == "none":

@@ -17,6 +17,7 @@ from baatt.cli.errors import UsageError
 VERBS = {
     "demo": "Read a fresh 4K-token document and answer from it, once with full attention and once with BA-Att.",
     "generate": "Continue a prompt with a masked-diffusion language model, sparse or dense.",
+    "ablate": "Try every combination of some dials on a task: accuracy beside dense attention, attention mass kept.",
     "analyze": "Take the method apart on a real input: record a model's attention, then measure recall and bound.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
     "doctor": "What is installed, which devices there are, and which implementation would run and why.",

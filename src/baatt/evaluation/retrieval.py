@@ -17,7 +17,7 @@ from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample, fit
 from baatt.evaluation.ruler.words import load_heldout_essay, load_words
 from baatt.evaluation.scoring import matched_share
 from baatt.models.llada import MaskedDiffusionLM
-from baatt.sampling import SamplerConfig, generate
+from baatt.sampling import SamplerConfig, WrapAttention, generate
 
 # A token is filled as soon as the model is this sure of it; blocks of 32 as in Fast-dLLM.
 RETRIEVAL_SAMPLER = SamplerConfig(steps=32, gen_length=128, block_length=32, threshold=0.9)
@@ -68,10 +68,11 @@ def answer(
     sparse: BAAttConfig | None = None,
     policy: Policy = Policy(),  # noqa: B008  (frozen)
     impl: str = "auto",
+    wrap_attention: WrapAttention | None = None,
     batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the samples; `progress` is told how many are done."""
+    """Answers in the order of the samples; `progress` is told how many are done. The rest as `generate`."""
     device = next(model.parameters()).device
     pad = model.config.pad_token_id or 0
     answers: list[Answer] = []
@@ -81,7 +82,8 @@ def answer(
         ids, mask = pad_left(rows, pad)
         started = time.perf_counter()
         result = generate(
-            model, ids.to(device), mask.to(device), sampler, sparse=sparse, policy=policy, impl=impl
+            model, ids.to(device), mask.to(device), sampler,
+            sparse=sparse, policy=policy, impl=impl, wrap_attention=wrap_attention,
         )  # fmt: skip
         seconds = (time.perf_counter() - started) / len(batch)
         for sample, tokens in zip(batch, result.tokens.tolist(), strict=True):

@@ -1,6 +1,7 @@
-"""Intervals for accuracies measured on a finite number of samples."""
+"""Intervals for accuracies measured on a finite number of samples, and the test of two measured on the same ones."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 NORMAL_QUANTILE = 1.959963984540054  # two-sided 95 %
@@ -28,3 +29,19 @@ def wilson_interval(successes: int, samples: int) -> Interval:
     spread = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
     scale = 1 + z * z / samples
     return Interval(max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale))
+
+
+def mcnemar_p(first: Sequence[int], second: Sequence[int]) -> float:
+    """Two-sided p-value of McNemar's exact test: are two accuracies on the same samples different?
+
+    Only samples that the two answer differently count; without any the p-value is 1.
+
+    Raises:
+        ValueError: not the same number of samples.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"both must answer the same samples, got {len(first)} and {len(second)}")
+    gained = sum(not one and two for one, two in zip(first, second, strict=True))
+    lost = sum(one and not two for one, two in zip(first, second, strict=True))
+    tail = sum(math.comb(gained + lost, number) for number in range(min(gained, lost) + 1))
+    return min(1.0, float(tail / 2 ** (gained + lost - 1)) if gained + lost else 1.0)

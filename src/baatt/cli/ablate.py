@@ -1,0 +1,226 @@
+"""Try every combination of some dials on a task: accuracy beside dense attention, attention mass kept.
+
+`--dial beta=0,0.5,2 --dial sort=none,qk` spans the grid. Every cell answers the same held-out samples; a run that was
+cut goes on with its file. Scores other than the operator's own are put in place of its selection, at the same budget.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from baatt.analysis.capture import Recorder
+from baatt.analysis.reports import commit_here, device_name, versions_here
+from baatt.analysis.rivals import RIVALS, select_by
+from baatt.analysis.studies import measure_recall
+from baatt.analysis.study_plots import draw_ablation
+from baatt.attention import attend, make_plan
+from baatt.backend import IMPLS
+from baatt.cli.errors import UsageError
+from baatt.cli.options import add_model_options, check_memory, load_model
+from baatt.config import BAAttConfig, Policy
+from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
+from baatt.evaluation.retrieval import Answer, answer, draw_samples
+from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
+from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+
+DIALS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Grid, samples, model, output."""
+    parser.add_argument(
+        "--dial", action="append", default=[], metavar="NAME=VALUE,...",
+        help=f"values of a dial: {', '.join(DIALS)}; score also of {', '.join(RIVALS)}; segment also whole",
+    )  # fmt: skip
+    parser.add_argument("--tasks", default="niah_multikey_1", help="RULER needle tasks, by commas, or all")
+    parser.add_argument("--lengths", default="1024", help="tokens of document and answer, by commas (default: 1024)")
+    parser.add_argument("--count", type=int, default=20, help="samples per cell (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
+    parser.add_argument("--dense-layers", default="none", help='layers that stay dense, e.g. "0,1" (default: none)')
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts answered together (default: 1)")
+    parser.add_argument("--recall-samples", type=int, default=1, help="samples whose attention mass is measured")
+    parser.add_argument("--json", type=Path, default=Path("ablation.json"), help="records (default: ablation.json)")
+    parser.add_argument("--plot", type=Path, help="picture, a PNG")
+    parser.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
+    add_model_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The whole grid."""
+    cells = read_cells(arguments)
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path} must lie in an existing folder, {path.parent} is none")
+    for name in ("count", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    commit = commit_here()  # of what is about to run
+    model, tokenizer = load_model(arguments)
+    policy = Policy(dense_layers=read_layers(arguments.dense_layers, model.config.n_layers))
+    check_memory(model.config, arguments.batch_size * max(cell.length for cell in cells), arguments.device)
+    device = torch.device(arguments.device)
+    header = {
+        "study": "ablation", "command": arguments.command, "commit": commit, "device": device_name(device),
+        "versions": versions_here(device), "model": arguments.model.name if arguments.model else "needle-18m",
+        "dtype": arguments.dtype, "seed": arguments.seed, "count": arguments.count,
+        "dense_layers": list(policy.dense_layers),
+    }  # fmt: skip
+    store = Store(arguments.json, header, ("commit", "model", "dtype", "seed", "count", "dense_layers"))
+    samples = functools.cache(
+        lambda task, length: draw_samples(task, length, arguments.count, tokenizer, seed=arguments.seed)
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task("cells", total=len(cells))
+
+        def ask(cell: Cell) -> list[Answer]:
+            wrap = None if cell.score in ("dense", "covariance") else functools.partial(replaced, cell, arguments.impl)
+            return answer(
+                model, tokenizer, samples(cell.task, cell.length), sparse=cell.config, policy=policy,
+                impl=arguments.impl, wrap_attention=wrap, batch_size=arguments.batch_size,
+            )  # fmt: skip
+
+        def measure(cell: Cell) -> Mapping[str, Any]:
+            some = samples(cell.task, cell.length)[: arguments.recall_samples]
+            return {"recall_mean": None, "recall_p5": None} if cell.config is None else recall(
+                model, tokenizer, some, cell, policy
+            )  # fmt: skip
+
+        records = run_grid(cells, store, ask, measure, lambda _: bar.advance(task))
+    console = Console()
+    for table in show(records):
+        console.print(table)
+    console.print(f"Records: {arguments.json}", soft_wrap=True)
+    if arguments.plot is not None:
+        title = f"{header['model']}, {arguments.count} samples a cell, dense layers: {arguments.dense_layers}"
+        draw_ablation(records, title, arguments.plot)
+        console.print(f"Picture: {arguments.plot}", soft_wrap=True)
+
+
+def read_cells(arguments: argparse.Namespace) -> list[Cell]:
+    """The grid.
+
+    Raises:
+        UsageError: an unknown task, dial or score.
+        TypeError, ValueError: a value that a dial does not take.
+    """
+    tasks = list(NIAH_TASKS) if arguments.tasks == "all" else arguments.tasks.split(",")
+    if unknown := [name for name in tasks if name not in NIAH_TASKS]:
+        raise UsageError(f"--tasks must be of {','.join(NIAH_TASKS)}, got {','.join(unknown)}")
+    try:
+        lengths = [int(part) for part in arguments.lengths.split(",")]
+    except ValueError:
+        raise UsageError(f'--lengths must be numbers by commas, got "{arguments.lengths}"') from None
+    dials: dict[str, list[Any]] = {}
+    for text in arguments.dial:
+        name, equals, values = text.partition("=")
+        if name not in DIALS or not equals or name in dials:
+            raise UsageError(f'--dial must be NAME=VALUE,... once for each of {", ".join(DIALS)}, got "{text}"')
+        dials[name] = [read_value(name, value) for value in values.split(",")]
+    scores = dials.pop("score", ["covariance"])
+    if unknown := [name for name in scores if name not in RIVALS]:
+        raise UsageError(f"--dial score must be of {','.join(RIVALS)}, got {','.join(unknown)}")
+    return make_cells(tasks, lengths, dials, scores)
+
+
+def read_value(name: str, text: str) -> Any:
+    """A value of a dial from the command line."""
+    if name in ("sort", "score"):
+        return text
+    if name == "segment" and text == "whole":
+        return None
+    try:
+        return float(text) if name in ("sparsity", "beta") else int(text)
+    except ValueError:
+        raise UsageError(f'--dial {name} must be numbers, got "{text}"') from None
+
+
+def read_layers(text: str, count: int) -> tuple[int, ...]:
+    """`none` or numbers of layers."""
+    if text == "none":
+        return ()
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f'--dense-layers must be numbers by commas or none, got "{text}"') from None
+    if any(not -count <= layer < count for layer in layers):
+        raise UsageError(f"--dense-layers must be numbers from {-count} to {count - 1}, got {text}")
+    return layers
+
+
+def replaced(cell: Cell, impl: str, layer: int, function: AttentionFunction) -> AttentionFunction:
+    """Attention with another score in place of the operator's own; dense layers stay."""
+    config = cell.config
+    if function is dense_attention or config is None:
+        return function
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+        plan = make_plan(q, k, config, key_mask=key_mask, impl=impl)
+        return attend(q, k, v, plan._replace(selection=select_by(cell.score, q, k, plan)), impl=impl)
+
+    return attention
+
+
+def recall(
+    model: MaskedDiffusionLM, tokenizer: Tokenizer, samples: list[NeedleSample], cell: Cell, policy: Policy
+) -> Mapping[str, Any]:
+    """Attention mass kept in the sparse layers while a dense model reads the samples; None without samples."""
+    layers, config = model.config.n_layers, cell.config
+    dense = {layer % layers for layer in policy.dense_layers}
+    sparse = [layer for layer in range(layers) if layer not in dense]
+    if not samples or not sparse or config is None:
+        return {"recall_mean": None, "recall_p5": None}
+    device = next(model.parameters()).device
+    means, lows = [], []
+    for sample in samples:
+        recorder = Recorder(sparse)
+        ids = torch.tensor([tokenizer.encode(sample.prompt + sample.answer_prefix).ids], device=device)
+        with torch.inference_mode():
+            model(ids, attention=[recorder.around(layer, dense_attention) for layer in range(layers)])
+        found = recorder.result(model.config.head_size**-0.5, {})
+        moved = {layer: type(heads)(*(x.to(device) for x in heads)) for layer, heads in found.layers.items()}
+        whole = measure_recall(
+            found._replace(layers=moved), [config], [config.sparsity], [cell.score], outputs=False
+        )[-1]  # fmt: skip
+        means.append(whole.recall_mean)
+        lows.append(whole.recall_p5)
+    return {"recall_mean": sum(means) / len(means), "recall_p5": sum(lows) / len(lows)}
+
+
+def show(records: list[dict[str, Any]]) -> list[Table]:
+    """A table per task and length, a row per cell."""
+    tables: dict[tuple[str, int], Table] = {}
+    for one in records:
+        place = one["task"], one["length"]
+        if place not in tables:
+            tables[place] = Table("cell", title=f"{place[0]}, {place[1]} tokens, {one['n']} samples")
+            for name in ("right [95 % interval]", "word for word", "McNemar p", "mass kept"):
+                tables[place].add_column(name, justify="right")
+        tables[place].add_row(
+            cell_name(one["config"]), f"{one['accuracy']:.3f} [{one['ci_low']:.2f}-{one['ci_high']:.2f}]",
+            f"{one['accuracy_whole']:.3f}", "-" if not one["config"] else f"{one['mcnemar_p']:.3g}",
+            "-" if one["recall_mean"] is None else f"{one['recall_mean']:.3f}",
+        )  # fmt: skip
+    return list(tables.values())
+
+
+def cell_name(config: Mapping[str, Any]) -> str:
+    """The dials that matter: `qk in 1024, beta 0.5, 50 %`."""
+    if not config:
+        return "dense"
+    order = "unsorted" if config["sort"] == "none" else f"{config['sort']} in {config['segment'] or 'one'}"
+    score = f"beta {config['beta']:g}" if config["score"] == "covariance" else config["score"]
+    size = "" if config["block_size"] == 128 else f", blocks of {config['block_size']}"
+    return f"{order}, {score}, {100 * config['sparsity']:g} %{size}"
