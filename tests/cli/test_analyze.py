@@ -41,6 +41,13 @@ def test_recall_and_bound(captured, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bound.json", "bound.png", "recall.json", "recall.png"]
 
 
+def test_maps(captured, tmp_path):
+    path = tmp_path / "maps.png"
+    sizes = ["--block-size", "16", "--segment", "64", "--layers", "5"]
+    assert main(["analyze", "maps", str(captured), *sizes, "--plot", str(path)]) == 0
+    assert path.stat().st_size > 10_000
+
+
 def test_document_of_a_task(tmp_path):
     path = tmp_path / "capture.safetensors"
     assert main(["analyze", "capture", "--length", "512", "--layers", "0", "--output", str(path)]) == 0
@@ -60,6 +67,9 @@ def test_document_of_a_task(tmp_path):
         (["bound", "FILE", "--segment", "100"], "segment must be a positive multiple of block_size=128"),
         (["bound", "FILE", "--json", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
         (["bound", "FILE", "--device", "gpu"], "--device must be a device"),
+        (["maps", "FILE"], "--plot FILE.png is required"),
+        (["maps", "FILE", "--plot", "x.png"], "--layers must name one of the layers 1, 5"),
+        (["maps", "FILE", "--plot", "x.png", "--layers", "1", "--head", "99"], "--head must be from 0 to 7, got 99"),
         (["capture", "--layers", "7"], "--layers must be numbers from -6 to 5, got 7"),
         (["capture", "--output", "/nowhere/x"], "--output must lie in an existing folder"),
         (["capture", "--prompt-file", "/nowhere/x"], "/nowhere/x"),

@@ -1,10 +1,11 @@
 """Take the method apart on a real input: record a model's attention, then measure recall and bound.
 
-`capture` writes q, k and v of chosen layers to a safetensors file; `recall` and `bound` read such a file, of any model.
-Each prints a table and can store JSON and a picture.
+`capture` writes q, k and v of chosen layers to a safetensors file; `recall`, `bound` and `maps` read such a file, of
+any model. The first two print a table and can store JSON and a picture, `maps` draws one.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from baatt.analysis.capture import Capture, Recorder, load_capture, save_capture
+from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
 from baatt.analysis.reports import commit_here, device_name, versions_here
 from baatt.analysis.rivals import RIVALS
 from baatt.analysis.studies import measure_bound, measure_recall
 from baatt.analysis.study_plots import draw_bound, draw_recall, order_name
+from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, check_memory, load_model, read_device
 from baatt.config import BLOCK_SIZES, BAAttConfig
@@ -54,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recall.add_argument("--beta", default="0.5", help="by commas (default: 0.5)")
     recall.add_argument("--scores", default=",".join(RIVALS), help=f"by commas (default: {','.join(RIVALS)})")
     recall.add_argument("--no-outputs", action="store_true", help="skip the error of the output, which takes longest")
+
+    maps = _add_action(actions, "maps", "Attention before and after sorting, kept blocks outlined (Fig. 5).", run_maps)
+    _add_study_options(maps, "none,qk")
+    maps.add_argument("--sparsity", type=float, default=0.5, help="of the outlined blocks (default: 0.5)")
+    maps.add_argument("--head", type=int, help="query head (default: the one with most structure)")
 
     bound = _add_action(actions, "bound", "The error bound U against the true deviation (E9, Fig. 2).", run_bound)
     _add_study_options(bound, "none,qk")
@@ -139,6 +147,32 @@ def run_bound(arguments: argparse.Namespace) -> None:
                 table.add_row(str(one.layer), f"{one.correlation_largest:.3f}", f"{one.correlation_mean:.3f}", *means)
         console.print(table)
     _finish(arguments, recorded, "bound", [one._asdict() for one in records], draw_bound)
+
+
+def run_maps(arguments: argparse.Namespace) -> None:
+    """One picture of one layer and head, a panel per order."""
+    if arguments.plot is None:
+        raise UsageError("--plot FILE.png is required")
+    if arguments.json is not None:
+        raise UsageError("--json has nothing to hold here: maps are a picture")
+    configs = [dataclasses.replace(config, sparsity=arguments.sparsity) for config in _configs(arguments, [0.5])]
+    recorded = _read(arguments)
+    if len(recorded.layers) != 1:
+        raise UsageError(f"--layers must name one of the layers {', '.join(map(str, recorded.layers))}")
+    layer, heads = next(iter(recorded.layers.items()))
+    plans = [make_plan(heads.q, heads.k, config, scale=recorded.scale, impl="reference") for config in configs]
+    head = most_structured_head(heads.q, heads.k, plans[0]) if arguments.head is None else arguments.head
+    if not 0 <= head < heads.q.shape[1]:
+        raise UsageError(f"--head must be from 0 to {heads.q.shape[1] - 1}, got {head}")
+    panels = [
+        Panel(
+            attention_cells(heads.q, heads.k, plan, head).cpu(), plan, order_name(plan.config.sort, plan.config.segment)
+        )
+        for plan in plans
+    ]
+    caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {100 * arguments.sparsity:g} % sparsity"
+    draw_maps(panels, head, caption, arguments.plot)
+    Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
 
 
 def _add_action(
