@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from baatt import attend, ba_attention
 from baatt.analysis.oracle import block_mass, kept_mass
-from baatt.analysis.rivals import RIVALS, antidiagonal, select_by
+from baatt.analysis.rivals import RIVALS, antidiagonal, rival_attention, select_by
 from tests.analysis.test_oracle import case
 
 
@@ -24,6 +25,15 @@ def test_every_rival_keeps_as_many_blocks(rival, masked):
 def test_covariance_is_the_plan():
     q, k, plan = case()
     assert torch.equal(select_by("covariance", q, k, plan).index, plan.selection.index)
+
+
+def test_attention_by_a_rival():
+    q, k, plan = case(masked=False)
+    ours = rival_attention("covariance", plan.config, "reference")(q, k, k)
+    assert torch.equal(ours, ba_attention(q, k, k, plan.config, impl="reference"))
+    best = rival_attention("oracle", plan.config, "reference")(q, k, k, key_mask=None)
+    selection = select_by("oracle", q, k, plan)
+    assert torch.equal(best, attend(q, k, k, plan._replace(selection=selection), impl="reference"))
 
 
 def test_antidiagonal_entry_by_entry():

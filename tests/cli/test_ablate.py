@@ -42,7 +42,7 @@ def test_a_small_grid(tmp_path, capsys):
         (["--tasks", "sudoku"], "--tasks must be of"),
         (["--lengths", "4K"], '--lengths must be numbers by commas, got "4K"'),
         (["--count", "0"], "--count must be at least 1, got 0"),
-        (["--dense-layers", "9"], "--dense-layers must be numbers from -6 to 5, got 9"),
+        (["--dense-layers", "9"], "--dense-layers must be numbers from -6 to 5, got (9,)"),
         (["--json", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
     ],
 )

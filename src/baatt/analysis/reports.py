@@ -53,8 +53,13 @@ def start_report(command: str, device: torch.device, dtype: torch.dtype) -> Repo
 
 def store_report(report: Report, path: Path) -> None:
     """Write the report; a reader never sees half a file."""
+    store_json(report._asdict(), path)
+
+
+def store_json(value: Mapping[str, Any], path: Path) -> None:
+    """Write a file at once."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report._asdict(), indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

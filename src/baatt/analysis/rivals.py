@@ -1,7 +1,7 @@
 """Other ways to score block pairs, for comparison at an equal budget: what BA-Att is measured against.
 
 In: q, k and a `Plan` that gives orders, blocks and scale. Out: scores [B, H, I, J] for `stages.selection`. They may
-look at every token, which a fast score must not. Does not select, attend or time.
+look at every token, which a fast score must not. Knows neither models nor tasks.
 """
 
 import functools
@@ -13,6 +13,8 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from baatt.analysis.oracle import block_mass
+from baatt.attention import attend, make_plan
+from baatt.config import BAAttConfig
 from baatt.stages.scoring import covariance_score
 from baatt.stages.selection import select_blocks
 from baatt.types import BlockSelection, Plan, TokenOrder
@@ -36,6 +38,21 @@ def select_by(rival: str, q: Tensor, k: Tensor, plan: Plan) -> BlockSelection:
     empty = rearrange(plan.key_stats.size == 0, "b j -> b 1 1 j")
     scores = RIVALS[rival](q, k, plan).masked_fill(empty, -math.inf)
     return select_blocks(scores, plan.key_stats.size, plan.config.sparsity)
+
+
+def rival_attention(rival: str, config: BAAttConfig, impl: str) -> Callable[..., Tensor]:
+    """Attention like `ba_attention`, (q, k, v, *, key_mask) -> out, with another score in place of its own.
+
+    Args:
+        rival: a name in `RIVALS`.
+        config: orders, blocks and budget.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None = None) -> Tensor:
+        plan = make_plan(q, k, config, key_mask=key_mask, impl=impl)
+        return attend(q, k, v, plan._replace(selection=select_by(rival, q, k, plan)), impl=impl)
+
+    return attention
 
 
 def covariance(q: Tensor, k: Tensor, plan: Plan) -> Tensor:

@@ -93,8 +93,8 @@ def draw_ablation(records: Records, caption: str, path: Path) -> None:
         lines: dict[str, list[Mapping[str, Any]]] = {}
         for one in (one for one in here if one["config"]):
             config = one["config"]
-            score = f"beta {config['beta']:g}" if config["score"] == "covariance" else config["score"]
-            lines.setdefault(f"{order_name(config['sort'], config['segment'])}, {score}", []).append(one)
+            name = f"{order_name(config['sort'], config['segment'])}, {score_name(config)}"
+            lines.setdefault(name, []).append(one)
         for number, (name, line) in enumerate(lines.items()):
             line.sort(key=lambda one: one["config"]["sparsity"])
             middle = [one["accuracy"] for one in line]
@@ -121,6 +121,11 @@ def order_name(sort: str, segment: int | None) -> str:
     if sort == "none":
         return "unsorted"
     return f"{sort} sorted " + ("as a whole" if segment is None else f"in segments of {segment}")
+
+
+def score_name(config: Mapping[str, Any]) -> str:
+    """`beta 0.5` for the operator's own score, else the name of the rival."""
+    return f"beta {config['beta']:g}" if config["score"] == "covariance" else str(config["score"])
 
 
 def _pyplot() -> Any:

@@ -16,17 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from baatt.analysis.capture import Recorder
 from baatt.analysis.reports import commit_here, device_name, versions_here
-from baatt.analysis.rivals import RIVALS, select_by
+from baatt.analysis.rivals import RIVALS, rival_attention
 from baatt.analysis.studies import measure_recall
-from baatt.analysis.study_plots import draw_ablation
-from baatt.attention import attend, make_plan
+from baatt.analysis.study_plots import draw_ablation, score_name
 from baatt.backend import IMPLS
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_model_options, check_memory, load_model
+from baatt.cli.options import add_model_options, check_folders, check_memory, load_model, read_layers
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
 from baatt.evaluation.retrieval import Answer, answer, draw_samples
@@ -46,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="1024", help="tokens of document and answer, by commas (default: 1024)")
     parser.add_argument("--count", type=int, default=20, help="samples per cell (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
-    parser.add_argument("--dense-layers", default="none", help='layers that stay dense, e.g. "0,1" (default: none)')
+    parser.add_argument(
+        "--dense-layers", type=read_layers, default="none", help='layers that stay dense, e.g. "0,1" (default: none)'
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="prompts answered together (default: 1)")
     parser.add_argument("--recall-samples", type=int, default=1, help="samples whose attention mass is measured")
     parser.add_argument("--json", type=Path, default=Path("ablation.json"), help="records (default: ablation.json)")
@@ -58,15 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The whole grid."""
     cells = read_cells(arguments)
-    for path in (arguments.json, arguments.plot):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path} must lie in an existing folder, {path.parent} is none")
+    check_folders(arguments.json, arguments.plot)
     for name in ("count", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     commit = commit_here()  # of what is about to run
     model, tokenizer = load_model(arguments)
-    policy = Policy(dense_layers=read_layers(arguments.dense_layers, model.config.n_layers))
+    policy = Policy(dense_layers=arguments.dense_layers)
+    count = model.config.n_layers
+    if any(not -count <= layer < count for layer in policy.dense_layers):
+        raise UsageError(f"--dense-layers must be numbers from {-count} to {count - 1}, got {policy.dense_layers}")
     check_memory(model.config, arguments.batch_size * max(cell.length for cell in cells), arguments.device)
     device = torch.device(arguments.device)
     header = {
@@ -86,7 +87,10 @@ def run(arguments: argparse.Namespace) -> None:
         task = bar.add_task("cells", total=len(cells))
 
         def ask(cell: Cell) -> list[Answer]:
-            wrap = None if cell.score in ("dense", "covariance") else functools.partial(replaced, cell, arguments.impl)
+            wrap = None
+            if cell.config is not None and cell.score != "covariance":
+                sparse = rival_attention(cell.score, cell.config, arguments.impl)
+                wrap = functools.partial(_replace_sparse, sparse)
             return answer(
                 model, tokenizer, samples(cell.task, cell.length), sparse=cell.config, policy=policy,
                 impl=arguments.impl, wrap_attention=wrap, batch_size=arguments.batch_size,
@@ -104,7 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(table)
     console.print(f"Records: {arguments.json}", soft_wrap=True)
     if arguments.plot is not None:
-        title = f"{header['model']}, {arguments.count} samples a cell, dense layers: {arguments.dense_layers}"
+        dense = ", ".join(map(str, policy.dense_layers)) or "none"
+        title = f"{header['model']}, {arguments.count} samples a cell, dense layers: {dense}"
         draw_ablation(records, title, arguments.plot)
         console.print(f"Picture: {arguments.plot}", soft_wrap=True)
 
@@ -147,30 +152,9 @@ def read_value(name: str, text: str) -> Any:
         raise UsageError(f'--dial {name} must be numbers, got "{text}"') from None
 
 
-def read_layers(text: str, count: int) -> tuple[int, ...]:
-    """`none` or numbers of layers."""
-    if text == "none":
-        return ()
-    try:
-        layers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f'--dense-layers must be numbers by commas or none, got "{text}"') from None
-    if any(not -count <= layer < count for layer in layers):
-        raise UsageError(f"--dense-layers must be numbers from {-count} to {count - 1}, got {text}")
-    return layers
-
-
-def replaced(cell: Cell, impl: str, layer: int, function: AttentionFunction) -> AttentionFunction:
-    """Attention with another score in place of the operator's own; dense layers stay."""
-    config = cell.config
-    if function is dense_attention or config is None:
-        return function
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
-        plan = make_plan(q, k, config, key_mask=key_mask, impl=impl)
-        return attend(q, k, v, plan._replace(selection=select_by(cell.score, q, k, plan)), impl=impl)
-
-    return attention
+def _replace_sparse(sparse: AttentionFunction, layer: int, function: AttentionFunction) -> AttentionFunction:
+    """The function of a dense layer stays."""
+    return function if function is dense_attention else sparse
 
 
 def recall(
@@ -221,6 +205,5 @@ def cell_name(config: Mapping[str, Any]) -> str:
     if not config:
         return "dense"
     order = "unsorted" if config["sort"] == "none" else f"{config['sort']} in {config['segment'] or 'one'}"
-    score = f"beta {config['beta']:g}" if config["score"] == "covariance" else config["score"]
     size = "" if config["block_size"] == 128 else f", blocks of {config['block_size']}"
-    return f"{order}, {score}, {100 * config['sparsity']:g} %{size}"
+    return f"{order}, {score_name(config)}, {100 * config['sparsity']:g} %{size}"

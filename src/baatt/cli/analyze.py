@@ -7,7 +7,6 @@ any model. The first two print a table and can store JSON and a picture, `maps` 
 import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from rich.table import Table
 
 from baatt.analysis.capture import Capture, Recorder, load_capture, save_capture
 from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
-from baatt.analysis.reports import commit_here, device_name, versions_here
+from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.analysis.rivals import RIVALS
 from baatt.analysis.studies import measure_bound, measure_recall
 from baatt.analysis.study_plots import draw_bound, draw_recall, order_name
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_model_options, check_memory, load_model, read_device
+from baatt.cli.options import add_model_options, check_folders, check_memory, load_model, read_device
 from baatt.config import BLOCK_SIZES, BAAttConfig
 from baatt.evaluation.retrieval import draw_samples
 from baatt.evaluation.ruler.niah import NIAH_TASKS
@@ -211,9 +210,8 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
 
 
 def _read(arguments: argparse.Namespace) -> Capture:
-    for path in (arguments.json, arguments.plot):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path} must lie in an existing folder, {path.parent} is none")
+    check_folders(arguments.json, arguments.plot)
+    arguments.commit = commit_here()  # of what is about to run
     device = read_device(arguments.device)
     layers = None if arguments.layers is None else _numbers("--layers", arguments.layers, int)
     recorded = load_capture(arguments.capture, layers)
@@ -241,14 +239,12 @@ def _finish(
 ) -> None:
     device = torch.device(arguments.device)
     stored = {
-        "study": study, "command": arguments.command, "commit": commit_here(), "device": device_name(device),
+        "study": study, "command": arguments.command, "commit": arguments.commit, "device": device_name(device),
         "versions": versions_here(device), "about": dict(recorded.about), "records": records,
     }  # fmt: skip
     console = Console()
     if arguments.json is not None:
-        partial = arguments.json.with_name(arguments.json.name + ".partial")
-        partial.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-        partial.replace(arguments.json)
+        store_json(stored, arguments.json)
         console.print(f"Records: {arguments.json}", soft_wrap=True)
     if arguments.plot is not None:
         draw(records, _title(recorded), arguments.plot)

@@ -50,7 +50,7 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--sparsity", type=float, help="share of key blocks skipped per query block, in [0, 1)")
     add_dial_options(group)
-    group.add_argument("--dense-layers", type=_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
+    group.add_argument("--dense-layers", type=read_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
     group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
 
 
@@ -117,7 +117,19 @@ def check_memory(config: ModelConfig, tokens: int, device: str) -> None:
         )
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def check_folders(*paths: Path | None) -> None:
+    """Refuse a file that could not be written before a minute is spent on it.
+
+    Raises:
+        UsageError: no such folder.
+    """
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"{path} must lie in an existing folder, {path.parent} is none")
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """`none`, or numbers of layers by commas; a type for argparse."""
     if text == "none":
         return ()
     try:
