@@ -1,5 +1,6 @@
 """The sampler against a hand-written one, with models whose logits are known, and with a small real model."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,7 @@ class Known:
         self.inputs: list[Tensor] = []
         self.masks: list[Tensor | None] = []
         self.starts: list[int] = []
+        self.evaluated: list[list[int]] = []
 
     def __call__(
         self,
@@ -78,7 +80,11 @@ class Known:
         self.inputs.append(input_ids.clone())
         self.masks.append(attention_mask)
         self.starts.append(logits_from)
-        return self.table[:, logits_from - self.prompt_length :]
+        # Rows that are finished are left out: those that are there are known by their prompts.
+        prompts = [row[: self.prompt_length].tolist() for row in self.inputs[0]]
+        rows = [prompts.index(row[: self.prompt_length].tolist()) for row in input_ids]
+        self.evaluated.append(rows)
+        return self.table[rows, logits_from - self.prompt_length :]
 
 
 def known(probability: list[list[float]], prompt_length: int = 2) -> tuple[Known, Tensor, Tensor]:
@@ -188,7 +194,7 @@ def test_threshold_fills_all_that_is_sure() -> None:
     config = SamplerConfig(steps=6, gen_length=6, block_length=3, threshold=0.9)
     result = generate(model, prompt, config=config)
     assert torch.equal(result.tokens, tokens)
-    # Row 0: two at once, then one. Row 1: one per step, then three at once; it waits while row 0 goes on.
+    # Row 0: two at once, then one. Row 1: one per step, then three at once; it is left out while row 0 goes on.
     assert result.unmasked_at.tolist() == [[0, 1, 0, 4, 3, 5], [0, 1, 2, 3, 3, 3]]
     assert result.steps == 6
 
@@ -290,6 +296,42 @@ def test_forbidden_ids_have_no_share_of_the_confidence() -> None:
     model, prompt, _ = known([[0.95, 0.94]])
     result = generate(model, prompt, config=SamplerConfig(steps=2, gen_length=2, block_length=2, threshold=0.9))
     assert result.unmasked_at.tolist() == [[0, 0]]
+
+
+# --- stopping at the end of the text ---------------------------------------------------------------------------------
+
+
+def ending(tokens: list[list[int]]) -> tuple[Known, Tensor]:
+    """A model that is sure of the given tokens, whose end-of-text token is 7, and a prompt."""
+    found = torch.tensor(tokens)
+    model = Known(2, found, torch.full(found.shape, 0.99, dtype=torch.float64))
+    model.config = dataclasses.replace(CONFIG, eos_token_id=7)
+    return model, make_prompt(len(tokens), 2)
+
+
+def test_rows_that_have_ended_are_not_evaluated() -> None:
+    model, prompt = ending([[1, 7, 2, 3, 4, 5], [1, 2, 3, 7, 4, 5], [1, 2, 3, 4, 5, 6]])
+    config = SamplerConfig(steps=3, gen_length=6, block_length=2, threshold=0.9, stop_at_eos=True)
+    result = generate(model, prompt, config=config)
+    assert model.evaluated == [[0, 1, 2], [1, 2], [2]]
+    assert result.tokens.tolist() == [[1, 7, 7, 7, 7, 7], [1, 2, 3, 7, 7, 7], [1, 2, 3, 4, 5, 6]]
+    assert result.unmasked_at.tolist() == [[0, 0, -1, -1, -1, -1], [0, 0, 1, 1, -1, -1], [0, 0, 1, 1, 2, 2]]
+    assert result.steps == 3
+
+
+def test_all_rows_ended_stops() -> None:
+    model, prompt = ending([[1, 7, 2, 3, 4, 5]])
+    config = SamplerConfig(steps=3, gen_length=6, block_length=2, threshold=0.9, stop_at_eos=True)
+    result = generate(model, prompt, config=config)
+    assert (result.steps, result.tokens.tolist()) == (1, [[1, 7, 7, 7, 7, 7]])
+    without = generate(model, prompt, config=dataclasses.replace(config, stop_at_eos=False))
+    assert (without.steps, without.tokens.tolist()) == (3, [[1, 7, 2, 3, 4, 5]])
+
+
+def test_stopping_needs_an_end_token() -> None:
+    model, prompt, _ = known([[0.5, 0.6]])
+    with pytest.raises(ValueError, match="stop_at_eos must be False for a model whose config has no eos_token_id"):
+        generate(model, prompt, config=SamplerConfig(steps=1, gen_length=2, block_length=2, stop_at_eos=True))
 
 
 # --- batches and padding ---------------------------------------------------------------------------------------------

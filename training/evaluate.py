@@ -6,7 +6,6 @@ with every value right, Wilson interval. The model card's table is made from it.
 
 import argparse
 import json
-import multiprocessing
 import shlex
 import subprocess
 import sys
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from train import environment
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER, answer, draw_samples
+from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER, SamplePool, answer
 from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
 from baatt.evaluation.statistics import wilson_interval
 from baatt.models import MaskedDiffusionLM
@@ -42,28 +42,21 @@ def setting(name: str) -> tuple[BAAttConfig | None, Policy]:
     return BAAttConfig(**dials), Policy(dense_layers=layers)
 
 
-Job = tuple[str, int, int, str, int]
-
-
-def draw(job: Job) -> list[NeedleSample]:
-    """Worker: the samples of one task and length."""
-    task, length, count, folder, seed = job
-    return draw_samples(task, length, count, load_tokenizer(folder), seed=seed)
-
-
-def load_samples(arguments: argparse.Namespace, jobs: list[Job]) -> list[list[NeedleSample]]:
-    """The samples of every job, drawn in parallel, or read from the file an earlier call kept them in."""
+def load_samples(
+    arguments: argparse.Namespace, places: list[tuple[str, int]], tokenizer: Tokenizer
+) -> list[list[NeedleSample]]:
+    """The samples of every task and length, drawn in parallel, or read from the file an earlier call kept them in."""
     kept = arguments.samples
     if kept is not None and kept.exists():
         stored = json.loads(kept.read_text())
         if (stored["count"], stored["seed"]) != (arguments.count, arguments.seed):
             raise ValueError(f"{kept} holds samples of another --count or --seed: {stored['count']}, {stored['seed']}")
         stored = stored["samples"]
-        return [[NeedleSample(*sample) for sample in stored[f"{task}/{length}"]] for task, length, *_ in jobs]
-    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        drawn = pool.map(draw, jobs, chunksize=1)
+        return [[NeedleSample(*sample) for sample in stored[f"{task}/{length}"]] for task, length in places]
+    with SamplePool(places, arguments.count, tokenizer, seed=arguments.seed, workers=arguments.workers) as pool:
+        drawn = [pool.samples(*place) for place in places]
     if kept is not None:
-        samples = {f"{job[0]}/{job[1]}": samples for job, samples in zip(jobs, drawn, strict=True)}
+        samples = {f"{task}/{length}": found for (task, length), found in zip(places, drawn, strict=True)}
         kept.write_text(json.dumps({"count": arguments.count, "seed": arguments.seed, "samples": samples}))
     return drawn
 
@@ -74,8 +67,8 @@ def measure(arguments: argparse.Namespace) -> None:
     lengths = [int(length) for length in arguments.lengths.split(",")]
     model = MaskedDiffusionLM.from_pretrained(arguments.model, device=arguments.device, dtype=arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
-    jobs = [(task, length, arguments.count, arguments.model, arguments.seed) for length in lengths for task in tasks]
-    drawn = load_samples(arguments, jobs)
+    places = [(task, length) for length in lengths for task in tasks]
+    drawn = load_samples(arguments, places, tokenizer)
     records: list[dict[str, Any]] = []
     result = {
         "study": "needle accuracy of the shipped model", "command": shlex.join(["python", *sys.argv]),
@@ -85,7 +78,7 @@ def measure(arguments: argparse.Namespace) -> None:
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.settings:
         sparse, policy = setting(name)
-        for (task, length, *_), samples in zip(jobs, drawn, strict=True):
+        for (task, length), samples in zip(places, drawn, strict=True):
             started = time.monotonic()
             batch = max(1, arguments.batch_tokens // length)
             answers = answer(

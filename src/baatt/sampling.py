@@ -63,6 +63,8 @@ class SamplerConfig:
         threshold: None fills equally many positions per step. A probability fills every position surer than it, and
             never fewer than it takes to finish the block in its share of `steps`.
         seed: of the noise and of remasking "random".
+        stop_at_eos: a row that has an end-of-text token in a finished block is done; the rest of it is filled with that
+            token without evaluating the model. The text before the token is the same either way at temperature 0.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -77,6 +79,7 @@ class SamplerConfig:
     remasking: str = "low_confidence"
     threshold: float | None = None
     seed: int = 0
+    stop_at_eos: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "gen_length", "block_length", "seed"):
@@ -85,6 +88,8 @@ class SamplerConfig:
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1 and name != "seed":
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not isinstance(self.stop_at_eos, bool):
+            raise TypeError(f"stop_at_eos must be a bool, got {self.stop_at_eos!r}")
         for name in ("temperature", "cfg_scale", "threshold"):
             value = getattr(self, name)
             if value is None and name == "threshold":
@@ -132,7 +137,7 @@ class SampleResult(NamedTuple):
     tokens: Tensor  # [B, gen_length] int64
     steps: int  # model evaluations; one with guidance counts once
     seconds: float
-    unmasked_at: Tensor  # [B, gen_length] int64: planned index of the step that filled the position
+    unmasked_at: Tensor  # [B, gen_length] int64: planned index of the step that filled the position, -1 = none had to
 
 
 def layer_attention(
@@ -185,26 +190,38 @@ def generate(
 
     Returns:
         SampleResult; the mask token and ids from `vocab_size` on never occur in its tokens. At temperature 0 with
-        dense attention a row does not depend on the other rows.
+        dense attention a row does not depend on the other rows. Rows without a mask token left in the block are not
+        evaluated.
 
     Raises:
-        TypeError, ValueError: prompt or mask of a wrong shape or dtype, or a policy that does not fit the model.
+        TypeError, ValueError: prompt or mask of a wrong shape or dtype, a policy that does not fit the model, or
+            `stop_at_eos` for a model without an end-of-text token.
     """
     started = time.perf_counter()
     _check_prompt(prompt_ids, attention_mask)
+    if config.stop_at_eos and model.config.eos_token_id is None:
+        raise ValueError("stop_at_eos must be False for a model whose config has no eos_token_id, got True")
     run = _start(model, prompt_ids, attention_mask, config)
     layers, length = model.config.n_layers, run.tokens.shape[1]
     evaluations = 0
     for step in range(config.steps):
-        block = step // config.steps_per_block
-        if not run.masked(block).any():
+        block, inner = divmod(step, config.steps_per_block)
+        if config.stop_at_eos and inner == 0 and model.config.eos_token_id is not None:
+            run.finish_rows(block, model.config.eos_token_id)
+        unfinished = run.masked(block).any(dim=1)
+        if not unfinished.any():
             continue
         functions: Sequence[AttentionFunction] = layer_attention(
             sparse, policy, layers=layers, step=step, total_steps=config.steps, length=length, impl=impl
         )
         if wrap_attention is not None:
             functions = [wrap_attention(layer, function) for layer, function in enumerate(functions)]
-        _denoise(run, step, functions)
+        if unfinished.all():
+            _denoise(run, step, functions)
+        else:
+            some = run.rows(unfinished)
+            _denoise(some, step, functions)
+            run.tokens[unfinished], run.unmasked_at[unfinished] = some.tokens, some.unmasked_at
         evaluations += 1
         if progress is not None:
             generated = run.tokens[:, run.prompt_length :].clone()
@@ -236,6 +253,20 @@ class _Run(NamedTuple):
     def masked(self, block: int) -> Tensor:
         """Positions [B, block_length] bool of a block that are still to be filled."""
         return self.block_of(self.tokens[:, self.prompt_length :], block) == self.model.config.mask_token_id
+
+    def rows(self, chosen: Tensor) -> "_Run":
+        """A copy with the rows where chosen [B] bool is True."""
+        padding = None if self.padding is None else self.padding[chosen]
+        return self._replace(
+            tokens=self.tokens[chosen], padding=padding, unmasked_at=self.unmasked_at[chosen]
+        )  # fmt: skip
+
+    def finish_rows(self, block: int, end: int) -> None:
+        """Fill rows that have ended before a block with end-of-text tokens."""
+        generated = self.tokens[:, self.prompt_length :]
+        done = block * self.config.block_length
+        ended = generated[:, :done].eq(end).any(dim=1, keepdim=True)
+        generated[:, done:].masked_fill_(ended, end)
 
 
 def _start(model: DenoisingModel, prompt_ids: Tensor, attention_mask: Tensor | None, config: SamplerConfig) -> _Run:

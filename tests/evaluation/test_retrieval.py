@@ -1,5 +1,6 @@
 """The shipped model answers needle questions, alone and in padded batches, with dense and with sparse attention."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import baatt.assets
 from baatt import BAAttConfig
 from baatt.evaluation import retrieval
-from baatt.evaluation.retrieval import answer, decode, draw_samples, pad_left
+from baatt.evaluation.retrieval import SamplePool, answer, decode, draw_samples, pad_left
 from baatt.evaluation.ruler.niah import NIAH_TASKS
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
@@ -77,3 +78,20 @@ def test_the_sampler_has_room_for_rulers_answers():
 
     assert retrieval.RETRIEVAL_SAMPLER.gen_length == ANSWER_TOKENS
     assert len(NIAH_TASKS) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pool_draws_the_same_samples(tokenizer, workers):
+    with SamplePool([("niah_single_1", 320)], 3, tokenizer, seed=5, workers=workers) as pool:
+        found = pool.samples("niah_single_1", 320)
+        assert pool.samples("niah_single_1", 320) is found
+    assert found == draw_samples("niah_single_1", 320, 3, tokenizer, seed=5)
+
+
+def test_stopping_early_changes_no_answer(model, tokenizer):
+    samples = [draw_samples(task, 512, 1, tokenizer, seed=6)[0] for task in ("niah_single_1", "niah_multivalue")]
+    early = answer(model, tokenizer, samples, batch_size=2)
+    full = dataclasses.replace(retrieval.RETRIEVAL_SAMPLER, stop_at_eos=False)
+    assert [one.text for one in answer(model, tokenizer, samples, sampler=full, batch_size=2)] == [
+        one.text for one in early
+    ]

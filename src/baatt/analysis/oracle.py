@@ -5,18 +5,19 @@ Needs dense attention, which is computed over slabs of query rows: memory stays 
 not know how the plan came about.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from baatt.stages.selection import select_blocks
 from baatt.types import BlockSelection, Plan
 
-#: Attention weights in memory at once.
-SLAB_WEIGHTS = 2**25
+#: Attention weights in memory at once: elsewhere, on a GPU.
+SLAB_WEIGHTS = (2**25, 2**28)
 
 
 class Recall(NamedTuple):
@@ -42,21 +43,23 @@ def block_mass(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
     key_blocks = -(-keys // size)
     dtype = torch.promote_types(q.dtype, torch.float32)
     mass = torch.zeros(batch, heads, -(-queries // size), key_blocks, dtype=dtype, device=q.device)
-    rows_at_once = max(1, SLAB_WEIGHTS // (keys * size)) * size
-    for entry in range(batch):
+    slab = SLAB_WEIGHTS[q.device.type == "cuda"]
+    heads_at_once = max(1, min(heads, slab // (queries * keys)))
+    rows_at_once = max(1, slab // (keys * size)) * size
+    for entry, first_head in itertools.product(range(batch), range(0, heads, heads_at_once)):
         length = int(plan.key_order.length[entry])
         if length == 0:
             continue
-        for head in range(heads):
-            group = head * groups // heads
-            sorted_q = q[entry, head, plan.query_order.index[entry, head]].to(dtype)
-            sorted_k = k[entry, group, plan.key_order.index[entry, group, :length]].to(dtype)
-            for first in range(0, queries, rows_at_once):
-                weights = torch.softmax(plan.scale * sorted_q[first : first + rows_at_once] @ sorted_k.T, dim=-1)
-                weights = torch.nn.functional.pad(weights, (0, key_blocks * size - length))
-                per_row = reduce(weights, "n (j p) -> n j", "sum", p=size)
-                blocks = slice(first // size, first // size + -(-len(per_row) // size))
-                mass[entry, head, blocks] = _block_means(per_row, size)
+        chosen = torch.arange(first_head, min(first_head + heads_at_once, heads), device=q.device)
+        group = chosen * groups // heads
+        sorted_q = _gather(q[entry, chosen], plan.query_order.index[entry, chosen]).to(dtype)
+        sorted_k = _gather(k[entry, group], plan.key_order.index[entry, group, :length]).to(dtype)
+        for first in range(0, queries, rows_at_once):
+            weights = torch.softmax(plan.scale * sorted_q[:, first : first + rows_at_once] @ sorted_k.mT, dim=-1)
+            weights = torch.nn.functional.pad(weights, (0, key_blocks * size - length))
+            per_row = reduce(weights, "h n (j p) -> h n j", "sum", p=size)
+            blocks = slice(first // size, first // size + -(-per_row.shape[1] // size))
+            mass[entry, chosen, blocks] = _block_means(per_row, size)
     return mass
 
 
@@ -93,10 +96,15 @@ def summarise(shares: Tensor) -> Recall:
     return Recall(float(flat.mean()), float(below + (place % 1) * (flat[math.ceil(place)] - below)))
 
 
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows [H, L, D] of x [H, N, D] by index [H, L]."""
+    return x.gather(1, repeat(index, "h n -> h n d", d=x.shape[-1]))
+
+
 def _block_means(per_row: Tensor, size: int) -> Tensor:
-    """Means over runs of `size` rows; the last run may be shorter."""
-    whole = len(per_row) // size * size
-    parts = [reduce(per_row[:whole], "(i p) j -> i j", "mean", p=size)]
-    if whole < len(per_row):
-        parts.append(per_row[whole:].mean(dim=0, keepdim=True))
-    return torch.cat(parts)
+    """Means over runs of `size` rows of [H, N, J]; the last run may be shorter."""
+    whole = per_row.shape[1] // size * size
+    parts = [reduce(per_row[:, :whole], "h (i p) j -> h i j", "mean", p=size)]
+    if whole < per_row.shape[1]:
+        parts.append(per_row[:, whole:].mean(dim=1, keepdim=True))
+    return torch.cat(parts, dim=1)

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampler.add_argument("--remasking", choices=list(REMASKING), default="low_confidence")
     sampler.add_argument("--threshold", type=float, help="fill every position surer than this at once")
     sampler.add_argument("--seed", type=int, default=0)
+    sampler.add_argument("--stop-at-eos", action="store_true", help="leave out the blocks after an end-of-text token")
     add_model_options(parser)
     add_sparse_options(parser)
 

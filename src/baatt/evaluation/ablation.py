@@ -80,6 +80,7 @@ def make_record(cell: Cell, answers: Sequence[Answer], dense: Mapping[str, Any] 
         "accuracy_whole": sum(whole) / len(whole), "dense_accuracy": sum(right_dense) / len(right_dense),
         "dense_accuracy_whole": sum(whole_dense) / len(whole_dense),
         "mcnemar_p": mcnemar_p(right_dense, right), "mcnemar_p_whole": mcnemar_p(whole_dense, whole),
+        "seconds_per_answer": sum(one.seconds for one in answers) / len(answers),
         "right": right, "right_whole": whole, **more,
     }  # fmt: skip
 
