@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import ablation_tables
 from result_tables import (
     Record,
     RenderError,
@@ -54,6 +55,11 @@ BLOCKS: dict[str, Block] = {
     "recall": Block(("recall_needle-18m.json",), recall_by_score),
     "recall_beta": Block(("recall_beta_needle-18m.json",), recall_by_beta),
     "bound": Block(("bound_needle-18m.json",), bound_by_layer),
+    "layers": Block(("layers_needle-18m.json",), ablation_tables.by_layer),
+    "ablation_beta": Block(("ablation_beta_h200.json",), ablation_tables.by_beta),
+    "ablation_beta_tasks": Block(("ablation_beta_h200.json",), ablation_tables.by_beta_and_task),
+    "ablation_sort": Block(("ablation_sort_h200.json",), ablation_tables.by_order),
+    "ablation_score": Block(("ablation_score_h200.json",), ablation_tables.by_score),
     "demo_settings": Block(("needles_sparse_cpu.json",), accuracy_by_setting),
 }
 #: Blocks that may stand without a result; they say so.

@@ -25,9 +25,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def provenance(record: Record) -> str:
     """The lines below every table: command, commit, device and versions of the run."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    commits = dict.fromkeys(one["commit"] for one in [record, *record["records"]] if "commit" in one)
     return (
         f"Command: `{record['command']}`  \n"
-        f"Commit {commit_name(record['commit'])}, device {device_name(record['device'])}, {versions}."
+        f"Commit {', '.join(map(commit_name, commits))}, device {device_name(record['device'])}, {versions}."
     )
 
 

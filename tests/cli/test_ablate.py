@@ -26,6 +26,9 @@ def test_a_small_grid(tmp_path, capsys):
     assert cell_name(sparse[-1]["config"]) == "qk in 64, oracle, 50 %, blocks of 16"
     assert cell_name(dense["config"]) in out
     assert picture.stat().st_size > 10_000
+    again = tmp_path / "again.png"
+    assert main(["ablate", "--draw", str(path), "--plot", str(again)]) == 0
+    assert again.read_bytes() == picture.read_bytes()
     assert main(argv) == 0  # goes on with the file: nothing is run again
     assert json.loads(path.read_text()) == stored
 
@@ -43,6 +46,9 @@ def test_a_small_grid(tmp_path, capsys):
         (["--lengths", "4K"], '--lengths must be numbers by commas, got "4K"'),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--dense-layers", "9"], "--dense-layers must be numbers from -6 to 5, got (9,)"),
+        (["--draw", "x.json"], "--draw needs --plot FILE.png"),
+        (["--draw", "x.json", "--plot", "x.png"], "x.json"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--json", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
     ],
 )

@@ -41,6 +41,14 @@ def test_recall_and_bound(captured, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bound.json", "bound.png", "recall.json", "recall.png"]
 
 
+def test_layers(captured, tmp_path, capsys):
+    path = tmp_path / "layers.json"
+    assert main(["analyze", "layers", str(captured), "--block-size", "16", "--segment", "64", "--json", str(path)]) == 0
+    records = json.loads(path.read_text())["records"]
+    assert [(one["layer"], one["sort"]) for one in records] == [(1, "none"), (1, "qk"), (5, "none"), (5, "qk")]
+    assert "qk sorted in segments of 64" in capsys.readouterr().out
+
+
 def test_maps(captured, tmp_path):
     path = tmp_path / "maps.png"
     sizes = ["--block-size", "16", "--segment", "64", "--layers", "5"]
@@ -67,7 +75,9 @@ def test_document_of_a_task(tmp_path):
         (["bound", "FILE", "--segment", "100"], "segment must be a positive multiple of block_size=128"),
         (["bound", "FILE", "--json", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
         (["bound", "FILE", "--device", "gpu"], "--device must be a device"),
-        (["maps", "FILE"], "--plot FILE.png is required"),
+        (["maps", "FILE", "--html", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
+        (["layers", "FILE", "--plot", "x.png"], "--plot has nothing to draw here"),
+        (["maps", "FILE"], "--plot FILE.png or --html FILE.html is required"),
         (["maps", "FILE", "--plot", "x.png"], "--layers must name one of the layers 1, 5"),
         (["maps", "FILE", "--plot", "x.png", "--layers", "1", "--head", "99"], "--head must be from 0 to 7, got 99"),
         (["capture", "--layers", "7"], "--layers must be numbers from -6 to 5, got 7"),

@@ -25,6 +25,13 @@ class Deviation(NamedTuple):
     mean: Tensor
 
 
+class Extent(NamedTuple):
+    """radius R: largest distance of a token to its block's mean; norm M: largest norm of a token; [B, H or G, L]."""
+
+    radius: Tensor
+    norm: Tensor
+
+
 def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
     """Bound and truth for every block pair (E9).
 
@@ -39,10 +46,8 @@ def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
     repeats = q.shape[1] // k.shape[1]
     queries, query_there = _members(q, plan.query_order, size)
     keys, key_there = _members(k, plan.key_order, size)
-    query_radius, query_norm = _extent(queries, query_there, plan.query_stats)
-    key_radius, key_norm = (
-        repeat(x, "b g j -> b (g r) j", r=repeats) for x in _extent(keys, key_there, plan.key_stats)
-    )
+    (query_radius, query_norm), key_extent = extents(q, k, plan)
+    key_radius, key_norm = (repeat(x, "b g j -> b (g r) j", r=repeats) for x in key_extent)
     bound = scale * (_outer(query_radius, key_norm) + _outer(query_norm, key_radius) + _outer(query_radius, key_radius))
     means = plan.query_stats.mean.to(queries.dtype), plan.key_stats.mean.to(keys.dtype)
     largest, mean = torch.empty_like(bound), torch.empty_like(bound)
@@ -61,6 +66,13 @@ def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
                 mean[entry, head, block] = off.masked_fill(~there, 0).sum(dim=(1, 2)) / counted
     empty = rearrange(plan.key_stats.size == 0, "b j -> b 1 1 j")
     return Deviation(*(x.masked_fill(empty, math.nan) for x in (bound, largest, mean)))
+
+
+def extents(q: Tensor, k: Tensor, plan: Plan) -> tuple[Extent, Extent]:
+    """R and M of every query block and every key block (E9). Args as `deviation`."""
+    sides = (q, plan.query_order, plan.query_stats), (k, plan.key_order, plan.key_stats)
+    queries, keys = (_extent(*_members(x, order, plan.config.block_size), stats) for x, order, stats in sides)
+    return queries, keys
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
@@ -93,11 +105,10 @@ def _members(x: Tensor, order: TokenOrder, size: int) -> tuple[Tensor, Tensor]:
     return torch.where(there[..., None], members, 0), there
 
 
-def _extent(members: Tensor, there: Tensor, stats: BlockStats) -> tuple[Tensor, Tensor]:
-    """R and M of each block, [B, H, L]."""
+def _extent(members: Tensor, there: Tensor, stats: BlockStats) -> Extent:
     centred = members - rearrange(stats.mean.to(members.dtype), "b h l d -> b h l 1 d")
     radius = centred.norm(dim=-1).masked_fill(~there, 0)
-    return reduce(radius, "b h l p -> b h l", "max"), reduce(members.norm(dim=-1), "b h l p -> b h l", "max")
+    return Extent(reduce(radius, "b h l p -> b h l", "max"), reduce(members.norm(dim=-1), "b h l p -> b h l", "max"))
 
 
 def _outer(x: Tensor, y: Tensor) -> Tensor:

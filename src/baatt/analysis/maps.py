@@ -25,21 +25,22 @@ class Panel(NamedTuple):
     title: str
 
 
-def attention_cells(q: Tensor, k: Tensor, plan: Plan, head: int) -> Tensor:
+def attention_cells(q: Tensor, k: Tensor, plan: Plan, head: int, columns: int = CELLS) -> Tensor:
     """Mean dense attention of square cells of the map in the plan's token order, for batch entry 0.
 
     Args:
         q: [1, H, N, D]; k: [1, G, M, D]; head: query head.
+        columns: at most as many rows and columns of cells.
 
     Returns:
-        [ceil(N / c), ceil(M / c)] fp32 for cells of c tokens, c chosen so that there are at most 256 columns. Each cell
+        [ceil(N / c), ceil(M / c)] fp32 for cells of c tokens, c as small as `columns` allows. Each cell
         is scaled so that uniform attention is 1 everywhere.
     """
     key_head = head * k.shape[1] // q.shape[1]
     keys_used = int(plan.key_order.length[0])
     queries = q[0, head, plan.query_order.index[0, head]].float()
     keys = k[0, key_head, plan.key_order.index[0, key_head, :keys_used]].float()
-    cell = -(-max(len(queries), keys_used) // CELLS)
+    cell = -(-max(len(queries), keys_used) // columns)
     slab = max(cell, SLAB_ROWS // cell * cell)
     rows = []
     for first in range(0, len(queries), slab):

@@ -7,6 +7,7 @@ cut goes on with its file. Scores other than the operator's own are put in place
 import argparse
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, default=Path("ablation.json"), help="records (default: ablation.json)")
     parser.add_argument("--plot", type=Path, help="picture, a PNG")
+    parser.add_argument("--draw", type=Path, metavar="FILE.json", help="only draw a stored file to --plot, run nothing")
     parser.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
     add_model_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The whole grid."""
+    """The whole grid, or a picture of a stored one."""
+    if arguments.draw is not None:
+        draw_stored(arguments)
+        return
     cells = read_cells(arguments)
     check_folders(arguments.json, arguments.plot)
     for name, least in (("count", 1), ("batch_size", 1), ("workers", 0), ("recall_samples", 0)):
@@ -82,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         "dtype": arguments.dtype, "seed": arguments.seed, "count": arguments.count,
         "dense_layers": list(policy.dense_layers),
     }  # fmt: skip
-    store = Store(arguments.json, header, ("commit", "model", "dtype", "seed", "count", "dense_layers"))
+    store = Store(arguments.json, header, ("model", "dtype", "seed", "count", "dense_layers"))
     waiting = [(cell.task, cell.length) for cell in cells if store.find(cell) is None]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with (
@@ -115,10 +120,26 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(table)
     console.print(f"Records: {arguments.json}", soft_wrap=True)
     if arguments.plot is not None:
-        dense = ", ".join(map(str, policy.dense_layers)) or "none"
-        title = f"{header['model']}, {arguments.count} samples a cell, dense layers: {dense}"
-        draw_ablation(records, title, arguments.plot)
-        console.print(f"Picture: {arguments.plot}", soft_wrap=True)
+        draw(header, records, arguments.plot)
+
+
+def draw_stored(arguments: argparse.Namespace) -> None:
+    """The picture of `--draw`."""
+    if arguments.plot is None:
+        raise UsageError("--draw needs --plot FILE.png")
+    check_folders(arguments.plot)
+    try:
+        stored = json.loads(arguments.draw.read_text(encoding="utf-8"))
+        draw(stored, stored["records"], arguments.plot)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--draw {arguments.draw} must be a file of baatt ablate, got {error!r}") from None
+
+
+def draw(header: Mapping[str, Any], records: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy over sparsity."""
+    dense = ", ".join(map(str, header["dense_layers"])) or "none"
+    draw_ablation(records, f"{header['model']}, {header['count']} samples a cell, dense layers: {dense}", path)
+    Console().print(f"Picture: {path}", soft_wrap=True)
 
 
 def read_cells(arguments: argparse.Namespace) -> list[Cell]:

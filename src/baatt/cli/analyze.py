@@ -17,7 +17,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from baatt.analysis.capture import Capture, Recorder, load_capture, save_capture
+from baatt.analysis.layers import measure_layers
 from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
+from baatt.analysis.maps_page import maps_page
 from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.analysis.rivals import RIVALS
 from baatt.analysis.studies import measure_bound, measure_recall
@@ -60,10 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     maps = _add_action(actions, "maps", "Attention before and after sorting, kept blocks outlined (Fig. 5).", run_maps)
     _add_study_options(maps, "none,qk")
     maps.add_argument("--sparsity", type=float, default=0.5, help="of the outlined blocks (default: 0.5)")
-    maps.add_argument("--head", type=int, help="query head (default: the one with most structure)")
+    maps.add_argument("--head", type=int, help="query head of --plot (default: the one with most structure)")
+    maps.add_argument("--html", type=Path, help="page of all layers and heads, one file for any browser")
 
     bound = _add_action(actions, "bound", "The error bound U against the true deviation (E9, Fig. 2).", run_bound)
     _add_study_options(bound, "none,qk")
+
+    layers = _add_action(
+        actions, "layers", "What an order does to each layer: norms, width of blocks, spread of attention.", run_layers
+    )
+    _add_study_options(layers, "none,qk")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -148,16 +156,55 @@ def run_bound(arguments: argparse.Namespace) -> None:
     _finish(arguments, recorded, "bound", [one._asdict() for one in records], draw_bound)
 
 
+def run_layers(arguments: argparse.Namespace) -> None:
+    """A table per order, and JSON."""
+    if arguments.plot is not None:
+        raise UsageError("--plot has nothing to draw here: layers are a table")
+    configs = _configs(arguments, [0.0])
+    recorded = _read(arguments)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        records = measure_layers(recorded, configs, _stepper(bar, len(recorded.layers) * len(configs)))
+    console = Console()
+    console.print(f"{_title(recorded)}: what an order does to each layer", soft_wrap=True)
+    columns = {
+        "norms of q vary": "query_norm_variation", "norms of k vary": "key_norm_variation",
+        "radius of q blocks": "query_radius", "radius of k blocks": "key_radius",
+        "blocks for 90 %": "blocks_for_most", "on diagonal": "on_diagonal",
+    }  # fmt: skip
+    for config in configs:
+        table = Table("layer", title=order_name(config.sort, config.segment))
+        for name in columns:
+            table.add_column(name, justify="right")
+        for one in records:
+            if (one.sort, one.segment) == (config.sort, config.segment):
+                table.add_row(str(one.layer), *(f"{getattr(one, field):.3f}" for field in columns.values()))
+        console.print(table)
+    _finish(arguments, recorded, "layers", [one._asdict() for one in records], None)
+
+
 def run_maps(arguments: argparse.Namespace) -> None:
-    """One picture of one layer and head, a panel per order."""
-    if arguments.plot is None:
-        raise UsageError("--plot FILE.png is required")
+    """A page of all layers and heads, or a picture of one."""
+    if arguments.plot is None and arguments.html is None:
+        raise UsageError("--plot FILE.png or --html FILE.html is required")
     if arguments.json is not None:
         raise UsageError("--json has nothing to hold here: maps are a picture")
+    check_folders(arguments.html)
     configs = [dataclasses.replace(config, sparsity=arguments.sparsity) for config in _configs(arguments, [0.5])]
     recorded = _read(arguments)
+    if arguments.plot is not None:
+        _draw_one_head(arguments, recorded, configs)
+    if arguments.html is not None:
+        title = f"{_title(recorded)}, sparsity {100 * arguments.sparsity:g} %"
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            step = _stepper(bar, len(recorded.layers) * len(configs))
+            page = maps_page(recorded, configs, lambda one: order_name(one.sort, one.segment), title, step)
+        arguments.html.write_text(page, encoding="utf-8")
+        Console().print(f"Page: {arguments.html}, open it in a browser", soft_wrap=True)
+
+
+def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Sequence[BAAttConfig]) -> None:
     if len(recorded.layers) != 1:
-        raise UsageError(f"--layers must name one of the layers {', '.join(map(str, recorded.layers))}")
+        raise UsageError(f"--layers must name one of the layers {', '.join(map(str, recorded.layers))} for --plot")
     layer, heads = next(iter(recorded.layers.items()))
     plans = [make_plan(heads.q, heads.k, config, scale=recorded.scale, impl="reference") for config in configs]
     head = most_structured_head(heads.q, heads.k, plans[0]) if arguments.head is None else arguments.head
@@ -235,7 +282,7 @@ def _finish(
     recorded: Capture,
     study: str,
     records: list[dict[str, Any]],
-    draw: Callable[[list[dict[str, Any]], str, Path], None],
+    draw: Callable[[list[dict[str, Any]], str, Path], None] | None,
 ) -> None:
     device = torch.device(arguments.device)
     stored = {
@@ -246,6 +293,6 @@ def _finish(
     if arguments.json is not None:
         store_json(stored, arguments.json)
         console.print(f"Records: {arguments.json}", soft_wrap=True)
-    if arguments.plot is not None:
+    if arguments.plot is not None and draw is not None:
         draw(records, _title(recorded), arguments.plot)
         console.print(f"Picture: {arguments.plot}", soft_wrap=True)

@@ -88,6 +88,8 @@ def make_record(cell: Cell, answers: Sequence[Answer], dense: Mapping[str, Any] 
 class Store:
     """The file of a grid: written again after every cell, and read by a later run that goes on with it.
 
+    Every record carries the header of the run that made it: a run may go on at another commit or on another device.
+
     Raises:
         ValueError: the file is of another study, or of other samples.
     """
@@ -114,6 +116,7 @@ class Store:
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record; a reader never sees half a file."""
+        record.update(self.header)
         self.records.append(record)
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(json.dumps(self.header | {"records": self.records}) + "\n", encoding="utf-8")

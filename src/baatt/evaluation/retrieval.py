@@ -125,10 +125,10 @@ def answer(
     device = next(model.parameters()).device
     pad = model.config.pad_token_id or 0
     answers: list[Answer] = []
+    encoded = tokenizer.encode_batch([sample.prompt + sample.answer_prefix for sample in samples])
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
-        rows = [tokenizer.encode(sample.prompt + sample.answer_prefix).ids for sample in batch]
-        ids, mask = pad_left(rows, pad)
+        ids, mask = pad_left([row.ids for row in encoded[first : first + batch_size]], pad)
         started = time.perf_counter()
         result = generate(
             model, ids.to(device), mask.to(device), sampler,
