@@ -1,5 +1,6 @@
 """From a stored grid of `baatt ablate` to the Markdown of its tables: accuracy pooled over tasks, and task by task."""
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,15 +33,24 @@ def pooled(cells: Iterable[Record]) -> str:
     return f"{shares[0]:.1f} [{100 * low:.1f}-{100 * high:.1f}]; {shares[1]:.1f}"
 
 
-def sparse_cells(record: Record) -> list[dict[str, Any]]:
-    """The sparse cells with the names that `order_name` reads."""
-    cells = [one for one in record["records"] if one["config"]]
+def finished_tasks(record: Record) -> list[str]:
+    """Tasks that have every cell any task has: of a run that was cut, the others are not pooled."""
+    cells: dict[str, set[str]] = {}
+    for one in record["records"]:
+        cells.setdefault(one["task"], set()).add(json.dumps(one["config"]))
+    everything = set().union(*cells.values())
+    return [task for task, found in cells.items() if found == everything]
+
+
+def sparse_cells(record: Record, *, finished: bool = True) -> list[dict[str, Any]]:
+    """The sparse cells, of finished tasks or of all, with the names that `order_name` reads."""
+    tasks = finished_tasks(record)
+    cells = [one for one in record["records"] if one["config"] and (one["task"] in tasks or not finished)]
     return [one | {"sort": one["config"]["sort"], "segment": one["config"]["segment"]} for one in cells]
 
 
-def grid(record: Record, row: Callable[[Record], Any], column: Callable[[Record], Any]) -> list[list[str]]:
+def grid(cells: list[dict[str, Any]], row: Callable[[Record], Any], column: Callable[[Record], Any]) -> list[list[str]]:
     """Rows of a table, cells of the same row and column pooled; `-` where the run's time limit came before."""
-    cells = sparse_cells(record)
     columns = list(dict.fromkeys(map(column, cells)))
     found: dict[Any, dict[Any, list[Record]]] = {}
     for one in cells:
@@ -54,16 +64,17 @@ def grid(record: Record, row: Callable[[Record], Any], column: Callable[[Record]
 def caption(record: Record, *, pooled_over_tasks: bool) -> str:
     """What a cell is, and dense attention beside it."""
     dense = [one for one in record["records"] if not one["config"]]
+    if pooled_over_tasks:
+        dense = [one for one in dense if one["task"] in finished_tasks(record)]
     tasks = ", ".join(f"`{one['task']}`" for one in dense)
     samples = record["count"] * (len(dense) if pooled_over_tasks else 1)
     layers = ", ".join(map(str, record["dense_layers"])) or "none"
-    across = f"together over {tasks}" if pooled_over_tasks else "each"
     share = pooled(dense) if pooled_over_tasks else "; ".join(f"`{one['task']}` {pooled([one])}" for one in dense)
     return (
-        "Answers right word for word, in percent [95 % Wilson interval]; after the semicolon, answers that contain every "
-        f"value, RULER's measure. {samples} answers a cell, {across}, {dense[0]['length']} tokens, seed "
-        f"{record['seed']}, `{record['model']}` in {record['dtype']}, layers that stay dense: {layers}. Dense attention "
-        f"on the same samples: {share}."
+        "Answers right word for word, in percent [95 % Wilson interval]; after the semicolon, those that contain every "
+        f"value, RULER's measure. {samples} answers a cell, of {tasks}{'' if pooled_over_tasks else ', each'}, "
+        f"{dense[0]['length']} tokens, seed {record['seed']}, `{record['model']}` in {record['dtype']}, layers that stay "
+        f"dense: {layers}. Dense attention on the same samples: {share}. `-`: the run's time ended before."
     )
 
 
@@ -71,7 +82,9 @@ def by_beta(record: Record) -> str:
     """Table 8: a row per order and sparsity, a column per beta; the paper's row last."""
     betas = list(dict.fromkeys(one["config"]["beta"] for one in sparse_cells(record)))
     rows = grid(
-        record, lambda one: (order_name(one), percent(one["config"]["sparsity"])), lambda one: one["config"]["beta"]
+        sparse_cells(record),
+        lambda one: (order_name(one), percent(one["config"]["sparsity"])),
+        lambda one: one["config"]["beta"],
     )
     rows.append(["paper, RULER-4K", "not stated", *(f"{PAPER_BETA[beta]:.2f}" for beta in betas)])
     header = ["order", "sparsity", *(f"beta {beta:g}" for beta in betas)]
@@ -82,7 +95,7 @@ def by_beta_and_task(record: Record) -> str:
     """As `by_beta`, task by task."""
     betas = list(dict.fromkeys(one["config"]["beta"] for one in sparse_cells(record)))
     rows = grid(
-        record,
+        sparse_cells(record, finished=False),
         lambda one: (f"`{one['task']}`", order_name(one), percent(one["config"]["sparsity"])),
         lambda one: one["config"]["beta"],
     )
@@ -93,13 +106,22 @@ def by_beta_and_task(record: Record) -> str:
 def by_order(record: Record) -> str:
     """The sorting ablation: a row per order, a column per sparsity; the paper's rows last."""
     sparsities = list(dict.fromkeys(one["config"]["sparsity"] for one in sparse_cells(record)))
-    rows = grid(record, lambda one: (order_name(one),), lambda one: one["config"]["sparsity"])
+    rows = grid(sparse_cells(record), lambda one: (order_name(one),), lambda one: one["config"]["sparsity"])
     rows += [
         [f"paper, RULER-4K, {sort}", *(f"{values[sparsity]:.2f}" for sparsity in sparsities)]
         for sort, values in PAPER_SORT.items()
     ]
     header = ["order", *map(percent, sparsities)]
     return "\n\n".join([table(header, rows), caption(record, pooled_over_tasks=True), provenance(record)])
+
+
+def by_order_and_task(record: Record) -> str:
+    """As `by_order`, task by task."""
+    sparsities = list(dict.fromkeys(one["config"]["sparsity"] for one in sparse_cells(record)))
+    cells = sparse_cells(record, finished=False)
+    rows = grid(cells, lambda one: (f"`{one['task']}`", order_name(one)), lambda one: one["config"]["sparsity"])
+    header = ["task", "order", *map(percent, sparsities)]
+    return "\n\n".join([table(header, rows), caption(record, pooled_over_tasks=False), provenance(record)])
 
 
 def by_score(record: Record) -> str:
@@ -109,7 +131,7 @@ def by_score(record: Record) -> str:
         return f"{order_name(one)}, {percent(one['config']['sparsity'])}"
 
     columns = list(dict.fromkeys(map(column, sparse_cells(record))))
-    rows = grid(record, lambda one: (one["config"]["score"],), column)
+    rows = grid(sparse_cells(record), lambda one: (one["config"]["score"],), column)
     return "\n\n".join([table(["score", *columns], rows), caption(record, pooled_over_tasks=True), provenance(record)])
 
 

@@ -59,6 +59,7 @@ BLOCKS: dict[str, Block] = {
     "ablation_beta": Block(("ablation_beta_h200.json",), ablation_tables.by_beta),
     "ablation_beta_tasks": Block(("ablation_beta_h200.json",), ablation_tables.by_beta_and_task),
     "ablation_sort": Block(("ablation_sort_h200.json",), ablation_tables.by_order),
+    "ablation_sort_tasks": Block(("ablation_sort_h200.json",), ablation_tables.by_order_and_task),
     "ablation_score": Block(("ablation_score_h200.json",), ablation_tables.by_score),
     "demo_settings": Block(("needles_sparse_cpu.json",), accuracy_by_setting),
 }

@@ -45,6 +45,17 @@ class BAAttConfig:
     score: str = "covariance"
     beta: float = 0.5
 
+    @classmethod
+    def preset(cls, name: str) -> "BAAttConfig":
+        """A named setting: "paper" is the paper's, with our segment of 1024 where it states none.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
+        return PRESETS[name]
+
     def __post_init__(self) -> None:
         if not _is_integer(self.block_size):
             raise TypeError(f"block_size must be an int, got {self.block_size!r}")
@@ -66,6 +77,12 @@ class BAAttConfig:
             raise TypeError(f"beta must be a finite number, got {self.beta!r}")
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
+
+
+#: Settings by name. They are spelled out: a change of the defaults must not change what a name means.
+PRESETS = {
+    "paper": BAAttConfig(block_size=128, sparsity=0.5, sort="qk", segment=1024, score="covariance", beta=0.5),
+}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Setting(NamedTuple):
 # sorting finds more of the values, but often puts a wrong digit before them. "paper" sorts, every layer sparse.
 PRESETS = {
     "safe": Setting(BAAttConfig(sort="none"), Policy(dense_layers=(0, 1))),
-    "paper": Setting(BAAttConfig(), Policy()),
+    "paper": Setting(BAAttConfig.preset("paper"), Policy()),
 }
 
 
