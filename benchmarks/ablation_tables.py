@@ -73,8 +73,8 @@ def caption(record: Record, *, pooled_over_tasks: bool) -> str:
     return (
         "Answers right word for word, in percent [95 % Wilson interval]; after the semicolon, those that contain every "
         f"value, RULER's measure. {samples} answers a cell, of {tasks}{'' if pooled_over_tasks else ', each'}, "
-        f"{dense[0]['length']} tokens, seed {record['seed']}, `{record['model']}` in {record['dtype']}, layers that stay "
-        f"dense: {layers}. Dense attention on the same samples: {share}. `-`: the run's time ended before."
+        f"{dense[0]['length']} tokens, seed {record['seed']}, `{record['model']}` in {record['dtype']}, layers that "
+        f"stay dense: {layers}. Dense attention on the same samples: {share}. `-`: the run's time ended before."
     )
 
 

@@ -182,3 +182,9 @@ def test_kernels_of_another_device_say_so(impl):
         with pytest.raises(RuntimeError) as caught:
             call()
         assert str(caught.value) == f"impl='{impl}' cannot run: it needs tensors on a GPU, got device 'cpu'"
+
+
+def test_presets():
+    assert BAAttConfig.preset("paper") == BAAttConfig(128, 0.5, "qk", 1024, "covariance", 0.5)
+    with pytest.raises(ValueError, match=r"preset must be one of \['paper'\], got 'best'"):
+        BAAttConfig.preset("best")
