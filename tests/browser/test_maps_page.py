@@ -49,8 +49,8 @@ def browser(tmp_path_factory):
 def capture():
     generator = torch.Generator().manual_seed(0)
     layers = {
-        layer: Heads(*(2 * torch.randn(1, heads, TOKENS, 16, generator=generator) for heads in (4, 2, 2)))
-        for layer in (1, 5)
+        layer: Heads(*(2 * torch.randn(1, heads, TOKENS, 16, generator=generator) for heads in (count, 2, 2)))
+        for layer, count in ((1, 4), (5, 2))
     }
     return Capture(layers, 0.25, {"model": "tiny </script> & co"})
 
@@ -135,6 +135,14 @@ def test_another_head_gives_another_picture(page):
     assert len(pictures) == 3
     note = page.find_element(By.CSS_SELECTOR, "figcaption span").text
     assert note.strip().startswith("keeps 85 of 289 block pairs")
+
+
+def test_a_layer_offers_its_own_heads(page):
+    choose(page, 1, 3)
+    Select(page.find_element(By.ID, "layer")).select_by_visible_text("5")
+    head = Select(page.find_element(By.ID, "head"))
+    assert [one.text for one in head.options] == ["0", "1"]
+    assert head.first_selected_option.text == "1"
 
 
 def test_nothing_was_complained_about(page):

@@ -46,7 +46,8 @@ def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
     repeats = q.shape[1] // k.shape[1]
     queries, query_there = _members(q, plan.query_order, size)
     keys, key_there = _members(k, plan.key_order, size)
-    (query_radius, query_norm), key_extent = extents(q, k, plan)
+    query_radius, query_norm = _extent(queries, query_there, plan.query_stats)
+    key_extent = _extent(keys, key_there, plan.key_stats)
     key_radius, key_norm = (repeat(x, "b g j -> b (g r) j", r=repeats) for x in key_extent)
     bound = scale * (_outer(query_radius, key_norm) + _outer(query_norm, key_radius) + _outer(query_radius, key_radius))
     means = plan.query_stats.mean.to(queries.dtype), plan.key_stats.mean.to(keys.dtype)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from einops import reduce
 from torch import Tensor
 
+from baatt.analysis.oracle import run_means
 from baatt.types import Plan
 
 CELLS = 256
@@ -45,17 +45,8 @@ def attention_cells(q: Tensor, k: Tensor, plan: Plan, head: int, columns: int = 
     rows = []
     for first in range(0, len(queries), slab):
         attention = torch.softmax(plan.scale * queries[first : first + slab] @ keys.T, dim=-1)
-        rows.append(_cell_means(_cell_means(attention, cell).T, cell).T)
+        rows.append(run_means(run_means(attention, cell).T, cell).T)
     return torch.cat(rows) * keys_used
-
-
-def _cell_means(x: Tensor, cell: int) -> Tensor:
-    """Means of runs of `cell` columns; the last run may be shorter."""
-    whole = x.shape[1] // cell * cell
-    parts = [reduce(x[:, :whole], "r (c cell) -> r c", "mean", cell=cell)]
-    if whole < x.shape[1]:
-        parts.append(x[:, whole:].mean(dim=1, keepdim=True))
-    return torch.cat(parts, dim=1)
 
 
 def most_structured_head(q: Tensor, k: Tensor, plan: Plan) -> int:

@@ -43,7 +43,6 @@ def maps_page(
     maps: dict[str, dict[str, Any]] = {}
     brightest = 1.0
     first_layer = next(iter(capture.layers))
-    heads = range(next(iter(capture.layers.values())).q.shape[1])
     for layer, (q, k, _) in capture.layers.items():
         for config in configs:
             plan = make_plan(q, k, config, scale=capture.scale, impl="reference")
@@ -57,7 +56,8 @@ def maps_page(
     q, k, _ = capture.layers[first_layer]
     plan = make_plan(q, k, configs[0], scale=capture.scale, impl="reference")
     data = {
-        "title": title, "layers": list(capture.layers), "heads": list(heads), "orders": [name(one) for one in configs],
+        "title": title, "layers": list(capture.layers), "orders": [name(one) for one in configs],
+        "heads": {str(layer): found.q.shape[1] for layer, found in capture.layers.items()},
         "first": [first_layer, most_structured_head(q, k, plan)], "block_size": configs[0].block_size,
         "low": DARKEST, "high": brightest, "maps": maps,
     }  # fmt: skip

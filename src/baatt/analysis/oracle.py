@@ -59,7 +59,7 @@ def block_mass(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
             weights = torch.nn.functional.pad(weights, (0, key_blocks * size - length))
             per_row = reduce(weights, "h n (j p) -> h n j", "sum", p=size)
             blocks = slice(first // size, first // size + -(-per_row.shape[1] // size))
-            mass[entry, chosen, blocks] = _block_means(per_row, size)
+            mass[entry, chosen, blocks] = run_means(per_row.mT, size).mT
     return mass
 
 
@@ -101,10 +101,10 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, repeat(index, "h n -> h n d", d=x.shape[-1]))
 
 
-def _block_means(per_row: Tensor, size: int) -> Tensor:
-    """Means over runs of `size` rows of [H, N, J]; the last run may be shorter."""
-    whole = per_row.shape[1] // size * size
-    parts = [reduce(per_row[:, :whole], "h (i p) j -> h i j", "mean", p=size)]
-    if whole < per_row.shape[1]:
-        parts.append(per_row[:, whole:].mean(dim=1, keepdim=True))
-    return torch.cat(parts, dim=1)
+def run_means(x: Tensor, size: int) -> Tensor:
+    """Means over runs of `size` along the last axis; the last run may be shorter."""
+    whole = x.shape[-1] // size * size
+    parts = [reduce(x[..., :whole], "... (c size) -> ... c", "mean", size=size)]
+    if whole < x.shape[-1]:
+        parts.append(x[..., whole:].mean(dim=-1, keepdim=True))
+    return torch.cat(parts, dim=-1)

@@ -144,15 +144,11 @@ def run_bound(arguments: argparse.Namespace) -> None:
         records = measure_bound(recorded, configs, _stepper(bar, len(recorded.layers) * len(configs)))
     console = Console()
     console.print(f"{_title(recorded)}: the bound U (E9) against the deviation of logits", soft_wrap=True)
-    for config in configs:
-        table = Table("layer", title=order_name(config.sort, config.segment))
-        for name in ("R, largest", "R, mean", "mean U", "mean largest", "mean deviation"):
-            table.add_column(name, justify="right")
-        for one in records:
-            if (one.sort, one.segment) == (config.sort, config.segment):
-                means = (f"{x:.3g}" for x in (one.bound_mean, one.largest_mean, one.deviation_mean))
-                table.add_row(str(one.layer), f"{one.correlation_largest:.3f}", f"{one.correlation_mean:.3f}", *means)
-        console.print(table)
+    columns = {
+        "R, largest": "correlation_largest", "R, mean": "correlation_mean", "mean U": "bound_mean",
+        "mean largest": "largest_mean", "mean deviation": "deviation_mean",
+    }  # fmt: skip
+    _print_layers(console, configs, records, columns)
     _finish(arguments, recorded, "bound", [one._asdict() for one in records], draw_bound)
 
 
@@ -171,14 +167,7 @@ def run_layers(arguments: argparse.Namespace) -> None:
         "radius of q blocks": "query_radius", "radius of k blocks": "key_radius",
         "blocks for 90 %": "blocks_for_most", "on diagonal": "on_diagonal",
     }  # fmt: skip
-    for config in configs:
-        table = Table("layer", title=order_name(config.sort, config.segment))
-        for name in columns:
-            table.add_column(name, justify="right")
-        for one in records:
-            if (one.sort, one.segment) == (config.sort, config.segment):
-                table.add_row(str(one.layer), *(f"{getattr(one, field):.3f}" for field in columns.values()))
-        console.print(table)
+    _print_layers(console, configs, records, columns)
     _finish(arguments, recorded, "layers", [one._asdict() for one in records], None)
 
 
@@ -219,6 +208,20 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {100 * arguments.sparsity:g} % sparsity"
     draw_maps(panels, head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
+
+
+def _print_layers(
+    console: Console, configs: Sequence[BAAttConfig], records: Sequence[Any], columns: dict[str, str]
+) -> None:
+    """A table per order with a row per layer; columns: title -> field of the records."""
+    for config in configs:
+        table = Table("layer", title=order_name(config.sort, config.segment))
+        for name in columns:
+            table.add_column(name, justify="right")
+        for one in records:
+            if (one.sort, one.segment) == (config.sort, config.segment):
+                table.add_row(str(one.layer), *(f"{getattr(one, field):.3g}" for field in columns.values()))
+        console.print(table)
 
 
 def _add_action(
