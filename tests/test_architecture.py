@@ -25,7 +25,7 @@ ALLOWED = {
     "distributed": {"attention", "config", "types"},
     "analysis": {"attention", "backend", "config", "kernels", "stages", "types"},
     "models": {"attention", "config", "types"},
-    "integrations": {"attention", "config", "types", "models"},
+    "integrations": {"attention", "backend", "config", "types", "models"},
     "sampling": {"attention", "config", "types", "models", "integrations"},
     "evaluation": {"attention", "config", "types", "models", "integrations", "sampling", "assets"},
     "assets": set(),

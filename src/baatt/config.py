@@ -92,7 +92,13 @@ class Policy:
     Args:
         dense_layers: layer indices that stay dense; negative ones count from the last layer.
         dense_steps: fraction of the denoising steps, counted from the first, that stay dense, in [0, 1].
-        min_length: sequences shorter than this many tokens stay dense.
+        min_length: calls over fewer keys than this stay dense.
+        min_queries: calls with fewer queries than this stay dense where they have more keys than queries, as when a
+            cached block is denoised: ordering and pooling all keys for a few rows costs more than it saves.
+        only_self_attention: cross-attention stays dense. Where a model does not say which it is, a call with as many
+            queries as keys counts as self-attention.
+        recover_padding: models that drop their padding mask before attention (LLaDA's own code) get it back; False
+            leaves them as they are.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -102,6 +108,9 @@ class Policy:
     dense_layers: tuple[int, ...] = ()
     dense_steps: float = 0.0
     min_length: int = 0
+    min_queries: int = 256
+    only_self_attention: bool = True
+    recover_padding: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.dense_layers, tuple) or not all(_is_integer(layer) for layer in self.dense_layers):
@@ -110,7 +119,11 @@ class Policy:
             raise TypeError(f"dense_steps must be a finite number, got {self.dense_steps!r}")
         if not 0 <= self.dense_steps <= 1:
             raise ValueError(f"dense_steps must be in [0, 1], got {self.dense_steps}")
-        if not _is_integer(self.min_length):
-            raise TypeError(f"min_length must be an int, got {self.min_length!r}")
-        if self.min_length < 0:
-            raise ValueError(f"min_length must be at least 0, got {self.min_length}")
+        for name in ("min_length", "min_queries"):
+            if not _is_integer(getattr(self, name)):
+                raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("only_self_attention", "recover_padding"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")

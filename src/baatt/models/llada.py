@@ -153,19 +153,22 @@ def _check_implemented(name: str, value: object) -> None:
         raise ValueError(f"{name} must be {accepted} (nothing else is implemented), got {value!r}")
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None = None) -> Tensor:
-    """Full attention softmax(q k^T / sqrt(D)) v; a batch row whose keys are all masked gives 0.
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Full attention softmax(scale q k^T) v; a batch row whose keys are all masked gives 0.
 
     Args:
-        q: [B, H, N, D]. k, v: [B, G, N, D] with H a multiple of G. key_mask: [B, N] bool, True = attend.
+        q: [B, H, N, D]. k, v: [B, G, M, D] with H a multiple of G. key_mask: [B, M] bool, True = attend.
+        scale: None = 1 / sqrt(D).
     """
     if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     # Fused kernels that take a mask take no grouped heads; without this the product of N x N scores is stored.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     empty = ~key_mask.any(dim=1, keepdim=True)
-    visible = rearrange(key_mask | empty, "B N -> B 1 1 N")  # no kernel meets a row of -inf alone
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    visible = rearrange(key_mask | empty, "B M -> B 1 1 M")  # no kernel meets a row of -inf alone
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     return out.masked_fill(rearrange(empty, "B 1 -> B 1 1 1"), 0)
 
 

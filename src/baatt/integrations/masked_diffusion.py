@@ -1,0 +1,51 @@
+"""Our own masked-diffusion model, whose forward takes the attention of every layer as an argument.
+
+A forward that asks for nothing, or for dense attention, gets the handle's; functions that the caller chose himself stay.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from baatt.integrations.enable import Attachment
+from baatt.integrations.handle import Handle
+from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+
+
+def recognises(model: Any) -> bool:
+    """Whether it is a `MaskedDiffusionLM`."""
+    return isinstance(model, MaskedDiffusionLM)
+
+
+def roots(model: MaskedDiffusionLM) -> list[nn.Module]:
+    """The model."""
+    return [model]
+
+
+def attach(model: MaskedDiffusionLM, handle: Handle) -> Attachment:
+    """Put the handle in place of dense attention at every forward."""
+    layers = model.config.n_layers
+    handle.clock.mask_token_id = model.config.mask_token_id
+    routed = [functools.partial(_routed, handle, layer) for layer in range(layers)]
+
+    def choose(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        asked: AttentionFunction | Sequence[AttentionFunction] = kwargs.get("attention", dense_attention)
+        functions = [asked] * layers if callable(asked) else list(asked)
+        chosen = [
+            routed[layer] if function is dense_attention else function for layer, function in enumerate(functions)
+        ]
+        return args, kwargs | {"attention": chosen}
+
+    def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.clock.read_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+    undo: Callable[[], None] = model.register_forward_pre_hook(choose, with_kwargs=True).remove
+    return Attachment(layers, undo, read_step)
+
+
+def _routed(handle: Handle, layer: int, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+    return handle.attention(q, k, v, layer=layer, key_mask=key_mask)

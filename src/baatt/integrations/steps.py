@@ -1,0 +1,66 @@
+"""How far a denoising loop has come, read from what the model is given and never from counting calls.
+
+Guidance evaluates a step twice and caches evaluate parts of it, so calls say nothing. A diffusion transformer is given
+a timestep; a masked language model is given the tokens that are still masked. A loop may also say it itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+#: Noise levels that diffusers' schedulers count: the timestep runs from here down to 0.
+TRAINING_TIMESTEPS = 1000
+
+
+class StepClock:
+    """share: of the denoising steps that are done, in [0, 1); None while nothing has told.
+
+    Args:
+        schedule: the timesteps of the loop under way, largest first, asked for at every forward; None where only the
+            model is known: then the timestep's own share of `TRAINING_TIMESTEPS` stands for the step's.
+        mask_token_id: of a masked language model.
+    """
+
+    def __init__(
+        self, schedule: Callable[[], Sequence[float] | Tensor | None] | None = None, mask_token_id: int | None = None
+    ) -> None:
+        self.share: float | None = None
+        self.told = False
+        self.mask_token_id = mask_token_id
+        self._schedule = schedule
+        self._length = self._masked = self._most_masked = 0
+
+    def set(self, step: int, total: int) -> None:
+        """Step `step`, from 0, of `total` is about to run: what a loop says counts until it says something else.
+
+        Raises:
+            ValueError: a step outside [0, total).
+        """
+        if not 0 <= step < total:
+            raise ValueError(f"step must be in [0, total={total}), got {step}")
+        self.share, self.told = step / total, True
+
+    def read_timestep(self, timestep: Any) -> None:
+        """From a diffusion transformer's `timestep`, a number or a tensor of equal ones."""
+        now = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        schedule = self._schedule() if self._schedule is not None else None
+        if schedule is None or len(schedule) == 0:
+            self.share = min(max(1 - now / TRAINING_TIMESTEPS, 0.0), 1.0)
+            return
+        # The scheduler may hold the same value in another precision.
+        distances = [abs(float(one) - now) for one in schedule]
+        self.share = distances.index(min(distances)) / len(schedule)
+
+    def read_tokens(self, tokens: Tensor) -> None:
+        """From the token ids [B, N] of a masked language model: the share of its masks that are gone.
+
+        Masks only go while a loop runs: more of them, or another length, is a new loop. With guidance half of the batch
+        has its prompt masked too, so the row with the fewest masks counts. Not for passes over a part of the sequence.
+        """
+        length = tokens.shape[-1]
+        masked = int(tokens.eq(self.mask_token_id).sum(dim=-1).min())
+        if length != self._length or masked > self._masked:
+            self._most_masked, self._length = masked, length
+        self._masked = masked
+        self.share = 1 - masked / self._most_masked if self._most_masked else 0.0

@@ -1,0 +1,211 @@
+"""`baatt.enable` on our own model: exactness, counts, policies, refusals, and that nothing is left behind."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import baatt
+from baatt import BAAttConfig, Policy
+from baatt.integrations.handle import NoSparseAttentionWarning
+from baatt.models import MaskedDiffusionLM
+from baatt.models.llada import ModelConfig
+from baatt.sampling import SamplerConfig, generate
+
+MASK = 63
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
+HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = ModelConfig(
+        d_model=32, n_heads=4, n_kv_heads=2, n_layers=3, mlp_hidden_size=48, vocab_size=64, mask_token_id=MASK
+    )
+    return MaskedDiffusionLM(config).eval()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 60, (2, 70), generator=torch.Generator().manual_seed(1))
+
+
+def run(model, tokens, mask=None):
+    with torch.no_grad():
+        return model(tokens, mask)
+
+
+def test_without_sparsity_it_is_the_model(model, tokens):
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :13] = False
+    expected = run(model, tokens), run(model, tokens, mask)
+    with baatt.enable(model, ALL_BLOCKS) as handle:
+        actual = run(model, tokens), run(model, tokens, mask)
+    assert handle.sparse_calls == 6
+    assert handle.dense_calls == 0
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1][mask], expected[1][mask])
+
+
+def test_counts_by_layer_and_achieved_sparsity(model, tokens):
+    with baatt.enable(model, HALF, Policy(dense_layers=(0, -1))) as handle:
+        run(model, tokens)
+    assert {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()} == {
+        0: (0, 1),
+        1: (1, 0),
+        2: (0, 1),
+    }
+    assert handle.reasons == {"policy: dense layer 0": 1, "policy: dense layer 2": 1}
+    # 70 tokens are 5 blocks, of which 3 are kept in one of three layers.
+    assert handle.sparsity == pytest.approx((2 / 5) / 3)
+    assert "1 sparse and 2 dense" in handle.report()
+    handle.reset()
+    assert (handle.sparse_calls, handle.dense_calls, handle.sparsity) == (0, 0, 0.0)
+
+
+def state(model):
+    return {name: dict(module.__dict__) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_nothing_is_left_behind(model, tokens, fail):
+    before, weights = copy.deepcopy(state(model)), copy.deepcopy(model.state_dict())
+    expected = run(model, tokens)
+    try:
+        with baatt.enable(model, HALF):
+            run(model, tokens)
+            if fail:
+                raise KeyError("a user's mistake")
+    except KeyError:
+        assert fail
+    after = state(model)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].keys() == after[name].keys()
+        assert not after[name]["_forward_pre_hooks"]
+        assert not after[name]["_forward_hooks"]
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in weights.items())
+    assert torch.equal(run(model, tokens), expected)
+
+
+def test_one_line_on_and_one_line_off(model, tokens):
+    handle = baatt.enable(model, HALF)
+    run(model, tokens)
+    handle.disable()
+    handle.disable()
+    run(model, tokens)
+    assert handle.sparse_calls == 3
+
+
+def test_two_models_do_not_disturb_each_other(model, tokens):
+    other = copy.deepcopy(model)
+    expected = run(other, tokens)
+    with baatt.enable(model, HALF) as first:
+        assert torch.equal(run(other, tokens), expected)
+        with baatt.enable(other, ALL_BLOCKS) as second:
+            run(model, tokens)
+            torch.testing.assert_close(run(other, tokens), expected)
+        run(model, tokens)
+    assert (first.sparse_calls, second.sparse_calls) == (6, 3)
+
+
+def test_refusals(model):
+    with baatt.enable(model, HALF):
+        with pytest.raises(ValueError, match="must not be attached to already"):
+            baatt.enable(model, HALF)
+        with pytest.raises(ValueError, match="known kind"):
+            baatt.enable(torch.nn.Sequential(model), HALF)
+    with pytest.raises(ValueError, match=r"must be in evaluation mode, got training mode: call model.eval\(\)"):
+        baatt.enable(model.train(), HALF)
+    model.eval()
+    with pytest.raises(ValueError, match=r"policy.dense_layers must lie in \[-3, 3\) for 3 layers, got 3"):
+        baatt.enable(model, HALF, Policy(dense_layers=(3,)))
+    baatt.enable(model, HALF).disable()  # a refusal leaves nothing attached
+    with pytest.raises(ValueError, match=r"known kind: .*ModernBERT.*; got torch.nn.modules.linear.Linear"):
+        baatt.enable(torch.nn.Linear(2, 2).eval(), HALF)
+    with pytest.raises(TypeError, match="config must be a BAAttConfig, got float"):
+        baatt.enable(model, 0.5)
+    with pytest.raises(TypeError, match="policy must be a Policy or None, got dict"):
+        baatt.enable(model, HALF, {})
+    with pytest.raises(ValueError, match=r"impl must be one of .* got 'fast'"):
+        baatt.enable(model, HALF, impl="fast")
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module or a diffusers pipeline, got str"):
+        baatt.enable("model", HALF)
+
+
+def test_a_forward_with_gradients_is_dense_and_warned_of(model, tokens):
+    with baatt.enable(model, HALF) as handle:
+        with pytest.warns(NoSparseAttentionWarning, match="gradients are asked for"):
+            model(tokens).sum().backward()
+    assert handle.dense_calls == 3
+    assert model.transformer.wte.weight.grad is not None
+
+
+def test_dense_by_policy_is_not_warned_of(model, tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with baatt.enable(model, HALF, Policy(min_length=71)) as handle:
+            run(model, tokens)
+    assert handle.reasons == {"policy: fewer keys than min_length=71": 3}
+
+
+def test_first_steps_are_dense_by_the_masks_that_are_left(model):
+    prompt = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(2))
+    sampler = SamplerConfig(steps=8, gen_length=32, block_length=32)
+    steps = []
+    for guidance in (0.0, 1.0):
+        with baatt.enable(model, HALF, Policy(dense_steps=0.25)) as handle:
+            sampler = SamplerConfig(steps=8, gen_length=32, block_length=32, cfg_scale=guidance)
+            for _ in range(2):  # a second loop begins anew
+                generate(model, prompt, None, sampler)
+        steps.append((handle.sparse_calls, handle.dense_calls))
+    # 2 of 8 steps, each of 3 layers, in two loops.
+    assert steps == [(36, 12), (36, 12)]
+
+
+def test_a_loop_may_tell_its_step(model, tokens):
+    with baatt.enable(model, HALF, Policy(dense_steps=0.5)) as handle:
+        for step in range(4):
+            handle.at_step(step, 4)
+            run(model, tokens)
+        with pytest.raises(ValueError, match=r"step must be in \[0, total=4\), got 4"):
+            handle.at_step(4, 4)
+    assert (handle.sparse_calls, handle.dense_calls) == (6, 6)
+
+
+def test_the_sampler_s_own_sparse_setting_stays(model):
+    prompt = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings(), baatt.enable(model, HALF) as handle:
+        warnings.simplefilter("ignore")
+        generate(model, prompt, None, SamplerConfig(steps=2, gen_length=32, block_length=32), sparse=ALL_BLOCKS)
+    assert handle.sparse_calls == 0
+
+
+def test_a_permutation_before_the_blocks_changes_nothing_when_all_are_kept(model, tokens):
+    asked = []
+
+    def order(length, device):
+        asked.append(length)
+        return torch.randperm(length, generator=torch.Generator().manual_seed(3))
+
+    expected = run(model, tokens)
+    with baatt.enable(model, ALL_BLOCKS, order=order):
+        torch.testing.assert_close(run(model, tokens), expected)
+    assert asked == [70] * 3
+
+
+@pytest.mark.parametrize("when", ["inside", "before"])
+def test_a_compiled_graph_counts_and_follows_steps(model, tokens, when):
+    torch._dynamo.reset()
+    expected = run(model, tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if when == "before":
+        run(compiled, tokens)
+    with baatt.enable(model, ALL_BLOCKS, Policy(dense_steps=0.5)) as handle:
+        for step in range(4):
+            handle.at_step(step, 4)
+            torch.testing.assert_close(run(compiled, tokens), expected)
+    torch.testing.assert_close(run(compiled, tokens), expected)
+    assert (handle.sparse_calls, handle.dense_calls) == (6, 6)
