@@ -224,12 +224,15 @@ def environment() -> dict[str, Any]:
 def commit() -> str:
     """The commit that runs, with "-dirty" where tracked files differ from it.
 
-    A machine without the history reads the commit from the file `.commit`, mark included.
+    A machine without the history, or without its last commits, reads the commit from the file `.commit`, mark included.
     """
+    note = Path(".commit")
+    noted = note.read_text().strip() if note.exists() else None
     head = git("rev-parse", "HEAD")
     if head is None:
-        noted = Path(".commit")
-        return noted.read_text().strip() if noted.exists() else "unknown"
+        return noted or "unknown"
+    if noted is not None and git("cat-file", "-e", noted.split("-", 1)[0] + "^{commit}") is None:
+        return noted
     # Untracked files do not count: checkpoints, samples and new results lie beside every run.
     changed = git("status", "--porcelain", "--untracked-files=no")
     return head if changed == "" else f"{head}-dirty"

@@ -70,3 +70,11 @@ def test_without_a_history_the_file_says_it(folder, monkeypatch, installed):
     assert commit() == "unknown"
     (folder / ".commit").write_text("0123456789abcdef-dirty\n")
     assert commit() == "0123456789abcdef-dirty"
+
+
+@NEEDS_GIT
+def test_a_note_of_a_commit_that_the_history_lacks_is_believed(repository):
+    (repository / ".commit").write_text("0123456789abcdef\n")
+    assert commit() == "0123456789abcdef"
+    (repository / ".commit").write_text(git(repository, "rev-parse", "HEAD") + "-dirty\n")
+    assert commit() == git(repository, "rev-parse", "HEAD")

@@ -169,8 +169,8 @@ class Handle:
             layer: its number, or None where the adapter cannot tell.
             scale: factor on q.k; None = 1 / sqrt(D).
             is_cross: whether queries and keys belong to different sequences; None: as many queries as keys says no.
-            dense: the model's own attention for a call that stays dense; None computes it exactly here. A compiled graph
-                does the latter always.
+            dense: the model's own attention for a call that stays dense; None computes it exactly here, as a compiled
+                graph always does.
 
         Returns:
             [B, H, N, D].

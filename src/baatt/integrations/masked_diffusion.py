@@ -1,6 +1,6 @@
 """Our own masked-diffusion model, whose forward takes the attention of every layer as an argument.
 
-A forward that asks for nothing, or for dense attention, gets the handle's; functions that the caller chose himself stay.
+A forward that asks for nothing, or for dense attention, gets the handle's; other functions that it is given stay.
 """
 
 import functools

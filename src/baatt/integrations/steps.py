@@ -58,6 +58,8 @@ class StepClock:
         Masks only go while a loop runs: more of them, or another length, is a new loop. With guidance half of the batch
         has its prompt masked too, so the row with the fewest masks counts. Not for passes over a part of the sequence.
         """
+        if self.mask_token_id is None:
+            return
         length = tokens.shape[-1]
         masked = int(tokens.eq(self.mask_token_id).sum(dim=-1).min())
         if length != self._length or masked > self._masked:

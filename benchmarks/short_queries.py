@@ -1,0 +1,81 @@
+"""From how many query rows on a call over many cached keys is worth being sparse: operator against dense attention.
+
+`python benchmarks/short_queries.py --json FILE` times N rows against M keys, selection included, after verifying the
+output. Cached decoding calls attention like this, with N the tokens of a block; `Policy.min_queries` comes from here.
+"""
+
+import argparse
+import functools
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from baatt import BAAttConfig, attend, ba_attention, make_plan
+from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
+from baatt.analysis.timing import captured, median_times
+from baatt.analysis.verification import require_verified, verify
+
+HEADS, CHANNELS = 32, 128
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def measure(queries: int, keys: int, sparsity: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Milliseconds of both, and the speed-up."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, HEADS, length, CHANNELS, generator=generator, device=device).to(dtype)
+        for length in (queries, keys, keys)
+    )
+    config = BAAttConfig(sparsity=sparsity)
+    plan = make_plan(q, k, config)
+    require_verified(f"{queries} x {keys}", verify(q, k, v, plan, attend(q, k, v, plan)))
+    functions: dict[str, Callable[[], Any]] = {
+        "sparse": functools.partial(ba_attention, q, k, v, config),
+        "dense": functools.partial(F.scaled_dot_product_attention, q, k, v),
+    }
+    if device.type == "cuda":
+        functions = {name: captured(function, device) for name, function in functions.items()}
+    found = median_times(functions, device)
+    return {
+        "queries": queries, "keys": keys, "sparsity": sparsity, "sparse_ms": found["sparse"],
+        "dense_ms": found["dense"], "speedup": found["dense"] / found["sparse"],
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--queries", type=numbers, default=[16, 32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--keys", type=numbers, default=[4096, 16384, 65536])
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    records: list[dict[str, Any]] = []
+    report = {
+        "study": "short queries over many keys",
+        "command": shlex.join(["python", "benchmarks/short_queries.py", *(sys.argv[1:] if argv is None else argv)]),
+        "commit": commit_here(), "device": device_name(device), "versions": versions_here(device),
+        "heads": HEADS, "channels": CHANNELS, "dtype": str(dtype).removeprefix("torch."),
+        "records": records,
+    }  # fmt: skip
+    for keys in arguments.keys:
+        for queries in (one for one in arguments.queries if one < keys):
+            records.append(measure(queries, keys, arguments.sparsity, device, dtype))
+            store_json(report, arguments.json)
+            sys.stdout.write("{queries} x {keys}: {speedup:.2f}x\n".format(**records[-1]))
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
