@@ -7,6 +7,7 @@ Runs on Linux (it reads /proc).
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import shlex
@@ -58,6 +59,11 @@ def make_inputs(shape: list[int], dtype: str) -> Inputs:
     return q, k, v
 
 
+def paper(sparsity: float) -> BAAttConfig:
+    """The paper's dials: of all orders the one that costs most."""
+    return dataclasses.replace(BAAttConfig.preset("paper"), sparsity=sparsity)
+
+
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -66,11 +72,11 @@ def verify(inputs: Inputs, sparsities: list[float]) -> dict[float, float]:
     """Largest absolute error per sparsity against float64 on the same plan; raises where it exceeds the budget."""
     q, _, _ = inputs
     exact, eager = (tuple(x.to(dtype) for x in inputs) for dtype in (torch.float64, eager_dtype(q.dtype)))
-    everything = ba_attention(*inputs, BAAttConfig(sparsity=0.0), impl="cpu")
+    everything = ba_attention(*inputs, paper(0.0), impl="cpu")
     assert_within_budget(everything, dense(*eager), dense(*exact))
     errors = {}
     for sparsity in sparsities:
-        plan = make_plan(*inputs[:2], BAAttConfig(sparsity=sparsity), impl="cpu")
+        plan = make_plan(*inputs[:2], paper(sparsity), impl="cpu")
         actual = attend(*inputs, plan, impl="cpu")
         expected = attend(*exact, plan, impl="reference")
         assert_within_budget(actual, attend(*eager, plan, impl="reference"), expected)
@@ -121,7 +127,7 @@ def peak_memory(sparsity: float, arguments: argparse.Namespace) -> int:
 
 def print_memory(arguments: argparse.Namespace) -> None:
     """What `peak_memory` runs in its fresh process."""
-    inputs, config = make_inputs(arguments.shape, arguments.dtype), BAAttConfig(sparsity=arguments.memory_of)
+    inputs, config = make_inputs(arguments.shape, arguments.dtype), paper(arguments.memory_of)
     ba_attention(*(x[:, :, :256] for x in inputs), config, impl="cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = resident("VmRSS")
@@ -160,7 +166,7 @@ def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     inputs = make_inputs(arguments.shape, arguments.dtype)
-    configs = {sparsity: BAAttConfig(sparsity=sparsity) for sparsity in arguments.sparsity}
+    configs = {sparsity: paper(sparsity) for sparsity in arguments.sparsity}
     errors = verify(inputs, arguments.sparsity)
     functions: dict[str, Callable[[], Any]] = {"dense": lambda: dense(*inputs)}
     for sparsity, config in configs.items():

@@ -20,6 +20,7 @@ from result_tables import (
     accuracy_by_length,
     accuracy_by_setting,
     accuracy_by_task,
+    accuracy_totals,
     bound_by_layer,
     cpu_operator,
     gpu_compensation,
@@ -27,6 +28,7 @@ from result_tables import (
     gpu_operator,
     recall_by_beta,
     recall_by_score,
+    short_queries,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +50,9 @@ class Block(NamedTuple):
 BLOCKS: dict[str, Block] = {
     "needles_dense_h200": Block(("needles_dense_h200.json",), accuracy_by_length),
     "needles_sparse_h200": Block(("needles_sparse_h200.json",), accuracy_by_task),
+    "needles_totals": Block(("needles_sparse_h200.json",), accuracy_totals),
+    "needles_layers": Block(("needles_layers_h200.json",), accuracy_totals),
+    "short_queries": Block(("short_queries_h200.json",), short_queries),
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),
     "gpu_operator": Block(("gpu_operator_h200.json",), gpu_operator),
     "gpu_kernel": Block(("gpu_operator_h200.json",), gpu_kernel),

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from baatt.evaluation.statistics import wilson_interval
+
 GPU_BASELINES = ("cudnn", "flash", "flex")
 
 Record = Mapping[str, Any]
@@ -148,6 +150,44 @@ def accuracy_by_task(record: Record) -> str:
             f"{f' and never began with {skipped}' if skipped else ''}."
         )
     return "\n\n".join([*parts, provenance(record)])
+
+
+def accuracy_totals(record: Record) -> str:
+    """Needle accuracy over all tasks: a row per setting, answers right by both measures, the task that suffers most."""
+    by_setting = by_cell(record, lambda one: one["setting"], lambda one: one["task"])
+    rows = []
+    for setting, tasks in by_setting.items():
+        samples = sum(one["n"] for one in tasks.values())
+        shares = []
+        for key in ("trained_format", "accuracy"):
+            right = sum(round(one[key] * one["n"]) for one in tasks.values())
+            low, high = wilson_interval(right, samples)
+            shares.append(f"{right} of {samples}, {100 * right / samples:.1f} [{100 * low:.1f}-{100 * high:.1f}]")
+        worst, least = min(tasks.items(), key=lambda item: float(item[1]["trained_format"]))
+        rows.append([f"`{setting}`", *shares, f"`{worst}` {100 * least['trained_format']:.1f}"])
+    tasks, lengths = ({one[key] for one in record["records"]} for key in ("task", "length"))
+    caption = (
+        "Answers right, in percent [95 % Wilson interval], of RULER's "
+        f"{len(tasks)} needle tasks together at {', '.join(map(str, lengths))} tokens (seed {record['seed']}), and the "
+        f"task with the fewest right word for word. Weights in {dtype_name(record)}, held-out words and text."
+    )
+    header = ["setting", "word for word", "contains every value", "lowest, word for word"]
+    return "\n\n".join([table(header, rows), caption, provenance(record)])
+
+
+def short_queries(record: Record) -> str:
+    """Speed-up of calls with few queries: a row per number of queries, a column per number of keys."""
+    grid = by_cell(record, lambda one: one["queries"], lambda one: one["keys"])
+    columns = list(dict.fromkeys(one["keys"] for one in record["records"]))
+    rows = [[str(n), *(f"{row[m]['speedup']:.2f}x" if m in row else "-" for m in columns)] for n, row in grid.items()]
+    sparsity = 100 * record["records"][0]["sparsity"]
+    caption = (
+        f"Time of dense attention over that of the operator, selection included, at {sparsity:g} % sparsity: "
+        f"{record['heads']} heads of {record['channels']}, {record['dtype']}, as CUDA graphs."
+    )
+    return "\n\n".join(
+        [table(["queries", *(f"{m // 1024}K keys" for m in columns)], rows), caption, provenance(record)]
+    )
 
 
 def settings_of_command(command: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The error budget every comparison of a kernel uses (rule 14 of docs/design.md): no hand-tuned tolerance anywhere."""
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -26,4 +27,15 @@ def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
     eager_error = (eager.double() - exact).abs().max() * epsilon / torch.finfo(eager.dtype).eps
     limit = 2 * eager_error + epsilon * exact.abs().max()
     error = (actual.double() - exact).abs().max()
+    assert error <= limit, f"error {error:.3e} exceeds the budget {limit:.3e}"
+
+
+def assert_float64_within_budget(actual: Tensor, eager: Tensor, exact: "numpy.typing.NDArray[numpy.longdouble]") -> None:
+    """The same budget for float64, against something more exact: x86's 80-bit numbers of the same shape."""
+    assert actual.dtype == eager.dtype == torch.float64
+    assert actual.shape == exact.shape == eager.shape
+    assert torch.isfinite(actual).all()
+    epsilon = torch.finfo(torch.float64).eps
+    error, eager_error = (float(abs(x.numpy().astype(numpy.longdouble) - exact).max()) for x in (actual, eager))
+    limit = 2 * eager_error + epsilon * float(abs(exact).max())
     assert error <= limit, f"error {error:.3e} exceeds the budget {limit:.3e}"
