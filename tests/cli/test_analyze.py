@@ -90,3 +90,33 @@ def test_refusals(captured, argv, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_capture_of_a_transformers_model(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "harbour": 1, "the": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    config = transformers.ModernBertConfig(
+        vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        global_attn_every_n_layers=2, local_attention=16, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        cls_token_id=0, sep_token_id=0,
+    )  # fmt: skip
+    transformers.ModernBertModel(config).save_pretrained(tmp_path)
+    text, path = tmp_path / "text.txt", tmp_path / "capture.safetensors"
+    text.write_text("the harbour " * 40, encoding="utf-8")
+    given = ["analyze", "capture", "--model", str(tmp_path), "--prompt-file", str(text), "--output", str(path)]
+    assert main([*given, "--layers", "0,2"]) == 0  # the others see a window only
+    found = load_capture(path)
+    assert list(found.layers) == [0, 2]
+    assert found.layers[0].q.shape == (1, 2, 80, 16)
+    assert found.scale == 0.25
+    assert main(given) == 0
+    assert list(load_capture(path).layers) == [0, 2]
+    capsys.readouterr()
+    assert main([*given, "--layers", "1,2"]) == 2
+    assert "--layers [1] of " in capsys.readouterr().err

@@ -35,31 +35,61 @@ class Capture(NamedTuple):
 
 
 class Recorder:
-    """Stands between a model and its attention and keeps what the first call of every wanted layer gets."""
+    """Keeps what the first call of every wanted layer gets.
 
-    def __init__(self, layers: Collection[int]) -> None:
-        self.wanted = set(layers)
+    Stands between our model and its attention (`around`), or watches a model of another library:
+    `with baatt.enable(model, config) as handle: handle.watch(recorder.keep); model(...)`.
+
+    Args:
+        layers: numbers of the wanted ones; None keeps all.
+    """
+
+    def __init__(self, layers: Collection[int] | None = None) -> None:
+        self.wanted = None if layers is None else set(layers)
         self.found: dict[int, Heads] = {}
+        self.scale: float | None = None
 
     def around(self, layer: int, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The attention function of a layer, recorded."""
 
         def recorded(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            if layer in self.wanted and layer not in self.found:
-                self.found[layer] = Heads(*(x.detach().cpu().contiguous() for x in (q, k, v)))
+            self.keep(layer, q, k, v)
             return attention(q, k, v, *arguments, **named)
 
         return recorded
+
+    def keep(
+        self,
+        layer: int | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
+        """Keep a call of a wanted layer that has none yet.
+
+        Raises:
+            ValueError: keys are masked, which a capture cannot hold, or the layer is not known.
+        """
+        if layer is None:
+            raise ValueError("layer must be known to be recorded, got None")
+        if layer in self.found or (self.wanted is not None and layer not in self.wanted):
+            return
+        if key_mask is not None and not bool(key_mask.all()):
+            raise ValueError("key_mask must be all True in a capture: record one text without padding")
+        self.scale = scale
+        self.found[layer] = Heads(*(x.detach().cpu().contiguous() for x in (q, k, v)))
 
     def result(self, scale: float, about: Mapping[str, str]) -> Capture:
         """What was found, in the order of the layers.
 
         Raises:
-            RuntimeError: a wanted layer was never called.
+            RuntimeError: a wanted layer was never called, or none at all.
         """
-        missing = sorted(self.wanted - self.found.keys())
-        if missing:
-            raise RuntimeError(f"attention of layers {missing} was never called")
+        missing = sorted((self.wanted or set()) - self.found.keys())
+        if missing or not self.found:
+            raise RuntimeError(f"attention of layers {missing or 'of any number'} was never called")
         return Capture({layer: self.found[layer] for layer in sorted(self.found)}, scale, dict(about))
 
 

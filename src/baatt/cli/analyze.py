@@ -26,11 +26,11 @@ from baatt.analysis.studies import measure_bound, measure_recall
 from baatt.analysis.study_plots import draw_bound, draw_recall, order_name
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_model_options, check_folders, check_memory, load_model, read_device
+from baatt.cli.options import add_model_options, check_folders, read_device
+from baatt.cli.readers import open_reader
 from baatt.config import BLOCK_SIZES, BAAttConfig
 from baatt.evaluation.retrieval import draw_samples
 from baatt.evaluation.ruler.niah import NIAH_TASKS
-from baatt.models.llada import dense_attention
 from baatt.stages.sorting import ORDERS
 
 
@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     capture.add_argument("--length", type=int, default=4096, help="tokens of a document of --task (default: 4096)")
     capture.add_argument("--seed", type=int, default=0, help="which document (default: 0)")
     capture.add_argument("--impl", default="auto", help=argparse.SUPPRESS)
+    capture.add_argument(
+        "--trust-remote-code", action="store_true", help="run the modelling code that a transformers folder brings"
+    )
     add_model_options(capture)
 
     recall = _add_action(
@@ -83,27 +86,30 @@ def run_capture(arguments: argparse.Namespace) -> None:
     """Run the model once, densely, and write the file."""
     if not arguments.output.parent.is_dir():
         raise UsageError(f"--output must lie in an existing folder, {arguments.output.parent} is none")
-    model, tokenizer = load_model(arguments)
-    count = model.config.n_layers
+    reader = open_reader(arguments)
+    count = reader.layers
     layers = range(count) if arguments.layers == "all" else _numbers("--layers", arguments.layers, int)
     if any(not -count <= layer < count for layer in layers):
         raise UsageError(f"--layers must be numbers from {-count} to {count - 1}, got {arguments.layers}")
     if arguments.prompt_file is not None:
         text, source = arguments.prompt_file.read_text(encoding="utf-8"), str(arguments.prompt_file)
     else:
-        sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
+        sample = draw_samples(arguments.task, arguments.length, 1, reader.tokenizer, seed=arguments.seed)[0]
         text, source = sample.prompt + sample.answer_prefix, f"{arguments.task}, seed {arguments.seed}"
-    ids = tokenizer.encode(text).ids
+    ids = reader.tokenizer.encode(text).ids
     if not ids:
         raise UsageError("the text must not be empty")
-    check_memory(model.config, len(ids), arguments.device)
-    recorder = Recorder({layer % count for layer in layers})
-    attention = [recorder.around(layer, dense_attention) for layer in range(count)]
-    with torch.inference_mode():
-        model(torch.tensor([ids], device=arguments.device), attention=attention)
+    # A layer that sees a window only, or is causal, makes no call that could be sparse: "all" leaves it out.
+    recorder = Recorder(None if arguments.layers == "all" else {layer % count for layer in layers})
+    reader.read(torch.tensor([ids], device=arguments.device), recorder)
     name = arguments.model.name if arguments.model else "needle-18m"
     about = {"model": name, "text": source, "tokens": str(len(ids)), "dtype": arguments.dtype}
-    save_capture(recorder.result(model.config.head_size**-0.5, about), arguments.output)
+    missing = sorted((recorder.wanted or set()) - recorder.found.keys())
+    if missing or recorder.scale is None:
+        raise UsageError(
+            f"--layers {missing or 'all'} of {name} made no bidirectional attention call, {sorted(recorder.found)} did"
+            f"{'; ' + reader.reasons() if reader.reasons() else ''}"
+        )
     Console().print(
         f"{arguments.output}: {name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}", soft_wrap=True
     )

@@ -24,6 +24,9 @@ from baatt.models.llada import dense_attention
 #: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
 TokenPermutation = Callable[[int, torch.device], Tensor | None]
 
+#: Is shown every call: layer, q [B, H, N, D], k and v [B, G, M, D], key mask, factor on q.k.
+Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float], None]
+
 #: Reasons that a policy asked for: a forward without a sparse call is no surprise then.
 BY_POLICY = "policy: "
 
@@ -69,6 +72,7 @@ class Handle:
         self._dense: dict[int | None, Counter[str]] = {}
         self._pairs = self._kept_pairs = 0.0
         self._undo: Callable[[], None] | None = None
+        self._watcher: Watcher | None = None
         _handles[self.number] = self
 
     # What a user reads.
@@ -131,6 +135,10 @@ class Handle:
             ValueError: a step outside [0, total).
         """
         self.clock.set(step, total)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Show every call, before it is decided, to a function that must not change its tensors; None ends it."""
+        self._watcher = watcher
 
     def disable(self) -> None:
         """Put the model back as it was; the counts stay. Calling it again does nothing."""
@@ -198,6 +206,8 @@ class Handle:
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """`attention` outside of a traced graph."""
+        if self._watcher is not None:
+            self._watcher(layer, q, k, v, key_mask, q.shape[3] ** -0.5 if scale is None else scale)
         refusal = self._refusal(q, k, v, scale, layer, is_cross)
         blocks = math.ceil(k.shape[2] / self.config.block_size)
         pairs = q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / self.config.block_size) * blocks
