@@ -110,6 +110,7 @@ def run_capture(arguments: argparse.Namespace) -> None:
             f"--layers {missing or 'all'} of {name} made no bidirectional attention call, {sorted(recorder.found)} did"
             f"{'; ' + reader.reasons() if reader.reasons() else ''}"
         )
+    save_capture(recorder.result(recorder.scale, about), arguments.output)
     Console().print(
         f"{arguments.output}: {name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}", soft_wrap=True
     )
