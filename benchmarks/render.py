@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ablation_tables
+import scaling_model
 from result_tables import (
     Record,
     RenderError,
@@ -53,6 +54,8 @@ BLOCKS: dict[str, Block] = {
     "needles_totals": Block(("needles_sparse_h200.json",), accuracy_totals),
     "needles_layers": Block(("needles_layers_h200.json",), accuracy_totals),
     "short_queries": Block(("short_queries_h200.json",), short_queries),
+    "ulysses_scaling": Block(("ulysses_scaling.json",), scaling_model.table),
+    "ulysses": Block(("ulysses_gpu.json",), scaling_model.measured_table),
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),
     "gpu_operator": Block(("gpu_operator_h200.json",), gpu_operator),
     "gpu_kernel": Block(("gpu_operator_h200.json",), gpu_kernel),

@@ -1,0 +1,114 @@
+"""Which library versions the integrations run with: installs each beside the environment and runs their tests there.
+
+`python benchmarks/compatibility.py --json FILE` goes through `ENVIRONMENTS`; each is a folder of packages that stands
+before the installed ones on the path, so nothing of the environment changes. Ends with 1 if any test failed.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path("tests/integrations")
+LIBRARIES = ("transformers", "diffusers", "accelerate")
+
+
+class Environment(NamedTuple):
+    """packages: put before what is installed; tests: files that run there."""
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+HOOKS = ("test_enable.py", "test_llada.py", "test_remote_sdpa.py", "test_sdpa.py", "test_transformers.py")
+#: Versions of what a library pins itself are those its own metadata asks for.
+ENVIRONMENTS = {
+    "installed": Environment((), (*HOOKS, "test_diffusers.py", "test_llada2_pipeline.py", "test_vllm_omni.py")),
+    "transformers 5.17": Environment(("transformers==5.17.0",), HOOKS),
+    "transformers 4.57": Environment(
+        ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1"), HOOKS
+    ),
+}  # fmt: skip
+
+
+def install(packages: Sequence[str], folder: Path) -> None:
+    """Put packages, without what they depend on, into a folder."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*command, "--target", str(folder), *packages], check=True)
+
+
+def run(environment: Environment, folder: Path) -> dict[str, Any]:
+    """Run the tests of an environment; counts by file, and the versions that were imported."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = os.environ | {"PYTHONPATH": path}
+    show = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+    listed = subprocess.run(
+        [sys.executable, "-c", show, *LIBRARIES], env=variables, capture_output=True, text=True, check=True
+    )
+    results = folder / "results.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        f"--junitxml={results}",
+        *(str(TESTS / one) for one in environment.tests),
+    ]
+    finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    sys.stdout.write(finished.stdout[-3000:] if finished.returncode else "")
+    return {"libraries": json.loads(listed.stdout), "files": counts(results), "ok": finished.returncode == 0}
+
+
+def counts(results: Path) -> dict[str, dict[str, int]]:
+    """Tests that passed, were skipped and failed, by file."""
+    found: dict[str, dict[str, int]] = {}
+    for case in ElementTree.parse(results).iter("testcase"):
+        name = case.attrib["classname"].split(".")[-1]
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        row = found.setdefault(name, {"passed": 0, "skipped": 0, "failed": 0})
+        row["failed" if outcome in ("failure", "error") else outcome] += 1
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=list(ENVIRONMENTS), nargs="+", default=list(ENVIRONMENTS))
+    parser.add_argument("--json", type=Path, help="where the counts are stored")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cpu")
+    records = []
+    for name in arguments.only:
+        environment = ENVIRONMENTS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            if environment.packages:
+                install(environment.packages, Path(folder))
+            records.append({"environment": name, **run(environment, Path(folder))})
+        passed = sum(row["passed"] for row in records[-1]["files"].values())
+        failed = sum(row["failed"] for row in records[-1]["files"].values())
+        sys.stdout.write(f"{name}: {passed} passed, {failed} failed, {records[-1]['libraries']}\n")
+        sys.stdout.flush()
+    report = {
+        "study": "compatibility of the integrations",
+        "command": shlex.join(["python", "benchmarks/compatibility.py", *(sys.argv[1:] if argv is None else argv)]),
+        "commit": commit_here(), "device": device_name(device), "versions": versions_here(device), "records": records,
+    }  # fmt: skip
+    if arguments.json is not None:
+        store_json(report, arguments.json)
+    return 0 if all(one["ok"] for one in records) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

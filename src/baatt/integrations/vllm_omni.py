@@ -1,0 +1,170 @@
+"""vLLM-Omni's plugin for sparse attention: the callable that its `SPARSE_ATTN` dispatcher finds by entry point.
+
+In: query, key, value [B, N, H, D] and one flat dict that holds the plugin's settings, the state of the denoising loop
+and the mask. Out: [B, N, H, D]. Causal attention, attention between sequences of different lengths and masks that are
+no key masks stay dense and exact; every dense call is counted with its reason. Imports nothing of vLLM. A call does not
+tell its layer, so there are no dense layers here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from baatt.backend import IMPLS
+from baatt.config import BAAttConfig, Policy
+from baatt.integrations.handle import Handle
+from baatt.integrations.masks import NO_MASK, KeyMask, as_key_mask
+from baatt.integrations.steps import StepClock
+
+CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
+POLICY_KEYS = ("dense_steps", "min_length", "min_queries", "only_self_attention")
+#: What the engine puts into the dict beside the settings: of these only the step and the mask are read.
+ENGINE_KEYS = (
+    *("denoise_step_idx", "total_denoise_steps", "latent_shape", "patch_size", "total_latent_frames"),
+    *("patches_per_frame", "attn_mask", "attention_mask", "kv_cache_dtype"),
+)
+
+
+class Settings(NamedTuple):
+    """What a call asks for."""
+
+    config: BAAttConfig
+    policy: Policy
+    impl: str
+
+
+class SparseAttention:
+    """The callable, with the counts of its calls by settings.
+
+    capabilities: what the dispatcher may hand over instead of refusing.
+    """
+
+    capabilities: Mapping[str, bool] = {"supports_attention_mask": True}
+
+    def __init__(self) -> None:
+        self._handles: dict[Settings, Handle] = {}
+
+    # The dict is read in Python and changes at every step, so a compiled model breaks its graph around the call.
+    @torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        params: Mapping[str, Any],
+        is_causal: bool = False,
+        softmax_scale: float | None = None,
+    ) -> Tensor:
+        """Attention of one call.
+
+        Args:
+            query: [B, N, H, D]; key, value: [B, M, G, D] with H a multiple of G.
+            params: the fields of `BAAttConfig`, the policy's in `POLICY_KEYS` and `impl`, as far as they differ from
+                the defaults; `attn_mask` (or `attention_mask`): [B, M], True or not 0 = attend, or [B or 1, .., .., M]
+                bool or additive; `denoise_step_idx` and `total_denoise_steps`: numbers or a tensor of one per sample,
+                of which the least advanced counts. Other keys of the engine are left alone.
+            is_causal: dense; queries and keys begin at the same token.
+            softmax_scale: factor on q.k; None = 1 / sqrt(D).
+
+        Returns:
+            [B, N, H, D].
+
+        Raises:
+            TypeError, ValueError: tensors of other axes, a setting that is unknown or out of range, a mask of another
+                number of axes, or `full_attn_spans`, which this plugin does not announce.
+        """
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.ndim != 4:
+                raise ValueError(f"{name} must have shape [B, N, H, D], got {tuple(x.shape)}")
+        q, k, v = (rearrange(x, "B N H D -> B H N D") for x in (query, key, value))
+        handle = self._handle(read_settings(params))
+        handle.clock = read_clock(params) if handle.policy.dense_steps > 0 else StepClock()
+        mask, found = read_mask(params, k)
+        refusal = "causal attention" if is_causal else found.refusal
+        if refusal is not None:
+            handle.count_dense(None, refusal)
+            out = _dense(q, k, v, mask, is_causal, softmax_scale)
+        else:
+            out = handle.attention(q, k, v, layer=None, key_mask=found.mask, scale=softmax_scale, is_cross=None)
+        return rearrange(out, "B H N D -> B N H D")
+
+    def statistics(self) -> list[Handle]:
+        """One handle for every settings that were asked for, with counts, reasons, `report()` and `reset()`."""
+        return list(self._handles.values())
+
+    def _handle(self, settings: Settings) -> Handle:
+        if settings not in self._handles:
+            self._handles[settings] = Handle(settings.config, settings.policy, impl=settings.impl)
+        return self._handles[settings]
+
+
+def read_settings(params: Mapping[str, Any]) -> Settings:
+    """The settings in the dict.
+
+    A number, text or bool under a name that neither this plugin nor the engine knows is a mistyped setting; any other
+    value is state that a model hands to its attention and must be left alone.
+
+    Raises:
+        TypeError, ValueError: an unknown setting, or a value that does not fit.
+    """
+    known = (*CONFIG_KEYS, *POLICY_KEYS, "impl")
+    if "full_attn_spans" in params:
+        raise ValueError("full_attn_spans must not be given: this plugin does not announce supports_full_attn_spans")
+    for name, value in params.items():
+        if name not in known and name not in ENGINE_KEYS and isinstance(value, bool | int | float | str):
+            raise ValueError(f"params must hold settings among {', '.join(known)}, got {name}={value!r}")
+    impl = params.get("impl", "auto")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    config = BAAttConfig(**{name: params[name] for name in CONFIG_KEYS if name in params})
+    policy = Policy(**{name: params[name] for name in POLICY_KEYS if name in params})
+    return Settings(config, policy, impl)
+
+
+def read_clock(params: Mapping[str, Any]) -> StepClock:
+    """How far the loop is, by its least advanced sample; told nothing where the engine does not say."""
+    clock = StepClock()
+    if "denoise_step_idx" in params and "total_denoise_steps" in params:
+        steps, totals = (_numbers(params[name]) for name in ("denoise_step_idx", "total_denoise_steps"))
+        clock.set(*min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1]))
+    return clock
+
+
+def read_mask(params: Mapping[str, Any], k: Tensor) -> tuple[Tensor | None, KeyMask]:
+    """The mask with four axes or None, and the key mask that it amounts to.
+
+    Raises:
+        ValueError: a mask with another number of axes than 2 or 4.
+    """
+    mask = params.get("attn_mask", params.get("attention_mask"))
+    if mask is None:
+        return None, NO_MASK
+    if mask.ndim == 2:  # the engine's own backends take it for one of tokens, whatever its dtype
+        mask = rearrange(mask.bool(), "B M -> B 1 1 M")
+    if mask.ndim != 4:
+        raise ValueError(f"attn_mask must have shape [B, M] or [B, H, N, M], got {tuple(mask.shape)}")
+    return mask, as_key_mask(mask, k.shape[0], k.shape[2])
+
+
+def _numbers(value: Any) -> list[int]:
+    return [int(one) for one in value.flatten()] if isinstance(value, Tensor) else [int(value)]
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """Exact attention as PyTorch does it; a causal mask and another one together make one mask."""
+    if causal and mask is not None:
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        mask = mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+#: What the entry point names. Its handles count the calls of this process.
+attention = SparseAttention()

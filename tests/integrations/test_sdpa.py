@@ -1,0 +1,365 @@
+"""`sparse_sdpa`: which calls of scaled_dot_product_attention go sparse, that all others stay exact, and where it ends."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention as imported_by_name
+
+import baatt
+from baatt import BAAttConfig, Policy
+from baatt.integrations.handle import Handle
+from baatt.integrations.masks import KeyMask
+from baatt.integrations.sdpa import Current, SparseSDPA, sparse_sdpa
+
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
+HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+B, H, N, D = 2, 4, 70, 8
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def qkv():
+    return draw(3, B, H, N, D).unbind()
+
+
+@pytest.fixture
+def real():
+    real = torch.ones(B, N, dtype=torch.bool)
+    real[0, -9:], real[1, :13] = False, False
+    return real
+
+
+def counts(handle):
+    return handle.sparse_calls, handle.dense_calls
+
+
+def test_it_is_ba_attention(qkv):
+    with sparse_sdpa(HALF) as handle:
+        out = F.scaled_dot_product_attention(*qkv)
+        scaled = F.scaled_dot_product_attention(*qkv, scale=0.3)
+        by_name = imported_by_name(query=qkv[0], key=qkv[1], value=qkv[2])
+    assert counts(handle) == (3, 0)
+    assert torch.equal(out, baatt.ba_attention(*qkv, HALF))
+    assert torch.equal(by_name, out)
+    assert torch.equal(scaled, baatt.ba_attention(*qkv, HALF, scale=0.3))
+    assert not torch.allclose(out, F.scaled_dot_product_attention(*qkv))
+
+
+def test_without_sparsity_it_is_exact(qkv):
+    q, k, v = qkv
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    with sparse_sdpa(ALL_BLOCKS) as handle:
+        actual = [F.scaled_dot_product_attention(*strided), F.scaled_dot_product_attention(q, k[:, :2], v[:, :2])]
+    assert counts(handle) == (1, 1)
+    torch.testing.assert_close(actual[0], F.scaled_dot_product_attention(*qkv))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_queries(qkv, groups):
+    q, k, v = qkv[0], qkv[1][:, :groups], qkv[2][:, :groups]
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    with sparse_sdpa(ALL_BLOCKS) as handle:
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, enable_gqa=True), expected)
+    assert counts(handle) == (1, 0)
+
+
+def masks(real):
+    """One [B, M] in every form that is a key mask; numbers of axes below four only where one serves all entries."""
+    for mask in (real, torch.zeros(real.shape).masked_fill(~real, -torch.inf)):
+        rows = mask[:, None, None, :]
+        yield from (rows, rows.expand(B, H, N, N), rows.repeat(1, 1, N, 1))
+        alike = mask[:1]
+        yield from (alike, alike[0], alike[None], alike.repeat(N, 1), alike[:, None, None, :], alike.expand(N, N)[None])
+
+
+def test_key_masks(qkv, real):
+    for mask in masks(real):
+        expected = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+        with sparse_sdpa(ALL_BLOCKS) as handle:
+            torch.testing.assert_close(F.scaled_dot_product_attention(*qkv, attn_mask=mask), expected)
+        assert counts(handle) == (1, 0)
+    with sparse_sdpa(HALF):
+        out = F.scaled_dot_product_attention(*qkv, real[:, None, None])
+    assert torch.equal(out, baatt.ba_attention(*qkv, HALF, key_mask=real))
+
+
+def test_padding_by_padding(qkv, real):
+    mask = real[:, None, :, None] & real[:, None, None, :]
+    expected = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+    with sparse_sdpa(ALL_BLOCKS) as handle:
+        out = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+    assert counts(handle) == (1, 0)
+    rows = real[:, None].expand(B, H, N)
+    torch.testing.assert_close(out[rows], expected[rows])
+    assert out.isfinite().all()
+
+
+def test_two_axes_are_queries_and_keys_and_not_a_batch(qkv):
+    q, k, v = (x[:, :, :B] for x in qkv)  # as many queries as batch entries
+    mask = torch.tensor([[True, False], [True, True]])
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with sparse_sdpa(ALL_BLOCKS) as handle:
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), expected)
+    assert handle.reasons == {"a mask that differs between queries": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"is_causal": True}, "causal attention"),
+        ({"attn_mask": torch.ones(N, N, dtype=torch.bool).tril()}, "a mask that differs between queries"),
+        ({"attn_mask": draw(B, 1, N, N)}, "a mask that differs between queries"),
+        ({"attn_mask": draw(N)}, "an additive mask with weights"),
+        ({"attn_mask": draw(B, H, 1, N) > 0}, "a mask that differs between heads"),
+        ({"attn_mask": draw(H, 1, N) > 0}, "a mask that differs between heads"),
+        ({"attn_mask": torch.ones(1, dtype=torch.bool)}, "a mask over 1 of 70 keys"),
+    ],
+)
+def test_what_stays_dense_is_the_function_itself(qkv, arguments, reason):
+    expected = F.scaled_dot_product_attention(*qkv, **arguments)
+    with sparse_sdpa(HALF) as handle:
+        assert torch.equal(F.scaled_dot_product_attention(*qkv, **arguments), expected)
+    assert (handle.sparse_calls, handle.reasons) == (0, {reason: 1})
+
+
+def test_dropout_stays_dense(qkv):
+    with sparse_sdpa(HALF) as handle:
+        torch.manual_seed(0)
+        actual = F.scaled_dot_product_attention(*qkv, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(actual, F.scaled_dot_product_attention(*qkv, dropout_p=0.5))
+    assert handle.reasons == {"dropout": 1}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ([(3, N, D)] * 3, "tensors that are not [B, H, N, D]"),
+        ([(N, D)] * 3, "tensors that are not [B, H, N, D]"),
+        ([(1, B, H, N, D)] * 3, "tensors that are not [B, H, N, D]"),
+        ([(B, H, N, D), (1, H, N, D), (1, H, N, D)], "tensors that are not [B, H, N, D]"),
+        ([(B, H, 0, D), (B, H, N, D), (B, H, N, D)], "tensors without elements"),
+        ([(0, H, N, D)] * 3, "tensors without elements"),
+        ([(B, H, N, D), (B, 1, N, D), (B, 1, N, D)], "fewer heads of keys than of queries without enable_gqa"),
+        (
+            [(B, H, N, D), (B, H, N, D), (B, H, N, D + 3)],
+            "values of another shape than keys, or keys of another width than queries",
+        ),
+    ],
+)
+def test_shapes_that_stay_dense(shapes, reason):
+    tensors = [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    expected = F.scaled_dot_product_attention(*tensors)
+    with sparse_sdpa(HALF) as handle:
+        assert torch.equal(F.scaled_dot_product_attention(*tensors), expected)
+    assert handle.reasons == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"key": draw(B, 3, N, D), "value": draw(B, 3, N, D)},
+        {"key": draw(B, 3, N, D), "value": draw(B, 3, N, D), "enable_gqa": True},
+        {"key": draw(B, H, N, D + 1)},
+        {"attn_mask": torch.ones(B, 1, 5, N, dtype=torch.bool)},
+        {"attn_mask": torch.ones(B, 1, 1, 5, N, dtype=torch.bool)},
+        {"attn_mask": torch.ones(B, 1, 1, N, dtype=torch.float64)},
+        {"attn_mask": torch.ones(B, 1, 1, N, dtype=torch.int64)},
+        {"attn_mask": torch.ones(B, 1, 1, N, dtype=torch.bool), "is_causal": True, "dropout_p": 2.0},
+    ],
+)
+def test_errors_are_torch_s_own(qkv, arguments):
+    call = {"query": qkv[0], "key": qkv[1], "value": qkv[2], **arguments}
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        F.scaled_dot_product_attention(**call)
+    with sparse_sdpa(HALF), pytest.raises(type(expected.value)) as actual:
+        F.scaled_dot_product_attention(**call)
+    assert str(actual.value) == str(expected.value)
+    with sparse_sdpa(HALF), pytest.raises(TypeError, match="causal"):
+        F.scaled_dot_product_attention(*qkv, causal=True)
+
+
+def test_cross_attention_and_other_policies(qkv):
+    q, k, v = qkv
+    with sparse_sdpa(ALL_BLOCKS, min_length=64) as handle:
+        F.scaled_dot_product_attention(q, k[:, :, :64], v[:, :, :64])
+        F.scaled_dot_product_attention(*(x[:, :, :63] for x in qkv))
+        F.scaled_dot_product_attention(*(x[:, :, :64] for x in qkv))
+    assert handle.reasons == {"policy: cross-attention": 1, "policy: fewer keys than min_length=64": 1}
+    assert handle.sparse_calls == 1
+    anything = Policy(only_self_attention=False, min_queries=4, min_length=99)
+    with sparse_sdpa(ALL_BLOCKS, policy=anything, min_length=0) as handle:
+        for rows in (3, 4):
+            expected = baatt.ba_attention(q[:, :, 30 : 30 + rows], k, v, ALL_BLOCKS)
+            actual = F.scaled_dot_product_attention(q[:, :, 30 : 30 + rows], k, v)
+            torch.testing.assert_close(actual, expected)
+    assert handle.reasons == {"policy: fewer queries than min_queries=4, of more keys": 1}
+    assert handle.sparse_calls == 1
+
+
+def test_first_steps(qkv):
+    with sparse_sdpa(HALF, policy=Policy(dense_steps=0.5)) as handle:
+        F.scaled_dot_product_attention(*qkv)
+        assert handle.reasons == {
+            "the denoising step is not known: call handle.at_step(step, total) in the loop": 1,
+        }
+        handle.reset()
+        for step in range(4):
+            handle.at_step(step, 4)
+            F.scaled_dot_product_attention(*qkv)
+    assert (handle.sparse_calls, handle.reasons) == (2, {"policy: one of the first steps": 2})
+
+
+def test_gradients_stay_dense(qkv):
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    with sparse_sdpa(HALF) as handle:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+        with torch.no_grad():
+            F.scaled_dot_product_attention(q, k, v)
+    assert q.grad is not None
+    assert handle.reasons == {"gradients are asked for: call the model under torch.no_grad()": 1}
+    assert handle.sparse_calls == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_decides_the_dtype(qkv, real, dtype):
+    q, k, v = qkv[0], qkv[1].double().float(), qkv[2].to(dtype)  # rotary embeddings leave q and k in float32
+    mask = torch.zeros(B, 1, 1, N).masked_fill(~real[:, None, None], torch.finfo(torch.float32).min)
+    for arguments in ({}, {"attn_mask": mask}):
+        with torch.autocast("cpu", dtype=dtype):
+            expected = F.scaled_dot_product_attention(q, k, v, **arguments)
+            with sparse_sdpa(ALL_BLOCKS) as handle:
+                actual = F.scaled_dot_product_attention(q, k, v, **arguments)
+        assert counts(handle) == (1, 0)
+        assert actual.dtype == expected.dtype == dtype
+        torch.testing.assert_close(actual, expected)
+
+
+def test_other_threads_are_untouched_and_leaving_restores(qkv):
+    expected = F.scaled_dot_product_attention(*qkv)
+    found = []
+    with sparse_sdpa(HALF) as handle:
+        thread = threading.Thread(target=lambda: found.append(F.scaled_dot_product_attention(*qkv)))
+        thread.start()
+        thread.join()
+    assert counts(handle) == (0, 0)
+    assert torch.equal(found[0], expected)
+    with pytest.raises(KeyError), sparse_sdpa(HALF):
+        raise KeyError
+    assert torch.equal(F.scaled_dot_product_attention(*qkv), expected)
+    assert F.scaled_dot_product_attention is imported_by_name
+
+
+def test_contexts_nest(qkv):
+    with sparse_sdpa(HALF) as outer, sparse_sdpa(ALL_BLOCKS) as inner:
+        F.scaled_dot_product_attention(*qkv)
+        F.scaled_dot_product_attention(*qkv, is_causal=True)
+    assert (inner.sparse_calls, inner.reasons) == (1, {"causal attention": 1})
+    assert (outer.sparse_calls, outer.reasons) == (0, {"causal attention": 1})
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match="config must be a BAAttConfig, got float"), sparse_sdpa(0.5):
+        pass
+    with pytest.raises(TypeError, match="policy must be a Policy or None, got dict"), sparse_sdpa(HALF, policy={}):
+        pass
+    with pytest.raises(ValueError, match=r"impl must be one of .* got 'fast'"), sparse_sdpa(HALF, impl="fast"):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"policy.dense_layers must be empty: .* got \(0,\)"),
+        sparse_sdpa(HALF, policy=Policy(dense_layers=(0,))),
+    ):
+        pass
+    with pytest.raises(ValueError, match="min_length must be at least 0, got -1"), sparse_sdpa(HALF, min_length=-1):
+        pass
+
+
+def test_an_adapter_may_know_layer_and_mask_better(qkv, real):
+    handle = Handle(ALL_BLOCKS, Policy(dense_layers=(1,)))
+    layer = iter((0, 1))
+    asked = []
+
+    def key_mask(mask, batch, keys):
+        asked.append((mask.shape, batch, keys))
+        return KeyMask(real, None)
+
+    with SparseSDPA(handle, layer=lambda: next(layer), key_mask=key_mask):
+        out = F.scaled_dot_product_attention(*qkv, attn_mask=torch.zeros(N, N))
+        F.scaled_dot_product_attention(*qkv)
+    assert asked == [((1, 1, N, N), B, N)]
+    assert [(calls.sparse, calls.dense) for calls in handle.layers.values()] == [(1, 0), (0, 1)]
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*qkv, attn_mask=real[:, None, None]))
+
+
+def net(x, mask=None, causal=False):
+    """Projections, attention in two ways of calling it, and a method that dynamo cannot trace below a mode."""
+    q, k, v = (x * factor for factor in (1.0, 0.5, 2.0))
+    q, k, v = (y.unflatten(2, (H, D)).transpose(1, 2) for y in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return (out + imported_by_name(q, k, v)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_in_a_compiled_graph(real, when, dynamic):
+    torch._dynamo.reset()
+    x = draw(B, N, H * D)
+    square = real[:, None, :, None] & real[:, None, None, :]
+    additive = torch.zeros(B, 1, 1, N).masked_fill(~real[:, None, None], torch.finfo(torch.float32).min)
+    asked = [None, real[:, None, None], additive, real[:, None, None].repeat(1, 1, N, 1), square, square.tril()]
+    expected = [net(x, mask) for mask in asked]
+    compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    if when == "before":
+        for mask in asked:
+            compiled(x, mask)
+    with sparse_sdpa(ALL_BLOCKS, policy=Policy(dense_steps=0.5)) as handle:
+        for step in range(2):
+            handle.at_step(step, 2)
+            for mask, out in zip(asked, expected, strict=True):
+                rows = real if mask is square else torch.ones_like(real)
+                torch.testing.assert_close(compiled(x, mask)[rows], out[rows])
+        torch.testing.assert_close(compiled(x, causal=True), net(x, causal=True))  # not counted: decided while tracing
+    torch.testing.assert_close(compiled(x), expected[0])
+    # Two calls in each of six forwards of a dense and a sparse step; below-the-diagonal masks are dense in both.
+    assert handle.reasons == {"policy: one of the first steps": 11, "a mask that differs between queries": 2}
+    assert handle.sparse_calls == 11 + 1 + 2
+
+
+def test_a_compiled_graph_with_gradients_is_dense(real):
+    torch._dynamo.reset()
+    x = draw(B, N, H * D).requires_grad_()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with sparse_sdpa(HALF) as handle:
+        out = compiled(x, real[:, None, None])
+        out.sum().backward()
+    assert handle.sparse_calls == 0
+    torch.testing.assert_close(out, net(x, real[:, None, None]))
+
+
+def test_a_compiled_graph_under_autocast(real):
+    torch._dynamo.reset()
+    x = draw(B, N, H * D)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for mask in (None, torch.zeros(B, 1, 1, N).masked_fill(~real[:, None, None], -torch.inf)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = net(x, mask)
+            with sparse_sdpa(ALL_BLOCKS) as handle:
+                out = compiled(x, mask)
+        assert counts(handle) == (2, 0)
+        assert out.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(out, expected)
+
+
+def test_threads_hold_values_of_their_own():
+    current = Current(0)
+    current.set(1)
+    found = []
+    thread = threading.Thread(target=lambda: (found.append(current.get()), current.set(2)))
+    thread.start()
+    thread.join()
+    assert (found, current.get()) == ([0], 1)
