@@ -203,7 +203,7 @@ def test_a_compiled_graph_counts_and_follows_steps(model, tokens, when):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     if when == "before":
         run(compiled, tokens)
-    with baatt.enable(model, ALL_BLOCKS, Policy(dense_steps=0.5)) as handle:
+    with baatt.enable(compiled, ALL_BLOCKS, Policy(dense_steps=0.5)) as handle:
         for step in range(4):
             handle.at_step(step, 4)
             torch.testing.assert_close(run(compiled, tokens), expected)

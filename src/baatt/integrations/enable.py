@@ -91,6 +91,7 @@ def enable(
         raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped: its graphs see the change
     adapter = find_adapter(model)
     roots = adapter.roots(model)
     modules = [module for root in roots for module in root.modules()]

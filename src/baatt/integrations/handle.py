@@ -273,7 +273,11 @@ def needs_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-@torch.library.custom_op("baatt::routed_attention", mutates_args=())
+# A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+@torch.library.custom_op("baatt::routed_attention", mutates_args=(), tags=_TAGS)
 def _routed(
     q: Tensor,
     k: Tensor,
