@@ -1,8 +1,8 @@
 """Tiny stand-ins for remote code: the call structure that the adapters rely on, with arithmetic of our own.
 
 `LLaDAModelLM` calls its inner model by `.forward`, and its blocks hand no mask to `_scaled_dot_product_attention`.
-`DreamModel` makes bool [B, 1, N, N] of a padding mask. `LLaDAVModelLM` always adds a mask with a row for every query and
-has a sampler that calls the stack without the model. `SDARModel` is block-causal.
+`DreamModel` makes bool [B, 1, N, N] of a padding mask. `LLaDAVModelLM` always adds a mask with a row for every query
+and has a sampler that calls the stack without the model. `SDARModel` is block-causal.
 """
 
 import math
@@ -23,6 +23,9 @@ class Config(NamedTuple):
     kv_heads: int = HEADS
     mask_token_id: int | None = MASK
     flash_attention: bool = False
+
+
+DEFAULT = Config()
 
 
 class Output(NamedTuple):
@@ -113,7 +116,7 @@ class LLaDAModel(nn.Module):
         x = x + (at[start:] if replace_position is None else at[:start][replace_position[0].bool()])
         if attention_mask is not None and attention_mask.ndim == 2:
             barred = (1.0 - attention_mask.float())[:, None, None, :] * torch.finfo(torch.float32).min
-            attention_bias = torch.zeros(1, 1, x.shape[1], x.shape[1]) + barred
+            attention_bias = torch.zeros(1, 1, x.shape[1], 1) + barred
         presents = []
         for index, block in enumerate(self.transformer["blocks"]):
             past = None if past_key_values is None else past_key_values[index]
@@ -123,7 +126,7 @@ class LLaDAModel(nn.Module):
 
 
 class LLaDAModelLM(nn.Module):
-    def __init__(self, config: Config = Config(), hands_mask: bool = False) -> None:
+    def __init__(self, config: Config = DEFAULT, hands_mask: bool = False) -> None:
         super().__init__()
         self.config = config
         self.model = LLaDAModel(config, hands_mask)
@@ -241,7 +244,7 @@ class Stack(nn.Module):
 class DreamModel(nn.Module):
     stack: type[Stack] = Stack
 
-    def __init__(self, config: Config = Config(), attention: type[Attention] = DreamSdpaAttention) -> None:
+    def __init__(self, config: Config = DEFAULT, attention: type[Attention] = DreamSdpaAttention) -> None:
         super().__init__()
         self.config = config
         self.model = self.stack(config, attention)
@@ -265,7 +268,7 @@ class AdditiveStack(Stack):
 class LLaDAVModelLM(DreamModel):
     stack = AdditiveStack
 
-    def __init__(self, config: Config = Config(), attention: type[Attention] = LLaDASdpaAttention) -> None:
+    def __init__(self, config: Config = DEFAULT, attention: type[Attention] = LLaDASdpaAttention) -> None:
         super().__init__(config, attention)
 
     def forward(self, input_ids=None, attention_mask=None):
@@ -284,5 +287,23 @@ class BlockCausalStack(Stack):
 class SDARModel(DreamModel):
     stack = BlockCausalStack
 
-    def __init__(self, config: Config = Config()) -> None:
+    def __init__(self, config: Config = DEFAULT) -> None:
         super().__init__(config, SDARAttention)
+
+
+def denoise(
+    model: Any, prompt: Tensor, new: int, steps: int, *, guided: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """The loop of a masked language model's sampler: every step uncovers `new // steps` tokens, the left ones first."""
+    tokens = torch.cat((prompt, torch.full((prompt.shape[0], new), MASK)), dim=1)
+    for _ in range(steps):
+        batch = tokens
+        if guided:
+            unconditional = tokens.clone()
+            unconditional[:, : prompt.shape[1]] = MASK
+            batch = torch.cat((tokens, unconditional))
+        logits = model(batch, attention_mask=mask).logits[: prompt.shape[0], :, :60]
+        hidden = tokens == MASK
+        chosen = hidden & (hidden.cumsum(dim=1) <= new // steps)
+        tokens = torch.where(chosen, logits.argmax(dim=-1), tokens)
+    return tokens

@@ -186,6 +186,9 @@ class Handle:
         if needs_gradients(q, k, v):
             self.count_dense(layer, "gradients are asked for: call the model under torch.no_grad()")
             return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
+        if v.shape != k.shape:  # before the operator, whose result has the shape of q
+            self.count_dense(layer, "values of another shape than keys")
+            return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
         is_cross = q.shape[2] != k.shape[2] if is_cross is None else is_cross
         if torch.compiler.is_compiling():
             routed: Tensor = torch.ops.baatt.routed_attention(
@@ -250,8 +253,8 @@ class Handle:
                 return "the denoising step is not known: call handle.at_step(step, total) in the loop"
             if self.clock.share < policy.dense_steps:
                 return f"{BY_POLICY}one of the first steps"
-        if v.shape != k.shape or len({x.dtype for x in (q, k, v)}) > 1:
-            return "values of another width than keys, or other dtypes"
+        if len({x.dtype for x in (q, k, v)}) > 1:
+            return "queries, keys and values of different dtypes"
         if q.is_cuda and self.impl == "auto":
             backend = choose_backend("auto", q.device, Workload(q.dtype, q.shape[3], self.config.block_size, scale))
             if backend.name == "reference":  # which runs, but slower than dense attention

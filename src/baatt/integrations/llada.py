@@ -1,8 +1,172 @@
-"""Not written yet."""
+"""Remote code of the LLaDA family, whose blocks compute attention in a method `_scaled_dot_product_attention`.
 
-from typing import Any
+The method is overridden on the blocks of this instance. LLaDA's own code hands it no mask, so padding is attended to;
+here the `attention_mask` of the forward under way comes back as a key mask, unless the policy says no. A fork that
+hands its mask to the method keeps that one. Needs no transformers, whose versions this code is particular about.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from baatt.integrations.enable import Attachment
+from baatt.integrations.handle import Handle
+from baatt.integrations.masks import NO_MASK
+from baatt.integrations.sdpa import Current, SdpaCall, SdpaRoute
+
+METHOD = "_scaled_dot_product_attention"
+
+#: Parameters that tell LLaDA's method from others of that name.
+PARAMETERS = ("q", "k", "v", "attn_mask", "dropout_p", "is_causal")
+
+#: LLaDA's, where a config does not say.
+MASK_TOKEN_ID = 126336
 
 
 def recognises(model: Any) -> bool:
-    """Nothing."""
-    return False
+    """Whether it has blocks with LLaDA's method."""
+    return isinstance(model, nn.Module) and any(map(_is_block, model.modules()))
+
+
+def roots(model: nn.Module) -> list[nn.Module]:
+    """The model."""
+    return [model]
+
+
+def attach(model: nn.Module, handle: Handle) -> Attachment:
+    """Override the method on every block, and `forward` where the padding mask passes."""
+    blocks = [module for module in model.modules() if _is_block(module)]
+    mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
+    handle.clock.mask_token_id = MASK_TOKEN_ID if mask_token_id is None else mask_token_id
+    route, given = SdpaRoute(handle), Current[Tensor | None](None)
+    with ExitStack() as undo:
+        for layer, block in zip(layer_numbers(blocks, "layer_id"), blocks, strict=True):
+            undo.callback(override(block, METHOD, _routed(route, given, layer, getattr(block, METHOD))))
+        for module in owners(model, blocks) if handle.policy.recover_padding else []:
+            if "attention_mask" in inspect.signature(module.forward).parameters:
+                undo.callback(override(module, "forward", _remembering(given, module.forward)))
+        return Attachment(len(blocks), undo.pop_all().close, token_reader(model, handle))
+
+
+def override(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Put a function in place of a method of one instance; what is returned puts things back as they were."""
+    had, before = name in module.__dict__, module.__dict__.get(name)
+    module.__dict__[name] = function
+
+    def undo() -> None:
+        if had:
+            module.__dict__[name] = before
+        else:
+            module.__dict__.pop(name, None)
+
+    return undo
+
+
+def owners(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules with a forward in which all the given ones lie, the model first, the innermost last."""
+    wanted = set(modules)
+    around = [module for module in model.modules() if wanted <= set(module.modules())]
+    return [module for module in around if type(module).forward is not nn.Module.forward]
+
+
+def layer_numbers(modules: list[nn.Module], attribute: str) -> list[int]:
+    """The layers of modules by an attribute of theirs, or by their order if those are not 0, 1, ... in some order."""
+    numbers = [getattr(module, attribute, None) for module in modules]
+    if set(numbers) != set(range(len(modules))):
+        return list(range(len(modules)))
+    return cast(list[int], numbers)
+
+
+def argument(forward: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """Of a call (args, kwargs) of a function, the argument with a name; None if it is not given."""
+    names = list(inspect.signature(forward).parameters)
+    position = names.index(name) if name in names else None
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if position is not None and position < len(args):
+            return args[position]
+        return kwargs.get(name)
+
+    return read
+
+
+def token_reader(module: nn.Module, handle: Handle) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+    """Tells the clock of a handle the step by the tokens that a forward gets, unless it gets a part of them only."""
+    tokens, past = argument(module.forward, "input_ids"), argument(module.forward, "past_key_values")
+
+    def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = tokens(args, kwargs)
+        if found is not None and past(args, kwargs) is None:
+            handle.clock.read_tokens(found)
+
+    return read_step
+
+
+def _is_block(module: nn.Module) -> bool:
+    method = getattr(module, METHOD, None)
+    return callable(method) and set(PARAMETERS) <= set(inspect.signature(method).parameters)
+
+
+def _routed(
+    route: SdpaRoute, given: Current[Tensor | None], layer: int, native: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """The method of one block."""
+
+    @functools.wraps(native)
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **others: Any,
+    ) -> Tensor:
+        def dense() -> Tensor:
+            return native(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **others)
+
+        unknown = [name for name, value in others.items() if value is not None]
+        padding, mask = NO_MASK, given.get()
+        if attn_mask is None and mask is not None:
+            padding = route.key_mask(mask.to(q.device), k.shape[0], k.shape[2])  # blocks may be on several devices
+        refusal = f"arguments {unknown}" if unknown else padding.refusal
+        if refusal is not None:
+            route.handle.count_dense(layer, refusal)
+            return dense()
+        call = SdpaCall(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa=True)
+        return route.attention(call, dense, layer=layer, is_cross=False, key_mask=padding.mask)
+
+    return attention
+
+
+def _remembering(given: Current[Tensor | None], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that holds the padding mask it is given while it runs."""
+    read = argument(forward, "attention_mask")
+
+    @functools.wraps(forward)
+    def remembering(*args: Any, **kwargs: Any) -> Any:
+        mask = read(args, kwargs)
+        if not isinstance(mask, Tensor):
+            return forward(*args, **kwargs)
+        outer = given.get()
+        given.set(_padding(mask))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            given.set(outer)
+
+    return remembering
+
+
+def _padding(mask: Tensor) -> Tensor | None:
+    """A mask as LLaDA reads it, where 1 = attend; None for one without padding, unless a compiled graph hides that."""
+    if mask.ndim == 2 or not mask.is_floating_point():
+        mask = mask != 0
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return None
+    return mask

@@ -5,27 +5,126 @@ Calls with a causal flag, dropout or a mask that is no key mask stay as they are
 the context. Misses the fused path of `nn.MultiheadAttention` and code that calls FlashAttention itself.
 """
 
+import dataclasses
+import itertools
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from baatt.backend import IMPLS
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import Handle
-from baatt.integrations.masks import KeyMask, as_key_mask
+from baatt.integrations.handle import Handle, needs_gradients
+from baatt.integrations.masks import KeyMask, KeyMaskReader
+
+T = TypeVar("T")
+
+_numbers = itertools.count()
+_routes: "weakref.WeakValueDictionary[int, SdpaRoute]" = weakref.WeakValueDictionary()
+
+
+class SdpaCall(NamedTuple):
+    """The arguments of `scaled_dot_product_attention` by its own names."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+class Current(Generic[T]):
+    """A value that holds for the forward under way: each thread has its own, traced code sees the last one set."""
+
+    def __init__(self, default: T) -> None:
+        self.last = self.default = default
+        self._own = threading.local()
+
+    def set(self, value: T) -> None:
+        """Hold another value."""
+        self.last = value
+        if not torch.compiler.is_compiling():
+            self._own.value = value
+
+    def get(self) -> T:
+        """The value that this thread holds."""
+        if torch.compiler.is_compiling():
+            return self.last
+        value: T = getattr(self._own, "value", self.default)
+        return value
+
+
+class SdpaRoute:
+    """Brings calls with the arguments of `scaled_dot_product_attention` to a handle.
+
+    Args:
+        handle: decides and counts.
+        key_mask: (mask, B, M) -> the key mask of a call; None = a `KeyMaskReader`.
+    """
+
+    def __init__(self, handle: Handle, key_mask: Callable[[Tensor | None, int, int], KeyMask] | None = None) -> None:
+        self.handle = handle
+        self.key_mask = KeyMaskReader() if key_mask is None else key_mask
+        self.number = next(_numbers)
+        _routes[self.number] = self
+
+    def attention(
+        self,
+        call: SdpaCall,
+        dense: Callable[[], Tensor],
+        *,
+        layer: int | None,
+        is_cross: bool | None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of one call; `dense` is the code's own, `layer` and `is_cross` are as `Handle.attention`.
+
+        A mask is looked at when the call runs: in a compiled graph it goes with the call through one opaque operator.
+        `key_mask` [B, M] is one that the caller has found out and the code does not know: then there is none in the
+        call, and dense attention takes it too.
+        """
+        refusal = _refusal(call)
+        if refusal is not None:
+            self.handle.count_dense(layer, refusal)
+            return dense()
+        q, k, v, mask = _under_autocast(call)
+        if mask is not None:
+            if torch.compiler.is_compiling():
+                if needs_gradients(q, k, v, mask):
+                    return dense()
+                crosses = q.shape[2] != k.shape[2] if is_cross is None else is_cross
+                routed: Tensor = torch.ops.baatt.routed_masked_attention(
+                    q, k, v, mask, call.scale, -1 if layer is None else layer, crosses, self.number
+                )
+                return routed
+            found = self.key_mask(mask, k.shape[0], k.shape[2])
+            if found.refusal is not None:
+                self.handle.count_dense(layer, found.refusal)
+                return dense()
+            key_mask = found.mask
+        return self.handle.attention(
+            q, k, v, layer=layer, key_mask=key_mask, scale=call.scale, is_cross=is_cross,
+            dense=dense if mask is not None or key_mask is None else None,
+        )  # fmt: skip
 
 
 class SparseSDPA(TorchFunctionMode):
-    """Sends calls to a handle.
+    """Sends calls of `scaled_dot_product_attention` to a handle.
 
     Args:
         handle: decides and counts.
         layer: number of the layer that is running, or None; asked at every call.
         is_cross: as `Handle.attention`; None tells by the numbers of queries and keys.
-        key_mask: (mask, B, M) -> the key mask of a call; an adapter that knows better than the mask gives its own.
+        key_mask: as `SdpaRoute`.
     """
 
     def __init__(
@@ -34,37 +133,24 @@ class SparseSDPA(TorchFunctionMode):
         *,
         layer: Callable[[], int | None] = lambda: None,
         is_cross: bool | None = None,
-        key_mask: Callable[[Tensor | None, int, int], KeyMask] = as_key_mask,
+        key_mask: Callable[[Tensor | None, int, int], KeyMask] | None = None,
     ) -> None:
         super().__init__()
-        self.handle, self.layer, self.is_cross, self.key_mask = handle, layer, is_cross, key_mask
+        self.layer, self.is_cross = layer, is_cross
+        self.route = SdpaRoute(handle, key_mask)
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Route `scaled_dot_product_attention`; everything else is called as it is."""
         kwargs = {} if kwargs is None else kwargs
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v, mask, dropout, causal, scale = _arguments(*args, **kwargs)
-        refusal = None
-        found = KeyMask(None, None)
-        if q.ndim != 4 or k.ndim != 4 or q.shape[1] % k.shape[1]:
-            refusal = "tensors that are not [B, H, N, D]"
-        elif causal:
-            refusal = "causal attention"
-        elif dropout > 0:
-            refusal = "dropout"
-        else:
-            found = self.key_mask(mask, k.shape[0], k.shape[2])
-            refusal = found.refusal
-        if refusal is not None:
-            self.handle.count_dense(self.layer(), refusal)
-            return func(*args, **kwargs)
-        return self.handle.attention(
-            q, k, v, layer=self.layer(), key_mask=found.mask, scale=scale, is_cross=self.is_cross,
-            dense=lambda: func(*args, **kwargs),
-        )  # fmt: skip
+        if func is F.scaled_dot_product_attention:
+            return self.route.attention(
+                SdpaCall(*args, **kwargs), lambda: func(*args, **kwargs), layer=self.layer(), is_cross=self.is_cross
+            )
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # the method calls super(), which cannot be traced here
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -87,27 +173,89 @@ def sparse_sdpa(
     """
     if not isinstance(config, BAAttConfig):
         raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
     policy = Policy() if policy is None else policy
     if policy.dense_layers:
         raise ValueError(
             f"policy.dense_layers must be empty: a call does not tell its layer, got {policy.dense_layers}"
         )
     if min_length is not None:
-        policy = Policy(**{**vars(policy), "min_length": min_length})
+        policy = dataclasses.replace(policy, min_length=min_length)
     handle = Handle(config, policy, impl=impl)
     with SparseSDPA(handle):
         yield handle
 
 
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None]:
-    """The arguments of `scaled_dot_product_attention` by its own names."""
-    return query, key, value, attn_mask, dropout_p, is_causal, scale
+def _refusal(call: SdpaCall) -> str | None:
+    """Why a call stays dense whatever the handle says, or None; a call that is an error gets it from torch itself."""
+    q, k, v, mask = call[:4]
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or len({x.shape[0] for x in (q, k, v)}) > 1:
+        return "tensors that are not [B, H, N, D]"
+    if 0 in q.shape or 0 in k.shape:
+        return "tensors without elements"
+    if k.shape[3] != q.shape[3] or v.shape != k.shape:
+        return "values of another shape than keys, or keys of another width than queries"
+    if q.shape[1] != k.shape[1] and (not call.enable_gqa or q.shape[1] % k.shape[1]):
+        return "fewer heads of keys than of queries without enable_gqa"
+    if call.is_causal:
+        return "causal attention"
+    if call.dropout_p > 0:
+        return "dropout"
+    if mask is not None:
+        fitting = zip(reversed(mask.shape), (k.shape[2], *reversed(q.shape[:3])), strict=False)
+        if mask.ndim not in (2, 3, 4) or any(size not in (1, full) for size, full in fitting):
+            return f"a mask of shape {tuple(mask.shape)}"
+    return None
+
+
+def _under_autocast(call: SdpaCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v and the mask with 4 axes, in the dtype in which autocast would have the function run."""
+    q, k, v, mask = call[:4]
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v, mask
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    if mask is not None and mask.dtype not in (torch.bool, torch.float64):
+        mask = mask.to(dtype)
+    return q, k, v, mask
+
+
+@torch.library.custom_op("baatt::routed_masked_attention", mutates_args=())
+def _routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    layer: int,
+    is_cross: bool,
+    route: int,
+) -> Tensor:
+    """`SdpaRoute.attention` of a call with a mask as one node of a compiled graph; layer -1: not known."""
+
+    def dense() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+    found = _routes[route]
+    call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=True)
+    return found.attention(call, dense, layer=None if layer < 0 else layer, is_cross=is_cross).contiguous()
+
+
+@_routed.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    layer: int,
+    is_cross: bool,
+    route: int,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
