@@ -32,13 +32,23 @@ class Environment(NamedTuple):
     tests: tuple[str, ...]
 
 
-HOOKS = ("test_enable.py", "test_llada.py", "test_remote_sdpa.py", "test_sdpa.py", "test_transformers.py")
-#: Versions of what a library pins itself are those its own metadata asks for.
+HOOKS = (
+    "test_enable.py",
+    "test_llada.py",
+    "test_remote_sdpa.py",
+    "test_sdpa.py",
+    "test_masks.py",
+    "test_transformers.py",
+)
+VIDEO = ("test_diffusers.py", "test_llada2_pipeline.py", "test_video.py", "test_vllm_omni.py")
 ENVIRONMENTS = {
-    "installed": Environment((), (*HOOKS, "test_diffusers.py", "test_llada2_pipeline.py", "test_vllm_omni.py")),
-    "transformers 5.17": Environment(("transformers==5.17.0",), HOOKS),
+    "installed": Environment((), HOOKS + VIDEO),
+    # With the newest versions of what they depend on that their metadata allows.
+    "transformers 5.17": Environment(
+        ("transformers==5.17.0", "huggingface-hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9"), HOOKS
+    ),
     "transformers 4.57": Environment(
-        ("transformers==4.57.6", "huggingface-hub==0.36.0", "tokenizers==0.22.1"), HOOKS
+        ("transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"), HOOKS
     ),
 }  # fmt: skip
 

@@ -190,6 +190,27 @@ def short_queries(record: Record) -> str:
     )
 
 
+def compatibility(record: Record) -> str:
+    """Tests of the integrations by library version: a row per test file, a column per environment."""
+    names = [one["environment"] for one in record["records"]]
+    files = list(dict.fromkeys(name for one in record["records"] for name in one["files"]))
+
+    def outcome(one: Record, name: str) -> str:
+        if name not in one["files"]:
+            return "-"
+        row = one["files"][name]
+        skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
+        return f"{row['passed']} passed{skipped}" + (f", **{row['failed']} failed**" if row["failed"] else "")
+
+    rows = [[f"`{name}.py`", *(outcome(one, name) for one in record["records"])] for name in files]
+    libraries = [
+        [name, *(f"{one['libraries'][name]}" for one in record["records"])]
+        for name in record["records"][0]["libraries"]
+    ]
+    caption = "Tests are skipped where a version lacks the model or the feature they are about. `-`: not run there."
+    return "\n\n".join([table(["", *names], [*libraries, *rows]), caption, provenance(record)])
+
+
 def settings_of_command(command: str) -> list[str]:
     """The settings that a call of training/evaluate.py asked for."""
     words = shlex.split(command)

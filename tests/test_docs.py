@@ -31,8 +31,6 @@ SAFE = "sort=k,segment=256,dense_layers=0+1"
 #: The same dense layers and longer segments: better by RULER's measure, worse word for word.
 LONGER = "sort=k,segment=1024,dense_layers=0+1"
 PAPER = "sort=qk,segment=1024"
-#: Rooms that docs/design.md announces.
-PLANNED = {"src/baatt/integrations", "src/baatt/distributed.py"}
 
 
 def read(document: str) -> str:
@@ -121,7 +119,7 @@ def test_the_file_map_names_existing_paths():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_in_backticks_exist(document):
     for path in set(re.findall(r"`([\w./-]+)`", read(document))):
-        if path.startswith(ROOMS) and not path.startswith(GENERATED) and path.rstrip("/") not in PLANNED:
+        if path.startswith(ROOMS) and not path.startswith(GENERATED):
             assert (ROOT / path).exists(), path
 
 

@@ -136,9 +136,10 @@ def test_refusals(model):
 
 
 def test_a_forward_with_gradients_is_dense_and_warned_of(model, tokens):
-    with baatt.enable(model, HALF) as handle:
-        with pytest.warns(NoSparseAttentionWarning, match="gradients are asked for"):
-            model(tokens).sum().backward()
+    handle = baatt.enable(model, HALF)
+    with pytest.warns(NoSparseAttentionWarning, match="gradients are asked for"):
+        model(tokens).sum().backward()
+    handle.disable()
     assert handle.dense_calls == 3
     assert model.transformer.wte.weight.grad is not None
 

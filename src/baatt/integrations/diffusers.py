@@ -1,8 +1,196 @@
-"""Not written yet."""
+"""Transformers of diffusers and pipelines around them; a pipeline around a language model goes to that model's adapter.
 
+Every self-attention layer gets a stand-in for its processor that says which layer runs. The call then arrives as a
+backend of diffusers' dispatch, or through `SparseSDPA` from processors that call SDPA themselves (CogVideoX, SD3) and
+where the dispatch has changed. The backend is a member of diffusers' closed enum, one a handle, which no list shows: so
+two pipelines share nothing, and cross-attention, text encoders and the VAE stay as they are. In a compiled graph the
+layer goes along as a tensor, so one graph serves all blocks of `compile_repeated_blocks`; a number, a hook or a context
+variable would be part of the graph. Does not know ring attention.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baatt.integrations.diffusers_route import Route, parameters, uncompiled
+from baatt.integrations.enable import Attachment, find_adapter
+from baatt.integrations.handle import Handle
+from baatt.integrations.steps import StepClock
+
+#: Paths of attention over text alone, before it meets the latents: short, and no layer of the denoiser.
+TEXT_ONLY = re.compile("text|txt|token_refiner|perceiver")
 
 
 def recognises(model: Any) -> bool:
-    """Nothing."""
-    return False
+    """Whether it is a pipeline of diffusers, or a transformer with processors in its self-attention layers."""
+    if _is_a(model, "DiffusionPipeline"):
+        return True
+    if not isinstance(model, nn.Module):
+        return False
+    inner = uncompiled(model)
+    module = type(inner).__module__
+    is_transformer = not module.startswith("diffusers.") or module.startswith("diffusers.models.transformers.")
+    return is_transformer and _is_a(inner, "ModelMixin") and bool(_layers(model))
+
+
+def roots(model: Any) -> list[nn.Module]:
+    """The transformer, those of a pipeline (Wan 2.2 has two), or the roots of a pipeline's language model.
+
+    Raises:
+        ValueError: a pipeline that denoises with something else.
+    """
+    if isinstance(model, nn.Module):
+        return [model]
+    if _language_model(model) is not None:
+        return find_adapter(model.model).roots(model.model)
+    found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
+    transformers = [module for module in found if module is not None]
+    if not transformers or not all(map(recognises, transformers)):
+        raise ValueError(
+            "model must be a pipeline that denoises with a transformer of diffusers or with a language model, "
+            f"got {type(model).__name__} with {[type(module).__name__ for module in transformers] or 'none'}"
+        )
+    return transformers
+
+
+def attach(model: Any, handle: Handle) -> Attachment:
+    """Put a stand-in in the place of the processor of every self-attention layer.
+
+    Raises:
+        ValueError: ring attention, two transformers of different depth, or an order that puts the text elsewhere.
+    """
+    if not isinstance(model, nn.Module) and _language_model(model) is not None:
+        return _attach_to_language_model(model, handle)
+    transformers = roots(model)
+    found = [_layers(root) for root in transformers]
+    counts = {1 + max(number for number, _ in layers) for layers in found}
+    if len(counts) > 1:
+        raise ValueError(f"transformer and transformer_2 must have equally many layers, got {sorted(counts)}")
+    route = Route(handle, lambda: getattr(model, "scheduler", None))
+    handle.clock = StepClock(schedule=route.timesteps)
+    with ExitStack() as undo:
+        undo.callback(route.take_order(transformers[0]))
+        undo.callback(route.register())
+        for root in transformers:
+            undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
+        formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
+        for number, attention in (layer for layers in found for layer in layers):
+            undo.callback(_stand_in(attention, number, route, formers))
+        read_step = functools.partial(route.read_step, parameters(transformers[0]))
+        return Attachment(counts.pop(), undo.pop_all().close, read_step)
+
+
+class _StandIn:
+    """Calls a processor and says before which layer it is. Attributes are the processor's own, to read and to write."""
+
+    def __init__(self, processor: Any, route: Route, layer: Tensor, former: Any) -> None:
+        self.__dict__.update(processor=processor, route=route, layer=layer, former=former)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "processor":  # of an unfinished copy
+            raise AttributeError(name)
+        return getattr(self.processor, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.processor, name, value)
+
+
+@functools.cache
+def _stand_in_for(kind: type) -> type[_StandIn]:
+    """The stand-in of a class of processors, with the signature of its call: attention layers drop other arguments."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        processor, route = self.processor, self.route
+        _refuse_ring(processor)
+        route.layer, route.former = self.layer, self.former
+        try:
+            if route.member is not None and hasattr(processor, "_attention_backend"):
+                return processor(*args, **kwargs)
+            with route.mode:
+                return processor(*args, **kwargs)
+        finally:
+            route.layer = None
+
+    return type(f"StandIn{kind.__name__}", (_StandIn,), {"__call__": functools.wraps(kind.__call__)(call)})
+
+
+def _stand_in(attention: Any, number: int, route: Route, formers: dict[int, Any]) -> Callable[[], None]:
+    """Replace the processor of an attention layer; returns what puts it back."""
+    processor = attention.processor
+    _refuse_ring(processor)
+    place, own = attention.__dict__, vars(processor)
+    absent = object()
+    before = place.get("processor", absent)  # a processor that is a module is not there
+    backend = own.get("_attention_backend", absent)
+    sets_backend = (
+        route.member is not None and hasattr(processor, "_attention_backend") and id(processor) not in formers
+    )
+    former = formers.setdefault(id(processor), getattr(processor, "_attention_backend", None))
+    kind: Any = type(processor)
+    stand_in = _stand_in_for(kind)(processor, route, torch.tensor(number), former)
+    place["processor"] = stand_in
+    if sets_backend:
+        processor._attention_backend = route.member
+
+    def undo() -> None:
+        if sets_backend and own.get("_attention_backend") is route.member:
+            own.pop("_attention_backend") if backend is absent else own.update(_attention_backend=backend)
+        if place.get("processor") is stand_in:
+            place.pop("processor") if before is absent else place.update(processor=before)
+
+    return undo
+
+
+def _refuse_ring(processor: Any) -> None:
+    config = getattr(getattr(processor, "_parallel_config", None), "context_parallel_config", None)
+    degree = 1 if config is None else config.ring_degree
+    if degree > 1:
+        raise ValueError(
+            "ring_degree must be 1: blocks are selected from all keys of a head, which no process of a ring has; "
+            f"use ulysses_degree, got ring_degree={degree}"
+        )
+
+
+def _layers(root: nn.Module) -> list[tuple[int, nn.Module]]:
+    """Self-attention modules in order, with the number of the block that they stand in."""
+    numbers: dict[str, int] = {}
+    found = []
+    for name, module in root.named_modules():
+        block = re.match(r".*\.\d+(?=\.)", name)
+        if block is None or TEXT_ONLY.search(name) or not callable(getattr(module, "processor", None)):
+            continue
+        if not _is_cross(module, name.rpartition(".")[2]):
+            found.append((numbers.setdefault(block[0], len(numbers)), module))
+    return found
+
+
+def _is_cross(module: nn.Module, name: str) -> bool:
+    """Whether it attends to another sequence: it says so, or its name does by diffusers' custom."""
+    told = getattr(module, "is_cross_attention", None)
+    return bool(told) if told is not None else "cross" in name or "_to_" in name or name.endswith("attn2")
+
+
+def _attach_to_language_model(pipeline: Any, handle: Handle) -> Attachment:
+    """Attach to the model of a pipeline. Its step is the share of a block's masks that are gone: blocks are loops."""
+    attachment = find_adapter(pipeline.model).attach(pipeline.model, handle)
+    mask_token_id = getattr(pipeline, "mask_token_id", None)
+    if mask_token_id is not None:
+        handle.clock.mask_token_id = mask_token_id
+    return attachment
+
+
+def _language_model(pipeline: Any) -> nn.Module | None:
+    """The model of a pipeline that has no transformer of diffusers."""
+    model = getattr(pipeline, "model", None)
+    has_transformer = getattr(pipeline, "transformer", None) is not None
+    return model if isinstance(model, nn.Module) and not has_transformer else None
+
+
+def _is_a(model: Any, name: str) -> bool:
+    """Whether a class of diffusers by that name is among its bases."""
+    return any(base.__name__ == name and base.__module__.startswith("diffusers.") for base in type(model).__mro__)

@@ -42,9 +42,11 @@ class StepClock:
         self.share, self.told = step / total, True
 
     def read_timestep(self, timestep: Any) -> None:
-        """From a diffusion transformer's `timestep`, a number or a tensor of equal ones."""
-        now = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        """From a diffusion transformer's `timestep`, a number or a tensor; of one timestep a token the largest counts."""
+        now = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         schedule = self._schedule() if self._schedule is not None else None
+        if isinstance(schedule, Tensor):
+            schedule = schedule.tolist()  # one wait for the device instead of one an entry
         if schedule is None or len(schedule) == 0:
             self.share = min(max(1 - now / TRAINING_TIMESTEPS, 0.0), 1.0)
             return

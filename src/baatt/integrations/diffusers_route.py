@@ -1,0 +1,328 @@
+"""How the attention calls of a diffusers transformer come to a handle, and what a forward of it tells.
+
+In: the arguments of a forward, and calls with query [B, N, H, D]. Out: attention of the same shape. Registers one
+backend with diffusers' dispatch while it is attached. Knows the layers of a model only by the number that is set before
+a call.
+"""
+
+import importlib
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from baatt.integrations.handle import Handle, needs_gradients
+from baatt.integrations.sdpa import SdpaCall, SdpaRoute, SparseSDPA
+from baatt.integrations.steps import TRAINING_TIMESTEPS
+from baatt.integrations.video import VideoTiles
+
+#: Names under which a forward takes the timestep.
+TIMESTEPS = ("timestep", "timesteps", "t")
+#: Video transformers that have the text before the latents; others that have it in one sequence have it behind them.
+TEXT_BEFORE = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
+#: What diffusers keeps its backends in.
+TABLES = ("_backends", "_constraints", "_supported_arg_names")
+
+_routes: "weakref.WeakValueDictionary[int, Route]" = weakref.WeakValueDictionary()
+
+
+class Route(SdpaRoute):
+    """Brings the attention calls of all layers of a handle to it, with what the calls themselves do not tell.
+
+    Args:
+        handle: decides and counts.
+        scheduler: asked for the pipeline's scheduler, or None, at every forward.
+    """
+
+    def __init__(self, handle: Handle, scheduler: Callable[[], Any]) -> None:
+        super().__init__(handle)
+        self.scheduler = scheduler
+        # Of the processor that runs: its layer [] int64, and the backend that it had.
+        self.layer: Tensor | None = None
+        self.former: Any = None
+        # Of the forward that runs: whether it is traced, and then its frames, rows and columns, [3] int64.
+        self.is_traced = False
+        self.grid: Tensor | None = None
+        # A `VideoTiles` that came without a grid.
+        self.tiles: VideoTiles | None = None
+        # diffusers' dispatch and our member of its enum.
+        self.dispatch: Any = None
+        self.member: Any = None
+        self.mode = SparseSDPA(handle)
+        self.mode.route = self
+        _routes[handle.number] = self
+
+    # What a forward tells.
+
+    def take_order(self, transformer: nn.Module) -> Callable[[], None]:
+        """Take over a `VideoTiles` that has no grid; returns what gives it back.
+
+        Raises:
+            ValueError: it has the text on another side than the transformer.
+        """
+        order, name = self.handle.order, type(uncompiled(transformer)).__name__
+        if not isinstance(order, VideoTiles):
+            return lambda: None
+        if name in TEXT_BEFORE and order.text != "before":
+            raise ValueError(f"order must be VideoTiles(text='before') for {name}, got text={order.text!r}")
+        former = order.grid
+        self.tiles = order if former is None else None
+        return lambda: setattr(order, "grid", former)
+
+    def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward of a transformer: the grid of its latents.
+
+        Raises:
+            ValueError: `VideoTiles` without a grid, for latents that do not show theirs.
+        """
+        self.is_traced = torch.compiler.is_compiling()
+        if self.tiles is None:
+            return
+        grid = latent_grid(module, args, kwargs)
+        if grid is None and self.tiles.grid is None:
+            raise ValueError(
+                f"order must have a grid for {type(module).__name__}, whose latents do not show theirs: "
+                "set VideoTiles.grid to the numbers of frames, rows and columns"
+            )
+        self.grid = None
+        if grid is not None and self.is_traced:  # traced code must not change the order: the graph does when it runs
+            self.grid = torch.tensor(grid, device="cpu")
+        elif grid is not None:
+            self.tiles.grid = grid
+
+    def timesteps(self) -> Any:
+        """Schedule of the pipeline, or None."""
+        return getattr(self.scheduler(), "timesteps", None)
+
+    def read_step(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the clock: from the scheduler's own count where it has one, else from the timestep of the forward."""
+        if self._read_scheduler(at_start=None):
+            return
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        timestep = next((given[name] for name in TIMESTEPS if given.get(name) is not None), None)
+        if timestep is not None:
+            self.handle.clock.read_timestep(training_timestep(timestep, self.timesteps()))
+
+    def _read_scheduler(self, at_start: int | None) -> bool:
+        """Take the scheduler's index, `at_start` while it has none; whether there was one."""
+        scheduler, timesteps = self.scheduler(), self.timesteps()
+        index = getattr(scheduler, "step_index", None)
+        if index is None and hasattr(scheduler, "step_index"):
+            index = at_start
+        if index is None or timesteps is None or not 0 <= index < len(timesteps):
+            return False  # past the end: the loop is over, and this forward belongs to none
+        self.handle.clock.share = index / len(timesteps)
+        return True
+
+    # What a call goes through.
+
+    def attention(
+        self,
+        call: SdpaCall,
+        dense: Callable[[], Tensor],
+        *,
+        layer: int | None = None,
+        is_cross: bool | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`SdpaRoute.attention`, with the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
+        if not torch.compiler.is_compiling():
+            number = None if self.layer is None else int(self.layer)
+            return super().attention(call, dense, layer=number, is_cross=is_cross, key_mask=key_mask)
+        q, k, v, mask = call[:4]
+        if self.layer is None or call.is_causal or call.dropout_p > 0 or v.shape != k.shape or needs_gradients(q, k, v):
+            return dense()
+        routed: Tensor = torch.ops.baatt.routed_layer_attention(
+            q, k, v, mask, call.scale, self.layer, self.grid, self.is_traced, self.handle.number
+        )
+        return routed
+
+    def compiled(self, call: SdpaCall, layer: int, grid: Tensor | None, is_traced: bool) -> Tensor:
+        """A call of a compiled graph, when the graph runs."""
+        if self.tiles is not None and grid is not None:
+            frames, rows, columns = grid.tolist()
+            self.tiles.grid = (frames, rows, columns)
+        clock = self.handle.clock
+        if is_traced and self.handle.policy.dense_steps > 0 and not clock.told:
+            # No hook has run. Before its first step a scheduler has no index.
+            self._read_scheduler(at_start=getattr(self.scheduler(), "begin_index", None) or 0)
+        q, k, v, mask = call[:4]
+
+        def dense() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa)
+
+        return super().attention(call, dense, layer=layer, is_cross=None).to(q.dtype).contiguous()
+
+    # The backend.
+
+    def register(self) -> Callable[[], None]:
+        """Register a backend with diffusers, if it is built as we know it; returns what takes it away."""
+        dispatch = _dispatch()
+        if dispatch is None:
+            return lambda: None
+        names, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
+        value = f"ba_att_{self.handle.number}"
+        member = str.__new__(names, value)
+        member._name_, member._value_, member.__objclass__ = value.upper(), value, names
+        self.dispatch, self.member = dispatch, member
+        registry.register(member, supports_context_parallel=True)(self.backend)
+
+        def undo() -> None:
+            for table in TABLES:
+                getattr(registry, table).pop(member, None)
+            registry._supports_context_parallel.discard(value)
+
+        return undo
+
+    def backend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        """What diffusers calls: query [B, N, H, D], key and value [B, M, G, D], to [B, N, H, D]."""
+        call = SdpaCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if self.layer is None:  # a layer that we did not attach to uses the same processor
+            return self._native(call, _parallel_config)
+        if _parallel_config is None:
+            return self._local(None, *call)
+        if needs_gradients(query, key, value):
+            self.handle.count_dense(int(self.layer), "gradients are asked for: call the model under torch.no_grad()")
+            return self._native(call, _parallel_config)
+        gathered: Tensor = self.dispatch._templated_context_parallel_attention(
+            *call, False, forward_op=self._local, backward_op=_no_backward, _parallel_config=_parallel_config
+        )
+        return gathered
+
+    def _local(self, context: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any, **_: Any) -> Tensor:
+        """All of a sequence, for the heads that this process has; `options` are the fields of `SdpaCall` in order.
+
+        The signature is that of the forward functions that diffusers' context parallelism calls.
+        """
+        call = SdpaCall(query, key, value, *options[: len(SdpaCall._fields) - 3])
+        q, k, v = (rearrange(x, "b n h d -> b h n d") for x in call[:3])
+        mask = call.attn_mask
+        if mask is not None and mask.shape == (key.shape[0], key.shape[1]):  # as diffusers' native backend reads it
+            mask = rearrange(mask, "b m -> b 1 1 m")
+        out = self.attention(
+            call._replace(query=q, key=k, value=v, attn_mask=mask),
+            lambda: rearrange(self._native(call, None), "b n h d -> b h n d"),
+        )
+        return rearrange(out, "b h n d -> b n h d").contiguous()
+
+    def _native(self, call: SdpaCall, parallel_config: Any) -> Tensor:
+        """What the processor would have called."""
+        out: Tensor = self.dispatch.dispatch_attention_fn(*call, backend=self.former, parallel_config=parallel_config)
+        return out
+
+
+@torch.library.custom_op("baatt::routed_layer_attention", mutates_args=())
+def _routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    layer: Tensor,
+    grid: Tensor | None,
+    is_traced: bool,
+    handle: int,
+) -> Tensor:
+    """`Route.attention` as one node of a compiled graph."""
+    call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _routes[handle].compiled(call, int(layer), grid, is_traced)
+
+
+@_routed.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    layer: Tensor,
+    grid: Tensor | None,
+    is_traced: bool,
+    handle: int,
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _no_backward(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("sparse attention has no gradient: call the model under torch.no_grad()")
+
+
+def _dispatch() -> Any:
+    """diffusers' dispatch, or None where it is not what we know."""
+    try:
+        dispatch: Any = importlib.import_module("diffusers.models.attention_dispatch")
+    except ImportError:
+        return None
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    names = ("AttentionBackendName", "dispatch_attention_fn", "_templated_context_parallel_attention")
+    is_known = (
+        all(hasattr(dispatch, name) for name in names)
+        and all(isinstance(getattr(registry, table, None), dict) for table in TABLES)
+        and isinstance(getattr(registry, "_supports_context_parallel", None), set)
+    )
+    return dispatch if is_known else None
+
+
+def latent_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Frames, rows and columns of latent tokens in a forward, or None where it does not show them.
+
+    Most models are given latents [B, C, T, H, W], CogVideoX [B, T, C, H, W], and cut patches of `config.patch_size`
+    (three numbers, or one for rows and columns) and `config.patch_size_t`; LTX is given tokens and the three numbers.
+    """
+    given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
+    latents = given.get("hidden_states")
+    if not isinstance(latents, Tensor):
+        return None
+    if latents.ndim == 3 and all(isinstance(given.get(name), int) for name in ("num_frames", "height", "width")):
+        return given["num_frames"], given["height"], given["width"]
+    config = uncompiled(module).config
+    channels, patch = getattr(config, "in_channels", None), getattr(config, "patch_size", None)
+    if latents.ndim != 5 or patch is None or channels not in latents.shape[1:3]:
+        return None
+    frames = latents.shape[2 if latents.shape[1] == channels else 1]
+    if isinstance(patch, int):
+        patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
+    return frames // patch[0], latents.shape[3] // patch[1], latents.shape[4] // patch[2]
+
+
+def training_timestep(timestep: Any, schedule: Any) -> float:
+    """A timestep as schedulers count it, from 1000: Flux is given a thousandth of it, Lumina what is missing to 1."""
+    is_whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
+    # One value a token where an image is given: its tokens have none to go.
+    value = float(timestep.max() if isinstance(timestep, Tensor) else timestep)
+    if is_whole or value > 1:
+        return value
+    if schedule is None or len(schedule) == 0:
+        return value * TRAINING_TIMESTEPS
+    known: list[float] = torch.as_tensor(schedule, dtype=torch.float64).tolist()
+
+    def distance(candidate: float) -> float:
+        return min(abs(candidate - one) / max(abs(one), 1e-3) for one in known)
+
+    return min((value, value * TRAINING_TIMESTEPS, (1 - value) * TRAINING_TIMESTEPS), key=distance)
+
+
+def parameters(module: nn.Module) -> list[str]:
+    """Names of the arguments of a forward."""
+    return list(inspect.signature(type(uncompiled(module)).forward).parameters)[1:]
+
+
+def uncompiled(module: nn.Module) -> Any:
+    """What `torch.compile` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
