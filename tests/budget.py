@@ -30,7 +30,9 @@ def assert_within_budget(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
     assert error <= limit, f"error {error:.3e} exceeds the budget {limit:.3e}"
 
 
-def assert_float64_within_budget(actual: Tensor, eager: Tensor, exact: "numpy.typing.NDArray[numpy.longdouble]") -> None:
+def assert_float64_within_budget(
+    actual: Tensor, eager: Tensor, exact: "numpy.typing.NDArray[numpy.longdouble]"
+) -> None:
     """The same budget for float64, against something more exact: x86's 80-bit numbers of the same shape."""
     assert actual.dtype == eager.dtype == torch.float64
     assert actual.shape == exact.shape == eager.shape

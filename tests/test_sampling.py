@@ -65,7 +65,7 @@ class Known:
         self.prompt_length = prompt_length
         self.inputs: list[Tensor] = []
         self.masks: list[Tensor | None] = []
-        self.starts: list[int] = []
+        self.spans: list[tuple[int, int]] = []
         self.evaluated: list[list[int]] = []
 
     def __call__(
@@ -74,17 +74,18 @@ class Known:
         attention_mask: Tensor | None = None,
         *,
         attention: Sequence[AttentionFunction],
-        logits_from: int = 0,
+        logits_from: int,
+        logits_to: int,
     ) -> Tensor:
         assert len(attention) == CONFIG.n_layers
         self.inputs.append(input_ids.clone())
         self.masks.append(attention_mask)
-        self.starts.append(logits_from)
+        self.spans.append((logits_from, logits_to))
         # Rows that are finished are left out: those that are there are known by their prompts.
         prompts = [row[: self.prompt_length].tolist() for row in self.inputs[0]]
         rows = [prompts.index(row[: self.prompt_length].tolist()) for row in input_ids]
         self.evaluated.append(rows)
-        return self.table[rows, logits_from - self.prompt_length :]
+        return self.table[rows, logits_from - self.prompt_length : logits_to - self.prompt_length]
 
 
 def known(probability: list[list[float]], prompt_length: int = 2) -> tuple[Known, Tensor, Tensor]:
@@ -132,6 +133,8 @@ def test_equals_hand_written_sampler(steps: int, gen_length: int, block_length: 
     assert torch.equal(result.tokens, expected)
     assert result.steps == min(steps, gen_length)
     assert result.seconds > 0
+    assert (result.full_evaluations, result.cached_evaluations) == (result.steps, 0)
+    assert result.tokens_per_second == 2 * gen_length / result.seconds
     assert len(set(expected.flatten().tolist())) > 2  # the model is not constant
 
 
@@ -163,7 +166,7 @@ def test_surest_first_block_by_block() -> None:
     result = generate(model, prompt, config=SamplerConfig(steps=8, gen_length=8, block_length=4))
     assert torch.equal(result.tokens, tokens)
     assert result.unmasked_at.tolist() == [[3, 0, 2, 1, 4, 7, 5, 6]]
-    assert model.starts == [2] * 4 + [6] * 4  # no logits before the block
+    assert model.spans == [(2, 6)] * 4 + [(6, 10)] * 4  # no logits outside of the block
     assert [int((x == MASK).sum()) for x in model.inputs] == [8, 7, 6, 5, 4, 3, 2, 1]
     assert all(torch.equal(x[:, :2], prompt) for x in model.inputs)
 
@@ -377,9 +380,11 @@ def test_inputs_are_not_changed_and_mask_ids_in_the_prompt_stay() -> None:
 SPARSE = BAAttConfig(block_size=16, sparsity=0.5, segment=None)
 
 
-def pattern(policy: Policy, *, step: int = 0, total: int = 10, length: int = 100, layers: int = 4) -> str:
+def pattern(
+    policy: Policy, *, step: int = 0, total: int = 10, length: int = 100, layers: int = 4, queries: int | None = None
+) -> str:
     functions = layer_attention(
-        SPARSE, policy, layers=layers, step=step, total_steps=total, length=length, impl="reference"
+        SPARSE, policy, layers=layers, step=step, total_steps=total, length=length, impl="reference", queries=queries
     )
     for function in functions:
         if function is not dense_attention:
@@ -398,6 +403,10 @@ def test_layer_attention_follows_the_policy() -> None:
     assert pattern(Policy(dense_steps=0.0), step=0) == "ssss"
     assert pattern(Policy(min_length=100), length=99) == "dddd"
     assert pattern(Policy(min_length=100), length=100) == "ssss"
+    assert pattern(Policy(min_queries=60), queries=59) == "dddd"
+    assert pattern(Policy(min_queries=60), queries=60) == "ssss"
+    assert pattern(Policy(min_queries=200), queries=100) == "ssss"  # as many queries as keys
+    assert pattern(Policy(min_queries=200)) == "ssss"
     dense = layer_attention(None, Policy(), layers=2, step=0, total_steps=1, length=9, impl="auto")
     assert dense == [dense_attention] * 2
 
@@ -474,7 +483,7 @@ def test_defaults_are_lladas() -> None:
     config = SamplerConfig()
     assert (config.steps, config.gen_length, config.block_length) == (128, 128, 128)
     assert (config.temperature, config.cfg_scale, config.remasking) == (0.0, 0.0, "low_confidence")
-    assert (config.threshold, config.seed) == (None, 0)
+    assert (config.threshold, config.seed, config.cache) == (None, 0, "none")
 
 
 @pytest.mark.parametrize(

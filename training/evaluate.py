@@ -19,7 +19,8 @@ from train import environment
 
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER, SamplePool, answer
-from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
+from baatt.evaluation.ruler.niah import NIAH_TASKS
+from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.statistics import wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
@@ -44,7 +45,7 @@ def setting(name: str) -> tuple[BAAttConfig | None, Policy]:
 
 def load_samples(
     arguments: argparse.Namespace, places: list[tuple[str, int]], tokenizer: Tokenizer
-) -> list[list[NeedleSample]]:
+) -> list[list[RulerSample]]:
     """The samples of every task and length, drawn in parallel, or read from the file an earlier call kept them in."""
     kept = arguments.samples
     if kept is not None and kept.exists():
@@ -52,7 +53,7 @@ def load_samples(
         if (stored["count"], stored["seed"]) != (arguments.count, arguments.seed):
             raise ValueError(f"{kept} holds samples of another --count or --seed: {stored['count']}, {stored['seed']}")
         stored = stored["samples"]
-        return [[NeedleSample(*sample) for sample in stored[f"{task}/{length}"]] for task, length in places]
+        return [[RulerSample(*sample) for sample in stored[f"{task}/{length}"]] for task, length in places]
     with SamplePool(places, arguments.count, tokenizer, seed=arguments.seed, workers=arguments.workers) as pool:
         drawn = [pool.samples(*place) for place in places]
     if kept is not None:

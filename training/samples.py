@@ -1,4 +1,4 @@
-"""Training sequences as token arrays: bare pairs, needle documents with many questions, RULER's own tasks.
+"""Training sequences as token arrays: bare pairs, documents with many questions, RULER's own tasks.
 
 In: a stage of the curriculum. Out: `Batch` of token ids and of regions, which say what each token may be masked as.
 Runs in worker processes on the CPU; masking itself happens on the GPU in `train.py`. Uses the same task code as the
@@ -6,6 +6,7 @@ evaluation, with the training split of words and text.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -14,14 +15,16 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from baatt.evaluation.ruler import niah
+from baatt.evaluation.ruler import cwe, fwe, niah, vt
+from baatt.evaluation.ruler.tasks import OFFLINE_TASKS
 from baatt.evaluation.ruler.words import WordPool, load_words
 
 CONTEXT, TEXT, TAIL, FIRST_ANSWER = 0, 1, 2, 3  # regions; answer number n of a sequence is FIRST_ANSWER + n
 MAX_ANSWERS = 48
 NEEDLE_SPAN = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
-SOURCES = ("pairs", "document", *niah.NIAH_TASKS)
+SOURCES = ("pairs", "document", *OFFLINE_TASKS)
 TOKENS_PER_BATCH = 65536
+LEAST_COMMON_WORDS = 768  # tokens that ten common words, some others and a worked example need
 
 
 class Batch(NamedTuple):
@@ -37,7 +40,7 @@ class Batch(NamedTuple):
 class Stage:
     """One step of the curriculum: which sequences of which length, how many candidates they hold at most, and how
     often a question asks for several values at once. The next stage begins once exact match reaches `target`, or after
-    `patience` seconds."""
+    `patience` seconds. Earlier stages from `replay` on keep a share of the batches."""
 
     kind: str
     lengths: tuple[int, ...]
@@ -46,6 +49,7 @@ class Stage:
     joint: float = 0.0
     target: float = 0.9
     patience: float = 90.0
+    replay: int = 0
 
 
 CURRICULUM = (
@@ -58,7 +62,11 @@ CURRICULUM = (
     Stage("ruler", (512, 1024, 1536, 2048), 32, joint=0.25),
     Stage("ruler", tuple(range(512, 4097, 256)), 64, joint=0.3, target=0.96, patience=400),
     # Accuracy falls off towards the longest length unless that length is practised most.
-    Stage("ruler", (1024, 2048, 3072, 3584, 4096, 4096, 4096), 64, joint=0.3),
+    Stage("ruler", (1024, 2048, 3072, 3584, 4096, 4096, 4096), 64, joint=0.3, target=2.0, patience=200),
+    # The other tasks of RULER, first where a batch holds many of them, then longer documents of all tasks.
+    Stage("all", (512, 1024, 1024, 2048), 64, joint=0.3, target=2.0, patience=300, replay=7),
+    Stage("all", (1024, 2048, 4096, 4096, 6144, 8192, 8192), 96, joint=0.3, target=2.0, patience=250, replay=9),
+    Stage("all", (2048, 4096, 8192, 12288, 16384, 16384), 128, joint=0.3, target=2.0, patience=350, replay=9),
 )
 # Seven digits of a single needle are learned at once; the others need the practice, the two weakest most of it.
 TASK_WEIGHTS = {"niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 8, "niah_multivalue": 5}
@@ -75,6 +83,7 @@ class SampleMaker:
         self.tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
         self.end = self.tokenizer.token_to_id("<|endoftext|>")
         self.words: WordPool = load_words("train")
+        self.common = self.words.all
         self.text = (data / "train.txt").read_text()
         self.tokens_per_unit: dict[tuple[str, str, str], float] = {}
         self.unit = ("", "", "")
@@ -158,8 +167,82 @@ class SampleMaker:
             pieces += [(template.replace("{context}", context) + prefix, CONTEXT), (answer, FIRST_ANSWER + number)]
         return pieces, "document"
 
+    def tracking(self, length: int) -> tuple[Pieces, str]:
+        """Chains of assignments among noise lines and a question for each, often after RULER's worked example."""
+        random, pieces = self.random, []
+        most = max(1, (length - 200) // 300)
+        count, hops = random.randint(1, min(6, most)), random.choice((1, 2, 3, 4, 4, 4, 4))
+        worked = ""
+        if length >= 1024 and random.random() < 0.7:
+            example = vt.make_example(random, random, random.randint(5, 17), hops=hops)
+            worked = f"{example.prompt}{example.answer_prefix}{example.answer}\n\n"
+        line = self.unit_tokens(("vt", "", ""), lambda: vt.NOISE_LINE + "\n", 1)
+        rest = length - self.count(worked) - 60 - count * (hops + 1) * 22 - count * 75 - random.randint(8, 60)
+        chains = vt.draw_chains(random, count, hops, vt.LETTERS)
+        context = vt.hide(chains, max(hops + 1, int(rest * self.shrink / line)), random)
+        for number, chain in enumerate(random.sample(chains, count)):
+            question = vt.ask([chain], context if not pieces else "")
+            prompt = worked + question.prompt if not pieces else "\n" + question.prompt.split("\n\n\n")[1]
+            pieces += [(prompt + question.answer_prefix, CONTEXT), (question.answer, FIRST_ANSWER + number)]
+        return pieces, "vt"
+
+    def common_words(self, length: int) -> tuple[Pieces, str]:
+        """RULER's list of words in which ten are common, at other repeats too."""
+        random = self.random
+        # Which of the two fits at 4096 tokens depends on the tokenizer, so both are met there.
+        short = length < cwe.SHORT_BELOW or (length < 6144 and random.random() < 0.5)
+        shape = cwe.SHORT if short else cwe.LONG
+        if random.random() < 0.5:
+            uncommon = random.randint(1, 3)
+            shape = shape._replace(repeats=cwe.Repeats(uncommon * random.choice((6, 8, 10, 10)), uncommon))
+        entries = max(200, length // 6)  # the numbers grow longer
+        token = self.unit_tokens(
+            ("cwe", "", str(entries)), lambda: cwe.numbered(random.choices(self.common, k=entries)), entries
+        )
+        room = (length - 190 - random.randint(8, 60)) * self.shrink / token
+        example = length >= 1024 or random.random() < 0.5
+        if example:
+            room -= 10 * shape.example_repeats.common + (shape.example_words - 10) * shape.example_repeats.uncommon
+        size = 10 + int((room - 10 * shape.repeats.common) / shape.repeats.uncommon)
+        if size < 20:  # too short for these repeats
+            shape = shape._replace(repeats=cwe.Repeats(4, 1))
+            size = max(12, 10 + int(room - 40))
+        size = min(size, len(self.common))
+        sample = cwe.build(random, self.common, size, shape, example)
+        return [(sample.prompt + sample.answer_prefix, CONTEXT), (sample.answer, FIRST_ANSWER)], "cwe"
+
+    def frequent_words(self, length: int) -> tuple[Pieces, str]:
+        """RULER's coded words by a zeta distribution."""
+        random = self.random
+        vocabulary = max(10, length // fwe.TOKENS_PER_VOCABULARY_WORD)
+
+        def words() -> str:
+            return fwe.build(random, 2000, vocabulary).prompt
+
+        token = self.unit_tokens(("fwe", "", str(vocabulary)), words, 2000)
+        size = int((length - 160 - random.randint(8, 60)) * self.shrink / token)
+        sample = fwe.build(random, max(size, fwe.smallest_size()), vocabulary)
+        return [(sample.prompt + sample.answer_prefix, CONTEXT), (sample.answer, FIRST_ANSWER)], "fwe"
+
+    def any_task(self, length: int, candidates: int) -> tuple[Pieces, str]:
+        """A document with many questions, a needle task as it stands, or one of the other tasks."""
+        draw = self.random.random()
+        if draw < 0.25:
+            return self.document(length, candidates, ("noise", "essay", "essay", "needle"))
+        if draw < 0.5:
+            return self.ruler(length)
+        self.unit = ("", "", "")
+        makers = (self.tracking, self.frequent_words, self.common_words, self.common_words)
+        return self.random.choice(makers if length >= LEAST_COMMON_WORDS else makers[:2])(length)
+
+    def unit_tokens(self, unit: tuple[str, str, str], text: Callable[[], str], units: int) -> float:
+        """Tokens of one unit of haystack, measured once."""
+        if unit not in self.tokens_per_unit:
+            self.tokens_per_unit[unit] = self.count(text()) / units
+        return self.tokens_per_unit[unit]
+
     def ruler(self, length: int) -> tuple[Pieces, str]:
-        """One of RULER's tasks as it stands, a single question."""
+        """One of RULER's needle tasks as it stands, a single question."""
         weights = [TASK_WEIGHTS.get(name, TASK_WEIGHT) for name in niah.NIAH_TASKS]
         task = self.random.choices(tuple(niah.NIAH_TASKS.values()), weights)[0]
         answer = (12 if task.value_type == "numbers" else 44) * task.values * task.queries
@@ -173,11 +256,12 @@ class SampleMaker:
     def size(self, haystack: str, value_type: str, key_type: str, tokens: int) -> int:
         """Units of haystack that take about `tokens` tokens, from what earlier sequences of that kind took."""
         self.unit = (haystack, value_type, key_type)
-        if self.unit not in self.tokens_per_unit:
-            task = niah.NeedleTask("", haystack, key_type, value_type)
-            context = niah.HAYSTACKS[haystack](task, [], 200, self.random, self.words, self.essay(200))
-            self.tokens_per_unit[self.unit] = self.count(context) / 200
-        return max(1, int(tokens * self.shrink / self.tokens_per_unit[self.unit]))
+        task = niah.NeedleTask("", haystack, key_type, value_type)
+
+        def context() -> str:
+            return niah.HAYSTACKS[haystack](task, [], 200, self.random, self.words, self.essay(200))
+
+        return max(1, int(tokens * self.shrink / self.unit_tokens(self.unit, context, 200)))
 
     def draw(self, stage: Stage, length: int) -> tuple[Pieces, str]:
         """Pieces of one sequence of a stage."""
@@ -185,6 +269,8 @@ class SampleMaker:
             return self.pairs(length, stage.candidates)
         if stage.kind == "sentences":
             return self.document(length, stage.candidates, ("needle",))
+        if stage.kind == "all":
+            return self.any_task(length, stage.candidates)
         if stage.kind == "document" or self.random.random() < 0.6:
             return self.document(length, stage.candidates, ("noise", "essay", "essay", "needle"))
         return self.ruler(length)

@@ -6,6 +6,7 @@ masked here, on the GPU. The loss is the cross-entropy of masked tokens: answers
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import platform
@@ -48,7 +49,7 @@ def make_batches(data: str, seed: int, stage: "Synchronized[int]", queue: "multi
     while True:
         current = stage.value
         earlier = current > 0 and maker.random.random() > CURRENT_STAGE_SHARE
-        queue.put(maker.batch(maker.random.randrange(current) if earlier else current))
+        queue.put(maker.batch(maker.random.randrange(CURRICULUM[current].replay, current) if earlier else current))
 
 
 def corrupt(tokens: Tensor, regions: Tensor, mask_token: int) -> Corrupted:
@@ -123,10 +124,14 @@ def train(arguments: argparse.Namespace) -> None:
     config = ModelConfig(
         d_model=arguments.width, n_heads=arguments.width // 64, n_layers=arguments.layers,
         mlp_hidden_size=2 * arguments.width, vocab_size=tokenizer.get_vocab_size(), mask_token_id=mask_token,
-        eos_token_id=end, pad_token_id=end, weight_tying=True, attention_layer_norm=True, max_sequence_length=4096,
+        eos_token_id=end, pad_token_id=end, weight_tying=True, attention_layer_norm=True,
+        max_sequence_length=arguments.max_length, rope_theta=arguments.rope_theta or 10_000.0,
     )  # fmt: skip
     if arguments.resume:
         model = MaskedDiffusionLM.from_pretrained(arguments.resume, dtype=torch.float32, device=device)
+        longest = max(model.config.max_sequence_length, arguments.max_length)
+        theta = arguments.rope_theta or model.config.rope_theta
+        model.config = dataclasses.replace(model.config, max_sequence_length=longest, rope_theta=theta)
     else:
         model = MaskedDiffusionLM(config).to(device)
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -262,6 +267,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=13)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--max-length", type=int, default=4096, help="the longest sequence, for config.json")
+    parser.add_argument("--rope-theta", type=float, help="RoPE base (default: that of --resume, or 10000)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     train(parser.parse_args())
 

@@ -1,7 +1,7 @@
-"""Writes the word lists of the needle keys, with a held-out part that training never sees.
+"""Writes the word lists of needle keys and word counting, with a held-out part that training never sees.
 
-The nouns and adjectives are those of the PyPI package wonderwords, which RULER uses. A word is held out by a stable
-hash of the word itself, so a word that is both a noun and an adjective is on the same side in both lists. Words of the
+The nouns, adjectives and verbs are those of the PyPI package wonderwords, which RULER uses. A word is held out by a
+stable hash of the word itself, so a word that is both a noun and a verb is on the same side in both lists. Words of the
 package's own profanity list are left out, because the lists are shipped.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 HELDOUT_PERCENT = 15
 VERSION = "3.0.1"
-LISTS = {"nouns": "nounlist.txt", "adjectives": "adjectivelist.txt"}
+LISTS = {"nouns": "nounlist.txt", "adjectives": "adjectivelist.txt", "verbs": "verblist.txt"}
 
 
 def is_heldout(word: str) -> bool:

@@ -79,7 +79,7 @@ def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> No
         (("generate", "--prompt", "a", "--dense-layers", "9"), "dense_layers must lie in"),
         (("generate", "--prompt", "a", "--gen-length", "10"), "block_length must divide gen_length=10"),
         (("generate", "--prompt", "a", "--device", "abacus"), "--device must be a device"),
-        (("demo", "--length", "10"), "max_length must hold the smallest"),
+        (("demo", "--length", "10"), "length must hold the smallest"),
         (("demo", "--length", "10000000000"), "must fit into memory"),
         (("demo", "--task", "hide_and_seek"), "invalid choice: 'hide_and_seek'"),
         (("demo", "--output", "/nowhere/picture.png"), "must lie in an existing folder, /nowhere is none"),

@@ -6,14 +6,14 @@ import pytest
 
 from baatt.evaluation.ablation import Cell, Store, make_cells, make_record, run_grid
 from baatt.evaluation.retrieval import Answer
-from baatt.evaluation.ruler.niah import NeedleSample
+from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.statistics import mcnemar_p, wilson_interval
 
 HEADER = {"study": "ablation", "commit": "a", "seed": 0}
 
 
 def answers(*texts):
-    sample = NeedleSample("task", "prompt", "prefix", " 123", ("123",), 1)
+    sample = RulerSample("task", "prompt", "prefix", " 123", ("123",), 1)
     return [Answer(sample, text, float("123" in text), "123" in text, 0.1) for text in texts]
 
 

@@ -1,19 +1,18 @@
-"""The needle tasks are RULER's: templates on fixed strings, needles, places, sizes, and no words seen in training."""
+"""The needle tasks are RULER's: templates on fixed strings, needles, places, and no words seen in training."""
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import pytest
 
-import baatt.assets
+from baatt.assets import shipped_model
 from baatt.evaluation.retrieval import draw_samples
 from baatt.evaluation.ruler import niah
-from baatt.evaluation.ruler.words import load_heldout_essay, load_words
+from baatt.evaluation.ruler.sources import heldout_words
+from baatt.evaluation.ruler.words import WordPool, load_words
 from baatt.models.checkpoint import load_tokenizer
 
-MODEL = Path(baatt.assets.__file__).parent / "needle-18m"
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
 PATTERNS = {
     "numbers": r"[1-9]\d{6}",
@@ -38,7 +37,7 @@ TASKS = pytest.mark.parametrize("name", list(niah.NIAH_TASKS))
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(MODEL)
+    return load_tokenizer(shipped_model())
 
 
 def build(name, seed=0, size=150, **changes):
@@ -176,7 +175,7 @@ def test_essay_depths_are_distinct_and_reach_everywhere():
         context = build("niah_single_2", seed, size=len(ESSAY)).prompt.split("\n")[1]
         needle = NEEDLE.search(context)
         assert needle is not None
-        places.append(needle.start() / (len(context) - len(needle[0])))
+        places.append((needle.start() - 1) / (len(context) - len(needle[0]) - 2))
     assert min(places) == 0
     assert max(places) == 1
     assert all(70 <= sum(low <= place < low + 1 / 3 for place in places) <= 130 for low in (0, 1 / 3, 2 / 3 + 0.01))
@@ -192,20 +191,76 @@ def test_needles_stand_on_lines_of_their_own_everywhere():
     assert max(places) > 44
 
 
+class Middle:
+    """A generator whose sample is the middle of what it chooses from, to write down whole contexts."""
+
+    def sample(self, choices, count):
+        start = (len(choices) - count) // 2
+        return list(choices)[start : start + count]
+
+
+ONE = niah.NeedleTask("one", "essay")
+
+
+def test_an_essay_as_a_whole():
+    """First words, needles before the sentences at their depths, and RULER's doubled and outer spaces."""
+    words = ["One", "two.", "Three!", "Four", "five?", "Six"]
+
+    def context(size, depths, sentences):
+        class Fixed:
+            def sample(self, choices, count):
+                assert tuple(choices) == niah.DEPTHS
+                return depths
+
+        return niah.essay_context(ONE, sentences, size, Fixed(), POOL, words)
+
+    assert context(6, [51], ["N."]) == "One two. Three! N. Four five? Six"
+    assert context(5, [67], ["N."]) == "One two. Three! N. Four five?"
+    assert context(6, [51, 0], ["N.", "M."]) == " N. One two. Three! M. Four five? Six"
+    assert context(6, [100], ["N."]) == "One two. Three! Four five? Six N. "
+    assert context(6, [31, 28], ["N.", "M."]) == "One two. N.  M. Three! Four five? Six"
+    # Repeated when it runs out: the last sentence ends where the words do.
+    assert context(13, [0], ["N."]) == " N. One two. Three! Four five? Six One two. Three! Four five? Six One"
+
+
+def test_an_essay_may_be_cut_by_another_rule():
+    split = niah.build(ONE, Random(3), POOL, ["a", "b", "c"], 3, lambda text: text.split(" "))
+    whole = niah.build(ONE, Random(3), POOL, ["a", "b", "c"], 3)
+    assert re.sub(r"\s+", " ", NEEDLE.sub("", split.prompt)) == re.sub(r"\s+", " ", NEEDLE.sub("", whole.prompt))
+    assert any(
+        re.search(r"a One of .* b c", niah.build(ONE, Random(seed), POOL, ["a", "b", "c"], 3, str.split).prompt)
+        for seed in range(20)
+    )
+
+
+def test_lines_as_a_whole():
+    assert niah.among_lines(["a", "b", "c", "d"], ["N", "M"], Middle()) == "a\nM\nb\nN\nc\nd"
+
+
+def test_distractors_are_drawn_without_a_look_at_the_needles():
+    """RULER draws them independently, so that with few words the key asked for comes up again."""
+    pool = WordPool(("noun",), ("bad", "good"), ())
+    sample = niah.build(niah.NIAH_TASKS["niah_multikey_2"], Random(0), pool, (), 20)
+    keys = [key for _, key, _ in NEEDLE.findall(sample.prompt)]
+    asked = re.findall(r"for (\S+) mentioned", sample.prompt)
+    assert len(keys) == 21
+    assert keys.count(asked[0]) > 1
+    assert len(sample.values) == 1
+
+
 @TASKS
-def test_fit_is_the_largest_that_stays_within_the_budget(name, tokenizer):
-    words, essay = load_words("heldout"), load_heldout_essay()
-    for length in (600, 1024):
+def test_a_larger_haystack_keeps_needles_and_question(name):
+    """Otherwise the search for the size would compare different samples."""
+    small, large = build(name, 3, 50), build(name, 3, 90)
+    assert sorted(small.values) == sorted(large.values)
+    assert small.prompt.split("\n")[-1] == large.prompt.split("\n")[-1]
+    assert small.answer_prefix == large.answer_prefix
+    assert (small.size, large.size) == (50, 90)
 
-        def tokens(sample):
-            return len(tokenizer.encode(sample.prompt + sample.answer_prefix).ids) + niah.ANSWER_TOKENS
 
-        task = niah.NIAH_TASKS[name]
-        sample = niah.fit(task, Random(length), words, essay, tokenizer, length)
-        assert tokens(sample) <= length
-        assert sample == niah.build(task, Random(length), words, essay, sample.haystack_size)
-        larger = niah.build(task, Random(length), words, essay, sample.haystack_size + 1)
-        assert tokens(larger) > length
+def test_too_few_words_for_the_keys():
+    with pytest.raises(ValueError, match="at least 4 adjective-noun pairs for as many keys, got 2"):
+        niah.build(niah.NIAH_TASKS["niah_multikey_1"], Random(0), WordPool(("a",), ("b", "c"), ()), ESSAY, 9)
 
 
 @TASKS
@@ -215,37 +270,15 @@ def test_answer_fits_into_its_budget(name, tokenizer):
         assert len(tokenizer.encode(sample.answer).ids) <= niah.ANSWER_TOKENS
 
 
-def test_fit_refuses_a_length_that_holds_nothing(tokenizer):
-    task = niah.NIAH_TASKS["niah_multivalue"]
-    with pytest.raises(ValueError, match=r"max_length must hold the smallest niah_multivalue sample .*, got 150"):
-        niah.fit(task, Random(0), POOL, ESSAY, tokenizer, 150)
-
-
 def test_an_essay_task_without_text_is_refused():
     with pytest.raises(ValueError, match="essay must hold words"):
         niah.build(niah.NIAH_TASKS["niah_single_2"], Random(0), POOL, [], 10)
 
 
-@TASKS
-def test_samples_are_fixed_by_the_seed(name, tokenizer):
-    first = draw_samples(name, 512, 3, tokenizer, seed=7)
-    assert draw_samples(name, 512, 3, tokenizer, seed=7) == first
-    assert draw_samples(name, 512, 2, tokenizer, seed=7) == first[:2]
-    assert len({sample.prompt for sample in first}) == 3
-    assert draw_samples(name, 512, 3, tokenizer, seed=8) != first
-
-
-def test_an_unknown_task_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"task must be one of \['niah_single_1', .*got 'vt'"):
-        draw_samples("vt", 512, 1, tokenizer)
-
-
 def test_heldout_words_are_not_training_words():
     train, heldout = load_words("train"), load_words("heldout")
-    assert set(train.nouns + train.adjectives).isdisjoint(heldout.nouns + heldout.adjectives)
+    assert set(train.all).isdisjoint(heldout.all)
     assert all(len(words) > 100 for words in (*train, *heldout))
-    with pytest.raises(ValueError, match="split must be"):
-        load_words("test")
 
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_multikey_1", "niah_multikey_2", "niah_multivalue"])
@@ -259,10 +292,11 @@ def test_samples_use_heldout_words(name, tokenizer):
 
 
 def test_samples_use_heldout_text(tokenizer):
-    essay = " ".join(load_heldout_essay())
+    essay = " ".join(heldout_words())
     essay += " " + essay[:10000]  # a sample may run over the end
     for sample in draw_samples("niah_single_2", 700, 5, tokenizer):
         context = sample.prompt.split("\n")[1]
         pieces = NEEDLE.split(context)[:: NEEDLE.groups + 1]
         assert all(piece.strip() in essay for piece in pieces)
+        assert not context.strip().startswith(essay[:30])
         assert sum(map(len, pieces)) > 1000

@@ -9,8 +9,9 @@ import torch
 import baatt.assets
 from baatt import BAAttConfig
 from baatt.evaluation import retrieval
-from baatt.evaluation.retrieval import SamplePool, answer, decode, draw_samples, pad_left
-from baatt.evaluation.ruler.niah import NIAH_TASKS
+from baatt.evaluation.retrieval import SamplePool, answer, decode, draw_samples, pad_left, shortened
+from baatt.evaluation.ruler.sources import Sources
+from baatt.evaluation.ruler.tasks import TASKS
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 
@@ -74,10 +75,27 @@ def test_decode_stops_at_the_first_end(tokenizer):
 
 
 def test_the_sampler_has_room_for_rulers_answers():
-    from baatt.evaluation.ruler.niah import ANSWER_TOKENS
+    assert max(task.answer_tokens for task in TASKS.values()) == retrieval.RETRIEVAL_SAMPLER.gen_length
 
-    assert retrieval.RETRIEVAL_SAMPLER.gen_length == ANSWER_TOKENS
-    assert len(NIAH_TASKS) == 8
+
+@pytest.mark.parametrize(
+    ("tokens", "length"), [(1, 32), (30, 32), (32, 32), (50, 64), (120, 128), (128, 128), (999, 128)]
+)
+def test_no_more_blocks_than_an_answer_needs(tokens, length):
+    sampler = shortened(retrieval.RETRIEVAL_SAMPLER, tokens)
+    assert (sampler.gen_length, sampler.steps) == (length, length // 32 * 8)
+    assert sampler.threshold == retrieval.RETRIEVAL_SAMPLER.threshold
+
+
+def test_answers_are_cut_and_scored_as_the_task_says(model, tokenizer):
+    (sample,) = draw_samples("niah_single_1", 320, 1, tokenizer, seed=4)
+    (whole,) = answer(model, tokenizer, [sample])
+    (cut,) = answer(model, tokenizer, [sample._replace(answer_tokens=3)])
+    assert whole.text.startswith(cut.text)
+    assert len(tokenizer.encode(cut.text).ids) == 3
+    values = (sample.values[0], "not there")
+    (part,) = answer(model, tokenizer, [sample._replace(values=values, metric="part")])
+    assert (part.share, part.exact) == (1, True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -86,6 +104,15 @@ def test_a_pool_draws_the_same_samples(tokenizer, workers):
         found = pool.samples("niah_single_1", 320)
         assert pool.samples("niah_single_1", 320) is found
     assert found == draw_samples("niah_single_1", 320, 3, tokenizer, seed=5)
+
+
+def test_a_pool_hands_sources_and_reserve_on(tokenizer, tmp_path):
+    (tmp_path / "essay.txt").write_text("Nothing else stands here. " * 400)
+    dials = {"seed": 5, "sources": Sources(essay=tmp_path / "essay.txt"), "reserve": 40}
+    with SamplePool([("niah_single_2", 320)], 2, tokenizer, workers=1, **dials) as pool:
+        found = pool.samples("niah_single_2", 320)
+    assert found == draw_samples("niah_single_2", 320, 2, tokenizer, **dials)
+    assert all("Nothing else stands here. Nothing" in sample.prompt for sample in found)
 
 
 def test_stopping_early_changes_no_answer(model, tokenizer):

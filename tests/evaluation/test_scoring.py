@@ -1,8 +1,8 @@
-"""RULER's metric and the stricter one on fixed strings."""
+"""RULER's metrics, the stricter ones and the averages on fixed strings and published numbers."""
 
 import pytest
 
-from baatt.evaluation.scoring import matched_share, normalise, whole_share
+from baatt.evaluation.scoring import averages, matched_any, matched_share, normalise, score, whole_any, whole_share
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,62 @@ def test_whole_values_are_counted_like_parts():
     assert whole_share("123\x00456", ["123", "456"]) == 1
 
 
-@pytest.mark.parametrize("share", [matched_share, whole_share])
-def test_no_references_is_an_error(share):
-    with pytest.raises(ValueError, match="references must hold at least one string"):
-        share("text", [])
+def test_part_is_the_best_reference():
+    """The maximum over references, not their share."""
+    assert matched_any("It was Normandy.", ["France", "in normandy", "normandy"]) == 1
+    assert matched_any("Denmark", ["France", "Normandy"]) == 0
+    assert matched_any("artful", ["art"]) == 1
+    assert whole_any("artful", ["art"]) == 0
+    assert whole_any("artful art.", ["x", "art"]) == 1
+
+
+@pytest.mark.parametrize("share", [matched_share, matched_any, whole_share, whole_any])
+@pytest.mark.parametrize("references", [[], [""], ["a", ""], "abc"])
+def test_no_references_is_an_error(share, references):
+    with pytest.raises(ValueError, match="references must hold at least one string and no empty one"):
+        share("text", references)
+
+
+def test_scores_of_many():
+    predictions, references = (
+        ["\x00123 and 456\n", "none", " Nine789"],
+        [["123", "456"], ["1"], ["nine", "789", "0", "1"]],
+    )
+    assert score("all", predictions, references) == pytest.approx(100 * (1 + 0 + 0.5) / 3)
+    assert score("part", predictions, references) == pytest.approx(100 * 2 / 3)
+    assert score("all", predictions, references, whole=True) == pytest.approx(100 / 3)
+    assert score("part", predictions, references, whole=True) == pytest.approx(100 / 3)
+    with pytest.raises(ValueError, match=r"metric must be one of \['all', 'part'\], got 'max'"):
+        score("max", predictions, references)
+    with pytest.raises(ValueError, match="at least one, got 0 and 0"):
+        score("all", [], [])
+    with pytest.raises(ValueError, match="as many as lists of references and at least one, got 1 and 3"):
+        score("all", ["a"], references)
+
+
+@pytest.mark.parametrize(
+    ("scores", "mean", "rising", "falling"),
+    [
+        ((96.7, 96.6, 96.4, 96.0, 95.4, 95.1), 96.0, 95.7, 96.3),
+        ((96.2, 96.1, 95.1, 93.0, 78.8, 23.7), 80.5, 70.6, 90.4),
+        ((95.5, 93.8, 91.6, 87.4, 84.7, 77.0), 88.3, 85.4, 91.3),
+    ],
+)
+def test_averages_are_those_of_rulers_table(scores, mean, rising, falling):
+    """Three rows of its README (Jamba-1.5-large, Mistral-Large, Llama3.1-8B), 4K to 128K, in any order."""
+    lengths = [4096, 8192, 16384, 32768, 65536, 131072]
+    table = {length: {"vt": value + 1, "cwe": value - 1} for length, value in zip(lengths, scores, strict=True)}
+    found = averages(dict(reversed(table.items())))
+    assert list(found.by_length) == lengths
+    assert tuple(found.by_length.values()) == pytest.approx(scores)
+    assert (round(found.mean, 1), round(found.rising, 1), round(found.falling, 1)) == (mean, rising, falling)
+
+
+def test_averages_of_one_length():
+    assert averages({4096: {"a": 10.0, "b": 30.0}})[1:] == (20, 20, 20)
+
+
+@pytest.mark.parametrize("scores", [{}, {4096: {}}, {4096: {"a": 1.0}, 8192: {"b": 1.0}}, {4: {"a": 1.0}, 8: {}}])
+def test_averages_of_different_tasks_are_refused(scores):
+    with pytest.raises(ValueError, match="at every length, got"):
+        averages(scores)

@@ -1,10 +1,12 @@
-"""Wilson's interval against known values and its own definition."""
+"""Wilson's interval against known values and its own definition; the bootstrap against the normal approximation."""
+
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baatt.evaluation.statistics import NORMAL_QUANTILE, wilson_interval
+from baatt.evaluation.statistics import NORMAL_QUANTILE, bootstrap_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,32 @@ def test_symmetry(case):
 def test_impossible_counts(successes, samples, message):
     with pytest.raises(ValueError, match=message):
         wilson_interval(successes, samples)
+
+
+def test_bootstrap_agrees_with_the_normal_approximation():
+    scores = [number % 11 / 10 for number in range(550)]  # mean 0.5, standard deviation 0.3162
+    low, high = bootstrap_interval(scores)
+    half = NORMAL_QUANTILE * 0.3162 / math.sqrt(550)
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.002)
+    assert bootstrap_interval(scores) == (low, high)
+    assert bootstrap_interval(scores, seed=1) != (low, high)
+
+
+def test_bootstrap_of_equal_scores_and_of_many():
+    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+    low, high = bootstrap_interval([0.0, 1.0] * 30_000, resamples=200)
+    assert 0.49 < low < 0.5 < high < 0.51
+
+
+@pytest.mark.parametrize(
+    ("scores", "resamples", "message"),
+    [
+        ([], 10, "at least one finite number, got"),
+        ([0.5, math.nan], 10, "at least one finite number"),
+        ([[0.5]], 10, "at least one finite number"),
+        ([0.5], 0, "resamples must be positive, got 0"),
+    ],
+)
+def test_bootstrap_refuses(scores, resamples, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval(scores, resamples=resamples)

@@ -41,8 +41,8 @@ def merge(x: Tensor) -> Tensor:
     return rearrange(x, "B H N D -> B N (H D)")
 
 
-def positions(length: int) -> Tensor:
-    angles = torch.arange(length)[:, None] * torch.logspace(0, -2, WIDTH // 2)
+def positions(length: int, device: torch.device) -> Tensor:
+    angles = torch.arange(length, device=device)[:, None] * torch.logspace(0, -2, WIDTH // 2, device=device)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
@@ -112,7 +112,7 @@ class LLaDAModel(nn.Module):
     ):
         x = self.transformer["wte"](input_ids) if input_embeddings is None else input_embeddings
         start = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-        at = positions(start + x.shape[1])
+        at = positions(start + x.shape[1], x.device)
         x = x + (at[start:] if replace_position is None else at[:start][replace_position[0].bool()])
         if attention_mask is not None and attention_mask.ndim == 2:
             barred = (1.0 - attention_mask.float())[:, None, None, :] * torch.finfo(torch.float32).min
@@ -231,7 +231,7 @@ class Stack(nn.Module):
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x + positions(x.shape[1])
+        x = x + positions(x.shape[1], x.device)
         mask = self.make_mask(attention_mask, x)
         for layer in self.layers:
             x = layer(x, attention_mask=mask)

@@ -9,6 +9,7 @@ import torch
 import baatt
 from baatt import BAAttConfig, Policy
 from baatt.integrations.handle import NoSparseAttentionWarning
+from baatt.integrations.steps import StepClock
 from baatt.models import MaskedDiffusionLM
 from baatt.models.llada import ModelConfig
 from baatt.sampling import SamplerConfig, generate
@@ -210,3 +211,23 @@ def test_a_compiled_graph_counts_and_follows_steps(model, tokens, when):
             torch.testing.assert_close(run(compiled, tokens), expected)
     torch.testing.assert_close(run(compiled, tokens), expected)
     assert (handle.sparse_calls, handle.dense_calls) == (6, 6)
+
+
+def test_cached_steps_leave_the_step_as_it_is(model):
+    prompt = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(2))
+    for cache in ("prefix", "dual"):
+        sampler = SamplerConfig(steps=8, gen_length=32, block_length=16, cache=cache)
+        with baatt.enable(model, HALF, Policy(dense_steps=0.25, min_queries=0)) as handle:
+            for _ in range(2):
+                generate(model, prompt, None, sampler)
+        assert (handle.sparse_calls, handle.dense_calls) == (24, 24)
+
+
+def test_rows_that_leave_the_batch_are_no_new_loop():
+    clock = StepClock(mask_token_id=MASK)
+    shares = []
+    for masked in ((8, 8), (2, 6), (4,), (2,), (8, 8)):
+        rows = [[MASK] * count + [0] * (10 - count) for count in masked]
+        clock.read_tokens(torch.tensor(rows))
+        shares.append(clock.share)
+    assert shares == [0.0, 0.75, 0.5, 0.75, 0.0]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from baatt.models import MaskedDiffusionLM, ModelConfig, from_pretrained, load_tokenizer, save_pretrained
+from baatt.models.rope import ntk_base
 
 CONFIG = {  # LLaDA-8B's config.json with small sizes
     "activation_type": "silu",
@@ -61,6 +64,21 @@ CONFIG = {  # LLaDA-8B's config.json with small sizes
     "vocab_size": 70,
     "weight_tying": False,
 }
+#: What differs in the real LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5.
+LLADA_8B = {
+    "d_model": 4096,
+    "embedding_size": 126464,
+    "eos_token_id": 126081,
+    "mask_token_id": 126336,
+    "mlp_hidden_size": 12288,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "n_layers": 32,
+    "pad_token_id": 126081,
+    "vocab_size": 126464,
+}
+#: UltraLLaDA has LLaDA's keys, two shards, and its longer base in `rope_theta`; the number is an example.
+ULTRA = {"rope_theta": 2.8e8, "max_sequence_length": 131072, "torch_dtype": "bfloat16"}
 IDS = torch.arange(20).reshape(2, 10)
 
 
@@ -197,6 +215,82 @@ def test_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
     assert torch.equal(logits_of(model), logits_of(untied))
     with pytest.raises(ValueError, match=r"ff_out.weight must equal .*wte.weight when weight_tying is true"):
         from_pretrained(write_folder(tmp_path / "x", llada_tensors(), weight_tying=True))
+
+
+def test_the_real_sizes() -> None:
+    """Names and sizes of LLaDA-8B: 291 tensors as in its index, 16.03 GB in bfloat16 as on the hub."""
+    with torch.device("meta"):
+        model = MaskedDiffusionLM(ModelConfig.from_dict({**CONFIG, **LLADA_8B}))
+    state = model.state_dict()
+    assert len(state) == 291
+    assert sum(tensor.numel() for tensor in state.values()) == 8_015_581_184
+    assert len([name for name in state if ".blocks.31." in name]) == 9
+    assert set(llada_tensors()) <= set(state)
+    assert state["model.transformer.blocks.31.up_proj.weight"].shape == (12288, 4096)
+    assert (model.config.mask_token_id, model.config.eos_token_id, model.config.rope_theta) == (126336, 126081, 5e5)
+
+
+def test_ultrallada_s_layout(tmp_path: Path) -> None:
+    """Its base is in `rope_theta`, without a scaling key."""
+    tensors = llada_tensors()
+    model = from_pretrained(write_folder(tmp_path / "u", tensors, shards=2, **ULTRA))
+    assert (model.config.rope_theta, model.config.max_sequence_length) == (2.8e8, 131072)
+    expected = MaskedDiffusionLM(ModelConfig.from_dict({**CONFIG, **ULTRA})).bfloat16()
+    expected.load_state_dict(tensors)
+    assert torch.equal(logits_of(model), logits_of(expected))
+    assert not torch.equal(logits_of(model), logits_of(from_pretrained(write_folder(tmp_path / "m", tensors))))
+
+
+def test_scaled_rope(tmp_path: Path) -> None:
+    """A scaling in config.json becomes the base, and is saved as one."""
+    model = from_pretrained(write_folder(tmp_path / "m", rope_scaling={"rope_type": "ntk", "factor": 4.0}))
+    assert model.config.rope_theta == ntk_base(500000.0, 4.0, 8)
+    save_pretrained(model, tmp_path / "s")
+    assert "rope_scaling" not in json.loads((tmp_path / "s" / "config.json").read_text())
+    assert torch.equal(logits_of(from_pretrained(tmp_path / "s")), logits_of(model))
+    with pytest.raises(ValueError, match=r"rope_scaling.rope_type must be 'default' or 'ntk'"):
+        from_pretrained(write_folder(tmp_path / "y", rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import torch
+from baatt.models import from_pretrained
+
+def megabytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+warm, folder, dtype = sys.argv[1:]
+from_pretrained(warm, dtype=torch.float32)
+before = megabytes("VmRSS")
+model = from_pretrained(folder, dtype=getattr(torch, dtype))
+for parameter in model.parameters():
+    parameter.detach().view(-1)[::512].sum()  # touches every page
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the memory of a process from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_is_about_that_of_the_weights(tmp_path: Path, dtype: str) -> None:
+    """240 MB in shards of 64 MB. The stored dtype is mapped, never copied; another is converted shard by shard."""
+    sizes = {"d_model": 1024, "n_heads": 8, "n_layers": 8, "mlp_hidden_size": 3072, "vocab_size": 8000}
+    with torch.device("meta"):
+        model = MaskedDiffusionLM(ModelConfig(**sizes, mask_token_id=1))
+    torch.manual_seed(0)
+    random = {name: torch.randint(0, 2**14, x.shape, dtype=torch.int16) for name, x in model.state_dict().items()}
+    model.load_state_dict({name: x.view(torch.bfloat16) for name, x in random.items()}, assign=True)
+    save_pretrained(model, tmp_path / "big", max_shard_bytes=64 * 2**20)
+    stored = sum(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors")) / 2**20
+    warm = write_folder(tmp_path / "warm")
+    arguments = [sys.executable, "-c", MEASURE, str(warm), str(tmp_path / "big"), dtype]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=240)
+    peak = float(run.stdout)
+    assert 230 < stored < 250
+    weights = stored * (2 if dtype == "float32" else 1)
+    mapped = 64 if dtype == "float32" else 0  # the shard being converted
+    assert 0.9 * weights < peak < 1.1 * weights + mapped
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baatt import BAAttConfig, ba_attention
 from baatt.models import MaskedDiffusionLM, ModelConfig, dense_attention
+from baatt.models.cache import KeyValueCache
 from baatt.models.llada import RMSNorm
 
 SMALL = ModelConfig(
@@ -367,6 +368,158 @@ def test_logits_from_leaves_out_earlier_tokens(start: int) -> None:
     torch.testing.assert_close(logits, model(ids)[:, start:], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 9), (3, 7), (8, 9), (4, 4)])
+def test_logits_to_leaves_out_later_tokens(start: int, stop: int) -> None:
+    model, ids = make_model(), make_ids(2, 9)
+    logits = model(ids, logits_from=start, logits_to=stop)
+    assert logits.shape == (2, stop - start, 40)
+    torch.testing.assert_close(logits, model(ids)[:, start:stop], rtol=1e-12, atol=1e-12)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def masked_ids(padding: bool) -> tuple[Tensor, Tensor | None]:
+    """Two rows of 12 tokens, the second padded on the left by 5."""
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :5] = 0
+    return make_ids(2, 12), mask if padding else None
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_full_pass_fills_the_cache_and_changes_nothing(padding: bool) -> None:
+    model, cache = make_model(), KeyValueCache()
+    ids, mask = masked_ids(padding)
+    assert (cache.length, cache.batch, cache.bytes_held) == (None, None, 0)
+    with torch.no_grad():
+        assert torch.equal(model(ids, mask, cache=cache), model(ids, mask))
+    assert (cache.length, cache.batch) == (12, 2)
+    assert cache.bytes_held == 2 * 2 * (2 * 12 * 2 * 4) * 8  # layers, k and v, B x N x G x D, fp64
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(("start", "stop"), [(0, 12), (7, 10), (7, 12), (11, 12), (5, 6)])
+def test_a_part_of_unchanged_tokens_gives_the_logits_of_the_whole(start: int, stop: int, padding: bool) -> None:
+    """Queries in the middle of the keys, at their own positions, padding counted out."""
+    model, cache = make_model(), KeyValueCache()
+    ids, mask = masked_ids(padding)
+    with torch.no_grad():
+        whole = model(ids, mask, cache=cache)
+        part = model(ids[:, start:stop], mask, cache=cache, start=start, logits_from=1, logits_to=stop - start)
+    torch.testing.assert_close(part, whole[:, start + 1 : stop], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_part_replaces_its_keys_and_values_and_no_others(padding: bool) -> None:
+    """Of one layer the keys and values depend on their own tokens alone, so that a part of new tokens is exact."""
+    model, cache = make_model(dataclasses.replace(SMALL, n_layers=1)), KeyValueCache()
+    ids, mask = masked_ids(padding)
+    other = ids.clone()
+    other[:, 6:9] = (ids[:, 6:9] + 5) % 36
+    with torch.no_grad():
+        model(ids, mask, cache=cache)
+        part = model(other[:, 6:9], mask, cache=cache, start=6)
+        torch.testing.assert_close(part, model(other, mask)[:, 6:9], rtol=1e-10, atol=1e-10)
+        assert (part - model(ids, mask)[:, 6:9]).abs().max() > 1e-3
+        # The new ones stay: another part attends to them.
+        after = model(ids[:, 10:], mask, cache=cache, start=10)
+        torch.testing.assert_close(after, model(other, mask)[:, 10:], rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_not_replaced_is_stale() -> None:
+    model, cache = make_model(), KeyValueCache()
+    ids, _ = masked_ids(False)
+    other = ids.clone()
+    other[:, 6:9] = (ids[:, 6:9] + 5) % 36
+    with torch.no_grad():
+        model(ids, cache=cache)
+        part = model(other[:, 6:9], cache=cache, start=6)
+        assert (part - model(other)[:, 6:9]).abs().max() > 1e-3
+
+
+def test_attention_of_a_part_gets_all_keys_and_the_whole_mask() -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def record(name: str, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+        assert key_mask is not None
+        calls.append((name, tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(key_mask.shape)))
+        return dense_attention(q, k, v, key_mask=key_mask)
+
+    model, cache = make_model(), KeyValueCache()
+    ids, mask = masked_ids(True)
+    functions = [functools.partial(record, "first"), functools.partial(record, "second")]
+    with torch.no_grad():
+        model(ids, mask, cache=cache)
+        model(ids[:, 4:7], mask, cache=cache, start=4, attention=functions)
+    assert calls == [(name, (2, 6, 3, 4), (2, 2, 12, 4), (2, 2, 12, 4), (2, 12)) for name in ("first", "second")]
+
+
+def test_a_cache_forgets_rows() -> None:
+    model, cache = make_model(), KeyValueCache()
+    ids, mask = masked_ids(True)
+    assert mask is not None
+    with torch.no_grad():
+        whole = model(ids, mask, cache=cache)
+        cache.keep_rows(torch.tensor([1]))
+        part = model(ids[1:, 6:9], mask[1:], cache=cache, start=6)
+    assert (cache.batch, cache.length) == (1, 12)
+    torch.testing.assert_close(part, whole[1:, 6:9], rtol=1e-10, atol=1e-10)
+
+
+def test_a_cached_bf16_model_keeps_its_dtype() -> None:
+    model, cache = make_model(dtype=torch.bfloat16), KeyValueCache()
+    ids, mask = masked_ids(True)
+    with torch.no_grad():
+        whole = model(ids, mask, cache=cache)
+        part = model(ids[:, 6:9], mask, cache=cache, start=6)
+    assert cache.bytes_held == 2 * 2 * (2 * 12 * 2 * 4) * 2
+    assert part.dtype == torch.bfloat16
+    assert (part - whole[:, 6:9]).abs().max() <= 2**-4 * whole.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "start", "mask", "message"),
+    [
+        (2, 3, 10, None, r"start must be in \[0, 9\] for 3 of N=12 tokens, got 10"),
+        (2, 3, -1, None, r"start must be in \[0, 9\] for 3 of N=12 tokens, got -1"),
+        (2, 13, 0, None, "input_ids must have at most N=12 tokens as the cache, got 13"),
+        (1, 3, 0, None, "input_ids must have B=2 rows as the cache, got 1"),
+        (2, 3, 0, (2, 3), r"attention_mask must have the shape of the cached sequence \(2, 12\), got \(2, 3\)"),
+    ],
+)
+def test_a_part_must_fit_the_cache(
+    rows: int, tokens: int, start: int, mask: tuple[int, int] | None, message: str
+) -> None:
+    model, cache = make_model(), KeyValueCache()
+    with torch.no_grad():
+        model(make_ids(2, 12), cache=cache)
+        with pytest.raises(ValueError, match=message):
+            model(make_ids(rows, tokens), None if mask is None else torch.ones(mask).bool(), cache=cache, start=start)
+
+
+def test_a_cache_is_refused_where_it_cannot_work() -> None:
+    model, ids = make_model(), make_ids(2, 12)
+    with pytest.raises(ValueError, match=r"cache must be None while gradients are recorded: .*no_grad\(\)"):
+        model(ids, cache=KeyValueCache())
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="start must be 0 without a cache, got 3"):
+            model(ids, start=3)
+        with pytest.raises(ValueError, match="start must be 0 for an empty cache, which a whole sequence fills, got 3"):
+            model(ids, cache=KeyValueCache(), start=3)
+
+
+def test_a_cache_of_a_pass_that_failed_is_refused() -> None:
+    def fail(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
+        raise ArithmeticError
+
+    model, ids, cache = make_model(), make_ids(2, 12), KeyValueCache()
+    with torch.no_grad():
+        with pytest.raises(ArithmeticError):
+            model(ids, cache=cache, attention=fail)
+        with pytest.raises(ValueError, match="cache must hold 2 layers, got 1: the pass that filled it failed"):
+            model(ids[:, :3], cache=cache)
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -514,6 +667,8 @@ def test_config_needs_its_keys() -> None:
         ),
         ((make_ids(1, 4),), {"logits_from": 5}, ValueError, r"logits_from must be in \[0, N=4\], got 5"),
         ((make_ids(1, 4),), {"logits_from": -1}, ValueError, "logits_from must be in"),
+        ((make_ids(1, 4),), {"logits_to": 5}, ValueError, r"logits_to must be in \[logits_from=0, N=4\] .*, got 5"),
+        ((make_ids(1, 4),), {"logits_from": 3, "logits_to": 2}, ValueError, r"\[logits_from=3, N=4\] or None, got 2"),
         ((make_ids(1, 4),), {"attention": [dense_attention]}, ValueError, "attention must hold 2 functions.*, got 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """Training sequences: exact lengths, regions that mark the answers and nothing else, no held-out words; and masking."""
 
+import collections
 import itertools
 import re
 import shutil
@@ -62,6 +63,33 @@ def sequences(maker, number, count=COUNT):
         yield tokens, regions, SOURCES[source], maker.last[0]
 
 
+def tracked(context, asked):
+    """The names that a value is handed on to, in their order."""
+    assigned = dict(re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", context))
+    names = [re.findall(r"assigned the value (\d+) in the text above", asked)[-1]]
+    while following := [name for name, given in assigned.items() if given == names[-1]]:
+        names += following
+    return f" {' '.join(names[1:])}"
+
+
+def most_common(context, asked):
+    """The ten most common words of the last list, as they first appear."""
+    entries = re.findall(r"\d+\. ([a-z-]+)", context.split("Memorize the ones")[-1].split("\nQuestion")[0])
+    counts = collections.Counter(entries)
+    least = sorted(counts.values())[-10]
+    common = [word for word in dict.fromkeys(entries) if counts[word] >= least]
+    return " " + " ".join(f"{number}. {word}" for number, word in enumerate(common, 1))
+
+
+def most_frequent(context, asked):
+    """The three most frequent coded words."""
+    counts = collections.Counter(re.findall(r"\b[a-z]{6}\b", context.split("coded words. ")[1].split("\nQuestion")[0]))
+    return f" {', '.join(word for word, _ in counts.most_common(3))}."
+
+
+FROM_CONTEXT = {"vt": tracked, "cwe": most_common, "fwe": most_frequent}
+
+
 @STAGES
 def test_regions_of_answers_hold_the_answers(maker, number):
     for tokens, regions, source, pieces in sequences(maker, number):
@@ -94,6 +122,11 @@ def test_answers_are_what_the_context_says(maker, number):
                     key = asked.split("\n")[-1].removesuffix(" is")
                     assert answer == f" {values[key]}."
             continue
+        if source in FROM_CONTEXT:
+            for (asked, _), (answer, region) in itertools.pairwise(pieces):
+                if region >= FIRST_ANSWER:
+                    assert answer == FROM_CONTEXT[source](pieces[0][0], asked)
+            continue
         needles = NEEDLE.findall(pieces[0][0])
         for (asked, _), (answer, region) in itertools.pairwise(pieces):
             if region < FIRST_ANSWER:
@@ -122,7 +155,7 @@ def test_text_regions_are_running_text_only(maker, number):
                 text_tokens += 1
                 assert not forbidden[start:end].any()
                 assert niah.NOISE_LINE[:12] not in text
-    assert (text_tokens > 0) == (CURRICULUM[number].kind in ("document", "ruler"))
+    assert (text_tokens > 0) == (CURRICULUM[number].kind in ("document", "ruler", "all"))
 
 
 @pytest.mark.parametrize("number", [3, 7])
@@ -130,7 +163,7 @@ def test_keys_are_training_words(maker, number):
     heldout = load_words("heldout")
     reserved = {*heldout.nouns, *heldout.adjectives}
     for _, _, _, pieces in sequences(maker, number):
-        keys = re.findall(r"([a-z]+)-([a-z]+) is", pieces[0][0])
+        keys = re.findall(r"(?:for |^)([a-z]+)-([a-z]+) is: ", pieces[0][0], re.MULTILINE)
         assert reserved.isdisjoint(word for key in keys for word in key)
 
 

@@ -79,7 +79,7 @@ class Recorder:
         if key_mask is not None and not bool(key_mask.all()):
             raise ValueError("key_mask must be all True in a capture: record one text without padding")
         self.scale = scale
-        self.found[layer] = Heads(*(x.detach().cpu().contiguous() for x in (q, k, v)))
+        self.found[layer] = Heads(*(x.detach().to("cpu", copy=True).contiguous() for x in (q, k, v)))
 
     def result(self, scale: float, about: Mapping[str, str]) -> Capture:
         """What was found, in the order of the layers.

@@ -29,7 +29,9 @@ from baatt.cli.options import add_model_options, check_folders, check_memory, lo
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
 from baatt.evaluation.retrieval import Answer, SamplePool, answer
-from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
+from baatt.evaluation.ruler.niah import NIAH_TASKS
+from baatt.evaluation.ruler.sample import RulerSample
+from baatt.evaluation.ruler.tasks import OFFLINE_TASKS
 from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
 
 DIALS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
@@ -41,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dial", action="append", default=[], metavar="NAME=VALUE,...",
         help=f"values of a dial: {', '.join(DIALS)}; score also of {', '.join(RIVALS)}; segment also whole",
     )  # fmt: skip
-    parser.add_argument("--tasks", default="niah_multikey_1", help="RULER needle tasks, by commas, or all")
+    parser.add_argument(
+        "--tasks", default="niah_multikey_1", help="RULER tasks, by commas, or all: the eight needle tasks"
+    )
     parser.add_argument("--lengths", default="1024", help="tokens of document and answer, by commas (default: 1024)")
     parser.add_argument("--count", type=int, default=20, help="samples per cell (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
@@ -150,8 +154,8 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
         TypeError, ValueError: a value that a dial does not take.
     """
     tasks = list(NIAH_TASKS) if arguments.tasks == "all" else arguments.tasks.split(",")
-    if unknown := [name for name in tasks if name not in NIAH_TASKS]:
-        raise UsageError(f"--tasks must be of {','.join(NIAH_TASKS)}, got {','.join(unknown)}")
+    if unknown := [name for name in tasks if name not in OFFLINE_TASKS]:
+        raise UsageError(f"--tasks must be of {','.join(OFFLINE_TASKS)}, got {','.join(unknown)}")
     try:
         lengths = [int(part) for part in arguments.lengths.split(",")]
     except ValueError:
@@ -186,7 +190,7 @@ def _replace_sparse(sparse: AttentionFunction, layer: int, function: AttentionFu
 
 
 def recall(
-    model: MaskedDiffusionLM, tokenizer: Tokenizer, samples: list[NeedleSample], cell: Cell, policy: Policy
+    model: MaskedDiffusionLM, tokenizer: Tokenizer, samples: list[RulerSample], cell: Cell, policy: Policy
 ) -> Mapping[str, Any]:
     """Attention mass kept in the sparse layers while a dense model reads the samples; None without samples."""
     layers, config = model.config.n_layers, cell.config

@@ -32,7 +32,8 @@ from baatt.cli.options import (
 )
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.retrieval import decode, draw_samples
-from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample
+from baatt.evaluation.ruler.niah import NIAH_TASKS
+from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.scoring import whole_share
 from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
 from baatt.sampling import SamplerConfig, StepInfo, generate
@@ -161,7 +162,7 @@ def read(
     console: Console,
     model: MaskedDiffusionLM,
     tokenizer: Tokenizer,
-    sample: NeedleSample,
+    sample: RulerSample,
     prompt: Tensor,
     setting: Setting | None,
     meter: Meter,
@@ -185,7 +186,7 @@ def read(
     return Reading(text.strip(), right, result.steps, result.seconds, sum(meter.seconds.values()), meter.sparsity)
 
 
-def table(sample: NeedleSample, dense: Reading, sparse: Reading) -> Table:
+def table(sample: RulerSample, dense: Reading, sparse: Reading) -> Table:
     """Both readings side by side."""
     out = Table("", "full attention", "BA-Att", title=f"Expected: {sample.answer.strip()}", title_justify="left")
     out.add_row("answer", dense.text, sparse.text)

@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from baatt.cli.dials import DTYPES, free_bytes
 from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, check_memory, load_model, read_setting
 from baatt.config import Policy
 from baatt.evaluation.retrieval import decode
-from baatt.sampling import REMASKING, SamplerConfig, StepInfo, generate
+from baatt.models.llada import ModelConfig
+from baatt.sampling import CACHES, REMASKING, SamplerConfig, StepInfo, generate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampler.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance (default: 0)")
     sampler.add_argument("--remasking", choices=list(REMASKING), default="low_confidence")
     sampler.add_argument("--threshold", type=float, help="fill every position surer than this at once")
+    sampler.add_argument(
+        "--cache", choices=list(CACHES), default="none",
+        help="what the later steps of a block take over from its first: nothing, the keys and values of everything "
+        "before the block, or of everything but the block; faster, and approximate (default: none)",
+    )  # fmt: skip
     sampler.add_argument("--seed", type=int, default=0)
     sampler.add_argument("--stop-at-eos", action="store_true", help="leave out the blocks after an end-of-text token")
     add_model_options(parser)
@@ -49,6 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not ids:
         raise UsageError("the prompt must not be empty")
     check_memory(model.config, len(ids) + sampler.gen_length, arguments.device)
+    if sampler.cache != "none":
+        _check_cache(model.config, len(ids) + sampler.gen_length, sampler.cfg_scale > 0, arguments)
     bar = Progress(
         TextColumn("denoising"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
@@ -66,10 +75,28 @@ def run(arguments: argparse.Namespace) -> None:
     text = decode(tokenizer, result.tokens[0].tolist(), model.config.eos_token_id)
     record = {
         "text": text, "prompt_tokens": len(ids), "generated_tokens": result.tokens[0].tolist(),
-        "model_evaluations": result.steps, "seconds": result.seconds, "sampler": dataclasses.asdict(sampler),
+        "model_evaluations": result.steps, "full_evaluations": result.full_evaluations,
+        "cached_evaluations": result.cached_evaluations, "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second, "sampler": dataclasses.asdict(sampler),
         "sparse": dataclasses.asdict(config) if config else None, "policy": dataclasses.asdict(policy),
     }  # fmt: skip
     sys.stdout.write(f"{json.dumps(record) if arguments.json else text}\n")
+    if not arguments.json:
+        sys.stderr.write(
+            f"{result.tokens_per_second:.1f} tokens/s: {result.filled} tokens in {result.seconds:.2f} s, "
+            f"{result.full_evaluations} full and {result.cached_evaluations} cached model evaluations\n"
+        )
+
+
+def _check_cache(config: ModelConfig, tokens: int, guided: bool, arguments: argparse.Namespace) -> None:
+    """Refuse keys and values that cannot fit, before a minute is spent on the first pass."""
+    per_token = 2 * config.n_layers * config.kv_heads * config.head_size * DTYPES[arguments.dtype].itemsize
+    needed, free = per_token * tokens * (2 if guided else 1), free_bytes(torch.device(arguments.device))
+    if needed > free:
+        raise UsageError(
+            f"--cache {arguments.cache} must fit into memory: keys and values of {tokens} tokens need "
+            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        )
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:

@@ -1,24 +1,25 @@
-"""Asks a model needle questions and scores the answers: samples in, `Answer` out.
+"""Asks a model RULER's questions and scores the answers: samples in, `Answer` out.
 
 Prompts of unequal length are padded on the left and answered in batches by the sampler, with dense or sparse attention.
 The shipped model's accuracy, the demo and the ablations all come through `answer`.
 """
 
+import dataclasses
 import functools
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from random import Random
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.ruler.niah import NIAH_TASKS, NeedleSample, fit
-from baatt.evaluation.ruler.words import load_heldout_essay, load_words
-from baatt.evaluation.scoring import matched_share
+from baatt.evaluation.ruler.sample import RulerSample
+from baatt.evaluation.ruler.sources import Sources
+from baatt.evaluation.ruler.tasks import draw, find_task
+from baatt.evaluation.scoring import METRICS
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, WrapAttention, generate
 
@@ -27,9 +28,10 @@ RETRIEVAL_SAMPLER = SamplerConfig(steps=32, gen_length=128, block_length=32, thr
 
 
 class Answer(NamedTuple):
-    """One answered sample. share: of the expected values found; exact: all of them, so share == 1."""
+    """One answered sample. share: its score by the task's metric, for most tasks the share of the expected values that
+    were found; exact: share == 1."""
 
-    sample: NeedleSample
+    sample: RulerSample
     text: str
     share: float
     exact: bool
@@ -37,40 +39,57 @@ class Answer(NamedTuple):
 
 
 def draw_samples(
-    task: str, length: int, count: int, tokenizer: Tokenizer, *, seed: int = 42, first: int = 0
-) -> list[NeedleSample]:
-    """`count` samples of a RULER needle task with held-out words and held-out text.
+    task: str,
+    length: int,
+    count: int,
+    tokenizer: Tokenizer,
+    *,
+    seed: int = 42,
+    first: int = 0,
+    sources: Sources = Sources(),  # noqa: B008  (frozen)
+    reserve: int = 0,
+) -> list[RulerSample]:
+    """`count` samples of a RULER task, by default with held-out words and held-out text.
 
     Args:
-        length: tokens of prompt and answer budget together.
+        length: tokens of prompt, answer prefix and answer budget together.
         first: number of the first one; sample n of a seed is the same however many are drawn.
+        reserve: tokens of the length to leave free, for a chat template around the prompt.
 
     Raises:
-        ValueError: an unknown task, or a length too small for it.
+        ValueError: an unknown task, a length too small for it, or sources it cannot be made from.
     """
-    if task not in NIAH_TASKS:
-        raise ValueError(f"task must be one of {list(NIAH_TASKS)}, got {task!r}")
-    words, essay = load_words("heldout"), load_heldout_essay()
+    found = find_task(task)
     return [
-        fit(NIAH_TASKS[task], Random(f"{seed}/{task}/{length}/{number}"), words, essay, tokenizer, length)
+        draw(found, length, number, tokenizer, seed=seed, sources=sources, reserve=reserve)
         for number in range(first, first + count)
     ]
 
 
 class SamplePool:
-    """Draws samples in worker processes ahead of their use, as `draw_samples` would: about 70 ms each at 4096 tokens.
+    """Draws samples in worker processes ahead of their use, as `draw_samples` would: about 40 ms each at 4096 tokens.
 
     Args:
         places: (task, length) in the order of use.
         workers: processes; 0 draws in this one, when asked.
+        sources, reserve: as `draw_samples`.
     """
 
     def __init__(
-        self, places: Sequence[tuple[str, int]], count: int, tokenizer: Tokenizer, *, seed: int, workers: int
+        self,
+        places: Sequence[tuple[str, int]],
+        count: int,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        workers: int,
+        sources: Sources = Sources(),  # noqa: B008  (frozen)
+        reserve: int = 0,
     ) -> None:
-        self._drawn: dict[tuple[str, int], list[NeedleSample]] = {}
-        self._now = functools.partial(draw_samples, count=count, tokenizer=tokenizer, seed=seed)
-        self._jobs: dict[tuple[str, int], list[Future[list[NeedleSample]]]] = {}
+        self._drawn: dict[tuple[str, int], list[RulerSample]] = {}
+        draw_part = functools.partial(draw_samples, tokenizer=tokenizer, seed=seed, sources=sources, reserve=reserve)
+        self._now = functools.partial(draw_part, count=count)
+        self._jobs: dict[tuple[str, int], list[Future[list[RulerSample]]]] = {}
         self._pool: ProcessPoolExecutor | None = None
         if workers == 0:
             return
@@ -78,9 +97,7 @@ class SamplePool:
         part = -(-count // workers)
         for task, length in dict.fromkeys(places):
             self._jobs[task, length] = [
-                self._pool.submit(
-                    draw_samples, task, length, min(part, count - first), tokenizer, seed=seed, first=first
-                )
+                self._pool.submit(draw_part, task, length, count=min(part, count - first), first=first)
                 for first in range(0, count, part)
             ]
 
@@ -91,7 +108,7 @@ class SamplePool:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def samples(self, task: str, length: int) -> list[NeedleSample]:
+    def samples(self, task: str, length: int) -> list[RulerSample]:
         """All samples of one place, waiting for them if need be."""
         place = task, length
         if place not in self._drawn:
@@ -111,7 +128,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, tor
 def answer(
     model: MaskedDiffusionLM,
     tokenizer: Tokenizer,
-    samples: Sequence[NeedleSample],
+    samples: Sequence[RulerSample],
     *,
     sampler: SamplerConfig = RETRIEVAL_SAMPLER,
     sparse: BAAttConfig | None = None,
@@ -121,7 +138,11 @@ def answer(
     batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the samples; `progress` is told how many are done. The rest as `generate`."""
+    """Answers in the order of the samples; `progress` is told how many are done. The rest as `generate`.
+
+    Of the sampler's `gen_length` as many blocks are generated as the tasks of a batch let a model write, with the same
+    steps a block; an answer is cut at its own task's number of tokens.
+    """
     device = next(model.parameters()).device
     pad = model.config.pad_token_id or 0
     answers: list[Answer] = []
@@ -131,17 +152,25 @@ def answer(
         ids, mask = pad_left([row.ids for row in encoded[first : first + batch_size]], pad)
         started = time.perf_counter()
         result = generate(
-            model, ids.to(device), mask.to(device), sampler,
+            model, ids.to(device), mask.to(device), shortened(sampler, max(one.answer_tokens for one in batch)),
             sparse=sparse, policy=policy, impl=impl, wrap_attention=wrap_attention,
         )  # fmt: skip
         seconds = (time.perf_counter() - started) / len(batch)
         for sample, tokens in zip(batch, result.tokens.tolist(), strict=True):
-            text = decode(tokenizer, tokens, model.config.eos_token_id)
-            share = matched_share(text, sample.values)
+            text = decode(tokenizer, tokens[: sample.answer_tokens], model.config.eos_token_id)
+            share = METRICS[sample.metric](text, sample.values)
             answers.append(Answer(sample, text, share, share == 1, seconds))
         if progress is not None:
             progress(len(answers))
     return answers
+
+
+def shortened(sampler: SamplerConfig, tokens: int) -> SamplerConfig:
+    """The sampler with no more blocks than `tokens` tokens need."""
+    blocks = min(sampler.blocks, -(-tokens // sampler.block_length))
+    return dataclasses.replace(
+        sampler, gen_length=blocks * sampler.block_length, steps=blocks * sampler.steps_per_block
+    )
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int], end: int | None) -> str:

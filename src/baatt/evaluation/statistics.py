@@ -1,14 +1,19 @@
-"""Intervals for accuracies measured on a finite number of samples, and the test of two measured on the same ones."""
+"""Intervals for accuracies measured on a finite number of samples, and the test of two measured on the same ones.
+
+Wilson and McNemar are for samples that are right or wrong, the bootstrap for scores in between.
+"""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 NORMAL_QUANTILE = 1.959963984540054  # two-sided 95 %
 
 
 class Interval(NamedTuple):
-    """A 95 % interval of a proportion."""
+    """A 95 % interval of a proportion or a mean."""
 
     low: float
     high: float
@@ -45,3 +50,28 @@ def mcnemar_p(first: Sequence[int], second: Sequence[int]) -> float:
     lost = sum(one and not two for one, two in zip(first, second, strict=True))
     tail = sum(math.comb(gained + lost, number) for number in range(min(gained, lost) + 1))
     return min(1.0, float(tail / 2 ** (gained + lost - 1)) if gained + lost else 1.0)
+
+
+def bootstrap_interval(scores: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """95 % percentile bootstrap interval of the mean over samples, for scores that are not only 0 or 1.
+
+    Of paired scores hand in the differences, sample by sample: the interval of the mean difference. When all scores are
+    equal it has no width, however few they are; Wilson's interval of right and wrong has.
+
+    Raises:
+        ValueError: no scores, one that is not finite, or fewer than one resample.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"scores must be at least one finite number, got {scores!r}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be positive, got {resamples}")
+    generator = np.random.default_rng(seed)
+    # By parts: 10 000 resamples of many scores would take gigabytes at once.
+    rows = max(1, 4_000_000 // values.size)
+    means = [
+        values[generator.integers(values.size, size=(min(rows, resamples - first), values.size))].mean(axis=1)
+        for first in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return Interval(float(low), float(high))

@@ -1,4 +1,4 @@
-"""Our own masked-diffusion model, whose forward takes the attention of every layer as an argument.
+"""Our own masked-diffusion models, whose forward takes the attention of every layer as an argument.
 
 A forward that asks for nothing, or for dense attention, gets the handle's; other functions that it is given stay.
 """
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from baatt.integrations.enable import Attachment
 from baatt.integrations.handle import Handle
 from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+from baatt.models.llada_v import VisualDiffusionLM
 
 
 def recognises(model: Any) -> bool:
-    """Whether it is a `MaskedDiffusionLM`."""
-    return isinstance(model, MaskedDiffusionLM)
+    """Whether it is a `MaskedDiffusionLM`, or LLaDA-V around one."""
+    return isinstance(model, MaskedDiffusionLM | VisualDiffusionLM)
 
 
-def roots(model: MaskedDiffusionLM) -> list[nn.Module]:
-    """The model."""
-    return [model]
+def roots(model: Any) -> list[nn.Module]:
+    """The language model."""
+    return [_language(model)]
 
 
-def attach(model: MaskedDiffusionLM, handle: Handle) -> Attachment:
-    """Put the handle in place of dense attention at every forward."""
+def attach(model: Any, handle: Handle) -> Attachment:
+    """Put the handle in place of dense attention at every forward of the language model."""
+    model = _language(model)
     layers = model.config.n_layers
     handle.clock.mask_token_id = model.config.mask_token_id
     routed = [functools.partial(_routed, handle, layer) for layer in range(layers)]
@@ -41,10 +43,17 @@ def attach(model: MaskedDiffusionLM, handle: Handle) -> Attachment:
         return args, kwargs | {"attention": chosen}
 
     def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handle.clock.read_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        cache = kwargs.get("cache")
+        if cache is None or cache.length is None:  # a cached step shows a part of the tokens, which says nothing
+            handle.clock.read_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
     undo: Callable[[], None] = model.register_forward_pre_hook(choose, with_kwargs=True).remove
     return Attachment(layers, undo, read_step)
+
+
+def _language(model: Any) -> MaskedDiffusionLM:
+    found: MaskedDiffusionLM = model.language if isinstance(model, VisualDiffusionLM) else model
+    return found
 
 
 def _routed(handle: Handle, layer: int, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:

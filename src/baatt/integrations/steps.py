@@ -29,7 +29,7 @@ class StepClock:
         self.told = False
         self.mask_token_id = mask_token_id
         self._schedule = schedule
-        self._length = self._masked = self._most_masked = 0
+        self._length = self._rows = self._masked = self._most_masked = 0
 
     def set(self, step: int, total: int) -> None:
         """Step `step`, from 0, of `total` is about to run: what a loop says counts until it says something else.
@@ -42,7 +42,7 @@ class StepClock:
         self.share, self.told = step / total, True
 
     def read_timestep(self, timestep: Any) -> None:
-        """From a diffusion transformer's `timestep`, a number or a tensor; of one timestep a token the largest counts."""
+        """From a diffusion transformer's `timestep`, a number or a tensor, of which the largest counts."""
         now = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         schedule = self._schedule() if self._schedule is not None else None
         if isinstance(schedule, Tensor):
@@ -57,14 +57,15 @@ class StepClock:
     def read_tokens(self, tokens: Tensor) -> None:
         """From the token ids [B, N] of a masked language model: the share of its masks that are gone.
 
-        Masks only go while a loop runs: more of them, or another length, is a new loop. With guidance half of the batch
-        has its prompt masked too, so the row with the fewest masks counts. Not for passes over a part of the sequence.
+        Masks only go while a loop runs: more of them, or another length, is a new loop, unless rows that were done left
+        the batch. With guidance half of the batch has its prompt masked too, so the row with the fewest masks counts.
+        Not for passes over a part of the sequence.
         """
         if self.mask_token_id is None:
             return
-        length = tokens.shape[-1]
+        rows, length = tokens.shape
         masked = int(tokens.eq(self.mask_token_id).sum(dim=-1).min())
-        if length != self._length or masked > self._masked:
+        if length != self._length or (masked > self._masked and rows >= self._rows):
             self._most_masked, self._length = masked, length
-        self._masked = masked
+        self._masked, self._rows = masked, rows
         self.share = 1 - masked / self._most_masked if self._most_masked else 0.0

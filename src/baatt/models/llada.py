@@ -6,6 +6,7 @@ for all layers or one per layer; the model knows nothing of sparsity, sampling o
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from baatt.models.cache import KeyValueCache
+from baatt.models.inputs import check_logits, check_mask, check_part
 
 # What this module implements of the keys that change LLaDA's computation; any other value is refused.
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
@@ -36,7 +40,10 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
 
 
 class AttentionFunction(Protocol):
-    """q [B, H, N, D], k and v [B, G, N, D], key_mask [B, N] bool (True = attend) or None -> [B, H, N, D]."""
+    """q [B, H, N, D], k and v [B, G, M, D], key_mask [B, M] bool (True = attend) or None -> [B, H, N, D].
+
+    M > N in a pass over a part of a cached sequence; the queries may then lie anywhere among the keys.
+    """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor: ...
 
@@ -304,49 +311,64 @@ class MaskedDiffusionLM(nn.Module):
         *,
         attention: AttentionFunction | Sequence[AttentionFunction] = dense_attention,
         logits_from: int = 0,
+        logits_to: int | None = None,
+        cache: KeyValueCache | None = None,
+        start: int = 0,
     ) -> Tensor:
-        """Logits of every token from `logits_from` on.
+        """Logits of the given tokens from `logits_from` to `logits_to`.
 
         Args:
-            input_ids: [B, N] int64.
-            attention_mask: [B, N] bool or 0/1 ints, True = real token. Positions count real tokens only, so padding
-                on either side does not change the logits of real tokens; those of padding mean nothing.
+            input_ids: [B, n] int64: the whole sequence, n = N; or, of a sequence that `cache` holds, any n tokens in a
+                row.
+            attention_mask: [B, N] bool or 0/1 ints, of the whole sequence, True = real token. Positions count real
+                tokens only, so padding on either side does not change the logits of real tokens; those of padding mean
+                nothing.
             attention: one function for all layers, or one per layer.
-            logits_from: first token whose logits are wanted, in [0, N].
+            logits_from, logits_to: first token whose logits are wanted, and the one after the last, counted among the
+                given ones; None = n.
+            cache: an empty one takes the keys and values of all layers. One that holds a sequence gets those of the
+                given tokens in place of its own, and the given tokens attend to all of it. None keeps nothing.
+            start: place of the first given token in the sequence that the cache holds.
 
         Returns:
-            [B, N - logits_from, V].
+            [B, logits_to - logits_from, V].
 
         Raises:
-            TypeError, ValueError: a wrong dtype, shape, number of attention functions or `logits_from`.
+            TypeError, ValueError: a wrong dtype, shape, number of attention functions, `logits_from` or `logits_to`;
+                tokens that do not fit the cache, or a cache while gradients are recorded.
         """
         config, transformer = self.config, self.transformer
-        _check_inputs(input_ids, attention_mask, logits_from)
         functions = [attention] * config.n_layers if callable(attention) else attention
         if len(functions) != config.n_layers:
             raise ValueError(f"attention must hold {config.n_layers} functions, one per layer, got {len(functions)}")
+        check_part(input_ids, cache, start, config.n_layers)
+        check_mask(attention_mask, input_ids, cache)
+        check_logits(logits_from, logits_to, input_ids.shape[1])
         key_mask = None if attention_mask is None else attention_mask.bool()
-        if key_mask is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        else:
-            positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
+        positions = _positions(key_mask, start, input_ids)
+        if cache is not None:
+            functions = [
+                functools.partial(_attend_cached, cache, start, *numbered) for numbered in enumerate(functions)
+            ]
         dtype = torch.promote_types(transformer.wte.weight.dtype, torch.float32)
         rotary = rotary_tables(positions, config.head_size, config.rope_theta, dtype)
         x = transformer.wte(input_ids)
         for block, function in zip(transformer.blocks, functions, strict=True):
             x = block(x, rotary, function, key_mask)
-        return transformer.head(transformer.ln_f(x[:, logits_from:]))
+        return transformer.head(transformer.ln_f(x[:, logits_from:logits_to]))
 
 
-def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, logits_from: int) -> None:
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-        raise ValueError(f"input_ids must be [B, N] int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
-    if not 0 <= logits_from <= input_ids.shape[1]:
-        raise ValueError(f"logits_from must be in [0, N={input_ids.shape[1]}], got {logits_from}")
-    if attention_mask is None:
-        return
-    if attention_mask.shape != input_ids.shape:
-        expected, received = tuple(input_ids.shape), tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask must have the shape of input_ids {expected}, got {received}")
-    if attention_mask.is_floating_point() or attention_mask.is_complex():
-        raise TypeError(f"attention_mask must be bool or integer, got {attention_mask.dtype}")
+def _positions(key_mask: Tensor | None, start: int, input_ids: Tensor) -> Tensor:
+    """Of every given token [B or 1, n]: how many real tokens of its sequence come before it."""
+    stop = start + input_ids.shape[1]
+    if key_mask is None:
+        return torch.arange(start, stop, device=input_ids.device)[None]
+    return (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:stop]
+
+
+def _attend_cached(
+    cache: KeyValueCache, start: int, layer: int, attention: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, /, *,
+    key_mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention of a layer to everything that the cache holds, with k and v in their place."""
+    return attention(q, *cache.replace(layer, start, k, v), key_mask=key_mask)

@@ -1,19 +1,22 @@
 """RULER's eight needle-in-a-haystack tasks as text.
 
-In: a task, a word pool, an essay as words, a random generator and a haystack size. Out: a `NeedleSample` with the
-prompt, the start of the answer and the expected values. `fit` chooses the size so that prompt and answer fill a token
-budget counted with the model's own tokenizer. Knows nothing of models, attention or scoring.
+In: a task, a word pool, an essay as words, a random generator and a haystack size. Out: a `RulerSample` with the
+prompt, the start of the answer and the expected values. Knows nothing of tokens, models, attention or scoring.
+
+Two keys of one sample are never equal; RULER's may be, once in millions. A line of the needle haystack may have the key
+that is asked for, as in RULER, where distractors are drawn without a look at the needles: one multikey_2 sample of
+about 40 000 at 4096 tokens with all words, of about 900 with the held-out ones. The value expected is the needle's.
 """
 
-import re
+import functools
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
+from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
+from baatt.evaluation.ruler.sources import SENTENCES, split_sentences
 from baatt.evaluation.ruler.words import WordPool
 
 TEMPLATE = (
@@ -26,7 +29,8 @@ NEEDLE = "One of the special magic {type} for {key} is: {value}."
 NOISE_LINE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 ANSWER_TOKENS = 128
 DEPTHS = tuple(round(step * 100 / 39) for step in range(40))
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+#: Tokens one unit of haystack takes with most tokenizers, roughly.
+TOKENS_PER_UNIT = {"noise": 25.0, "essay": 1.4, "needle": 22.0}
 
 
 @dataclass(frozen=True)
@@ -47,20 +51,6 @@ class Needle(NamedTuple):
 
     key: str
     value: str
-
-
-class NeedleSample(NamedTuple):
-    """One prompt. The model reads `prompt + answer_prefix` and continues with `answer`.
-
-    values: the expected values: by query, and within one key in order of appearance.
-    """
-
-    task: str
-    prompt: str
-    answer_prefix: str
-    answer: str
-    values: tuple[str, ...]
-    haystack_size: int
 
 
 def random_number(random: Random, words: WordPool) -> str:
@@ -135,27 +125,44 @@ def noise_context(
 def needle_context(
     task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]
 ) -> str:
-    """`size` lines, each a distractor needle."""
-    single = NeedleTask(task.name, task.haystack, task.key_type, task.value_type)
-    distractors = draw_needles(single, random, words, max(size, len(sentences)))
+    """`size` lines, each a distractor needle with a key and a value of its own, drawn without a look at the others."""
+    draw_key, draw_value = ITEMS[task.key_type], ITEMS[task.value_type]
+    distractors = (Needle(draw_key(random, words), draw_value(random, words)) for _ in range(max(size, len(sentences))))
     return among_lines([needle_sentence(task, needle) for needle in distractors], sentences, random)
 
 
 def essay_context(
-    task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]
+    task: NeedleTask,
+    sentences: list[str],
+    size: int,
+    random: Random,
+    words: WordPool,
+    essay: Sequence[str],
+    split: Callable[[str], list[str]] = split_sentences,
 ) -> str:
-    """`size` words of running text from a random place, needles between its sentences at distinct depths."""
-    start = random.randrange(len(essay))
-    text = SENTENCE_END.split(" ".join(essay[(start + offset) % len(essay)] for offset in range(size)))
-    depths = sorted(int(len(text) * depth / 100) for depth in random.sample(DEPTHS, len(sentences)))
-    pieces = list(text)
-    for depth, sentence in sorted(zip(depths, sentences, strict=True), key=lambda pair: pair[0], reverse=True):
-        pieces.insert(depth, sentence)
-    return " ".join(pieces)
+    """The first `size` words of running text, repeated if it has fewer, needles between its sentences at distinct
+    depths. Two needles at one place, or one at either end, leave a doubled or outer space, as in RULER."""
+    repeats = -(-size // len(essay))
+    text = split(" ".join((essay if repeats == 1 else [*essay] * repeats)[:size]))
+    places = sorted(int(len(text) * depth / 100) for depth in random.sample(DEPTHS, len(sentences)))
+    pieces, start = [], 0
+    for place, sentence in zip(places, sentences, strict=True):
+        pieces += [" ".join(text[start:place]), sentence]
+        start = place
+    return " ".join([*pieces, " ".join(text[start:])])
 
 
-def build(task: NeedleTask, random: Random, words: WordPool, essay: Sequence[str], size: int) -> NeedleSample:
+def build(
+    task: NeedleTask,
+    random: Random,
+    words: WordPool,
+    essay: Sequence[str],
+    size: int,
+    split: Callable[[str], list[str]] = split_sentences,
+) -> RulerSample:
     """One sample whose haystack has `size` units (lines, or words of an essay).
+
+    A larger size from the same state of `random` keeps needles and question.
 
     Raises:
         ValueError: `essay` (words of running text) is empty though the task needs it.
@@ -164,52 +171,34 @@ def build(task: NeedleTask, random: Random, words: WordPool, essay: Sequence[str
         raise ValueError(f"essay must hold words of running text for task {task.name!r}, got none")
     needles = draw_needles(task, random, words, max(task.keys, task.queries))
     random.shuffle(needles)
-    sentences = [needle_sentence(task, needle) for needle in needles]
-    context = HAYSTACKS[task.haystack](task, sentences, size, random, words, essay)
     keys = random.sample(sorted({needle.key for needle in needles}), task.queries)
+    sentences = [needle_sentence(task, needle) for needle in needles]
+    context_of = functools.partial(essay_context, split=split) if task.haystack == "essay" else HAYSTACKS[task.haystack]
+    context = context_of(task, sentences, size, Random(random.getrandbits(64)), words, essay)
     values = sorted(
         (needle for needle in needles if needle.key in keys),
         key=lambda needle: (keys.index(needle.key), context.index(needle_sentence(task, needle))),
     )
     template, prefix = question(task, keys, len(values))
     answers = tuple(needle.value for needle in values)
-    return NeedleSample(
-        task.name, template.replace("{context}", context), prefix, f" {join_list(list(answers))}.", answers, size
-    )
+    answer = f" {join_list(list(answers))}."
+    return RulerSample(task.name, template.replace("{context}", context), prefix, answer, answers, size, ANSWER_TOKENS)
 
 
-def fit(
-    task: NeedleTask, random: Random, words: WordPool, essay: Sequence[str], tokenizer: Tokenizer, max_length: int
-) -> NeedleSample:
-    """The largest sample whose prompt, answer prefix and answer budget (128 tokens) stay within `max_length` tokens.
+def recipe(request: Request, task: NeedleTask) -> Recipe:
+    """How the sample of a request looks at any size, with the words and the essay of its sources."""
+    sources, words = request.sources, request.sources.pool
+    essay = sources.essay_words() if task.haystack == "essay" else ()
+    if essay and sources.starts_anywhere:
+        start = request.random(f"place/{request.number}").randrange(len(essay))
+        essay = essay[start:] + essay[:start]
 
-    Raises:
-        ValueError: not even the smallest haystack fits.
-    """
-    state = random.getstate()
+    def at(size: int) -> RulerSample:
+        return build(task, request.random(), words, essay, size, SENTENCES[sources.sentences])
 
-    def attempt(size: int) -> tuple[NeedleSample, int]:
-        random.setstate(state)
-        sample = build(task, random, words, essay, size)
-        return sample, len(tokenizer.encode(sample.prompt + sample.answer_prefix).ids) + ANSWER_TOKENS
-
-    smallest = max(task.keys, task.queries) * task.values if task.haystack != "essay" else 1
-    best, length = attempt(smallest)
-    if length > max_length:
-        raise ValueError(f"max_length must hold the smallest {task.name} sample ({length} tokens), got {max_length}")
-    low, high = smallest, smallest + 1
-    while attempt(high)[1] <= max_length:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        sample, length = attempt(middle)
-        if length <= max_length:
-            best, low = sample, middle
-        else:
-            high = middle
-    if low != best.haystack_size:
-        best, _ = attempt(low)
-    return best
+    # An essay of one word leaves no room between sentences, but needles may stand at its ends.
+    smallest = 1 if task.haystack == "essay" else max(task.keys, task.queries) * task.values
+    return Recipe(at, smallest, TOKENS_PER_UNIT[task.haystack])
 
 
 ITEMS: dict[str, Callable[[Random, WordPool], str]] = {

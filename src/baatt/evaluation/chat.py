@@ -1,0 +1,128 @@
+"""The chat template of a tokenizer folder, rendered without transformers.
+
+In: a folder with `chat_template` in tokenizer_config.json or a chat_template.jinja, and messages. Out: one string. The
+template is the folder's own program, so it runs in Jinja's sandbox. Knows nothing of token ids.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+#: Stands behind the final message while it is rendered; what follows it is cut off. No template trims it.
+END_OF_MESSAGE = "\ue000end of message\ue000"
+
+
+class ChatTemplates(NamedTuple):
+    """Templates by name, and the texts of special tokens that they may use, such as `bos_token`."""
+
+    templates: dict[str, str]
+    special_tokens: dict[str, str]
+
+    def source(self, name: str | None = None) -> str:
+        """The template of a name; None: the only one, or the one named "default".
+
+        Raises:
+            ValueError: the folder has no template, or not this one.
+        """
+        if not self.templates:
+            raise ValueError("the model's folder must have a chat template (tokenizer_config.json), and has none")
+        name = "default" if name is None else name
+        if name not in self.templates:
+            raise ValueError(f"chat template must be one of {sorted(self.templates)}, got {name!r}")
+        return self.templates[name]
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, name: str | None = None, continue_final_message: bool = False
+    ) -> str:
+        """Messages as the prompt of the assistant's answer.
+
+        Args:
+            messages: `{"role": ..., "content": ...}`, in order.
+            name: as `source`.
+            continue_final_message: the last message is the beginning of the answer: the prompt ends with it, without
+                the template's end of turn and without a header for another answer.
+
+        Raises:
+            ValueError: no messages, no such template, a template that refuses the messages or drops the last of them.
+        """
+        if not messages:
+            raise ValueError("messages must not be empty")
+        conversation = [dict(message) for message in messages]
+        if continue_final_message:
+            conversation[-1]["content"] += END_OF_MESSAGE
+        try:
+            text = _environment().from_string(self.source(name)).render(
+                messages=conversation, add_generation_prompt=not continue_final_message, **self.special_tokens
+            )  # fmt: skip
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        if not continue_final_message:
+            return text
+        prompt, found, _ = text.rpartition(END_OF_MESSAGE)
+        if not found:
+            raise ValueError("the chat template must keep the last message to continue it, and drops it")
+        return prompt
+
+
+def load_chat_templates(folder: str | Path) -> ChatTemplates:
+    """Read the templates of a folder; one without any gives no templates.
+
+    Raises:
+        ValueError: tokenizer_config.json is broken or its `chat_template` is no template.
+    """
+    folder = Path(folder)
+    values = _read_config(folder / "tokenizer_config.json")
+    stored = values.get("chat_template")
+    if stored is None:
+        templates = {}
+    elif isinstance(stored, str):
+        templates = {"default": stored}
+    elif isinstance(stored, list) and all(isinstance(x, dict) and {"name", "template"} <= set(x) for x in stored):
+        templates = {str(entry["name"]): str(entry["template"]) for entry in stored}
+    else:
+        raise ValueError(f"{folder}: chat_template must be a text or a list of names and templates, got {stored!r:.80}")
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    texts = {name: _token_text(value) for name, value in values.items() if name.endswith("_token")}
+    return ChatTemplates(templates, {name: text for name, text in texts.items() if text is not None})
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: must hold JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _token_text(value: object) -> str | None:
+    """The text of a special token, stored as a text or as an object with its `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _raise(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,38 @@
+"""`python -m baatt.evaluation.lm_eval ...`: lm-evaluation-harness's command line with the model `baatt_llada`.
+
+In: the arguments of `lm_eval`. Out: what that command prints and writes. Registers the model first, because version
+0.4.13 of the harness finds no models of other packages by itself; nothing else is changed.
+"""
+
+import logging
+
+from baatt.evaluation.processes import leave_process_group
+
+
+def main() -> None:
+    """Run the harness.
+
+    Raises:
+        ImportError: the harness is not installed, with the extra that brings it.
+    """
+    import baatt.evaluation.lm_eval_model  # noqa: F401, I001  (first: registers the model, or names the extra)
+    from lm_eval.__main__ import cli_evaluate
+
+    _log_settings()
+    try:
+        cli_evaluate()
+    finally:
+        leave_process_group()
+
+
+def _log_settings() -> None:
+    """Show this package's messages beside the harness's own: the settings belong to the results."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s [%(name)s] %(message)s"))
+    logger = logging.getLogger("baatt")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""The model `baatt_llada` of lm-evaluation-harness: a LLaDA folder with BA-Att or dense attention.
+
+In: the harness's requests. Out: texts of `generate_until`, log-likelihoods of `loglikelihood`. Importing this module
+registers the class, which is what the harness asks of a plugin. Each process of a data-parallel run holds a model and
+answers its own share; answers can be kept on disk and taken up again. Knows nothing of tasks and scores.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from baatt import __version__
+from baatt.attention import ba_attention
+from baatt.evaluation.answer_store import AnswerStore, folder_state, request_key
+from baatt.evaluation.attention_count import AttentionCount
+from baatt.evaluation.chat import load_chat_templates
+from baatt.evaluation.likelihood import log_likelihood, rolling_windows
+from baatt.evaluation.lm_eval_arguments import DTYPES, Sampling, read_model_arguments
+from baatt.evaluation.lm_eval_requests import Generation, end_tokens, read_generation
+from baatt.evaluation.processes import Processes
+from baatt.evaluation.retrieval import pad_left
+from baatt.evaluation.truncation import fit_prompt
+from baatt.models.checkpoint import from_pretrained, load_tokenizer
+from baatt.sampling import generate, layer_attention
+
+try:
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from tqdm import tqdm
+except ImportError:
+    raise ImportError("the model baatt_llada needs lm-evaluation-harness: pip install 'baatt[lm-eval]'") from None
+
+logger = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """A prompt to continue."""
+
+    key: str
+    number: int  # of its request
+    ids: list[int]
+    generation: Generation
+
+
+@register_model("baatt_llada")
+class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
+    """A masked-diffusion model of LLaDA's architecture behind the harness's interface.
+
+    Args:
+        model_args: as `ModelArguments`, by name.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: arguments or a folder that cannot be used, or an `impl` that does not
+            run on the device.
+    """
+
+    def __init__(self, **model_args: Any) -> None:
+        super().__init__()
+        self.arguments = read_model_arguments(model_args)
+        self._processes = Processes()
+        self._rank, self._world_size = self._processes.rank, self._processes.world_size
+        self._device = self._processes.device(self.arguments.device)
+        folder = Path(self.arguments.pretrained).expanduser()
+        self._model = from_pretrained(folder, dtype=DTYPES[self.arguments.dtype], device=self._device)
+        self._tokenizer = load_tokenizer(folder)
+        self._tokenizer.no_truncation()  # a length stored in tokenizer.json must not cut a prompt unseen
+        self._tokenizer.no_padding()
+        self._chat = load_chat_templates(folder)
+        self._chat_name: str | None = None
+        self._ends = end_tokens(self._tokenizer, self._model.config.eos_token_id, self._chat.special_tokens)
+        self._store = AnswerStore(None if not self.arguments.save_dir else Path(self.arguments.save_dir), self._rank)
+        self._identity = [self.arguments.settings(), folder_state(folder)]
+        self._count = AttentionCount(self.arguments.sparse)
+        self._truncated = 0
+        self._check_attention()
+        logger.info("baatt_llada: %s", self.arguments.settings())
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: Any = None) -> "BAAttLLaDA":
+        """As the harness builds models. What is in model_args wins over the command line, whose `--batch_size` and
+        `--device` have defaults and so are always given."""
+        return cls(**{name: x for name, x in (additional_config or {}).items() if x is not None} | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> "BAAttLLaDA":
+        """`create_from_arg_obj` from `name=value,name=value`."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    # What the harness asks.
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of every prompt, cut at the end of text and at its stop strings."""
+        jobs = self._jobs(requests)
+        answers = [job.key for job in jobs]
+        pending = {job.key: job for job in jobs if job.key not in self._store}
+        with tqdm(total=len(pending), desc="generate_until", disable=disable_tqdm or self._rank > 0) as bar:
+            for batch in _batches(list(pending.values()), self.arguments.batch_size):
+                for job, text in zip(batch, self._generate(batch), strict=True):
+                    self._store.put(job.key, text)
+                    self.cache_hook.add_partial("generate_until", requests[job.number].args, text)
+                bar.update(len(batch))
+        return [str(self._store[key]) for key in answers]
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log p(continuation | context), whether it is the greedy one) of every request.
+
+        Unless `is_check_greedy`, the second is False.
+        """
+        if requests and not self.arguments.is_check_greedy:
+            logger.info("is_greedy is not determined and reported as False: is_check_greedy=True determines it")
+        results = []
+        for request in tqdm(requests, desc="loglikelihood", disable=disable_tqdm or self._rank > 0):
+            context, continuation = self._encode_pair(*request.args)
+            key = request_key("loglikelihood", self._identity, context, continuation)
+            if key not in self._store:
+                context = self._fit(context, len(continuation))
+                score = self._score(context, continuation)
+                greedy = self.arguments.is_check_greedy and self._is_greedy(context, continuation)
+                self._store.put(key, [score, greedy])
+            score, greedy = self._store[key]
+            results.append((float(score), bool(greedy)))
+            self.cache_hook.add_partial("loglikelihood", request.args, results[-1])
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p(text) of every request: windows of `max_length` tokens, every token scored once."""
+        results = []
+        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm or self._rank > 0):
+            ids = self.tok_encode(request.args[0])
+            key = request_key("loglikelihood_rolling", self._identity, ids)
+            if key not in self._store:
+                windows = rolling_windows(ids, self.max_length)
+                self._store.put(key, sum(self._score(context, answer) for context, answer in windows))
+            results.append(float(self._store[key]))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
+        return results
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as a prompt; without a generation prompt the last message is the beginning of the answer."""
+        return self._chat.render(
+            chat_history, name=self._chat_name, continue_final_message=not add_generation_prompt
+        )  # fmt: skip
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template that is used from now on: True for the default one, or a name; False or None for none."""
+        if chat_template is False or chat_template is None:
+            return None
+        self._chat_name = chat_template if isinstance(chat_template, str) else None
+        return self._chat.source(self._chat_name)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in the harness's cache of requests."""
+        return self.arguments.pretrained.replace("/", "__")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.arguments.max_length or self._model.config.max_sequence_length
+
+    def tok_encode(self, string: str) -> list[int]:
+        """Token ids; a text that begins with the beginning-of-text token does not get another."""
+        begins = self._chat.special_tokens.get("bos_token")
+        special = not (begins and string.startswith(begins))
+        return list(self._tokenizer.encode(string, add_special_tokens=special).ids)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness stores beside the results: every setting, and how sparse attention was in this process."""
+        count = self._count
+        info = {
+            "baatt_version": __version__,
+            "baatt_settings": self.arguments.settings(),
+            "model_num_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+            "model_dtype": str(next(self._model.parameters()).dtype).removeprefix("torch."),
+            "max_length": self.max_length,
+            "sparse_attention_calls": count.sparse_calls,
+            "dense_attention_calls": count.dense_calls,
+            "achieved_sparsity": round(count.sparsity, 4) if count.sparse_calls + count.dense_calls else None,
+            "truncated_prompts": self._truncated,
+        }
+        logger.info("baatt_llada: %s", info)
+        if self.arguments.sparse is not None and count.dense_calls and not count.sparse_calls:
+            logger.warning(
+                "no attention call was sparse: dense_layers, dense_steps, min_length or min_queries forbid it"
+            )
+        return info
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks."""
+        return self._processes.all_gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What every rank has, on one of them."""
+        return self._processes.gather_object(obj, dst)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._processes.barrier()
+
+    # How it is answered.
+
+    def _check_attention(self) -> None:
+        """Refuse layers and implementations that would fail after an hour of dense steps."""
+        arguments, config = self.arguments, self._model.config
+        layer_attention(
+            arguments.sparse, arguments.policy, layers=config.n_layers, step=0, total_steps=1, length=0,
+            impl=arguments.impl,
+        )  # fmt: skip
+        if arguments.sparse is not None:
+            dtype = next(self._model.parameters()).dtype
+            x = torch.zeros(1, config.n_heads, 256, config.head_size, device=self._device, dtype=dtype)
+            ba_attention(x, x, x, arguments.sparse, impl=arguments.impl)
+
+    def _jobs(self, requests: Sequence[Any]) -> list[Job]:
+        """One per request. Repetitions of a request are different jobs only where the answer is sampled."""
+        seen: Counter[str] = Counter()
+        jobs = []
+        for number, request in enumerate(requests):
+            context, options = request.args
+            generation = read_generation(options, self.arguments.sampling)
+            ids = self.tok_encode(context)
+            same = request_key("generate_until", self._identity, ids, generation.settings())
+            if generation.temperature > 0:
+                generation = generation._replace(repeat=seen[same])
+            seen[same] += 1
+            jobs.append(Job(f"{same}-{generation.repeat}", number, ids, generation))
+        return jobs
+
+    def _generate(self, batch: Sequence[Job]) -> list[str]:
+        """The answers of prompts that share their settings."""
+        model, arguments, generation = self._model, self.arguments, batch[0].generation
+        end = model.config.eos_token_id
+        sampler = arguments.sampling.config(
+            generation.tokens, temperature=generation.temperature, stop_at_eos=end is not None, repeat=generation.repeat
+        )
+        rows = [self._fit(job.ids, sampler.gen_length) for job in batch]
+        ids, mask = pad_left(rows, model.config.pad_token_id or 0)
+        result = generate(
+            model, ids.to(self._device), mask.to(self._device), sampler, sparse=arguments.sparse,
+            policy=arguments.policy, impl=arguments.impl, wrap_attention=self._count.wrap,
+        )  # fmt: skip
+        return [
+            job.generation.cut(tokens, self._tokenizer, self._ends)
+            for job, tokens in zip(batch, result.tokens.tolist(), strict=True)
+        ]
+
+    def _score(self, context: list[int], continuation: list[int]) -> float:
+        arguments, config = self.arguments, self._model.config
+        if arguments.policy.dense_steps > 0:
+            raise ValueError(
+                f"dense_steps must be 0 for a likelihood, which has no steps, got {arguments.policy.dense_steps}"
+            )
+        length = len(context) + len(continuation)
+        functions = layer_attention(
+            arguments.sparse, arguments.policy, layers=config.n_layers, step=0, total_steps=1, length=length,
+            impl=arguments.impl,
+        )  # fmt: skip
+        return log_likelihood(
+            self._model, context, continuation, device=self._device, draws=arguments.mc_num,
+            batch_size=arguments.batch_size, seed=arguments.sampling.seed, cfg_scale=arguments.sampling.cfg_scale,
+            attention=[self._count.wrap(layer, function) for layer, function in enumerate(functions)],
+        )  # fmt: skip
+
+    def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
+        """Whether the model generates the continuation when the surest token is filled at every step, as LLaDA."""
+        if not context:
+            raise ValueError("is_check_greedy must be False for a request without context, got True")
+        arguments, length = self.arguments, len(continuation)
+        sampler = Sampling(gen_length=length, block_length=length, cfg_scale=arguments.sampling.cfg_scale).config(
+            length
+        )
+        result = generate(
+            self._model, torch.tensor([context], device=self._device), None, sampler, sparse=arguments.sparse,
+            policy=arguments.policy, impl=arguments.impl, wrap_attention=self._count.wrap,
+        )  # fmt: skip
+        return bool(result.tokens[0].tolist() == continuation)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both, split where the context's own ids end; its trailing spaces belong to the continuation."""
+        whole, before = self.tok_encode(context + continuation), self.tok_encode(context.rstrip())
+        return before, whole[len(before) :]
+
+    def _fit(self, ids: list[int], answer_length: int) -> list[int]:
+        kept = fit_prompt(
+            ids, self.arguments.truncation, max_length=self.max_length, answer_length=answer_length
+        )  # fmt: skip
+        if len(kept) < len(ids):
+            self._truncated += 1
+            if self._truncated == 1:
+                logger.warning(
+                    "a prompt of %d tokens is cut to %d (%s): max_length is %d and %d are kept for the answer",
+                    len(ids), len(kept), self.arguments.truncation, self.max_length, answer_length,
+                )  # fmt: skip
+        return kept
+
+
+def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
+    """Prompts of the same settings and of similar length, the longest first: what does not fit fails at once."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.generation.tokens, job.generation.temperature, job.generation.repeat), []).append(job)
+    for group in groups.values():
+        group.sort(key=lambda job: -len(job.ids))
+        for first in range(0, len(group), size):
+            yield group[first : first + size]

@@ -1,0 +1,184 @@
+"""LLaDA-V for lmms-eval: `--model baatt_llada_v`, found by the entry point that installing `baatt` declares.
+
+In: lmms-eval's requests, (contexts, gen_kwargs, doc_to_visual, doc_id, task, split). Out: answers as text. The prompt,
+the pictures and the settings of every task are those of LLaDA-V's own evaluation; attention is dense or BA-Att. Needs
+lmms-eval, which is why nothing else of `baatt` imports this module.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lmms_eval.api.model import lmms
+from loguru import logger
+from torch import Tensor
+
+from baatt.evaluation.lmms_settings import DTYPES, ModelArguments, Setting, read_setting, read_sparse
+from baatt.models.checkpoint import load_tokenizer
+from baatt.models.llada_v import VisualDiffusionLM
+from baatt.models.llada_v_chat import (
+    MASK,
+    answer_rules,
+    answer_text,
+    ask,
+    conversation,
+    place_pictures,
+    prompt_ids,
+    special_id,
+)
+from baatt.models.picture_prompt import PicturePrompt
+from baatt.models.pictures import read_frames
+from baatt.sampling import SamplerConfig, generate
+
+MODEL_ID = "baatt_llada_v"
+
+
+class _Visual(NamedTuple):
+    """Visual tokens [K, D] of a prompt and how many of them belong to each picture."""
+
+    tokens: Tensor
+    counts: list[int]
+
+
+class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
+    """LLaDA-V with dense attention or BA-Att in its language model; one request at a time.
+
+    Args, as --model_args gives them:
+        pretrained: local folder of LLaDA-V. vision_tower: folder of SigLIP, for a checkpoint without it.
+        dtype: "bfloat16", "float16" or "float32". device: of the weights; with several processes each has its own.
+        sparsity: of BA-Att; absent or "none" = dense. sort, segment, beta: its other dials; absent = `BAAttConfig`'s.
+        dense_layers: "0+1", a single number or "none". dense_steps, min_length: as `Policy`. impl: as `ba_attention`.
+        max_frames_num: of a video. mm_spatial_pool_stride, mm_spatial_pool_mode: how its frames are pooled.
+        gen_length, block_length, gen_steps, think_mode: instead of a task's own; "none" does not tell the model whether
+            to think.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: an argument that is unknown or out of range, or a folder that does not
+            hold LLaDA-V.
+    """
+
+    is_simple = True
+
+    def __init__(self, pretrained: str, **given: Any) -> None:
+        super().__init__()
+        arguments = ModelArguments.from_dict({"pretrained": pretrained, **given})
+        self.arguments = arguments
+        self.sparse, self.policy = read_sparse(arguments)
+        self._device = self._place(arguments.device)
+        self._model = VisualDiffusionLM.from_pretrained(
+            pretrained, vision_tower=arguments.vision_tower, dtype=DTYPES[arguments.dtype], device=self._device
+        )
+        self.tokenizer = load_tokenizer(pretrained)
+        mask, expected = special_id(self.tokenizer, MASK), self._model.config.mask_token_id
+        if mask != expected:
+            raise ValueError(f"{pretrained}: {MASK} must have the id {expected} of the model's mask token, got {mask}")
+        self._last: tuple[tuple[str, ...], _Visual] | None = None
+        self._reported: set[str] = set()
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answer of every request, in their order."""
+        answers = []
+        for request in requests:
+            context, gen_kwargs, doc_to_visual, doc_id, task, split = request.args
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+            answer = self._answer(context, dict(gen_kwargs), visuals, task)
+            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), answer)
+            answers.append(answer)
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not there: LLaDA-V's own evaluation scores answers, not likelihoods.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"{MODEL_ID} answers generate_until tasks only, this one asks for loglikelihood")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not there.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"{MODEL_ID} answers generate_until tasks only, this one has several rounds")
+
+    @property
+    def model(self) -> VisualDiffusionLM:
+        """LLaDA-V."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._device
+
+    def _place(self, device: str | None) -> torch.device:
+        """One process: the device asked for. Several, by accelerate: to each its own, and a share of the requests."""
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if device is None or self._world_size > 1:
+            return torch.device(self.accelerator.device)
+        return torch.device(device)
+
+    @torch.inference_mode()
+    def _answer(self, context: str, gen_kwargs: dict[str, Any], visuals: Sequence[Any], task: str) -> str:
+        setting = read_setting(task, gen_kwargs, self.arguments)
+        sampler = SamplerConfig(
+            steps=setting.gen_steps, gen_length=setting.gen_length, block_length=setting.block_length,
+            temperature=gen_kwargs.get("temperature", 0) if gen_kwargs.get("do_sample", True) else 0,
+            cfg_scale=gen_kwargs.get("cfg", 0),
+            remasking=gen_kwargs.get("remasking", "low_confidence"),
+        )  # fmt: skip
+        visual = self._see(visuals)
+        turn = ask(context, len(visual.counts), setting.think_mode)
+        ids = place_pictures(prompt_ids(conversation(turn), self.tokenizer), visual.counts)
+        self._report(task, setting, len(ids))
+        rules = answer_rules(self.tokenizer, self.model.config.logit_size, setting.stops)
+        prompt = PicturePrompt(self.model.language, ids, visual.tokens, stops=rules.stops, forbidden=rules.forbidden)
+        result = generate(
+            prompt, prompt.ids, None, sampler, sparse=self.sparse, policy=self.policy, impl=self.arguments.impl
+        )
+        return answer_text(result.tokens[0].tolist(), rules.stops, self.tokenizer)
+
+    def _see(self, visuals: Sequence[Any]) -> _Visual:
+        """Visual tokens of what a document shows: nothing, images, or the path of a video.
+
+        Those of a video are kept for the next request: tasks ask several questions about one.
+        """
+        if not visuals:
+            return _Visual(self.model.newline[None][:0], [])
+        if all(isinstance(one, str) for one in visuals):
+            if len(visuals) != 1:
+                raise ValueError(f"a request must show one video, got {len(visuals)}")
+            key = tuple(visuals)
+            if self._last is None or self._last[0] != key:
+                self._last = None
+                frames = read_frames(visuals[0], self.arguments.max_frames_num)
+                tokens = self.model.embed_video(
+                    frames, stride=self.arguments.mm_spatial_pool_stride, mode=self.arguments.mm_spatial_pool_mode
+                )
+                self._last = key, _Visual(tokens, [len(tokens)])
+            return self._last[1]
+        if not all(hasattr(one, "convert") and hasattr(one, "size") for one in visuals):
+            kinds = sorted({type(one).__name__ for one in visuals})
+            raise TypeError(f"a request must show Pillow images or the path of a video, got {', '.join(kinds)}")
+        images = self.model.embed_images(visuals)
+        return _Visual(torch.cat(images), [len(tokens) for tokens in images])
+
+    def _report(self, task: str, setting: Setting, tokens: int) -> None:
+        """Log the setting of a task once, and every prompt that is longer than those of training."""
+        if task not in self._reported:
+            self._reported.add(task)
+            logger.info(f"{task}: {setting}, {self.sparse or 'dense attention'}, {self.policy}")
+        longest = self.model.pictures.tokenizer_model_max_length
+        if longest is not None and tokens > longest:
+            logger.warning(f"{task}: a prompt of {tokens} tokens, trained were at most {longest}")
+
+
+def manifest() -> Any:
+    """What lmms-eval registers: the payload of the entry point."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id=MODEL_ID, simple_class_path=f"{__name__}.{LLaDAV.__name__}")

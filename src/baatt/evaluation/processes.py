@@ -1,0 +1,86 @@
+"""The processes of a data-parallel evaluation: one model each, every one with a share of the requests.
+
+In: the environment that `torchrun` or `accelerate launch` sets. Out: rank, device and the three exchanges that
+lm-evaluation-harness needs. A single process exchanges nothing. Knows nothing of models.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+#: Ranks finish hours apart when some have the long documents; the default of ten minutes would end the run.
+PATIENCE = timedelta(days=2)
+
+
+class Processes:
+    """This process among those of the run; joins a process group if the launcher has started more than one.
+
+    What is exchanged is small, so it goes through the CPUs (gloo) whatever the models run on.
+    """
+
+    def __init__(self) -> None:
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = 0
+        self._group: dist.ProcessGroup | None = None
+        if self.world_size == 1:
+            return
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        elif dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.rank = dist.get_rank()
+
+    def device(self, name: str | None) -> torch.device:
+        """The device of this process.
+
+        Args:
+            name: what was asked for; None takes a GPU if there is one. With several processes a GPU is the one of this
+                process's local rank, whatever its number.
+
+        Raises:
+            ValueError: no device of that name, or no GPU where one is named.
+        """
+        try:
+            device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise ValueError(f'device must be one such as "cpu" or "cuda:0", got {name!r}') from None
+        if device.type != "cuda":
+            return device
+        if not torch.cuda.is_available():
+            raise ValueError(f"device must be one that PyTorch can use, and there is no GPU for {name!r}")
+        if self.world_size > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        return device
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, of one shape, joined along the first axis; numbers become a row."""
+        if self.world_size == 1:
+            return tensor
+        row = (tensor[None] if tensor.dim() == 0 else tensor).cpu().contiguous()
+        parts = [torch.empty_like(row) for _ in range(self.world_size)]
+        dist.all_gather(parts, row, group=self._group)
+        return torch.cat(parts).to(tensor.device)
+
+    def gather_object(self, item: Any, destination: int = 0) -> list[Any] | None:
+        """What every rank has, on one of them; None on the others."""
+        if self.world_size == 1:
+            return [item]
+        items = [None] * self.world_size if self.rank == destination else None
+        dist.gather_object(item, items, dst=destination, group=self._group)
+        return items
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world_size > 1:
+            dist.barrier(group=self._group)
+
+
+def leave_process_group() -> None:
+    """End the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,96 @@
+"""RULER's frequent words extraction: coded words whose frequencies follow a zeta distribution, the first of them dots.
+
+In: a random generator, a number of words and a vocabulary size. Out: a `RulerSample` that asks for the three most
+frequent words after the dots. Knows nothing of tokens or scoring.
+
+RULER's script does not take the 50 answer tokens off the length; here they are part of it, as in all other tasks.
+"""
+
+import math
+from random import Random
+from string import ascii_lowercase
+
+import torch
+
+from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
+
+TEMPLATE = (
+    "Read the following coded text and track the frequency of each coded word. "
+    "Find the three most frequently appeared coded words. {context}\n"
+    "Question: Do not provide any explanation. Please ignore the dots '....'. "
+    "What are the three most frequently appeared words in the above coded text?"
+)
+ANSWER_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+ANSWER_TOKENS = 50
+WORD_LENGTH = 6
+ALPHA = 2.0
+DOTS = "..."
+TOKENS_PER_VOCABULARY_WORD = 50
+TOKENS_PER_WORD = 3.0
+
+
+def zeta(alpha: float) -> float:
+    """Riemann's zeta function.
+
+    Raises:
+        ValueError: alpha is not above 1.
+    """
+    if not (math.isfinite(alpha) and alpha > 1):
+        raise ValueError(f"alpha must be above 1, got {alpha}")
+    arguments = torch.tensor([alpha, 1.0], dtype=torch.float64)
+    return float(torch.special.zeta(arguments[0], arguments[1]))
+
+
+def frequencies(size: int, vocabulary: int, alpha: float = ALPHA) -> list[int]:
+    """How often the word of each rank stands in a text of about `size` words: int(size * rank^-alpha / zeta(alpha))."""
+    scale = zeta(alpha)
+    return [int(size * rank**-alpha / scale) for rank in range(1, vocabulary + 1)]
+
+
+def smallest_size(alpha: float = ALPHA) -> int:
+    """Words from which on rank 4 always stands more often than rank 5, so that the answer is one."""
+    return math.ceil(zeta(alpha) / (4**-alpha - 5**-alpha))
+
+
+def draw_vocabulary(random: Random, size: int) -> list[str]:
+    """Distinct random words by rank; the first is the dots.
+
+    Raises:
+        ValueError: fewer than the four ranks the question needs, or more words than half of those there are.
+    """
+    if not 4 <= size <= 26**WORD_LENGTH // 2:
+        raise ValueError(f"vocabulary must have 4 to {26**WORD_LENGTH // 2} words, got {size}")
+    words: set[str] = set()
+    while len(words) < size:
+        words.add("".join(random.choices(ascii_lowercase, k=WORD_LENGTH)))
+    ranked = sorted(words)
+    random.shuffle(ranked)
+    return [DOTS, *ranked[1:]]
+
+
+def build(random: Random, size: int, vocabulary: int, alpha: float = ALPHA) -> RulerSample:
+    """One sample of about `size` words.
+
+    Raises:
+        ValueError: as `draw_vocabulary` and `zeta`, or a size at which ranks may tie.
+    """
+    if size < smallest_size(alpha):
+        raise ValueError(f"size must be at least {smallest_size(alpha)} words for alpha={alpha}, got {size}")
+    ranked = draw_vocabulary(random, vocabulary)
+    counts = frequencies(size, vocabulary, alpha)
+    words = [word for word, count in zip(ranked, counts, strict=True) for _ in range(count)]
+    random.shuffle(words)
+    values = tuple(ranked[1:4])
+    prompt = TEMPLATE.format(context=" ".join(words))
+    return RulerSample("fwe", prompt, ANSWER_PREFIX, f" {', '.join(values)}.", values, size, ANSWER_TOKENS)
+
+
+def recipe(request: Request, alpha: float = ALPHA) -> Recipe:
+    """How the sample of a request looks with any number of words; the vocabulary grows with the length."""
+    # Four ranks at least; that many tokens hold no sample anyway.
+    vocabulary = max(4, request.length // TOKENS_PER_VOCABULARY_WORD)
+
+    def at(size: int) -> RulerSample:
+        return build(request.random(), size, vocabulary, alpha)
+
+    return Recipe(at, smallest_size(alpha), TOKENS_PER_WORD)

@@ -1,0 +1,66 @@
+"""RULER's question answering: the documents of a question among others of the same data set.
+
+In: a question set, a question's number, a random generator and a number of documents. Out: a `RulerSample`. Sample n is
+question n of the file. Knows nothing of tokens or scoring, and reads no file.
+"""
+
+from random import Random
+
+from baatt.evaluation.ruler.questions import Question, QuestionSet
+from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
+
+INSTRUCTION = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+)
+TEMPLATE = f"{INSTRUCTION}\n\nThe following are given documents.\n\n{{context}}\n\n{INSTRUCTION}\n\nQuestion: {{query}}"
+ANSWER_PREFIX = " Answer:"
+DOCUMENT = "Document {number}:\n{text}"
+ANSWER_TOKENS = 32
+TOKENS_PER_DOCUMENT = 200.0
+
+
+def choose_documents(random: Random, question: Question, documents: int, size: int) -> list[int]:
+    """Numbers of `size` out of `documents`: the gold ones, then of the same article, then any others.
+
+    From as many as there are on, all of them in order, over and over, as RULER does.
+    """
+    if size >= documents:
+        return [number % documents for number in range(size)]
+    gold, related = question.gold, question.related
+    missing = size - len(gold)
+    if missing <= len(related):
+        return [*gold, *random.sample(related, missing)]
+    taken = {*gold, *related}
+    others = [number for number in range(documents) if number not in taken]
+    return [*gold, *related, *random.sample(others, missing - len(related))]
+
+
+def build(random: Random, data: QuestionSet, number: int, size: int) -> RulerSample:
+    """Question `number` with `size` documents, shuffled.
+
+    Raises:
+        ValueError: no such question, or fewer documents than the question's own.
+    """
+    if not 0 <= number < len(data.questions):
+        raise ValueError(f"number must be in [0, {len(data.questions)}), the questions of the file, got {number}")
+    question = data.questions[number]
+    if size < len(question.gold):
+        raise ValueError(f"size must be at least the {len(question.gold)} documents of question {number}, got {size}")
+    chosen = choose_documents(random, question, len(data.documents), size)
+    random.shuffle(chosen)
+    texts = (DOCUMENT.format(number=place, text=data.documents[one]) for place, one in enumerate(chosen, 1))
+    prompt = TEMPLATE.format(context="\n\n".join(texts), query=question.text)
+    answer = f" {question.answers[0]}"
+    return RulerSample("qa", prompt, ANSWER_PREFIX, answer, question.answers, size, ANSWER_TOKENS, "part")
+
+
+def recipe(request: Request, data: str) -> Recipe:
+    """How question number `request.number` of the sources' set `data` looks with any number of documents."""
+    questions = request.sources.questions(data)
+
+    def at(size: int) -> RulerSample:
+        return build(request.random(), questions, request.number, size)
+
+    if not 0 <= request.number < len(questions.questions):
+        raise ValueError(f"{request.task} has {len(questions.questions)} questions, got number {request.number}")
+    return Recipe(at, len(questions.questions[request.number].gold), TOKENS_PER_DOCUMENT)

@@ -1,0 +1,188 @@
+"""Where the words, the running text and the questions of the tasks come from.
+
+In: names and local paths, held by `Sources`, which is small and goes to worker processes as it is. Out: word pools,
+words of an essay, question sets, read once a process. Downloads nothing; what is missing is refused with its origin.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+
+from baatt.evaluation.ruler.questions import HOTPOT_FROM, SQUAD_FROM, QuestionSet, read_hotpot, read_squad
+from baatt.evaluation.ruler.words import POOLS, WordPool, load_words
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cuts after every full stop, question or exclamation mark that white space follows."""
+    return SENTENCE_END.split(text)
+
+
+def punkt_sentences(text: str) -> list[str]:
+    """The sentences of nltk's punkt, as in RULER; it knows abbreviations and closing quotes.
+
+    Raises:
+        ValueError: nltk, or its data `punkt_tab`, is not installed.
+    """
+    try:
+        return [str(sentence) for sentence in import_module("nltk.tokenize").sent_tokenize(text)]
+    except (ImportError, LookupError) as error:
+        raise ValueError(
+            "sentences='punkt' needs nltk and its data: pip install baatt[ruler]; python -m nltk.downloader punkt_tab"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the tasks are made of; the defaults are words and text that the shipped model never saw.
+
+    Args:
+        words: "heldout", "train", "full" or "wonderwords", see `words.load_words`.
+        english_words: RULER's `json/english_words.json`, or any JSON list or object of words, for word lists so long
+            that `words` runs out (cwe).
+        essay: running text: RULER's `PaulGrahamEssays.json` ({"text": ...}), one text file, or a folder whose .txt
+            files are taken in order of name. None is the project's own held-out text.
+        random_place: start the essay at a random word. False starts every sample at the first word, as RULER does; None
+            is False for an essay that is given and True for the project's own.
+        sentences: how an essay is cut where needles may stand, "regex" or "punkt" (RULER's, needs nltk).
+        squad: SQuAD's `dev-v2.0.json`, needed by qa_1.
+        hotpot: HotpotQA's `hotpot_dev_distractor_v1.json`, needed by qa_2.
+
+    An essay shorter than needed is repeated from its first word on, as RULER does.
+
+    Raises:
+        ValueError: an unknown name. Files are looked at when they are used, or by `tasks.check_sources`.
+    """
+
+    words: str = "heldout"
+    english_words: Path | None = None
+    essay: Path | None = None
+    random_place: bool | None = None
+    sentences: str = "regex"
+    squad: Path | None = None
+    hotpot: Path | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("english_words", "essay", "squad", "hotpot") and isinstance(value, str):
+                object.__setattr__(self, field.name, Path(value))
+        for name, known in (("words", POOLS), ("sentences", SENTENCES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def pool(self) -> WordPool:
+        """The words of the chosen split."""
+        return load_words(self.words)
+
+    @property
+    def starts_anywhere(self) -> bool:
+        """Whether an essay starts at a random word."""
+        return self.essay is None if self.random_place is None else self.random_place
+
+    def word_lists(self) -> list[tuple[str, ...]]:
+        """Lists to draw common words from, each longer than the one before; the next is for when one runs out.
+
+        Held-out words are followed by all words, then comes `english_words`. Training words are followed by nothing
+        else of ours, so training never meets a held-out word.
+        """
+        lists = [_all_words(self.words)]
+        if self.words == "heldout":
+            lists.append(_all_words("full"))
+        if self.english_words is not None:
+            lists.append(read_word_list(self.english_words))
+        return [one for number, one in enumerate(lists) if number == 0 or len(one) > len(lists[number - 1])]
+
+    def essay_words(self) -> tuple[str, ...]:
+        """Words of the running text."""
+        return heldout_words() if self.essay is None else read_essay(self.essay)
+
+    def questions(self, name: str) -> QuestionSet:
+        """The question set "squad" or "hotpot".
+
+        Raises:
+            ValueError: its path is not given, or the file is not what it should be.
+        """
+        read, origin = QUESTIONS[name]
+        path: Path | None = getattr(self, name)
+        if path is None:
+            raise ValueError(f"sources.{name} must be the path of a local copy of {origin}, got None")
+        return read(path)
+
+
+@functools.cache
+def _all_words(split: str) -> tuple[str, ...]:
+    return load_words(split).all
+
+
+@functools.cache
+def heldout_words() -> tuple[str, ...]:
+    """Words of running text that the shipped model never saw in training."""
+    return tuple(files("baatt.assets").joinpath("heldout.txt").read_text(encoding="utf-8").split())
+
+
+@functools.cache
+def read_essay(path: Path) -> tuple[str, ...]:
+    """Words of a text file, of all .txt files of a folder, or of the member "text" of a JSON file.
+
+    Raises:
+        ValueError: nothing there, no text in it, or not UTF-8.
+    """
+    if path.is_dir():
+        parts = sorted(path.glob("*.txt"))
+        if not parts:
+            raise ValueError(f"essay must be a folder with .txt files, got none in {path}")
+    elif path.is_file():
+        parts = [path]
+    else:
+        raise ValueError(f"essay must be a file or a folder of .txt files, got {path}, which does not exist")
+    words = tuple("\n".join(_text(part) for part in parts).split())
+    if not words:
+        raise ValueError(f"essay must hold words, got none in {path}")
+    return words
+
+
+def _text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return text
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"essay must be UTF-8 text or JSON, got {path}: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("text"), str):
+        raise ValueError(f'essay must be JSON of the form {{"text": "..."}}, got another in {path}')
+    return str(found["text"])
+
+
+@functools.cache
+def read_word_list(path: Path) -> tuple[str, ...]:
+    """Distinct words of a JSON list, or of the values of a JSON object as RULER's file has them, sorted.
+
+    Raises:
+        ValueError: no such file, or another form.
+    """
+    if not path.is_file():
+        raise ValueError(f"english_words must be RULER's json/english_words.json, got {path}, which does not exist")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"english_words must be JSON, got {path}: {error}") from error
+    words = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"english_words must be a JSON list or object of words, got another form in {path}")
+    return tuple(sorted(set(words)))
+
+
+SENTENCES: dict[str, Callable[[str], list[str]]] = {"regex": split_sentences, "punkt": punkt_sentences}
+QUESTIONS: dict[str, tuple[Callable[[Path], QuestionSet], str]] = {
+    "squad": (read_squad, SQUAD_FROM),
+    "hotpot": (read_hotpot, HOTPOT_FROM),
+}

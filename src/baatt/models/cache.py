@@ -1,0 +1,83 @@
+"""Keys and values of every layer, kept from one pass of a model for later passes over a part of the same sequence.
+
+The first pass, over all tokens, fills the cache. A later pass over tokens [start, start + n) puts its own keys and
+values in their place and attends to all that are held; those of other tokens stay as they were, although they would
+have changed with the tokens: that is the approximation. Knows nothing of models, attention and sampling.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class KeysValues(NamedTuple):
+    """What a layer holds: keys after positional encoding and values, each [B, G, N, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KeyValueCache:
+    """Empty until a pass over a whole sequence has filled it; for inference only.
+
+    Later passes write into the tensors that it holds and that attention has been given: who keeps them, copies them.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[KeysValues] = []
+
+    @property
+    def length(self) -> int | None:
+        """N, tokens of the sequence; None while the cache is empty."""
+        return self._layers[0].keys.shape[2] if self._layers else None
+
+    @property
+    def batch(self) -> int | None:
+        """B, rows of the batch; None while the cache is empty."""
+        return self._layers[0].keys.shape[0] if self._layers else None
+
+    @property
+    def bytes_held(self) -> int:
+        """Memory of all keys and values."""
+        return sum(x.numel() * x.element_size() for layer in self._layers for x in layer)
+
+    def replace(self, layer: int, start: int, keys: Tensor, values: Tensor) -> KeysValues:
+        """Hold the keys and values [B, G, n, D] of tokens [start, start + n) of a layer; returns those of all tokens.
+
+        Layers of an empty cache come in their order, with all tokens.
+        """
+        if layer == len(self._layers):
+            self._layers.append(KeysValues(keys, values))
+        else:
+            held, stop = self._layers[layer], start + keys.shape[2]
+            held.keys[:, :, start:stop] = keys
+            held.values[:, :, start:stop] = values
+        return self._layers[layer]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows of the batch but these, [B'] int64."""
+        self._layers = [KeysValues(held.keys[rows], held.values[rows]) for held in self._layers]
+
+    def check(self, layers: int, batch: int, tokens: int, start: int) -> None:
+        """Refuse a pass over `tokens` tokens from `start` on that does not fit what is held.
+
+        Raises:
+            ValueError: the tokens reach beyond the sequence, another batch, or a cache of another model or of a pass
+                that has failed.
+        """
+        if self.length is None:
+            if start != 0:
+                raise ValueError(f"start must be 0 for an empty cache, which a whole sequence fills, got {start}")
+            return
+        if len(self._layers) != layers:
+            raise ValueError(
+                f"cache must hold {layers} layers, got {len(self._layers)}: the pass that filled it failed"
+            )
+        if batch != self.batch:
+            raise ValueError(f"input_ids must have B={self.batch} rows as the cache, got {batch}")
+        if tokens > self.length:
+            raise ValueError(f"input_ids must have at most N={self.length} tokens as the cache, got {tokens}")
+        if not 0 <= start <= self.length - tokens:
+            raise ValueError(
+                f"start must be in [0, {self.length - tokens}] for {tokens} of N={self.length} tokens, got {start}"
+            )

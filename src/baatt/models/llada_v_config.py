@@ -1,0 +1,132 @@
+"""The config.json of LLaDA-V: its language model, its vision tower, and how pictures become visual tokens.
+
+In: the keys as the published folder has them. Out: the parts, checked. What the published code leaves to a default has
+the same default here; what would change the computation and is not implemented is refused by name.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from baatt.models.llada import ModelConfig
+from baatt.models.siglip import SiglipConfig
+from baatt.models.visual_tokens import NEWLINES
+
+#: `<|mdm_mask|>`, which the published code writes as a number; a config.json may name another.
+MASK_TOKEN_ID = 126336
+
+# What is implemented of the keys that change the computation; any other value is refused.
+IMPLEMENTED: Mapping[str, tuple[object, ...]] = {
+    "model_type": ("llava_llada",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "rope_scaling": (None,),
+    "tie_word_embeddings": (False, None),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_patch_merge_type": ("spatial_unpad",),
+    "mm_vision_select_layer": (-2, None),
+    "mm_resampler_type": (None,),
+    "mm_use_im_start_end": (False, None),
+    "mm_use_im_patch_token": (False, None),
+    "add_faster_video": (False, None),
+}
+#: Keys of config.json -> fields of `ModelConfig`.
+LANGUAGE_KEYS = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_heads",
+    "num_hidden_layers": "n_layers",
+    "intermediate_size": "mlp_hidden_size",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "rms_norm_eps": "rms_norm_eps",
+}
+OPTIONAL_LANGUAGE_KEYS = {
+    "num_key_value_heads": "n_kv_heads",
+    "max_position_embeddings": "max_sequence_length",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+ANYRES = re.compile(r"anyres(?:_max_(\d+))?")
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """How pictures become visual tokens, in the field names of LLaDA-V's config.json.
+
+    Args:
+        image_aspect_ratio: "anyres", or "anyres_max_9" for about nine tiles at most, cuts a single image into tiles;
+            "pad" pads it to one square. Several images of one prompt are always padded.
+        image_grid_pinpoints: canvases for the tiles, "(1x1),...,(6x6)" or pairs of pixels; unused with "pad".
+        mm_newline_position: newlines of a video, a name in `NEWLINES`; the published code takes a missing key for
+            "one_token".
+        tokenizer_model_max_length: tokens of a prompt in training; longer ones are not refused.
+
+    Raises:
+        ValueError: something that is not implemented.
+    """
+
+    image_aspect_ratio: str
+    image_grid_pinpoints: str | Sequence[Sequence[int]] | None = None
+    mm_newline_position: str = "one_token"
+    tokenizer_model_max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_aspect_ratio != "pad" and not ANYRES.fullmatch(self.image_aspect_ratio):
+            raise ValueError(
+                "image_aspect_ratio must be 'pad', 'anyres' or like 'anyres_max_9' (nothing else is implemented), "
+                f"got {self.image_aspect_ratio!r}"
+            )
+        if self.image_aspect_ratio != "pad" and self.image_grid_pinpoints is None:
+            raise ValueError(f"image_grid_pinpoints must be given with {self.image_aspect_ratio!r}, got None")
+        if self.mm_newline_position not in NEWLINES:
+            raise ValueError(f"mm_newline_position must be one of {list(NEWLINES)}, got {self.mm_newline_position!r}")
+
+    @property
+    def max_tiles(self) -> int | None:
+        """Tiles whose features are kept at most; None = all."""
+        found = ANYRES.fullmatch(self.image_aspect_ratio)
+        return int(found[1]) if found is not None and found[1] else None
+
+
+class LLaDAVConfig(NamedTuple):
+    """The parts of a config.json: language model, vision tower and what lies between."""
+
+    language: ModelConfig
+    vision: SiglipConfig
+    pictures: PictureConfig
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], vision: SiglipConfig | None = None) -> "LLaDAVConfig":
+        """Read the contents of LLaDA-V's config.json.
+
+        Args:
+            vision: sizes of the tower; None takes `vision_config`, which the published folder does not have: then those
+                that the published code fixes, so400m-patch14-384.
+
+        Raises:
+            TypeError, ValueError: a key is missing, or asks for something that is not implemented.
+        """
+        missing = [name for name in (*LANGUAGE_KEYS, "image_aspect_ratio", "mm_projector_type") if name not in values]
+        if missing:
+            raise ValueError(f"a LLaDA-V config must have the keys {missing}")
+        for name in IMPLEMENTED.keys() & values.keys():
+            if values[name] not in IMPLEMENTED[name]:
+                accepted = " or ".join(repr(choice) for choice in IMPLEMENTED[name])
+                raise ValueError(f"{name} must be {accepted} (nothing else is implemented), got {values[name]!r}")
+        if "siglip" not in str(values.get("mm_vision_tower")).lower():
+            raise ValueError(f"mm_vision_tower must name a SigLIP model, got {values.get('mm_vision_tower')!r}")
+        if vision is None:
+            vision = SiglipConfig.from_dict(values.get("vision_config") or {})
+        if values.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
+            width = vision.hidden_size
+            raise ValueError(f"mm_hidden_size must be the tower's {width}, got {values['mm_hidden_size']}")
+        optional = {field: values[key] for key, field in OPTIONAL_LANGUAGE_KEYS.items() if values.get(key) is not None}
+        language = ModelConfig(
+            **{field: values[key] for key, field in LANGUAGE_KEYS.items()},
+            **optional,
+            mask_token_id=values.get("mask_token_id", MASK_TOKEN_ID),
+        )
+        names = PictureConfig.__dataclass_fields__
+        pictures = PictureConfig(**{name: values[name] for name in names if values.get(name) is not None})
+        return cls(language, vision, pictures)

@@ -1,0 +1,87 @@
+"""What config.json says about RoPE beyond its base: one base change is known, every other scaling is refused.
+
+In: the contents of a LLaDA config.json. Out: the same contents with the base that the rotary tables are made from.
+LLaDA-8B, LLaDA-1.5 and UltraLLaDA have no scaling key: their `rope_theta` is the base. Knows nothing of tensors.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+#: Keys about RoPE that the model reads itself, or that change nothing here: its tables are in float32 anyway.
+READ_BY_THE_MODEL = {"rope", "rope_theta", "rope_full_precision"}
+#: Keys of a scaling, as transformers writes them: before version 5, and since.
+SCALING_KEYS = ("rope_scaling", "rope_parameters")
+
+
+def ntk_base(theta: float, factor: float, head_size: int) -> float:
+    """NTK-aware base theta * factor^(D / (D - 2)): stretches the slowest channel by `factor`, the fastest not at all.
+
+    Args:
+        theta: base the weights were trained with.
+        factor: wanted length / trained length, at least 1.
+        head_size: D, channels per head, at least 4.
+
+    Raises:
+        ValueError: a factor below 1, or D below 4.
+    """
+    if not (math.isfinite(factor) and factor >= 1):
+        raise ValueError(f"factor of an NTK scaling must be a finite number of at least 1, got {factor}")
+    if head_size < 4:
+        raise ValueError(f"head_size must be at least 4 for an NTK scaling, got {head_size}")
+    return float(theta * factor ** (head_size / (head_size - 2)))
+
+
+def resolve_rope_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of config.json with its scaling, if any, put into `rope_theta`.
+
+    A scaling is `{"rope_type": kind, "factor": s}` under `rope_scaling` (or `rope_parameters`), `type` being an older
+    name of `rope_type`. Kinds: "default" changes nothing, "ntk" is `ntk_base`.
+
+    Raises:
+        ValueError, TypeError: another kind or another key about RoPE, both keys at once, a scaling without what it
+            needs, or a `rope_theta` inside it that contradicts the one outside.
+    """
+    unknown = sorted(
+        key
+        for key, value in values.items()
+        if (key.startswith("rope") or "ntk" in key) and value is not None
+        and key not in READ_BY_THE_MODEL and key not in SCALING_KEYS
+    )  # fmt: skip
+    if unknown:
+        known = sorted(READ_BY_THE_MODEL | set(SCALING_KEYS))
+        raise ValueError(f"config.json must have no key about RoPE but {known}, got {unknown}")
+    given = [key for key in SCALING_KEYS if values.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"config.json must have one of {list(SCALING_KEYS)}, got both")
+    rest = {key: value for key, value in values.items() if key not in SCALING_KEYS}
+    return rest | ({"rope_theta": _scaled_base(given[0], values)} if given else {})
+
+
+def _scaled_base(key: str, values: Mapping[str, Any]) -> float:
+    scaling = values[key]
+    if not isinstance(scaling, Mapping):
+        raise TypeError(f"{key} must be an object or null, got {scaling!r}")
+    inner, outer = scaling.get("rope_theta"), values.get("rope_theta")
+    if inner is not None and outer is not None and inner != outer:
+        raise ValueError(f"{key}.rope_theta must equal rope_theta={outer}, got {inner}")
+    theta = outer if inner is None else inner
+    theta = _number("rope_theta", theta)
+    kind = scaling.get("rope_type", scaling.get("type"))
+    extra = sorted(set(scaling) - {"rope_type", "type", "factor", "rope_theta"})
+    if extra:
+        raise ValueError(f"{key} must have no key but rope_type, factor and rope_theta, got {extra}")
+    if kind == "default":
+        return theta
+    if kind != "ntk":
+        raise ValueError(f"{key}.rope_type must be 'default' or 'ntk' (nothing else is implemented), got {kind!r}")
+    width, heads = values.get("d_model"), values.get("n_heads")
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"config.json must have d_model and n_heads where {key} is given, got {width!r} and {heads!r}")
+    return ntk_base(theta, _number(f"{key}.factor", scaling.get("factor")), width // heads)
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number for a RoPE scaling, got {value!r}")
+    return float(value)

@@ -1,0 +1,83 @@
+"""The dials of the sampler, frozen and validated once; the loop never checks one again."""
+
+import math
+from dataclasses import dataclass
+
+from baatt.sampling.caching import CACHES
+from baatt.sampling.remasking import REMASKING
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The sampler's dials; the defaults are those of LLaDA's `generate`.
+
+    Args:
+        steps: denoising steps of the whole generation, shared evenly by the blocks.
+        gen_length: tokens to generate.
+        block_length: tokens denoised together, left to right; divides `gen_length`.
+        temperature: of Gumbel noise added to the logits; 0 takes the most probable token.
+        cfg_scale: weight of classifier-free guidance, un + (cfg_scale + 1) * (cond - un); 0 leaves it out.
+        remasking: confidence that orders the positions of a block, a name in `REMASKING`.
+        threshold: None fills equally many positions per step. A probability fills every position surer than it, and
+            never fewer than it takes to finish the block in its share of `steps`.
+        seed: of the noise and of remasking "random".
+        stop_at_eos: a row that has an end-of-text token in a finished block is done; the rest of it is filled with that
+            token without evaluating the model. The text before the token is the same either way at temperature 0.
+        cache: which keys and values the steps of a block after its first take over from it, a name in `CACHES`: "none",
+            "prefix" those before the block, "dual" all but the block's own. They are stale, so the result may differ.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value outside its range, or sizes that do not divide each other.
+    """
+
+    steps: int = 128
+    gen_length: int = 128
+    block_length: int = 128
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    threshold: float | None = None
+    seed: int = 0
+    stop_at_eos: bool = False
+    cache: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "gen_length", "block_length", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1 and name != "seed":
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not isinstance(self.stop_at_eos, bool):
+            raise TypeError(f"stop_at_eos must be a bool, got {self.stop_at_eos!r}")
+        for name in ("temperature", "cfg_scale", "threshold"):
+            value = getattr(self, name)
+            if value is None and name == "threshold":
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if self.gen_length % self.block_length:
+            raise ValueError(f"block_length must divide gen_length={self.gen_length}, got {self.block_length}")
+        if self.steps % self.blocks:
+            raise ValueError(f"steps must be a multiple of gen_length / block_length = {self.blocks}, got {self.steps}")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"remasking must be one of {list(REMASKING)}, got {self.remasking!r}")
+        if self.cache not in CACHES:
+            raise ValueError(f"cache must be one of {list(CACHES)}, got {self.cache!r}")
+        if self.threshold is not None and self.threshold > 1:
+            raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
+        if self.threshold is not None and self.remasking != "low_confidence":
+            raise ValueError(f"threshold must be None unless remasking is 'low_confidence', got {self.threshold}")
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.gen_length // self.block_length
+
+    @property
+    def steps_per_block(self) -> int:
+        """Steps a block may take."""
+        return self.steps // self.blocks
