@@ -41,7 +41,7 @@ def merge(x: Tensor) -> Tensor:
     return rearrange(x, "B H N D -> B N (H D)")
 
 
-def positions(length: int, device: torch.device) -> Tensor:
+def positions(length: int, device: torch.device | None = None) -> Tensor:
     angles = torch.arange(length, device=device)[:, None] * torch.logspace(0, -2, WIDTH // 2, device=device)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 

@@ -76,7 +76,7 @@ def test_orders_moments_and_copies(shape, dtype, sort, poisoned_memory):
 def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poisoned_memory, monkeypatch):
     monkeypatch.setattr(triton_arrangement, "LONGEST", 64)
     q, k, v, mask, block_size, _ = case((2, 2, 2, 150, 140, 16, 32, 128, masked), torch.float32)
-    found = _arrange_on_gpu(q, k, v, BAAttConfig(block_size=block_size, segment=128), mask)
+    found = _arrange_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort="qk", segment=128), mask)
     expected = sorting.by_norm(q, 128, None), sorting.by_norm(k, 128, mask)
     check_side(q, found.query_order, found.query_stats, expected[0], block_size)
     check_side(k, found.key_order, found.key_stats, expected[1], block_size)
