@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import result_tables
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -188,6 +189,37 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=shipped_model())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
+
+
+def table(record: result_tables.Record) -> str:
+    """Markdown of a stored file: a row per cache, a column per attention and threshold."""
+    first = record["records"][0]
+
+    def column(one: result_tables.Record) -> str:
+        threshold = "fixed steps" if one["threshold"] is None else f"threshold {one['threshold']:g}"
+        return f"{one['attention']}, {threshold}"
+
+    grid = result_tables.by_cell(record, lambda one: one["cache"], column)
+    columns = list(dict.fromkeys(map(column, record["records"])))
+    rows = [
+        [
+            cache,
+            *(
+                f"{row[name]['tokens_per_second']:.0f} ({row[name]['right']}/{row[name]['samples']})"
+                for name in columns
+            ),
+        ]
+        for cache, row in grid.items()
+    ]
+    sampler, sparse = record["sampler"], record["sparse"]
+    caption = (
+        f"Tokens per second (answers right word for word) on `{first['task']}` at {first['length']} tokens: "
+        f"{sampler['gen_length']} tokens in blocks of {sampler['block_length']}, {sampler['steps']} steps without a "
+        f"threshold, batches of {record['batch_size']}, `{record['model']}` in {record['dtype']}. Sparse: "
+        f"{100 * sparse['sparsity']:g} %, {result_tables.order_name(sparse)}, layers that stay dense: "
+        f"{', '.join(map(str, record['policy']['dense_layers']))}."
+    )
+    return "\n\n".join([result_tables.table(["cache", *columns], rows), caption, result_tables.provenance(record)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ablation_tables
+import decoding
 import scaling_model
 from result_tables import (
     Record,
@@ -57,6 +58,7 @@ BLOCKS: dict[str, Block] = {
     "short_queries": Block(("short_queries_h200.json",), short_queries),
     "ulysses_scaling": Block(("ulysses_scaling.json",), scaling_model.table),
     "ulysses": Block(("ulysses_gpu.json",), scaling_model.measured_table),
+    "decoding": Block(("decoding_h200.json",), decoding.table),
     "compatibility": Block(("compatibility.json",), compatibility),
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),
     "gpu_operator": Block(("gpu_operator_h200.json",), gpu_operator),
