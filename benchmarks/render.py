@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import ablation_tables
 import decoding
+import evaluation_tables
 import scaling_model
 from result_tables import (
     Record,
@@ -58,6 +59,8 @@ BLOCKS: dict[str, Block] = {
     "short_queries": Block(("short_queries_h200.json",), short_queries),
     "ulysses_scaling": Block(("ulysses_scaling.json",), scaling_model.table),
     "ulysses": Block(("ulysses_gpu.json",), scaling_model.measured_table),
+    "ruler": Block(("ruler_needle-18m.json",), evaluation_tables.ruler),
+    "ruler_averages": Block(("ruler_needle-18m.json",), evaluation_tables.ruler_averages),
     "decoding": Block(("decoding_h200.json",), decoding.table),
     "compatibility": Block(("compatibility.json",), compatibility),
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),

@@ -18,6 +18,7 @@ VERBS = {
     "demo": "Read a fresh 4K-token document and answer from it, once with full attention and once with BA-Att.",
     "generate": "Continue a prompt with a masked-diffusion language model, sparse or dense.",
     "ablate": "Try every combination of some dials on a task: accuracy beside dense attention, attention mass kept.",
+    "evaluate": "Score a model on a benchmark, sparse beside dense attention; a run that was cut goes on where it was.",
     "analyze": "Take the method apart on a real input: record a model's attention, then measure recall and bound.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
     "doctor": "What is installed, which devices there are, and which implementation would run and why.",

@@ -1,0 +1,151 @@
+"""What the answers of a RULER run come to: a record per task, length and setting, and RULER's averages per setting.
+
+In: the answers of cells, dense attention's on the same samples beside them. Out: dicts of JSON values; shares are 0 to
+1, tables show them in percent. Scores that are all 0 or 1 get Wilson's interval and McNemar's test, others, such as the
+share of four values found, bootstrap intervals of the mean and of the paired difference.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from baatt.config import Policy
+from baatt.evaluation.ablation import Cell
+from baatt.evaluation.ruler_answers import RulerAnswer
+from baatt.evaluation.scoring import averages
+from baatt.evaluation.statistics import Interval, bootstrap_interval, mcnemar_p, wilson_interval
+
+STUDY = "ruler"
+Record = dict[str, Any]
+
+
+def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]], policy: Policy) -> list[Record]:
+    """The record of every cell.
+
+    task, length, config ({} for dense attention), dense_layers, n: what was asked. accuracy: mean of RULER's score,
+    with ci_low and ci_high; accuracy_whole: the same where only whole words count; dense_accuracy, and the fields of
+    `compare`: against dense attention on the same samples. sparsity_achieved: share of block pairs skipped, calls that
+    stay dense included. seconds_per_answer, tokens_per_second: of one process. scores, scores_whole: per sample.
+    commits, devices: of the runs that asked.
+
+    Args:
+        cells: for each task and length dense attention before the others, as `make_cells` has them.
+        answers: of each cell, for the same numbers in the same order at every cell of a task and length.
+    """
+    dense: dict[tuple[str, int], list[float]] = {}
+    records = []
+    for cell, found in zip(cells, answers, strict=True):
+        scores, whole = [one.score for one in found], [one.whole for one in found]
+        if cell.config is None:
+            dense[cell.task, cell.length] = scores
+        beside = dense[cell.task, cell.length]
+        low, high = score_interval(scores)
+        seconds, count = sum(one.seconds for one in found), len(found)
+        records.append({
+            "study": STUDY, "task": cell.task, "length": cell.length, "config": cell.dials,
+            "dense_layers": [] if cell.config is None else list(policy.dense_layers), "n": count,
+            "accuracy": sum(scores) / count, "ci_low": low, "ci_high": high, "accuracy_whole": sum(whole) / count,
+            "dense_accuracy": sum(beside) / count, **compare(beside, scores),
+            "sparsity_achieved": sum(one.sparsity for one in found) / count, "seconds_per_answer": seconds / count,
+            "tokens_per_second": sum(one.tokens for one in found) / seconds,
+            "evaluations_per_answer": sum(one.evaluations for one in found) / count,
+            "scores": scores, "scores_whole": whole,
+            "commits": list(dict.fromkeys(one.commit for one in found)),
+            "devices": list(dict.fromkeys(one.device for one in found)),
+        })  # fmt: skip
+    return records
+
+
+def make_averages(records: Sequence[Record]) -> list[Record]:
+    """The averages of every setting, in the order of the records.
+
+    by_length: accuracy and accuracy_whole over all tasks at one length, with `average_interval`, and the difference to
+    dense attention with its paired bootstrap interval; mean, rising, falling: over lengths, as `scoring.averages`.
+
+    Args:
+        records: of `make_records`, every setting at every task and length, all with the same number of samples.
+    """
+    settings: dict[str, list[Record]] = {}
+    for one in records:
+        settings.setdefault(json.dumps([one["config"], one["dense_layers"]]), []).append(one)
+    dense = [one for one in records if not one["config"]]
+    found = []
+    for members in settings.values():
+        by_length: dict[int, dict[str, float]] = {}
+        for one in members:
+            by_length.setdefault(one["length"], {})[one["task"]] = one["accuracy"]
+        over = averages(by_length)
+        found.append({
+            "config": members[0]["config"], "dense_layers": members[0]["dense_layers"],
+            "tasks": list(by_length[min(by_length)]),
+            "by_length": [_average_at(length, members, dense) for length in over.by_length],
+            "mean": over.mean, "rising": over.rising, "falling": over.falling,
+        })  # fmt: skip
+    return found
+
+
+def _average_at(length: int, members: Sequence[Record], dense: Sequence[Record]) -> Record:
+    """The average of one setting at one length, beside that of dense attention."""
+    here, beside = ([one for one in records if one["length"] == length] for records in (members, dense))
+    mean, dense_mean = (float(np.mean([one["accuracy"] for one in records])) for records in (here, beside))
+    # Samples of different tasks are independent: the mean over tasks of their n-th samples is a sample of the average.
+    rows = np.mean([one["scores"] for one in here], axis=0) - np.mean([one["scores"] for one in beside], axis=0)
+    interval, difference = average_interval(here), bootstrap_interval(rows.tolist())
+    return {
+        "length": length, "accuracy": mean, "ci_low": interval.low, "ci_high": interval.high,
+        "accuracy_whole": float(np.mean([one["accuracy_whole"] for one in here])), "dense_accuracy": dense_mean,
+        "difference": mean - dense_mean, "difference_low": difference.low, "difference_high": difference.high,
+    }  # fmt: skip
+
+
+def average_interval(records: Sequence[Record]) -> Interval:
+    """95 % interval of the mean of several tasks' accuracies, from their own intervals.
+
+    The distances from each accuracy to its limits are added as independent errors are (Zou and Donner's MOVER), so
+    tasks that are all right or all wrong keep the width of their Wilson intervals, of which a bootstrap knows nothing.
+    """
+    mean = sum(one["accuracy"] for one in records) / len(records)
+    below = math.hypot(*(one["accuracy"] - one["ci_low"] for one in records)) / len(records)
+    above = math.hypot(*(one["ci_high"] - one["accuracy"] for one in records)) / len(records)
+    return Interval(mean - below, mean + above)
+
+
+def score_interval(scores: Sequence[float]) -> Interval:
+    """95 % interval of a mean score: Wilson's where every score is 0 or 1, else the bootstrap's."""
+    if is_right_or_wrong(scores):
+        return wilson_interval(round(sum(scores)), len(scores))
+    return bootstrap_interval(scores)
+
+
+def compare(dense: Sequence[float], sparse: Sequence[float]) -> Record:
+    """Sparse against dense attention on the same samples.
+
+    difference: of the mean scores, sparse less dense. Of scores that are all 0 or 1: only_dense_right (b) and
+    only_sparse_right (c), samples that one of both has right, and mcnemar_p, McNemar's exact two-sided test. Of others:
+    difference_low and difference_high, the paired bootstrap's 95 % interval. The fields of the other kind are None.
+
+    Raises:
+        ValueError: not the same number of samples.
+    """
+    if len(dense) != len(sparse):
+        raise ValueError(f"both must answer the same samples, got {len(dense)} and {len(sparse)}")
+    differences = [after - before for before, after in zip(dense, sparse, strict=True)]
+    found: Record = dict.fromkeys(
+        ("difference_low", "difference_high", "only_dense_right", "only_sparse_right", "mcnemar_p")
+    )
+    found["difference"] = sum(differences) / len(differences)
+    if is_right_or_wrong([*dense, *sparse]):
+        right = [round(score) for score in dense], [round(score) for score in sparse]
+        found["only_dense_right"], found["only_sparse_right"] = differences.count(-1), differences.count(1)
+        found["mcnemar_p"] = mcnemar_p(*right)
+    else:
+        found["difference_low"], found["difference_high"] = bootstrap_interval(differences)
+    return found
+
+
+def is_right_or_wrong(scores: Sequence[float]) -> bool:
+    """Whether every score is 0 or 1."""
+    return all(score in (0, 1) for score in scores)

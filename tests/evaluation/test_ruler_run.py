@@ -1,0 +1,358 @@
+"""A run of RULER on a tiny random model: keys, answers, samples drawn ahead, what is open, and the summary."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from contextlib import closing
+
+import pytest
+import torch
+
+from baatt.attention import ba_attention
+from baatt.config import BAAttConfig, Policy
+from baatt.evaluation.ablation import Cell, make_cells
+from baatt.evaluation.answer_store import AnswerStore
+from baatt.evaluation.chat import load_chat_templates
+from baatt.evaluation.processes import Processes
+from baatt.evaluation.retrieval import answer, draw_samples
+from baatt.evaluation.ruler.sources import Sources
+from baatt.evaluation.ruler.tasks import OFFLINE_TASKS
+from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, checksums, replace_sparse, source_digest
+from baatt.evaluation.ruler_run import (
+    answer_work,
+    check_questions,
+    choose_tasks,
+    draw_ahead,
+    gather_answers,
+    open_work,
+    same_everywhere,
+)
+from baatt.evaluation.ruler_summary import average_interval, compare, make_averages, make_records, score_interval
+from baatt.evaluation.statistics import bootstrap_interval, mcnemar_p, wilson_interval
+from baatt.models import MaskedDiffusionLM
+from baatt.models.checkpoint import load_tokenizer
+from baatt.sampling import SamplerConfig
+from tests.evaluation.harness import tiny_folder
+
+SAMPLER = SamplerConfig(steps=8, gen_length=32, block_length=16, stop_at_eos=True)
+STAMP = {"commit": "c" * 40, "device": "here"}
+DIALS = {"block_size": [16], "segment": [64], "sparsity": [0.5, 0.75]}
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": f"The {colour} house is large. " * 5,
+                    "qas": [{"question": "Which?", "is_impossible": False, "answers": [{"text": colour}]}],
+                }
+                for colour in ("red", "green")
+            ]
+        }
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("model") / "tiny", n_layers=3)
+
+
+@pytest.fixture(scope="module")
+def setup(folder):
+    return RulerSetup(checksums(folder), "float32", 1, Sources(), SAMPLER, Policy(dense_layers=(0,)))
+
+
+@pytest.fixture
+def make(folder, setup):
+    def respondent(**changes):
+        model, tokenizer = MaskedDiffusionLM.from_pretrained(folder), load_tokenizer(folder)
+        changed = dataclasses.replace(setup, **changes)
+        return Respondent(model, tokenizer, changed, load_chat_templates(folder), STAMP)
+
+    return respondent
+
+
+def cells_of(*tasks, length=512):
+    return make_cells(tasks, [length], DIALS, ["covariance"])
+
+
+def run(respondent, store, cells, numbers=range(3), workers=0, replacement=lambda cell: None):
+    """Answers of every cell, and how many of each cell were asked."""
+    asked = []
+    works = open_work(cells, numbers, respondent.setup, store)
+    with closing(draw_ahead(works, respondent, workers)) as drawn:
+        answer_work(works, drawn, respondent, store, replacement, lambda cell, count: asked.append((cell, count)))
+    return gather_answers(cells, numbers, respondent.setup, store, Processes()), asked
+
+
+# --- what an answer depends on ---------------------------------------------------------------------------------------
+
+
+def test_keys(setup):
+    dense, sparse, sparser = cells_of("niah_single_1")
+    keys = setup.keys(sparse, range(3))
+    assert len(set(keys.values())) == 3
+    assert {number: key for number, key in setup.keys(sparse, range(9)).items() if number < 3} == keys
+    changes = [
+        {"files": {"model.safetensors": "other"}}, {"dtype": "bfloat16"}, {"seed": 2}, {"batch_size": 2},
+        {"sources": Sources(words="full")}, {"sampler": dataclasses.replace(SAMPLER, threshold=0.9)}, {"chat": True},
+    ]  # fmt: skip
+    for_sparse = [{"policy": Policy()}, {"impl": "reference"}]
+    for change in changes + for_sparse:
+        changed = dataclasses.replace(setup, **change)
+        assert changed.keys(sparse, [0]) != setup.keys(sparse, [0]), change
+        assert (changed.keys(dense, [0]) == setup.keys(dense, [0])) == (change in for_sparse)
+    cells = [dense, sparse, sparser, *cells_of("niah_single_1", length=700), *cells_of("niah_single_2")]
+    cells.append(sparse._replace(score="oracle"))
+    assert len({setup.keys(cell, [0])[0] for cell in cells}) == len(cells)
+
+
+def test_checksums_are_of_contents(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    (copy / "README.md").write_text("nothing an answer depends on")
+    assert checksums(copy) == checksums(folder)
+    (copy / "tokenizer_config.json").write_text("{}")
+    changed = {name for name, one in checksums(copy).items() if one != checksums(folder)[name]}
+    assert changed == {"tokenizer_config.json"}
+
+
+def test_a_source_counts_where_it_is_used(tmp_path):
+    for name, text in (("a", "One two."), ("b", "One two."), ("c", "Three.")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    a, b, c = (Sources(essay=tmp_path / f"{name}.txt") for name in "abc")
+    assert source_digest("vt", a) == source_digest("vt", b) != source_digest("vt", c)
+    (tmp_path / "squad.json").write_text(json.dumps(SQUAD))
+    with_squad = dataclasses.replace(a, squad=tmp_path / "squad.json")
+    assert source_digest("vt", a) == source_digest("vt", with_squad) != source_digest("qa_1", with_squad)
+
+
+def test_tasks(tmp_path):
+    assert choose_tasks("all", Sources()) == list(OFFLINE_TASKS)
+    assert choose_tasks("all", Sources(squad=tmp_path)) == [*OFFLINE_TASKS, "qa_1"]
+    assert choose_tasks("vt,needles,vt", Sources()) == ["vt", *OFFLINE_TASKS[:8]]
+    with pytest.raises(ValueError, match=r"tasks must be all, needles or of niah_single_1,.*; got sudoku,go"):
+        choose_tasks("vt,sudoku,go", Sources())
+    with pytest.raises(ValueError, match="tasks must have their data sets: qa_2 needs hotpot, got none"):
+        choose_tasks("qa_2", Sources())
+    (tmp_path / "squad.json").write_text(json.dumps(SQUAD))
+    sources = Sources(squad=tmp_path / "squad.json")
+    check_questions(cells_of("qa_1", "vt"), 2, sources)
+    with pytest.raises(ValueError, match="count must be at most 2, the questions that qa_1 has, got 3"):
+        check_questions(cells_of("qa_1", "vt"), 3, sources)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_answers_are_those_of_retrieval(make, batch_size):
+    respondent = make(batch_size=batch_size)
+    cells = cells_of("niah_multivalue")
+    found, asked = run(respondent, AnswerStore(None), cells)
+    assert [count for _, count in asked] == ([1] * 9 if batch_size == 1 else [2, 1] * 3)
+    samples = draw_samples("niah_multivalue", 512, 3, respondent.tokenizer, seed=1)
+    for cell, answers in zip(cells, found, strict=True):
+        expected = answer(
+            respondent.model, respondent.tokenizer, samples, sampler=SAMPLER, sparse=cell.config,
+            policy=respondent.setup.policy, batch_size=batch_size,
+        )  # fmt: skip
+        assert [one.text for one in answers] == [one.text for one in expected]
+        assert [one.score for one in answers] == [one.share for one in expected]
+        assert [one.values for one in answers] == [list(sample.values) for sample in samples]
+        assert [one.number for one in answers] == [0, 1, 2]
+        assert all(one.seconds > 0 and 0 < one.tokens <= 32 and one.evaluations <= 8 for one in answers)
+        assert {(one.commit, one.device) for one in answers} == {("c" * 40, "here")}
+    assert found[0][0].setting == {}
+    assert found[1][0].setting == cells[1].dials | {"dense_layers": [0]}
+    assert {one.sparsity for one in found[0]} == {0.0}
+    # One of three layers is dense; a number of blocks is rounded up.
+    assert all(2 / 3 * 0.73 < one.sparsity <= 2 / 3 * 0.75 for one in found[2])
+    assert len({one.text for answers in found for one in answers}) > 1
+
+
+def test_another_score_takes_the_place_of_sparse_layers(make):
+    respondent, calls = make(), []
+    (_, cell, _) = cells_of("niah_single_1")
+
+    def rival(q, k, v, /, *, key_mask=None):
+        calls.append(q.shape)
+        return ba_attention(q, k, v, cell.config, key_mask=key_mask)
+
+    replacement = functools.partial(replace_sparse, rival)
+    (own,), _ = run(respondent, AnswerStore(None), [cell], range(1))
+    (other,), _ = run(respondent, AnswerStore(None), [cell], range(1), replacement=lambda _: replacement)
+    assert [one._replace(seconds=0) for one in own] == [one._replace(seconds=0) for one in other]
+    assert len(calls) == 2 * own[0].evaluations
+    respondent.warm_up(cell, replacement)
+    assert len(calls) == 2 * own[0].evaluations + 2
+
+
+def test_chat(make):
+    plain, chat = make(), make(chat=True)
+    assert plain.reserve == 0 < chat.reserve < 64
+    ids = chat.ids("The prompt?", " The answer", chat=True)
+    text = "<|user|>The prompt?<|endoftext|><|assistant|>The answer"
+    assert ids == chat.tokenizer.encode(text).ids
+    assert plain.ids("The prompt?", " The", chat=False) == plain.tokenizer.encode("The prompt? The").ids
+    chat.check("niah_multikey_1", 512)
+    (sample,) = draw_samples("niah_multikey_1", 512, 1, chat.tokenizer, seed=1, reserve=chat.reserve)
+    assert len(chat.ids(sample.prompt, sample.answer_prefix, chat=True)) + 128 <= 512
+    (answers,), _ = run(chat, AnswerStore(None), cells_of("niah_multikey_1")[:1], range(1))
+    assert answers[0].values == list(sample.values)
+    chat.reserve = 0
+    with pytest.raises(ValueError, match="niah_multikey_1 with its chat template must have at most 512 tokens, got 5"):
+        chat.check("niah_multikey_1", 512)
+
+
+def test_a_beginning_of_text_is_not_doubled(make):
+    respondent = make()
+    respondent._templates = respondent._templates._replace(special_tokens={"bos_token": "<|endoftext|>"})
+    respondent.tokenizer.post_processor = None
+    assert respondent.ids("<|endoftext|>a", "b", chat=False)[0] == 0
+
+
+def test_a_model_without_template(folder, setup, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tokenizer_config.json").unlink()
+    model, tokenizer = MaskedDiffusionLM.from_pretrained(copy), load_tokenizer(copy)
+    Respondent(model, tokenizer, setup, load_chat_templates(copy), STAMP)
+    with pytest.raises(ValueError, match="must have a chat template"):
+        Respondent(model, tokenizer, dataclasses.replace(setup, chat=True), load_chat_templates(copy), STAMP)
+
+
+def test_what_does_not_fit_is_refused(make):
+    with pytest.raises(ValueError, match=r"length must hold the smallest vt sample \(\d+ tokens\), got 512"):
+        make().check("vt", 512)
+    with pytest.raises(ValueError, match=r"dense_layers must lie in \[-3, 3\)"):
+        make(policy=Policy(dense_layers=(3,))).warm_up(cells_of("vt")[1], None)
+    with pytest.raises(RuntimeError, match="impl='hopper' cannot run"):
+        make(impl="hopper").warm_up(cells_of("vt")[1], None)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_it_was_cut(make, tmp_path):
+    respondent, cells = make(), cells_of("niah_single_1", "niah_multiquery")
+    first, asked = run(respondent, AnswerStore(tmp_path), cells)
+    assert len(asked) == 18
+    lines = (tmp_path / "rank0.jsonl").read_bytes().splitlines(keepends=True)
+    assert json.loads(lines[0])["answer"]["number"] == 0
+    (tmp_path / "rank0.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:40])
+    again, asked = run(respondent, AnswerStore(tmp_path), cells)
+    assert [cell for cell, _ in asked] == [cells[2]] * 2 + [cell for cell in cells[3:] for _ in range(3)]
+    texts = [[one.text for one in answers] for answers in first]
+    assert [[one.text for one in answers] for answers in again] == texts
+    assert run(respondent, AnswerStore(tmp_path), cells) == (again, [])
+
+
+def test_more_settings_and_samples_reuse_what_is_there(make, tmp_path):
+    cells = cells_of("niah_single_1")
+    run(make(), AnswerStore(tmp_path), cells[:2], range(2))
+    _, asked = run(make(), AnswerStore(tmp_path), cells, range(2))
+    assert [cell for cell, _ in asked] == [cells[2]] * 2
+    _, asked = run(make(), AnswerStore(tmp_path), cells)
+    assert [cell for cell, _ in asked] == cells
+    _, asked = run(make(policy=Policy()), AnswerStore(tmp_path), cells)
+    assert [cell for cell, _ in asked] == [cells[1]] * 3 + [cells[2]] * 3
+    _, asked = run(make(seed=3), AnswerStore(tmp_path), cells[:1])
+    assert len(asked) == 3
+
+
+def test_only_missing_samples_are_drawn_ahead(make, tmp_path):
+    respondent = make()
+    cells = [cell for task in ("niah_single_1", "niah_single_2", "niah_single_3") for cell in cells_of(task)]
+    store = AnswerStore(tmp_path)
+    run(respondent, store, cells[:2], [1])
+    works = open_work(cells, range(3), respondent.setup, store)
+    assert works[0].cells == ((cells[0], (0, 2)), (cells[1], (0, 2)), (cells[2], (0, 1, 2)))
+    assert works[0].numbers == (0, 1, 2)
+    works[0] = works[0]._replace(cells=works[0].cells[:2])
+    here = list(draw_ahead(works, respondent, 0))
+    assert [sorted(samples) for samples in here] == [[0, 2], [0, 1, 2], [0, 1, 2]]
+    assert here[1] == dict(enumerate(draw_samples("niah_single_2", 512, 3, respondent.tokenizer, seed=1)))
+    assert list(draw_ahead(works, respondent, 2)) == here
+
+
+def test_processes_that_differ_are_noticed(setup, monkeypatch):
+    alone = Processes()
+    assert same_everywhere(setup, cells_of("vt"), 3, alone)
+    monkeypatch.setattr(alone, "all_gather", lambda x: torch.stack((x, x + 1)))
+    assert not same_everywhere(setup, cells_of("vt"), 3, alone)
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+def made(scores, whole=None, **changes):
+    """Answers of one cell with these scores."""
+    fields = {
+        "task": "t", "length": 512, "setting": {}, "text": "", "values": [], "seconds": 2.0, "tokens": 10,
+        "evaluations": 3, "sparsity": 0.25, **STAMP,
+    }  # fmt: skip
+    pairs = zip(scores, whole or scores, strict=True)
+    return [RulerAnswer(number=n, score=a, whole=b, **fields | changes) for n, (a, b) in enumerate(pairs)]
+
+
+def test_records():
+    cells = [Cell("a", 512, None, "dense"), Cell("a", 512, BAAttConfig(), "covariance")]
+    cells += [Cell("b", 512, None, "dense"), Cell("b", 512, BAAttConfig(), "covariance")]
+    right = [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0]
+    shares = [1.0, 0.75, 1.0, 0.5], [0.5, 0.75, 0.0, 0.5]
+    answers = [made(right[0]), made(right[1], [0.0, 0.0, 0.0, 1.0]), made(shares[0]), made(shares[1])]
+    answers[1][0] = answers[1][0]._replace(commit="d", device="there")
+    dense, sparse, dense_share, share = make_records(cells, answers, Policy(dense_layers=(0, 1)))
+    assert (dense["config"], dense["dense_layers"]) == ({}, [])
+    assert (sparse["config"], sparse["dense_layers"]) == (cells[1].dials, [0, 1])
+    assert (sparse["task"], sparse["length"], sparse["n"], sparse["study"]) == ("a", 512, 4, "ruler")
+    assert (sparse["accuracy"], sparse["accuracy_whole"], sparse["dense_accuracy"]) == (0.5, 0.25, 0.75)
+    assert (sparse["ci_low"], sparse["ci_high"]) == wilson_interval(2, 4)
+    assert (sparse["only_dense_right"], sparse["only_sparse_right"]) == (2, 1)
+    assert sparse["mcnemar_p"] == mcnemar_p([1, 1, 1, 0], [0, 0, 1, 1])
+    assert (sparse["difference"], sparse["difference_low"], sparse["difference_high"]) == (-0.25, None, None)
+    assert (sparse["seconds_per_answer"], sparse["tokens_per_second"]) == (2.0, 5.0)
+    assert (sparse["sparsity_achieved"], sparse["evaluations_per_answer"]) == (0.25, 3)
+    assert (sparse["scores"], sparse["scores_whole"]) == (right[1], [0.0, 0.0, 0.0, 1.0])
+    assert (sparse["commits"], sparse["devices"]) == (["d", "c" * 40], ["there", "here"])
+    assert (dense["difference"], dense["mcnemar_p"]) == (0, 1)
+    assert (share["ci_low"], share["ci_high"]) == bootstrap_interval(shares[1])
+    assert (share["difference_low"], share["difference_high"]) == bootstrap_interval([-0.5, 0.0, -1.0, 0.0])
+    assert (share["difference"], share["mcnemar_p"], share["only_dense_right"]) == (-0.375, None, None)
+    assert json.loads(json.dumps([dense, sparse, dense_share, share])) == [dense, sparse, dense_share, share]
+
+
+def test_averages():
+    cells = [
+        Cell(task, length, config, "covariance" if config else "dense")
+        for length in (512, 1024)
+        for task in ("a", "b")
+        for config in (None, BAAttConfig())
+    ]
+    scores = [[1.0, 1.0], [1.0, 0.0], [1.0, 0.5], [0.0, 0.5], *[[1.0, 1.0]] * 2, *[[1.0, 0.0]] * 2]
+    records = make_records(cells, [made(each) for each in scores], Policy())
+    dense, sparse = make_averages(records)
+    assert (dense["config"], sparse["config"], sparse["tasks"]) == ({}, cells[1].dials, ["a", "b"])
+    assert [one["length"] for one in sparse["by_length"]] == [512, 1024]
+    assert [one["accuracy"] for one in dense["by_length"]] == [0.875, 0.75]
+    short, long = sparse["by_length"]
+    assert (short["accuracy"], short["dense_accuracy"], short["difference"]) == (0.375, 0.875, -0.5)
+    assert (short["ci_low"], short["ci_high"]) == average_interval([records[1], records[3]])
+    assert (short["difference_low"], short["difference_high"]) == bootstrap_interval([-0.5, -0.5])
+    assert (long["difference_low"], long["difference_high"]) == (0, 0)
+    assert sparse["mean"] == (0.375 + 0.75) / 2
+    assert sparse["rising"] == pytest.approx((0.375 + 2 * 0.75) / 3)
+    assert sparse["falling"] == pytest.approx((2 * 0.375 + 0.75) / 3)
+
+
+def test_intervals():
+    assert score_interval([1.0, 1.0]) == wilson_interval(2, 2)
+    assert score_interval([1.0, 0.5]) == bootstrap_interval([1.0, 0.5])
+    low, high = average_interval([
+        {"accuracy": 1.0, "ci_low": 0.7, "ci_high": 1.0}, {"accuracy": 0.5, "ci_low": 0.1, "ci_high": 0.9}
+    ])  # fmt: skip
+    assert (low, high) == (pytest.approx(0.75 - 0.25), pytest.approx(0.75 + 0.2))
+    alone = average_interval([{"accuracy": 0.5, "ci_low": 0.25, "ci_high": 0.75}])
+    assert alone == (0.25, 0.75)
+    with pytest.raises(ValueError, match="both must answer the same samples, got 1 and 2"):
+        compare([1.0], [1.0, 0.0])
