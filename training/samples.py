@@ -25,6 +25,7 @@ NEEDLE_SPAN = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
 SOURCES = ("pairs", "document", *OFFLINE_TASKS)
 TOKENS_PER_BATCH = 65536
 LEAST_COMMON_WORDS = 768  # tokens that ten common words, some others and a worked example need
+LEAST_FREQUENT_WORDS = 384  # tokens that coded words of which no two ranks tie need
 
 
 class Batch(NamedTuple):
@@ -63,11 +64,16 @@ CURRICULUM = (
     Stage("ruler", tuple(range(512, 4097, 256)), 64, joint=0.3, target=0.96, patience=400),
     # Accuracy falls off towards the longest length unless that length is practised most.
     Stage("ruler", (1024, 2048, 3072, 3584, 4096, 4096, 4096), 64, joint=0.3, target=2.0, patience=200),
-    # The other tasks of RULER, first where a batch holds many of them, then longer documents of all tasks.
-    Stage("all", (512, 1024, 1024, 2048), 64, joint=0.3, target=2.0, patience=300, replay=7),
-    Stage("all", (1024, 2048, 4096, 4096, 6144, 8192, 8192), 96, joint=0.3, target=2.0, patience=250, replay=9),
-    Stage("all", (2048, 4096, 8192, 12288, 16384, 16384), 128, joint=0.3, target=2.0, patience=350, replay=9),
+    # The other tasks of RULER: few things to find first, as with needles, then longer documents of all tasks.
+    Stage("counting", (256, 384), 2, patience=120, replay=8),
+    Stage("counting", (384, 512, 768), 4, patience=120, replay=8),
+    Stage("counting", (512, 768, 1024), 10, patience=150, replay=8),
+    Stage("all", (512, 1024, 1024, 2048), 64, joint=0.3, target=2.0, patience=150, replay=8),
+    Stage("all", (1024, 2048, 4096, 4096, 6144, 8192, 8192), 96, joint=0.3, target=2.0, patience=200, replay=11),
+    Stage("all", (2048, 4096, 8192, 12288, 16384, 16384), 128, joint=0.3, target=2.0, patience=350, replay=11),
 )
+#: Sources by whose exact match a stage ends; of several the lowest counts.
+JUDGED_BY = {"pairs": ("pairs",), "counting": ("vt", "cwe", "fwe")}
 # Seven digits of a single needle are learned at once; the others need the practice, the two weakest most of it.
 TASK_WEIGHTS = {"niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 8, "niah_multivalue": 5}
 TASK_WEIGHT = 3
@@ -167,11 +173,11 @@ class SampleMaker:
             pieces += [(template.replace("{context}", context) + prefix, CONTEXT), (answer, FIRST_ANSWER + number)]
         return pieces, "document"
 
-    def tracking(self, length: int) -> tuple[Pieces, str]:
+    def tracking(self, length: int, most_hops: int = 4) -> tuple[Pieces, str]:
         """Chains of assignments among noise lines and a question for each, often after RULER's worked example."""
         random, pieces = self.random, []
         most = max(1, (length - 200) // 300)
-        count, hops = random.randint(1, min(6, most)), random.choice((1, 2, 3, 4, 4, 4, 4))
+        count, hops = random.randint(1, min(6, most)), min(most_hops, random.choice((1, 2, 3, 4, 4, 4, 4)))
         worked = ""
         if length >= 1024 and random.random() < 0.7:
             example = vt.make_example(random, random, random.randint(5, 17), hops=hops)
@@ -210,6 +216,30 @@ class SampleMaker:
         size = min(size, len(self.common))
         sample = cwe.build(random, self.common, size, shape, example)
         return [(sample.prompt + sample.answer_prefix, CONTEXT), (sample.answer, FIRST_ANSWER)], "cwe"
+
+    def few_common_words(self, length: int, most: int) -> tuple[Pieces, str]:
+        """A list as RULER's in which up to `most` words are common, far more often than the others."""
+        random = self.random
+        number, often = random.randint(1, most), random.randint(4, 8)
+        token = self.unit_tokens(("cwe", "", "200"), lambda: cwe.numbered(random.choices(self.common, k=200)), 200)
+        entries = int((length - 75 - 8 * number - random.randint(4, 20)) * self.shrink / token)
+        words = random.sample(self.common, number + max(1, entries - number * often))
+        listed = words[:number] * often + words[number:]
+        random.shuffle(listed)
+        common = sorted(words[:number], key=listed.index)
+        context = cwe.TEMPLATE.replace("10 most", f"{number} most").format(context=cwe.numbered(listed))
+        prefix = cwe.ANSWER_PREFIX.replace("top 10", f"top {number}")
+        return [(context + prefix, CONTEXT), (f" {cwe.numbered(common)}", FIRST_ANSWER)], "cwe"
+
+    def counting(self, length: int, most: int) -> tuple[Pieces, str]:
+        """Short sequences of the other tasks, with at most `most` hops or common words."""
+        self.unit = ("", "", "")
+        makers = (
+            lambda: self.tracking(length, min(4, most)),
+            lambda: self.few_common_words(length, most),
+            lambda: self.frequent_words(length),
+        )
+        return self.random.choice(makers if length >= LEAST_FREQUENT_WORDS else makers[:2])()
 
     def frequent_words(self, length: int) -> tuple[Pieces, str]:
         """RULER's coded words by a zeta distribution."""
@@ -269,6 +299,8 @@ class SampleMaker:
             return self.pairs(length, stage.candidates)
         if stage.kind == "sentences":
             return self.document(length, stage.candidates, ("needle",))
+        if stage.kind == "counting":
+            return self.counting(length, stage.candidates)
         if stage.kind == "all":
             return self.any_task(length, stage.candidates)
         if stage.kind == "document" or self.random.random() < 0.6:

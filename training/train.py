@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from samples import CURRICULUM, FIRST_ANSWER, MAX_ANSWERS, SOURCES, TAIL, TEXT, Batch, SampleMaker
+from samples import CURRICULUM, FIRST_ANSWER, JUDGED_BY, MAX_ANSWERS, SOURCES, TAIL, TEXT, Batch, SampleMaker
 from torch import Tensor
 
 import baatt
@@ -188,11 +188,11 @@ def train(arguments: argparse.Namespace) -> None:
             losses += parts.detach()
         step += 1
         tokens_seen += tokens.numel()
-        if step % 20 == 0 and stage.value < len(CURRICULUM) - 1:
+        if step % 20 == 0 and stage.value < arguments.last_stage:
             rates = current.read()
             here = CURRICULUM[stage.value]
-            key = "pairs" if here.kind == "pairs" else "document"
-            recent = ([*recent, rates[key]] if key in rates else recent)[-2:]
+            judged = [rates[name] for name in JUDGED_BY.get(here.kind, ("document",)) if name in rates]
+            recent = ([*recent, min(judged)] if judged else recent)[-2:]
             late = time.monotonic() - stage_start > here.patience * arguments.seconds / 900
             if (len(recent) == 2 and min(recent) >= here.target) or late:
                 print(
@@ -262,6 +262,9 @@ def main() -> None:
     parser.add_argument("--decay-share", type=float, default=0.25, help="last part of the time, with falling rate")
     parser.add_argument("--resume", help="checkpoint folder to continue from, with a fresh optimizer")
     parser.add_argument("--stage", type=int, default=0, help="stage of the curriculum to begin with")
+    parser.add_argument(
+        "--last-stage", type=int, default=8, help="where the curriculum ends (default: 8, needles only)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=13)

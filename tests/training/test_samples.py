@@ -76,7 +76,7 @@ def most_common(context, asked):
     """The ten most common words of the last list, as they first appear."""
     entries = re.findall(r"\d+\. ([a-z-]+)", context.split("Memorize the ones")[-1].split("\nQuestion")[0])
     counts = collections.Counter(entries)
-    least = sorted(counts.values())[-10]
+    least = sorted(counts.values())[-int(re.findall(r"What are the (\d+) most common", asked)[-1])]
     common = [word for word in dict.fromkeys(entries) if counts[word] >= least]
     return " " + " ".join(f"{number}. {word}" for number, word in enumerate(common, 1))
 
