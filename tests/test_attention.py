@@ -257,3 +257,29 @@ def test_a_plan_is_data(impl):
 def test_scale_defaults_to_the_usual_one(impl):
     q, k, v = random_inputs(1, 2, 1, 50, 80, 8)
     assert torch.equal(ba_attention(q, k, v, impl=impl), ba_attention(q, k, v, scale=1 / math.sqrt(8), impl=impl))
+
+
+@pytest.mark.parametrize("sort", ORDERS)
+@pytest.mark.parametrize("side", ["left", "right", "interior"])
+def test_padding_on_both_sides_changes_nothing(impl, sort, side):
+    """Real rows of padded self-attention get what they get without the padding, whatever stands there."""
+    q, k, v = random_inputs(2, 4, 2, 150, 150, 16, torch.float32)
+    mask = masks(2, 150)[side]
+    config = BAAttConfig(block_size=16, sparsity=0.6, sort=sort, segment=64)
+    alone = ba_attention(*(x[:, :, mask[0]] for x in (q, k, v)), config, impl=impl)
+    for padding in (0.0, 1e3, float("nan")):
+        padded = [x.masked_fill(~mask[:, None, :, None], padding) for x in (q, k, v)]
+        out = ba_attention(*padded, config, key_mask=mask, query_mask=mask, impl=impl)
+        assert torch.equal(out[:, :, mask[0]], alone)
+
+
+def test_query_mask_alone(impl):
+    """What stands in rows that are not wanted does not change the blocks of the others."""
+    q, k, v = random_inputs(2, 2, 2, 100, 90, 16, torch.float32)
+    wanted = torch.rand(2, 100, generator=torch.Generator().manual_seed(3)) < 0.7
+    config = BAAttConfig(block_size=16, sparsity=0.7, sort="qk", segment=32)
+    first, second = (
+        ba_attention(q.masked_fill(~wanted[:, None, :, None], x), k, v, config, query_mask=wanted, impl=impl)
+        for x in (0.0, 50.0)
+    )
+    assert torch.equal(first.transpose(1, 2)[wanted], second.transpose(1, 2)[wanted])

@@ -114,6 +114,17 @@ OPTIONS = [
         ValueError,
         "key_mask must be on the device of query cpu, got meta",
     ),
+    ({"query_mask": [True]}, TypeError, "query_mask must be a torch.Tensor or None, got list"),
+    (
+        {"query_mask": torch.ones(2, 40)},
+        TypeError,
+        "query_mask must have dtype torch.bool (True = wanted), got torch.float32",
+    ),
+    (
+        {"query_mask": torch.ones(2, 50, dtype=torch.bool)},
+        ValueError,
+        "query_mask must have shape [B, N] = (2, 40), got (2, 50)",
+    ),
     ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
     ({"scale": True}, TypeError, "scale must be a number or None, got bool"),
     ({"scale": 0.0}, ValueError, "scale must be finite and positive, got 0.0"),

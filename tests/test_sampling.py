@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from baatt import BAAttConfig, ba_attention
+from baatt import BAAttConfig
 from baatt.config import Policy
 from baatt.models import AttentionFunction, MaskedDiffusionLM, ModelConfig, dense_attention
 from baatt.sampling import REMASKING, SamplerConfig, SampleResult, StepInfo, generate, layer_attention
+from baatt.sampling.routing import sparse_attention
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]
@@ -389,7 +390,7 @@ def pattern(
     for function in functions:
         if function is not dense_attention:
             assert isinstance(function, functools.partial)
-            assert function.func is ba_attention
+            assert function.func is sparse_attention
             assert function.keywords == {"config": SPARSE, "impl": "reference"}
     return "".join("d" if function is dense_attention else "s" for function in functions)
 

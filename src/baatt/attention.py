@@ -23,6 +23,7 @@ def ba_attention(
     config: BAAttConfig = BAAttConfig(),  # noqa: B008  (frozen)
     *,
     key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -33,6 +34,8 @@ def ba_attention(
         k: [B, G, M, D] with H % G == 0 (grouped queries); v: the same shape.
         config: the method's dials.
         key_mask: [B, M] bool, True = attend. Masked keys have no influence at all, whatever their values.
+        query_mask: [B, N] bool, True = the row is wanted. Other rows take no part in choosing blocks, so that wanted
+            ones do not depend on them; what they get means nothing. In padded self-attention it is the `key_mask`.
         scale: factor on q.k; None = 1 / sqrt(D).
         impl: "auto", "reference", "cpu", "triton" or "hopper".
 
@@ -45,13 +48,13 @@ def ba_attention(
     """
     if torch.compiler.is_compiling():  # one opaque node of the graph, see baatt.operators
         dials = (config.block_size, config.sparsity, config.sort, config.segment, config.score, config.beta)
-        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, *dials, scale, impl)
+        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, *dials, scale, impl, query_mask)
         return traced
     check_tensors(q, k, v)
-    check_make_plan(q, k, config, key_mask, scale)
+    check_make_plan(q, k, config, key_mask, query_mask, scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     backend = _backend(impl, q, config, scale)
-    plan, arrangement = _decide(q, k, v, config, key_mask, scale, backend)
+    plan, arrangement = _decide(q, k, v, config, (key_mask, query_mask), scale, backend)
     return _carry_out(q, k, v, plan, backend, _copies(arrangement))
 
 
@@ -61,6 +64,7 @@ def make_plan(
     config: BAAttConfig,
     *,
     key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Plan:
@@ -70,9 +74,9 @@ def make_plan(
         Plan with query_order.index [B, H, N], key_order.index [B, G, M], selection.index [B, H, I, K] ascending and
         selection.count [B, H, I].
     """
-    check_make_plan(q, k, config, key_mask, scale)
+    check_make_plan(q, k, config, key_mask, query_mask, scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return _decide(q, k, None, config, key_mask, scale, _backend(impl, q, config, scale))[0]
+    return _decide(q, k, None, config, (key_mask, query_mask), scale, _backend(impl, q, config, scale))[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
@@ -100,11 +104,17 @@ def _backend(impl: str, q: Tensor, config: BAAttConfig, scale: float) -> Backend
 
 
 def _decide(
-    q: Tensor, k: Tensor, v: Tensor | None, config: BAAttConfig, key_mask: Tensor | None, scale: float, backend: Backend
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    config: BAAttConfig,
+    masks: tuple[Tensor | None, Tensor | None],
+    scale: float,
+    backend: Backend,
 ) -> tuple[Plan, Arrangement]:
-    """The plan, and with it the sorted copies that fell out on the way."""
+    """The plan, and with it the sorted copies that fell out on the way; masks: of keys, of queries."""
     with torch.autocast(q.device.type, enabled=False):
-        arrangement = backend.arrange(q, k, v, config, key_mask)
+        arrangement = backend.arrange(q, k, v, config, *masks)
         query_stats, key_stats = arrangement.query_stats, arrangement.key_stats
         selection = backend.choose_blocks(query_stats, key_stats, config, scale)
     orders = arrangement.query_order, arrangement.key_order

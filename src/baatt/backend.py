@@ -28,7 +28,13 @@ class Arrange(Protocol):
     """Orders and pools queries and keys: a pair of `ORDERS`, then `pool_blocks`; v is there to be copied on the way."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor | None, config: BAAttConfig, key_mask: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        config: BAAttConfig,
+        key_mask: Tensor | None,
+        query_mask: Tensor | None = None,
     ) -> Arrangement: ...
 
 
@@ -172,9 +178,10 @@ def _arrange_in_stages(
     v: Tensor | None,
     config: BAAttConfig,
     key_mask: Tensor | None,
+    query_mask: Tensor | None = None,
 ) -> Arrangement:
     order_queries, order_keys = sorting.ORDERS[config.sort]
-    query_order = order_queries(q, config.segment, None)
+    query_order = order_queries(q, config.segment, query_mask)
     key_order = order_keys(k, config.segment, key_mask)
     query_stats = pool_blocks(q, query_order, config.block_size)
     return Arrangement(query_order, query_stats, key_order, pool_blocks(k, key_order, config.block_size))
@@ -211,9 +218,14 @@ def _choose_on_gpu(query_stats: BlockStats, key_stats: BlockStats, config: BAAtt
 
 
 def _arrange_on_gpu(
-    q: Tensor, k: Tensor, v: Tensor | None, config: BAAttConfig, key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    config: BAAttConfig,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None = None,
 ) -> Arrangement:
-    """By the kernel, which makes the orders it knows itself and follows any other."""
+    """By the kernel, which makes the orders it knows itself and follows any other; it masks keys only."""
     from baatt.kernels import triton_arrangement
 
     def order(x: Tensor, function: sorting.OrderFunction, mask: Tensor | None) -> TokenOrder | str:
@@ -224,8 +236,10 @@ def _arrange_on_gpu(
         return function(x, config.segment, mask)
 
     order_queries, order_keys = sorting.ORDERS[config.sort]
+    masked = query_mask is not None
+    query_order = order_queries(q, config.segment, query_mask) if masked else order(q, order_queries, None)
     return triton_arrangement.arrange(
-        q, k, v, order(q, order_queries, None), order(k, order_keys, key_mask),
+        q, k, v, query_order, order(k, order_keys, key_mask),
         segment=config.segment, key_mask=key_mask, block_size=config.block_size,
     )  # fmt: skip
 

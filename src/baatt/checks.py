@@ -15,7 +15,14 @@ from baatt.types import Plan
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_make_plan(q: Tensor, k: Tensor, config: BAAttConfig, key_mask: Tensor | None, scale: float | None) -> None:
+def check_make_plan(
+    q: Tensor,
+    k: Tensor,
+    config: BAAttConfig,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    scale: float | None,
+) -> None:
     """Refuse arguments that `make_plan` cannot work with.
 
     Raises:
@@ -24,8 +31,9 @@ def check_make_plan(q: Tensor, k: Tensor, config: BAAttConfig, key_mask: Tensor 
     _check_query_and_key(q, k)
     if not isinstance(config, BAAttConfig):
         raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
-    if key_mask is not None:
-        _check_key_mask(key_mask, k)
+    for name, mask, x, axes in (("key_mask", key_mask, k, "[B, M]"), ("query_mask", query_mask, q, "[B, N]")):
+        if mask is not None:
+            _check_mask(name, mask, x, axes)
     if scale is not None:
         _check_scale(scale)
 
@@ -108,16 +116,17 @@ def _check_like_query(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of query {q.device}, got {x.device}")
 
 
-def _check_key_mask(key_mask: Tensor, k: Tensor) -> None:
-    if not isinstance(key_mask, Tensor):
-        raise TypeError(f"key_mask must be a torch.Tensor or None, got {type(key_mask).__name__}")
-    if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must have dtype torch.bool (True = attend), got {key_mask.dtype}")
-    batch, keys = k.shape[0], k.shape[2]
-    if key_mask.shape != (batch, keys):
-        raise ValueError(f"key_mask must have shape [B, M] = ({batch}, {keys}), got {_shape(key_mask)}")
-    if key_mask.device != k.device:
-        raise ValueError(f"key_mask must be on the device of query {k.device}, got {key_mask.device}")
+def _check_mask(name: str, mask: Tensor, x: Tensor, axes: str) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        meaning = "attend" if name == "key_mask" else "wanted"
+        raise TypeError(f"{name} must have dtype torch.bool (True = {meaning}), got {mask.dtype}")
+    batch, tokens = x.shape[0], x.shape[2]
+    if mask.shape != (batch, tokens):
+        raise ValueError(f"{name} must have shape {axes} = ({batch}, {tokens}), got {_shape(mask)}")
+    if mask.device != x.device:
+        raise ValueError(f"{name} must be on the device of query {x.device}, got {mask.device}")
 
 
 def _check_scale(scale: object) -> None:

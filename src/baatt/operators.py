@@ -25,11 +25,12 @@ def attention(
     beta: float,
     scale: float | None,
     impl: str,
+    query_mask: Tensor | None = None,
 ) -> Tensor:
     """`baatt.ba_attention` with the dials of its config one by one.
 
     Args:
-        q: [B, H, N, D]; k, v: [B, G, M, D]; key_mask: [B, M] bool or None.
+        q: [B, H, N, D]; k, v: [B, G, M, D]; key_mask: [B, M] bool or None; query_mask: [B, N] bool or None.
         block_size, sparsity, sort, segment, score, beta: of `BAAttConfig`.
         scale, impl: of `ba_attention`.
 
@@ -40,7 +41,7 @@ def attention(
         TypeError, ValueError, RuntimeError: as `ba_attention`.
     """
     config = BAAttConfig(block_size, sparsity, sort, segment, score, beta)
-    return ba_attention(q, k, v, config, key_mask=key_mask, scale=scale, impl=impl)
+    return ba_attention(q, k, v, config, key_mask=key_mask, query_mask=query_mask, scale=scale, impl=impl)
 
 
 @attention.register_fake
@@ -57,5 +58,6 @@ def _(
     beta: float,
     scale: float | None,
     impl: str,
+    query_mask: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -186,3 +186,15 @@ def test_large_magnitudes_and_ties(segment):
     k[:, :, ::2] = k[:, :, :1]
     for impl in IMPLS:
         check(impl, q * 8, k, v, BAAttConfig(segment=segment))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sort", ["none", "k", "qk"])
+def test_padding_on_both_sides_changes_nothing(impl, sort):
+    q, k, v = inputs((2, 4, 2, 1000, 1000, 64), torch.bfloat16)
+    config = BAAttConfig(sparsity=0.6, sort=sort)
+    require(impl, q, config)
+    mask = (torch.arange(1000, device="cuda") >= 300).expand(2, -1)
+    alone = ba_attention(*(x[:, :, 300:] for x in (q, k, v)), config, impl=impl)
+    out = ba_attention(q, k, v, config, key_mask=mask, query_mask=mask, impl=impl)
+    assert torch.equal(out[:, :, 300:], alone)

@@ -52,7 +52,7 @@ class ByHand(TorchFunctionMode):
                 self.calls += 1
                 mask = kwargs.get("attn_mask")
                 mask = None if mask is None else mask.expand(q.shape[0], 1, 1, self.tokens)[:, 0, 0]
-                return ba_attention(q, k, v, HALF, key_mask=mask)
+                return ba_attention(q, k, v, HALF, key_mask=mask, query_mask=mask)
         return func(*args, **kwargs)
 
 

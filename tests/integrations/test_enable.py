@@ -231,3 +231,12 @@ def test_rows_that_leave_the_batch_are_no_new_loop():
         clock.read_tokens(torch.tensor(rows))
         shares.append(clock.share)
     assert shares == [0.0, 0.75, 0.5, 0.75, 0.0]
+
+
+def test_a_padded_row_reads_what_it_reads_alone(model, tokens):
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :13] = False
+    with baatt.enable(model, HALF) as handle:
+        padded, alone = run(model, tokens, mask)[1, 13:], run(model, tokens[1:, 13:])[0]
+    assert handle.sparse_calls == 6
+    torch.testing.assert_close(padded, alone)

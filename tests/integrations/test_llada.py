@@ -82,7 +82,7 @@ def test_half_of_the_blocks_is_ba_attention(tokens, mask):
     x = parts["wte"](tokens) + positions(70)
     q, k, v = split(block.q_proj(x)), split(block.k_proj(x)), split(block.v_proj(x))
     for key_mask in (None, mask.bool()):
-        y = x + block.attn_out(merge(baatt.ba_attention(q, k, v, HALF, key_mask=key_mask)))
+        y = x + block.attn_out(merge(baatt.ba_attention(q, k, v, HALF, key_mask=key_mask, query_mask=key_mask)))
         expected = parts["ff_out"](y + block.ff(nn.functional.silu(y)))
         with baatt.enable(model, HALF) as handle:
             actual = model(tokens, attention_mask=None if key_mask is None else mask).logits

@@ -94,7 +94,7 @@ def test_half_of_the_blocks_is_ba_attention(name, tokens, mask):
     q, k, v = (split(getattr(layer.self_attn, f"{part}_proj")(x)) for part in "qkv")
     for given in (None, mask):
         key_mask = None if given is None else mask.bool()
-        y = x + layer.self_attn.o_proj(merge(baatt.ba_attention(q, k, v, HALF, key_mask=key_mask)))
+        y = x + layer.self_attn.o_proj(merge(baatt.ba_attention(q, k, v, HALF, key_mask=key_mask, query_mask=key_mask)))
         expected = model.lm_head(y + layer.mlp(F.silu(y)))
         with baatt.enable(model, HALF) as handle:
             actual = model(tokens, given).logits

@@ -84,7 +84,7 @@ def test_key_masks(qkv, real):
         assert counts(handle) == (1, 0)
     with sparse_sdpa(HALF):
         out = F.scaled_dot_product_attention(*qkv, real[:, None, None])
-    assert torch.equal(out, baatt.ba_attention(*qkv, HALF, key_mask=real))
+    assert torch.equal(out, baatt.ba_attention(*qkv, HALF, key_mask=real, query_mask=real))
 
 
 def test_padding_by_padding(qkv, real):

@@ -214,7 +214,7 @@ def test_an_old_modernbert_is_refused():
 def test_half_the_blocks_are_what_ba_attention_gives(pad):
     def by_hand(module, query, key, value, attention_mask, scaling=None, **options):
         mask = None if attention_mask is None else attention_mask[:, 0, 0]
-        out = ba_attention(query, key, value, HALF, key_mask=mask, scale=scaling)
+        out = ba_attention(query, key, value, HALF, key_mask=mask, query_mask=mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
     model, ids, mask = MODELS["Qwen2"](causal=False), tokens(), padding(pad)

@@ -119,7 +119,8 @@ def test_composes_with_sorting(video, sort, words):
         config = BAAttConfig(block_size=16, sparsity=sparsity, sort=sort, segment=64)
         handle = Handle(config, Policy(), order=tiles)
         results[sparsity] = handle.attention(q, k, v, layer=0, key_mask=mask)
-        expected = ba_attention(*(x[:, :, order] for x in (q, k, v)), config, key_mask=mask[:, order])
+        real = mask[:, order]
+        expected = ba_attention(*(x[:, :, order] for x in (q, k, v)), config, key_mask=real, query_mask=real)
         assert torch.equal(results[sparsity][:, :, order], expected)
         assert handle.sparse_calls == 1
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None])

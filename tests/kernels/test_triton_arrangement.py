@@ -89,3 +89,11 @@ def test_equal_and_nan_norms_keep_their_order():
     x[:, :, 7] = float("nan")
     found = _arrange_on_gpu(x, x, None, BAAttConfig(block_size=16, segment=32), None)
     assert torch.equal(found.key_order.index, sorting.by_norm(x, 32, None).index)
+
+
+@pytest.mark.parametrize("sort", ["none", "k", "qk"])
+def test_masked_queries_stand_behind_and_are_not_pooled(sort, poisoned_memory):
+    q, k, v, mask, block_size, _ = case((2, 2, 2, 140, 140, 16, 32, 64, True), torch.float32)
+    found = _arrange_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=64), mask, mask)
+    by_norm = sorting.by_norm if sort == "qk" else sorting.by_position
+    check_side(q, found.query_order, found.query_stats, by_norm(q, 64, mask), block_size)

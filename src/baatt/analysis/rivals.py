@@ -49,7 +49,8 @@ def rival_attention(rival: str, config: BAAttConfig, impl: str) -> Callable[...,
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None = None) -> Tensor:
-        plan = make_plan(q, k, config, key_mask=key_mask, impl=impl)
+        query_mask = key_mask if q.shape[2] == k.shape[2] else None  # as the sampler has it for the operator's own
+        plan = make_plan(q, k, config, key_mask=key_mask, query_mask=query_mask, impl=impl)
         return attend(q, k, v, plan._replace(selection=select_by(rival, q, k, plan)), impl=impl)
 
     return attention

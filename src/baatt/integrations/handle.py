@@ -221,14 +221,17 @@ class Handle:
             return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
         self._kept_pairs += pairs * max(1, math.ceil((1 - self.config.sparsity) * blocks)) / blocks
         self._sparse[layer] += 1
+        # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
+        is_whole = not is_cross and q.shape[2] == k.shape[2]
+        masks = {"key_mask": key_mask, "query_mask": key_mask if is_whole else None}
         permutation = None
         if self.order is not None and q.shape[2] == k.shape[2]:
             permutation = self.order(q.shape[2], q.device)
         if permutation is None:
-            return ba_attention(q, k, v, self.config, key_mask=key_mask, scale=scale, impl=self.impl)
-        mask = None if key_mask is None else key_mask[:, permutation]
+            return ba_attention(q, k, v, self.config, **masks, scale=scale, impl=self.impl)
+        masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}
         q, k, v = (x[:, :, permutation] for x in (q, k, v))
-        permuted = ba_attention(q, k, v, self.config, key_mask=mask, scale=scale, impl=self.impl)
+        permuted = ba_attention(q, k, v, self.config, **masks, scale=scale, impl=self.impl)
         out = torch.empty_like(permuted)
         out[:, :, permutation] = permuted
         return out

@@ -5,9 +5,19 @@ In: the method's dials, the policy, the step, how many queries and keys its atte
 
 import functools
 
+from torch import Tensor
+
 from baatt.attention import ba_attention
 from baatt.config import BAAttConfig, Policy
 from baatt.models.llada import AttentionFunction, dense_attention
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None, config: BAAttConfig, impl: str
+) -> Tensor:
+    """`ba_attention` of a layer; rows of padding take no part in choosing blocks where all tokens are queries."""
+    query_mask = key_mask if q.shape[2] == k.shape[2] else None
+    return ba_attention(q, k, v, config, key_mask=key_mask, query_mask=query_mask, impl=impl)
 
 
 def layer_attention(
@@ -40,5 +50,5 @@ def layer_attention(
     if sparse is None or step < policy.dense_steps * total_steps or length < policy.min_length or few:
         return [dense_attention] * layers
     dense_layers = {layer % layers for layer in policy.dense_layers}
-    approximate = functools.partial(ba_attention, config=sparse, impl=impl)
+    approximate = functools.partial(sparse_attention, config=sparse, impl=impl)
     return [dense_attention if layer in dense_layers else approximate for layer in range(layers)]
