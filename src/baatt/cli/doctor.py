@@ -13,7 +13,10 @@ from baatt.analysis.reports import processor_name
 from baatt.assets import shipped_model
 from baatt.backend import describe
 
-PACKAGES = ("baatt", "torch", "triton", "einops", "numpy", "safetensors", "tokenizers", "rich", "matplotlib")
+PACKAGES = (
+    *("baatt", "torch", "triton", "einops", "numpy", "safetensors", "tokenizers", "rich", "matplotlib"),
+    *("transformers", "diffusers", "accelerate", "lm_eval", "lmms_eval", "av"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
