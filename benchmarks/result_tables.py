@@ -182,7 +182,8 @@ def short_queries(record: Record) -> str:
     rows = [[str(n), *(f"{row[m]['speedup']:.2f}x" if m in row else "-" for m in columns)] for n, row in grid.items()]
     sparsity = 100 * record["records"][0]["sparsity"]
     caption = (
-        f"Time of dense attention over that of the operator, selection included, at {sparsity:g} % sparsity: "
+        "Time of dense attention over that of the operator with the paper's dials, selection included, at "
+        f"{sparsity:g} % sparsity: "
         f"{record['heads']} heads of {record['channels']}, {record['dtype']}, as CUDA graphs."
     )
     return "\n\n".join(
@@ -232,7 +233,8 @@ def cpu_operator(record: Record) -> str:
         for one in record["records"]
     ]
     header = ("sparsity", "BA-Att, ms", "dense, ms", "speed-up", "extra memory / inputs", "error")
-    return "\n\n".join([table(header, rows), provenance(record)])
+    caption = f"Tokens sorted: {order_name(record['records'][0]['config'])}."
+    return "\n\n".join([table(header, rows), caption, provenance(record)])
 
 
 def length_name(one: Record) -> str:
@@ -272,10 +274,11 @@ def gpu_operator(record: Record) -> str:
     header = ("length", "sparsity", "ms", "not attention", *(f"over {name}" for name in GPU_BASELINES))
     refused = dict.fromkeys(f"{name}: {reason}" for one in chosen for name, reason in one["refused"].items())
     caption = (
-        f"{usual}. Time of the whole call, selection included; share of it that is not attention; speed-up over dense "
-        "attention of cuDNN and FlashAttention and over compiled FlexAttention, which gets our block lists and sorted "
-        "tokens ready-made; memory beyond q, k and v; relative L2 error against float64 with the same mask, and its "
-        "limit." + (f" Not run: {'; '.join(refused)}." if refused else "")
+        f"{usual}, tokens sorted: {order_name(chosen[0]['config'])}. Time of the whole call, selection "
+        "included; share of it that is not attention; speed-up over dense attention of cuDNN and FlashAttention and "
+        "over compiled FlexAttention, which gets our block lists and sorted tokens ready-made; memory beyond q, k "
+        "and v; relative L2 error against float64 with the same mask, and its limit."
+        + (f" Not run: {'; '.join(refused)}." if refused else "")
     )
     return "\n\n".join([table([*header, "extra memory", "error (limit)"], rows), caption, provenance(record)])
 

@@ -181,7 +181,7 @@ def gpu_record(what, tokens, sparsity, heads=32, channels=128, **changes):
         "sparsity": sparsity, "total_ms": 12.345, "kept_tflops": 500.0, "selection_share": 0.123,
         "compensation_cost": 0.01,
         "speedup": {"cudnn": 1.5, "flash": 2.25}, "refused": {"flex": "no compiler"}, "peak_memory_bytes": 3 * 2**30,
-        "error": 0.002, "error_limit": 0.005,
+        "error": 0.002, "error_limit": 0.005, "config": {"sort": "qk", "segment": 1024},
     }  # fmt: skip
     return record | changes
 
@@ -207,6 +207,7 @@ def test_gpu_tables(copy):
     assert "| 32K | 50 % | 12.3 | 12 % | 1.50x | 2.25x | - | 3.00 GiB | 2.0e-03 (5.0e-03) |" in text
     assert "| 1M (B 1, H 8, D 128, bfloat16, `hopper`) | 90 % | 12.3 | 12 % | - | - | - | - |" in text
     assert "Not run: flex: no compiler." in text
+    assert "`hopper`, tokens sorted: qk in 1024. Time of the whole call" in text
     assert "| 32K | 50 % | 64 | 500 | 50 % |" in text
     assert "| 32K | 32 | 50 % | +1.0 % |" in text
     assert "Commit 0123456789-dirty, device NVIDIA H200" in text

@@ -32,7 +32,8 @@ from baatt.evaluation.retrieval import Answer, SamplePool, answer
 from baatt.evaluation.ruler.niah import NIAH_TASKS
 from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.ruler.tasks import OFFLINE_TASKS
-from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+from baatt.evaluation.ruler_answers import replace_sparse
+from baatt.models.llada import MaskedDiffusionLM, dense_attention
 
 DIALS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
 
@@ -106,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             wrap = None
             if cell.config is not None and cell.score != "covariance":
                 sparse = rival_attention(cell.score, cell.config, arguments.impl)
-                wrap = functools.partial(_replace_sparse, sparse)
+                wrap = functools.partial(replace_sparse, sparse)
             return answer(
                 model, tokenizer, pool.samples(cell.task, cell.length), sparse=cell.config, policy=policy,
                 impl=arguments.impl, wrap_attention=wrap, batch_size=arguments.batch_size,
@@ -182,11 +183,6 @@ def read_value(name: str, text: str) -> Any:
         return float(text) if name in ("sparsity", "beta") else int(text)
     except ValueError:
         raise UsageError(f'--dial {name} must be numbers, got "{text}"') from None
-
-
-def _replace_sparse(sparse: AttentionFunction, layer: int, function: AttentionFunction) -> AttentionFunction:
-    """The function of a dense layer stays."""
-    return function if function is dense_attention else sparse
 
 
 def recall(
