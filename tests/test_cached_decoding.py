@@ -204,6 +204,7 @@ EXACT = [
     {"threshold": 0.3},
     {"temperature": 1.0},
     {"remasking": "random"},
+    {"remasking": "left_to_right", "threshold": 0.3},
     {"stop_at_eos": True, "threshold": 0.3},
 ]
 

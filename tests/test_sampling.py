@@ -272,7 +272,7 @@ def test_confidence_ignores_the_noise() -> None:
 def test_low_confidence_is_the_probability_of_the_guess() -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     guesses = torch.tensor([[0, 1, 2], [4, 3, 2]])
-    confidence = REMASKING["low_confidence"](logits, guesses, torch.Generator())
+    confidence = REMASKING["low_confidence"](logits, guesses, torch.ones(2, 3, dtype=torch.bool), torch.Generator())
     for b in range(2):
         for n in range(3):
             expected = logits[b, n, guesses[b, n]].exp() / logits[b, n].exp().sum()
@@ -280,8 +280,37 @@ def test_low_confidence_is_the_probability_of_the_guess() -> None:
     assert confidence.dtype == torch.float64
 
 
+def test_left_to_right_is_no_surer_than_what_stands_before() -> None:
+    probabilities = [0.5, 0.1, 0.9, 0.3, 0.8]
+    logits = torch.tensor([[[math.log(p), math.log(1 - p)] for p in probabilities]], dtype=torch.float64)
+    masked = torch.tensor([[True, False, True, True, True]])
+    guesses = torch.zeros(1, 5, dtype=torch.int64)
+    confidence = REMASKING["left_to_right"](logits, guesses, masked, torch.Generator())
+    expected = torch.tensor([[0.5, 0.5, 0.5, 0.3, 0.3]], dtype=torch.float64)  # the filled 0.1 holds nothing back
+    torch.testing.assert_close(confidence, expected)
+
+
+def test_left_to_right_fills_in_order_up_to_the_first_that_is_not_sure() -> None:
+    model, prompt, _ = known([[0.6, 0.5, 0.7, 0.9]])
+    dials = {"gen_length": 4, "block_length": 4, "remasking": "left_to_right"}
+    assert generate(model, prompt, config=SamplerConfig(steps=4, **dials)).unmasked_at.tolist() == [[0, 1, 2, 3]]
+    assert generate(model, prompt, config=SamplerConfig(steps=2, **dials)).unmasked_at.tolist() == [[0, 0, 1, 1]]
+    model, prompt, _ = known([[0.95, 0.95, 0.5, 0.99]])
+    result = generate(model, prompt, config=SamplerConfig(steps=4, threshold=0.9, **dials))
+    assert result.unmasked_at.tolist() == [[0, 0, 1, 2]]
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"temperature": 5.0}, {"cfg_scale": 2.0}, {"threshold": 0.2}, {"remasking": "random"}], ids=str
+    "changes",
+    [
+        {},
+        {"temperature": 5.0},
+        {"cfg_scale": 2.0},
+        {"threshold": 0.2},
+        {"remasking": "random"},
+        {"remasking": "left_to_right"},
+    ],
+    ids=str,
 )
 def test_never_emits_mask_or_unused_ids(changes: dict[str, Any]) -> None:
     model = make_model()
@@ -501,9 +530,13 @@ def test_defaults_are_lladas() -> None:
         ({"temperature": None}, TypeError, "temperature must be a number, got None"),
         ({"cfg_scale": math.inf}, ValueError, "cfg_scale must be finite"),
         ({"cfg_scale": "1"}, TypeError, "cfg_scale must be a number, got '1'"),
-        ({"remasking": "high"}, ValueError, r"remasking must be one of \['low_confidence', 'random'\], got 'high'"),
+        (
+            {"remasking": "high"},
+            ValueError,
+            r"remasking must be one of \['low_confidence', 'left_to_right', 'random'\], got",
+        ),
         ({"threshold": 1.5}, ValueError, r"threshold must be in \[0, 1\], got 1.5"),
-        ({"threshold": 0.5, "remasking": "random"}, ValueError, "threshold must be None unless remasking is"),
+        ({"threshold": 0.5, "remasking": "random"}, ValueError, "threshold must be None where remasking is"),
         ({"seed": "x"}, TypeError, "seed must be an int, got 'x'"),
     ],
 )

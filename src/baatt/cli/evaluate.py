@@ -55,7 +55,7 @@ from baatt.evaluation.ruler_run import (
     same_everywhere,
 )
 from baatt.evaluation.ruler_summary import STUDY, make_averages, make_records
-from baatt.sampling import CACHES, SamplerConfig, WrapAttention
+from baatt.sampling import CACHES, REMASKING, SamplerConfig, WrapAttention
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +121,10 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threshold", type=_read_threshold, default=usual.threshold,
         help=f'fill every position surer than this at once, or "none" (default: {usual.threshold})',
+    )  # fmt: skip
+    group.add_argument(
+        "--remasking", choices=list(REMASKING), default=usual.remasking,
+        help=f"which positions of a block are filled first (default: {usual.remasking})",
     )  # fmt: skip
     group.add_argument(
         "--cache", choices=list(CACHES), default=usual.cache, help="keys and values reused in a block (default: none)"
@@ -251,7 +255,7 @@ def read_sources(arguments: argparse.Namespace) -> Sources:
 
 def read_sampler(arguments: argparse.Namespace) -> SamplerConfig:
     """RULER is answered greedily: the dials that have an option, the rest as for the shipped model."""
-    names = ("steps", "gen_length", "block_length", "threshold", "cache")
+    names = ("steps", "gen_length", "block_length", "threshold", "remasking", "cache")
     return dataclasses.replace(RETRIEVAL_SAMPLER, **{name: getattr(arguments, name) for name in names})
 
 

@@ -69,8 +69,8 @@ class SamplerConfig:
             raise ValueError(f"cache must be one of {list(CACHES)}, got {self.cache!r}")
         if self.threshold is not None and self.threshold > 1:
             raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
-        if self.threshold is not None and self.remasking != "low_confidence":
-            raise ValueError(f"threshold must be None unless remasking is 'low_confidence', got {self.threshold}")
+        if self.threshold is not None and self.remasking == "random":
+            raise ValueError(f"threshold must be None where remasking is 'random', got {self.threshold}")
 
     @property
     def blocks(self) -> int:

@@ -11,9 +11,9 @@ from baatt.sampling.remasking import REMASKING
 
 
 def guess(
-    logits: Tensor, model_config: ModelConfig, config: SamplerConfig, generator: torch.Generator
+    logits: Tensor, masked: Tensor, model_config: ModelConfig, config: SamplerConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The token [B, L] each position would take, and how sure the model is of it [B, L] fp64."""
+    """The token [B, L] each position would take, and how sure the model is of it [B, L] fp64; `masked` ones are open."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
     forbidden = (ids == model_config.mask_token_id) | (ids >= model_config.vocab_size)
     logits = logits.masked_fill(forbidden, -math.inf)
@@ -23,7 +23,7 @@ def guess(
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
         noisy = logits - config.temperature * torch.log(-torch.log(uniform))
     guesses = noisy.argmax(dim=-1)
-    return guesses, REMASKING[config.remasking](logits, guesses, generator)
+    return guesses, REMASKING[config.remasking](logits, guesses, masked, generator)
 
 
 def choose(confidence: Tensor, masked: Tensor, inner: int, config: SamplerConfig) -> Tensor:

@@ -108,7 +108,7 @@ def denoise(
     block, inner = divmod(step, run.config.steps_per_block)
     masked = run.masked(block)
     logits = _predict(run, block, span, functions, cache)
-    guesses, confidence = guess(logits, run.model.config, run.config, run.generator)
+    guesses, confidence = guess(logits, masked, run.model.config, run.config, run.generator)
     chosen = choose(confidence, masked, inner, run.config)
     place = run.span(block)
     current = run.tokens[:, slice(*place)]
