@@ -70,7 +70,7 @@ CURRICULUM = (
     Stage("counting", (512, 768, 1024), 10, patience=150, replay=8),
     Stage("all", (512, 1024, 1024, 2048), 64, joint=0.3, target=2.0, patience=150, replay=8),
     Stage("all", (1024, 2048, 4096, 4096, 6144, 8192, 8192), 96, joint=0.3, target=2.0, patience=200, replay=11),
-    Stage("all", (2048, 4096, 8192, 12288, 16384, 16384), 128, joint=0.3, target=2.0, patience=350, replay=11),
+    Stage("all", (2048, 4096, 4096, 8192, 12288, 16384), 128, joint=0.3, target=2.0, patience=350, replay=11),
 )
 #: Sources by whose exact match a stage ends; of several the lowest counts.
 JUDGED_BY = {"pairs": ("pairs",), "counting": ("vt", "cwe", "fwe")}
@@ -257,9 +257,9 @@ class SampleMaker:
     def any_task(self, length: int, candidates: int) -> tuple[Pieces, str]:
         """A document with many questions, a needle task as it stands, or one of the other tasks."""
         draw = self.random.random()
-        if draw < 0.25:
+        if draw < 0.15:
             return self.document(length, candidates, ("noise", "essay", "essay", "needle"))
-        if draw < 0.5:
+        if draw < 0.4:
             return self.ruler(length)
         self.unit = ("", "", "")
         makers = (self.tracking, self.frequent_words, self.common_words, self.common_words)
@@ -338,11 +338,13 @@ class SampleMaker:
         starts, ends = np.asarray(encoding.offsets).T
         return list(np.where(allowed[starts] & allowed[ends], TEXT, CONTEXT))
 
-    def batch(self, number: int) -> Batch:
-        """One batch of stage `number`."""
+    def batch(self, number: int, tokens: int | None = None) -> Batch:
+        """One batch of stage `number`, of about so many tokens (None: TOKENS_PER_BATCH)."""
         stage = CURRICULUM[number]
         length = self.random.choice(stage.lengths)
         rows = stage.rows or TOKENS_PER_BATCH // length
+        if tokens is not None:
+            rows = max(1, rows * tokens // TOKENS_PER_BATCH)
         drawn = [self.sequence(stage, length) for _ in range(rows)]
-        tokens, regions, source = zip(*drawn, strict=True)
-        return Batch(np.stack(tokens), np.stack(regions), np.asarray(source, np.uint8), number)
+        sequences, regions, source = zip(*drawn, strict=True)
+        return Batch(np.stack(sequences), np.stack(regions), np.asarray(source, np.uint8), number)

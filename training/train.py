@@ -1,8 +1,9 @@
-"""Trains the small masked-diffusion LM on one GPU with a curriculum over the number of candidates.
+"""Trains the small masked-diffusion LM with a curriculum over the number of candidates, on one GPU or several.
 
 In: `training/data` (text and tokenizer, made by `corpus.py` and `tokenizer.py`). Out: a checkpoint folder in LLaDA's
 layout and `training.json` with the whole history. Batches come from worker processes (`samples.py`); answers are
 masked here, on the GPU. The loss is the cross-entropy of masked tokens: answers, and a little of the running text.
+Under `torchrun` every process trains on batches of its own and gradients are averaged.
 """
 
 import argparse
@@ -19,7 +20,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from samples import CURRICULUM, FIRST_ANSWER, JUDGED_BY, MAX_ANSWERS, SOURCES, TAIL, TEXT, Batch, SampleMaker
+from samples import (
+    CURRICULUM,
+    FIRST_ANSWER,
+    JUDGED_BY,
+    MAX_ANSWERS,
+    SOURCES,
+    TAIL,
+    TEXT,
+    TOKENS_PER_BATCH,
+    Batch,
+    SampleMaker,
+)
+from team import Team
 from torch import Tensor
 
 import baatt
@@ -28,45 +41,62 @@ from baatt.models.checkpoint import load_tokenizer, save_pretrained
 from baatt.models.llada import dense_attention, rotary_tables
 
 WARM_UP_STEPS = 100
+CHECK_EVERY = 20  # steps after which processes agree on clock and stage
 CURRENT_STAGE_SHARE = 0.7
 LOSS_WEIGHTS = {"answer": 1.0, "text": 0.2, "tail": 0.1}
 TEXT_RATE, TAIL_RATE = 1 / 16, 1 / 8
+WHOLE_SHARE, SCATTERED_SHARE = 0.45, 0.15  # rows with all of their answers hidden, and with single tokens
+NEAR = 8  # hidden tokens of an answer that count most
 
 
 class Corrupted(NamedTuple):
-    """inputs [B, T] with masks; answer, text, tail [B, T] bool: tokens in the loss; whole [B]: all answers hidden."""
+    """inputs [B, T] with masks; answer, text, tail [B, T] bool: tokens in the loss; whole [B]: all answers hidden;
+    weight [B, T]: of answer tokens; next [B, T] bool: the first hidden token of answers that begin to be known."""
 
     inputs: Tensor
     answer: Tensor
     text: Tensor
     tail: Tensor
     whole: Tensor
+    weight: Tensor
+    next: Tensor
 
 
-def make_batches(data: str, seed: int, stage: "Synchronized[int]", queue: "multiprocessing.Queue[Batch]") -> None:
+def make_batches(
+    data: str, seed: int, tokens: int, stage: "Synchronized[int]", queue: "multiprocessing.Queue[Batch]"
+) -> None:
     """Worker: batches of the current stage, with a share of all earlier ones so that they are not forgotten."""
     maker = SampleMaker(Path(data), seed)
     while True:
         current = stage.value
         earlier = current > 0 and maker.random.random() > CURRENT_STAGE_SHARE
-        queue.put(maker.batch(maker.random.randrange(CURRICULUM[current].replay, current) if earlier else current))
+        number = maker.random.randrange(CURRICULUM[current].replay, current) if earlier else current
+        queue.put(maker.batch(number, tokens))
 
 
 def corrupt(tokens: Tensor, regions: Tensor, mask_token: int) -> Corrupted:
-    """Hide answers: all of them (60 % of the rows), each token at a random rate, or all after a random place."""
+    """Hide answers: all of a row, single tokens at a random rate, or each answer from a random place on."""
     rows, device = (tokens.shape[0], 1), tokens.device
     answer, tail = regions >= FIRST_ANSWER, regions == TAIL
-    mode, rate, place = (torch.rand(rows, device=device) for _ in range(3))
-    order = answer.cumsum(dim=1)
-    whole, scattered = mode < 0.6, mode > 0.8
+    mode, rate = (torch.rand(rows, device=device) for _ in range(2))
+    whole, scattered = mode < WHOLE_SHARE, mode > 1 - SCATTERED_SHARE
     noise = torch.rand(tokens.shape, device=device)
-    suffix = order > place * order[:, -1:]
-    hidden = torch.where(scattered, noise < rate, suffix | whole)
+    number = (regions.long() - FIRST_ANSWER).clamp(min=0)
+    per_answer = torch.zeros(tokens.shape[0], MAX_ANSWERS, device=device)
+    length = per_answer.scatter_add(1, number, answer.float())
+    place = answer.cumsum(dim=1) - 1 - (length.cumsum(dim=1) - length).gather(1, number)  # within the answer
+    beginning = torch.floor(torch.rand_like(per_answer) * length).gather(1, number)
+    hidden = torch.where(scattered, noise < rate, (place >= beginning) | whole)
     text = (regions == TEXT) & (noise < TEXT_RATE)
     masked_answer, masked_tail = answer & hidden, tail & (hidden | ~scattered)
     inputs = tokens.masked_fill(masked_answer | masked_tail | text, mask_token)
     counted = masked_tail & (torch.rand(tokens.shape, device=device) < TAIL_RATE)
-    return Corrupted(inputs, masked_answer, text, counted, whole[:, 0])
+    # What stands far behind the first hidden token often cannot be known yet, as the tokens of the seventh word of a
+    # list; and rows with many answers would outweigh those with one.
+    gap = torch.where(whole | scattered, place, place - beginning)
+    weight = 1 / (1 + gap.clamp(min=0) / NEAR) / masked_answer.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+    following = masked_answer & (place == beginning) & ~(whole | scattered)
+    return Corrupted(inputs, masked_answer, text, counted, whole[:, 0], weight, following)
 
 
 def hidden_states(model: MaskedDiffusionLM, inputs: Tensor) -> Tensor:
@@ -80,6 +110,12 @@ def hidden_states(model: MaskedDiffusionLM, inputs: Tensor) -> Tensor:
     return transformer.ln_f(x)
 
 
+def compile_blocks(model: MaskedDiffusionLM) -> None:
+    """Compile the code of a block once, for all blocks and lengths: a minute less than the whole model takes."""
+    for block in model.transformer.blocks:
+        block.compile(dynamic=True)
+
+
 def exact_matches(right: Tensor, regions: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
     """Per row and answer number [B, MAX_ANSWERS]: all tokens right, and whether that answer exists."""
     number = (regions.long() - FIRST_ANSWER).clamp(min=0)
@@ -90,18 +126,18 @@ def exact_matches(right: Tensor, regions: Tensor, answer: Tensor) -> tuple[Tenso
 
 
 class Scores:
-    """Exact match by source (and of the current stage), summed on the GPU and read rarely."""
+    """Rates by source, summed on the GPU and read rarely."""
 
     def __init__(self, device: str) -> None:
         self.counts = torch.zeros(len(SOURCES), 2, device=device)
 
-    def add(self, matched: Tensor, exists: Tensor, source: Tensor, whole: Tensor) -> None:
-        pair = torch.stack([(matched & whole[:, None]).sum(1), (exists & whole[:, None]).sum(1)], dim=1).float()
-        self.counts.index_add_(0, source, pair)
+    def add(self, good: Tensor, total: Tensor, source: Tensor) -> None:
+        """good, total [B, any] bool or numbers; source [B]."""
+        self.counts.index_add_(0, source, torch.stack([good.float().sum(1), total.float().sum(1)], dim=1))
 
-    def read(self) -> dict[str, float]:
-        """Rates since the last reading."""
-        good, total = self.counts.T.tolist()
+    def read(self, team: Team) -> dict[str, float]:
+        """Rates since the last reading, of all processes."""
+        good, total = team.add_up(self.counts).T.tolist()
         self.counts.zero_()
         return {name: round(g / t, 4) for name, g, t in zip(SOURCES, good, total, strict=True) if t}
 
@@ -112,111 +148,165 @@ def learning_rate(step: int, elapsed: float, arguments: argparse.Namespace) -> f
     return float(arguments.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS, left))
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """The whole run."""
-    torch.manual_seed(arguments.seed)
-    torch.set_float32_matmul_precision("high")
-    device, out = arguments.device, Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(arguments.data)
-    mask_token, end = tokenizer.token_to_id("<|mask|>"), tokenizer.token_to_id("<|endoftext|>")
-    shutil.copy(Path(arguments.data) / "tokenizer.json", out / "tokenizer.json")
-    config = ModelConfig(
-        d_model=arguments.width, n_heads=arguments.width // 64, n_layers=arguments.layers,
-        mlp_hidden_size=2 * arguments.width, vocab_size=tokenizer.get_vocab_size(), mask_token_id=mask_token,
-        eos_token_id=end, pad_token_id=end, weight_tying=True, attention_layer_norm=True,
-        max_sequence_length=arguments.max_length, rope_theta=arguments.rope_theta or 10_000.0,
-    )  # fmt: skip
+def open_model(arguments: argparse.Namespace, device: str) -> MaskedDiffusionLM:
+    """A fresh model for the tokenizer of the data, or the one to continue from."""
     if arguments.resume:
         model = MaskedDiffusionLM.from_pretrained(arguments.resume, dtype=torch.float32, device=device)
         longest = max(model.config.max_sequence_length, arguments.max_length)
         theta = arguments.rope_theta or model.config.rope_theta
         model.config = dataclasses.replace(model.config, max_sequence_length=longest, rope_theta=theta)
-    else:
-        model = MaskedDiffusionLM(config).to(device)
+        return model
+    tokenizer = load_tokenizer(arguments.data)
+    end = tokenizer.token_to_id("<|endoftext|>")
+    config = ModelConfig(
+        d_model=arguments.width, n_heads=arguments.width // 64, n_layers=arguments.layers,
+        mlp_hidden_size=2 * arguments.width, vocab_size=tokenizer.get_vocab_size(),
+        mask_token_id=tokenizer.token_to_id("<|mask|>"), eos_token_id=end, pad_token_id=end, weight_tying=True,
+        attention_layer_norm=True, max_sequence_length=arguments.max_length,
+        rope_theta=arguments.rope_theta or 10_000.0,
+    )  # fmt: skip
+    return MaskedDiffusionLM(config).to(device)
+
+
+def open_optimizer(model: MaskedDiffusionLM, arguments: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW, with weight decay for matrices alone."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        lr=arguments.learning_rate, betas=(0.9, 0.95), fused=device != "cpu",
+        lr=arguments.learning_rate, betas=(0.9, 0.95), fused=arguments.device != "cpu",
     )  # fmt: skip
-    states = torch.compile(hidden_states, dynamic=True) if arguments.compile else hidden_states
+
+
+class Measured(NamedTuple):
+    """Of one batch: parts of the loss [3], answers found at once and all there are [B, MAX_ANSWERS], next tokens that
+    are right and all there are [B, T]."""
+
+    parts: Tensor
+    matched: Tensor
+    answers: Tensor
+    right: Tensor
+    following: Tensor
+
+
+def forward_backward(model: MaskedDiffusionLM, tokens: Tensor, regions: Tensor, corrupted: Corrupted) -> Measured:
+    """Gradients of one batch."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        x = hidden_states(model, corrupted.inputs)
+        selected = corrupted.answer | corrupted.text | corrupted.tail
+        logits = model.transformer.head(x[selected])
+    targets = tokens[selected]
+    each = F.cross_entropy(logits.float(), targets, reduction="none")
+    kinds = (corrupted.answer * corrupted.weight, corrupted.text.float(), corrupted.tail.float())
+    parts = torch.stack([(each * kind[selected]).sum() / kind.sum().clamp(min=1e-3) for kind in kinds])
+    (parts * parts.new_tensor(list(LOSS_WEIGHTS.values()))).sum().backward()
+    with torch.no_grad():
+        right = torch.zeros_like(selected)
+        right[selected] = logits.argmax(-1) == targets
+    matched, exists = exact_matches(right, regions, corrupted.answer)
+    whole = corrupted.whole[:, None]
+    return Measured(parts.detach(), matched & whole, exists & whole, right & corrupted.next, corrupted.next)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """The whole run."""
+    team = Team(arguments.device)
+    torch.manual_seed(arguments.seed * 100 + team.rank)
+    torch.set_float32_matmul_precision("high")
+    device, out = team.device, Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model = open_model(arguments, device)
+    parameters = list(model.parameters())
+    for parameter in parameters:  # a fresh model is drawn by every process
+        parameter.data = team.add_up(parameter.data) / team.size
+    optimizer = open_optimizer(model, arguments)
+    if arguments.compile:
+        compile_blocks(model)
     context = multiprocessing.get_context("spawn")
     stage, queue = context.Value("i", arguments.stage), context.Queue(maxsize=32)
+    seeds = range(
+        (arguments.seed * 64 + team.rank) * 1000, (arguments.seed * 64 + team.rank) * 1000 + arguments.workers
+    )
     workers = [
         context.Process(
-            target=make_batches, args=(arguments.data, arguments.seed * 1000 + n, stage, queue), daemon=True
+            target=make_batches, args=(arguments.data, seed, arguments.batch_tokens, stage, queue), daemon=True
         )
-        for n in range(arguments.workers)
+        for seed in seeds
     ]
     for worker in workers:
         worker.start()
-    first = queue.get()
+
+    def measure(batch: Batch) -> tuple[Measured, Tensor]:
+        arrays = (torch.from_numpy(array).to(device, non_blocking=True) for array in batch[:3])
+        tokens, regions, source = (array.long() for array in arrays)
+        corrupted = corrupt(tokens, regions, model.config.mask_token_id)
+        return forward_backward(model, tokens, regions, corrupted), source
+
+    if arguments.compile:  # before the clock starts, and twice, since the second length may compile anew
+        for _ in range(2):
+            measure(queue.get())
+        optimizer.zero_grad(set_to_none=True)
     start = saved = time.monotonic()
-    history, overall, current = [], Scores(device), Scores(device)
-    step, tokens_seen, stage_start, losses = 0, 0, start, torch.zeros(3, device=device)
+    history, overall, following, current = [], Scores(device), Scores(device), Scores(device)
+    step, tokens_seen, stage_start, elapsed, losses = 0, 0, 0.0, 0.0, torch.zeros(3, device=device)
     recent: list[float] = []
-    while (elapsed := time.monotonic() - start) < arguments.seconds:
-        batch = first if step == 0 else queue.get()
-        tokens, regions, source = (torch.from_numpy(array).to(device, non_blocking=True) for array in batch[:3])
-        tokens = tokens.long()
-        corrupted = corrupt(tokens, regions, mask_token)
+    while elapsed < arguments.seconds:
+        batch = queue.get()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, elapsed, arguments)
-        with torch.autocast(device.split(":")[0], torch.bfloat16):
-            x = states(model, corrupted.inputs)
-            selected = corrupted.answer | corrupted.text | corrupted.tail
-            logits = model.transformer.head(x[selected])
-        targets = tokens[selected]
-        each = F.cross_entropy(logits.float(), targets, reduction="none")
-        parts = torch.stack([
-            (each * kind[selected]).sum() / kind.sum().clamp(min=1)
-            for kind in (corrupted.answer, corrupted.text, corrupted.tail)
-        ])  # fmt: skip
-        loss = (parts * parts.new_tensor(list(LOSS_WEIGHTS.values()))).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        measured, source = measure(batch)
+        team.average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            right = torch.zeros_like(selected)
-            right[selected] = logits.argmax(-1) == targets
-            matched, exists = exact_matches(right, regions, corrupted.answer)
-            overall.add(matched, exists, source.long(), corrupted.whole)
-            if batch.stage == stage.value:
-                current.add(matched, exists, source.long(), corrupted.whole)
-            losses += parts.detach()
+        overall.add(measured.matched, measured.answers, source)
+        following.add(measured.right, measured.following, source)
+        if batch.stage == stage.value:
+            current.add(measured.matched, measured.answers, source)
+        losses += measured.parts
         step += 1
-        tokens_seen += tokens.numel()
-        if step % 20 == 0 and stage.value < arguments.last_stage:
-            rates = current.read()
+        tokens_seen += batch.tokens.size * team.size
+        if step % CHECK_EVERY:
+            continue
+        (elapsed,) = team.agree([time.monotonic() - start])
+        if stage.value < arguments.last_stage:
+            rates = current.read(team)
             here = CURRICULUM[stage.value]
             judged = [rates[name] for name in JUDGED_BY.get(here.kind, ("document",)) if name in rates]
             recent = ([*recent, min(judged)] if judged else recent)[-2:]
-            late = time.monotonic() - stage_start > here.patience * arguments.seconds / 900
+            late = elapsed - stage_start > here.patience * arguments.seconds / 900
             if (len(recent) == 2 and min(recent) >= here.target) or late:
-                print(
-                    f"stage {stage.value} ends at {time.monotonic() - start:.0f} s, step {step}: {recent}", flush=True
-                )
+                if team.rank == 0:
+                    print(f"stage {stage.value} ends at {elapsed:.0f} s, step {step}: {recent}", flush=True)
                 stage.value += 1
-                stage_start, recent = time.monotonic(), []
+                stage_start, recent = elapsed, []
         if step % 100 == 0:
             row = {
                 "step": step, "seconds": round(elapsed, 1), "stage": stage.value, "tokens": tokens_seen,
-                "loss": [round(value, 4) for value in (losses / 100).tolist()], "exact_match": overall.read(),
-                "queued": queue.qsize(),
+                "loss": [round(value, 4) for value in (team.add_up(losses) / 100 / team.size).tolist()],
+                "exact_match": overall.read(team), "next_token": following.read(team), "queued": queue.qsize(),
             }  # fmt: skip
             losses.zero_()
             history.append(row)
-            print(json.dumps(row), flush=True)
-        if time.monotonic() - saved > 90:
+            if team.rank == 0:
+                print(json.dumps(row), flush=True)
+        if team.rank == 0 and time.monotonic() - saved > 90:
             saved = time.monotonic()
-            save_pretrained(model, out)
-    save_pretrained(model, out)
-    record = {"arguments": vars(arguments), "steps": step, "tokens": tokens_seen, "history": history, **environment()}
-    (out / "training.json").write_text(json.dumps(record, indent=1))
+            save(model, arguments)
+    if team.rank == 0:
+        save(model, arguments)
+        totals = {"processes": team.size, "steps": step, "tokens": tokens_seen, "history": history}
+        record = {"arguments": vars(arguments), **totals, **environment()}
+        (out / "training.json").write_text(json.dumps(record, indent=1))
     for worker in workers:
         worker.terminate()
+    team.leave()
+
+
+def save(model: MaskedDiffusionLM, arguments: argparse.Namespace) -> None:
+    """The checkpoint with its tokenizer, in LLaDA's layout."""
+    save_pretrained(model, Path(arguments.out))
+    shutil.copy(Path(arguments.data) / "tokenizer.json", Path(arguments.out) / "tokenizer.json")
 
 
 def environment() -> dict[str, Any]:
@@ -267,7 +357,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--workers", type=int, default=13)
+    parser.add_argument("--workers", type=int, default=13, help="processes that draw batches, for each GPU")
+    parser.add_argument("--batch-tokens", type=int, default=TOKENS_PER_BATCH, help="tokens of a batch, on each GPU")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--max-length", type=int, default=4096, help="the longest sequence, for config.json")

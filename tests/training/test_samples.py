@@ -155,7 +155,9 @@ def test_text_regions_are_running_text_only(maker, number):
                 text_tokens += 1
                 assert not forbidden[start:end].any()
                 assert niah.NOISE_LINE[:12] not in text
-    assert (text_tokens > 0) == (CURRICULUM[number].kind in ("document", "ruler", "all"))
+    kind = CURRICULUM[number].kind
+    if kind != "all":  # of all tasks, few sequences may have none of running text
+        assert (text_tokens > 0) == (kind in ("document", "ruler"))
 
 
 @pytest.mark.parametrize("number", [3, 7])
@@ -221,8 +223,35 @@ def test_answers_are_hidden_whole_or_scattered_or_from_a_place_on(corrupted):
     _, regions, result = corrupted
     answers = result.answer[regions >= FIRST_ANSWER].view(ROWS, -1)
     assert answers[result.whole].all()
-    assert 0.5 < result.whole.float().mean() < 0.7
-    rest = answers[~result.whole].int()
-    suffix = (rest.diff(dim=1) >= 0).all(dim=1)
-    assert 0.3 < suffix.float().mean() < 0.7
-    assert rest[~suffix].float().mean(dim=1).std() > 0.2
+    assert 0.35 < result.whole.float().mean() < 0.55
+    rest = answers[~result.whole].int().view(-1, 3, 10)  # three answers of ten tokens
+    suffix = (rest.diff(dim=2) >= 0).all(dim=2).all(dim=1)
+    assert 0.55 < suffix.float().mean() < 0.9
+    begins = rest[suffix].sum(dim=2)
+    assert begins.max() == 10
+    assert (begins[:, 0] != begins[:, 1]).any()
+    assert rest[~suffix].float().mean(dim=(1, 2)).std() > 0.2
+
+
+def test_next_is_the_first_hidden_token_of_an_answer_that_begins_to_be_known(corrupted):
+    _, regions, result = corrupted
+    inside = regions >= FIRST_ANSWER
+    following = result.next[inside].view(ROWS, 3, 10)
+    hidden = result.answer[inside].view(ROWS, 3, 10)
+    assert not following[result.whole].any()
+    assert not result.next[~inside].any()
+    rows = following.any(dim=(1, 2))
+    assert (following[rows].sum(dim=2) == 1).all()
+    assert torch.equal(following[rows].int().argmax(dim=2), hidden[rows].int().argmax(dim=2))
+
+
+def test_tokens_count_less_far_behind_the_first_hidden_one_and_in_rows_that_hide_many(corrupted):
+    _, regions, result = corrupted
+    inside = regions >= FIRST_ANSWER
+    weight = result.weight[inside].view(ROWS, 3, 10)
+    hidden = result.answer[inside].view(ROWS, 3, 10)
+    torch.testing.assert_close(weight[result.whole][:, :, 0], torch.full_like(weight[result.whole][:, :, 0], 30**-0.5))
+    torch.testing.assert_close(weight[result.whole][:, :, 8], weight[result.whole][:, :, 0] / 2)
+    rows = result.next.any(dim=1)
+    at_first = weight[rows].gather(2, hidden[rows].int().argmax(dim=2, keepdim=True))[..., 0]
+    torch.testing.assert_close(at_first, hidden[rows].sum(dim=(1, 2))[:, None].float().rsqrt().expand(-1, 3))

@@ -13,7 +13,7 @@ from baatt.sampling.remasking import REMASKING
 def guess(
     logits: Tensor, masked: Tensor, model_config: ModelConfig, config: SamplerConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The token [B, L] each position would take, and how sure the model is of it [B, L] fp64; `masked` ones are open."""
+    """The token [B, L] each position would take, how sure the model is of it [B, L] fp64; masked: still to fill."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
     forbidden = (ids == model_config.mask_token_id) | (ids >= model_config.vocab_size)
     logits = logits.masked_fill(forbidden, -math.inf)
