@@ -75,8 +75,10 @@ CURRICULUM = (
 #: Sources by whose exact match a stage ends; of several the lowest counts.
 JUDGED_BY = {"pairs": ("pairs",), "counting": ("vt", "cwe", "fwe")}
 # Seven digits of a single needle are learned at once; the others need the practice, the two weakest most of it.
-TASK_WEIGHTS = {"niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 8, "niah_multivalue": 5}
+TASK_WEIGHTS = {"niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 6, "niah_multikey_3": 6, "niah_multivalue": 5}
 TASK_WEIGHT = 3
+#: Of variable tracking, frequent words (learned first) and common words.
+OTHER_WEIGHTS = (2, 1, 3)
 
 Pieces = list[tuple[str, int]]
 
@@ -257,13 +259,15 @@ class SampleMaker:
     def any_task(self, length: int, candidates: int) -> tuple[Pieces, str]:
         """A document with many questions, a needle task as it stands, or one of the other tasks."""
         draw = self.random.random()
-        if draw < 0.15:
+        if draw < 0.12:
             return self.document(length, candidates, ("noise", "essay", "essay", "needle"))
         if draw < 0.4:
             return self.ruler(length)
         self.unit = ("", "", "")
-        makers = (self.tracking, self.frequent_words, self.common_words, self.common_words)
-        return self.random.choice(makers if length >= LEAST_COMMON_WORDS else makers[:2])(length)
+        makers, weights = (self.tracking, self.frequent_words, self.common_words), OTHER_WEIGHTS
+        if length < LEAST_COMMON_WORDS:
+            makers, weights = makers[:2], weights[:2]
+        return self.random.choices(makers, weights)[0](length)
 
     def unit_tokens(self, unit: tuple[str, str, str], text: Callable[[], str], units: int) -> float:
         """Tokens of one unit of haystack, measured once."""
