@@ -115,8 +115,9 @@ def _add_sampler_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens denoised together (default: {usual.block_length})",
     )  # fmt: skip
     group.add_argument(
-        "--steps", type=int, default=usual.steps,
-        help=f"denoising steps of --gen-length tokens; shorter answers take their share (default: {usual.steps})",
+        "--steps", type=int, default=usual.gen_length,
+        help="denoising steps of --gen-length tokens, with a threshold the most that are taken; shorter answers take "
+        f"their share (default: {usual.gen_length}, at least a token a step)",
     )  # fmt: skip
     group.add_argument(
         "--threshold", type=_read_threshold, default=usual.threshold,

@@ -172,7 +172,8 @@ def dense_attention(
     if key_mask is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     # Fused kernels that take a mask take no grouped heads; without this the product of N x N scores is stored.
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if q.shape[1] != k.shape[1]:  # repeating once would copy too
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     empty = ~key_mask.any(dim=1, keepdim=True)
     visible = rearrange(key_mask | empty, "B M -> B 1 1 M")  # no kernel meets a row of -inf alone
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
