@@ -130,20 +130,24 @@ def test_links_lead_to_files(document):
             assert ((ROOT / document).parent / target).exists(), target
 
 
-def test_the_model_card_states_the_lowest_cell():
-    """The goal of 95 % is reached from 1024 tokens on; the lowest cells are named, with counts and interval."""
-    records = json.loads(read("benchmarks/results/needles_dense_h200.json"))["records"]
-    assert min(one["accuracy"] for one in records if one["length"] >= 1024) >= 0.95
-    accuracy = min(one["accuracy"] for one in records)
-    lowest = sorted((one for one in records if one["accuracy"] == accuracy), key=lambda one: one["length"])
-    assert len({one["task"] for one in lowest}) == 1
-    *lengths, last = (str(one["length"]) for one in lowest)
-    where = f"{', '.join(lengths)} and {last}" if lengths else last
-    one = lowest[0]
-    counts = f"{round(accuracy * one['n'])}/{one['n']} = {100 * accuracy:.1f} %"
+def test_the_model_card_states_average_and_lowest_scores():
+    """The goals at 4096 tokens are reached with dense attention; the lowest scores are named, with their intervals."""
+    stored = json.loads(read("benchmarks/results/ruler_needle-18m.json"))
+    dense = {one["task"]: one for one in stored["records"] if not one["config"] and one["length"] == 4096}
+    assert len(dense) == 11
+    assert sum(one["accuracy"] for one in dense.values()) / 11 >= 0.9
+    needles = {task: one for task, one in dense.items() if task.startswith("niah_")}
+    assert min(one["accuracy"] for one in needles.values()) >= 0.95
+    card, changelog = prose(CARD), prose("CHANGELOG.md")
+    task, one = min(needles.items(), key=lambda item: item[1]["accuracy"])
     interval = f"95 % interval {100 * one['ci_low']:.1f}-{100 * one['ci_high']:.1f}"
-    card = " ".join(read(CARD).split())
-    assert f"The lowest cell is `{one['task']}` at {where} tokens, each {counts} ({interval}" in card
+    assert f"`{task}` is lowest, {round(one['accuracy'] * one['n'])}/{one['n']} = {100 * one['accuracy']:.1f} %" in card
+    assert interval in card
+    task, one = min(dense.items(), key=lambda item: item[1]["accuracy"])
+    interval = f"{100 * one['ci_low']:.1f}-{100 * one['ci_high']:.1f})"
+    assert f"of all, `{task}`, {100 * one['accuracy']:.1f} ({interval}" in card
+    assert f"weakest on `{task}`: {100 * one['accuracy']:.1f} with dense" in changelog
+    assert f"(95 % interval {interval}" in changelog
 
 
 @pytest.fixture(scope="module")
@@ -164,29 +168,19 @@ def prose(document: str) -> str:
 
 
 def test_the_prose_about_losses_is_that_of_the_file(sparse):
-    """README, model card and changelog name the losses of the presets in counts, word for word."""
-    readme, card, changelog = prose("README.md"), prose(CARD), prose("CHANGELOG.md")
+    """README and changelog name the first checkpoint's losses in counts, word for word."""
+    readme, changelog = prose("README.md"), prose("CHANGELOG.md")
     safe = {task: right(one, "trained_format") for (setting, task), one in sparse.items() if setting == SAFE}
     dense = {task: right(one, "trained_format") for (setting, task), one in sparse.items() if setting == "dense"}
+    paper = sum(right(one, "trained_format") for (setting, _), one in sparse.items() if setting == PAPER)
     worst = ("multivalue", "single_1")
     assert sorted(safe, key=lambda task: safe[task])[:2] == list(worst)
     for task in worst:
         loss = f"{safe[task]} of 200 on `niah_{task}` (dense: {dense[task]})"
         assert loss in readme.replace("of 200 right", "of 200")
         assert loss in changelog.replace("of 200 right", "of 200")
-        assert f"{safe[task]}/200 on `niah_{task}`" in card
-    others = min(count for task, count in safe.items() if task not in worst)
-    assert f"{others} of 200 or more on every other task" in readme
-    assert f"and {others}/200 or more on every other task" in card
-    for key in ("accuracy", "trained_format"):
-        lost = [right(sparse[PAPER, task], key) for task in ("single_2", "single_3", "multikey_1", "multivalue")]
-        assert "with {}, {}, {} and {} of 200 on `niah_single_2`".format(*lost) in readme
-        assert (lost[1], lost[3]) == (0, 0)
-    lowest = min((one for (setting, _), one in sparse.items() if setting == "dense"), key=lambda one: one["accuracy"])
-    counts = f"{right(lowest)}/200 = {100 * lowest['accuracy']:.1f} %"
-    interval = f"95 % interval {100 * lowest['ci_low']:.1f}-{100 * lowest['ci_high']:.1f}"
-    assert f"lowest on `{lowest['task']}`, {counts} ({interval})" in card
-    assert f"gets {dense['single_3']}/200 on `niah_single_3`" in card
+    whole = f"{sum(safe.values())} of 1600 needle answers word for word at 50 % sparsity (dense: {sum(dense.values())})"
+    assert f"{whole} and only {paper} of 1600 with `paper`" in readme
 
 
 def totals(records, key):
@@ -198,19 +192,14 @@ def totals(records, key):
 
 
 def test_the_best_setting_by_each_measure_is_that_of_the_file(sparse):
-    """Word for word `safe` has most answers right, by RULER's measure longer segments: the documents say both."""
-    card, method = prose(CARD), prose("docs/method.md")
+    """Word for word `safe` has most answers right, by RULER's measure longer segments: the page says both."""
+    method = prose("docs/method.md")
     exact, contained = (totals(sparse, key) for key in ("trained_format", "accuracy"))
     settings = exact.keys() - {"dense"}
     assert max(settings, key=lambda name: exact[name]) == SAFE
     assert max(settings, key=lambda name: contained[name]) == LONGER
     assert f"right word for word ({exact[SAFE]} of 1600)" in method
     assert f"({contained[LONGER]} against {contained[SAFE]}) and spell fewer right ({exact[LONGER]})" in method
-    assert f"{exact[SAFE]}/1600 (dense {exact['dense']}/1600)" in card
-    assert (
-        f"{contained[LONGER]}/1600 (`safe` {contained[SAFE]}/1600), but word for word they get {exact[LONGER]}/1600"
-        in card
-    )
 
 
 def test_the_defaults_are_ahead_of_no_sorting_wherever_both_were_measured(sparse):
@@ -234,7 +223,7 @@ def test_the_presets_are_measured_settings(sparse):
         assert list(PRESETS[preset].policy.dense_layers) == one["policy"]["dense_layers"]
 
 
-@pytest.mark.parametrize("name", ["needles_dense_h200", "needles_sparse_h200", "needles_sparse_cpu"])
+@pytest.mark.parametrize("name", ["ruler_needle-18m", "needles_sparse_cpu"])
 def test_the_accuracies_are_those_of_the_shipped_weights(name):
     shards = sorted((ROOT / CARD).parent.glob("*.safetensors"))
     weights = " ".join(hashlib.sha256(shard.read_bytes()).hexdigest()[:16] for shard in shards)
@@ -255,7 +244,7 @@ def test_the_model_card_s_runs_are_those_of_the_histories():
     rows = [json.loads(line) for line in read(f"{folder}/run1.jsonl").splitlines()]
     tokens = max(row["tokens"] for row in rows if row["seconds"] <= 812)
     assert f"{tokens / 1e9:.2f}e9 | `run1.jsonl`" in card
-    for number in (2, 3, 4):
+    for number in (2, 3, 4, 5, 6):
         run = json.loads(read(f"{folder}/run{number}.json"))
         arguments = run["arguments"]
         start = f"stage {arguments['stage']} "

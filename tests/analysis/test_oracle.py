@@ -52,6 +52,16 @@ def test_block_mass(sort, slab, monkeypatch):
     assert (mass[1] == 0).all()  # an entry without keys
 
 
+def test_implementations():
+    q, k, plan = case()
+    assert torch.equal(block_mass(q, k, plan), block_mass(q, k, plan, impl="reference"))
+    with pytest.raises(ValueError, match=r"impl must be one of \['auto', 'reference', 'triton'\], got 'cpu'"):
+        block_mass(q, k, plan, impl="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="impl='triton' cannot run: it needs tensors on a GPU"):
+            block_mass(q, k, plan, impl="triton")
+
+
 def test_no_selection_keeps_more_than_the_best():
     q, k, plan = case(masked=False)
     mass = block_mass(q, k, plan)

@@ -25,7 +25,7 @@ if backend == "hip":
     torch.version.hip = "for the constants that depend on it"
 from baatt import BAAttConfig
 from baatt.backend import _arrange_on_gpu, _choose_on_gpu
-from baatt.kernels import triton_attention
+from baatt.kernels import triton_attention, triton_mass
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
          torch.bool: "i1"}
@@ -55,7 +55,7 @@ def compile_launch(kernel, *args, grid, warmup, **options):
 
 
 JITFunction.run = compile_launch
-triton_attention._shared_memory = lambda device: shared_memory
+triton_attention._shared_memory = triton_mass._shared_memory = lambda device: shared_memory
 for dtype, channels, block_size, masked in [
     (torch.bfloat16, 128, 128, True), (torch.float16, 64, 64, False), (torch.float32, 256, 128, False),
     (torch.bfloat16, 256, 128, False), (torch.float32, 40, 16, True),
@@ -68,6 +68,7 @@ for dtype, channels, block_size, masked in [
     triton_attention.sparse_attention(
         q, k, v, arranged.query_order, arranged.key_order, selection, block_size=block_size, scale=0.1
     )
+    triton_mass.block_mass(q, k, arranged.query_order, arranged.key_order, block_size=block_size, scale=0.1)
 print(*sorted(done))
 """
 KERNELS = ["_attention_kernel", "_covariance_kernel", "_gather_kernel", "_norm_kernel", "_order_kernel"]
@@ -88,4 +89,4 @@ def test_every_launch_compiles(target, tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     run = subprocess.run([sys.executable, "-c", SCRIPT, *target], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == [*KERNELS, "_permute_kernel", "_select_kernel"]
+    assert run.stdout.split() == [*KERNELS, "_permute_kernel", "_select_kernel", "_share_kernel", "_sum_kernel"]

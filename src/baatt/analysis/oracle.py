@@ -1,20 +1,26 @@
 """What an ideal selector would know: the attention mass of every block pair (E1), and how much of it a plan keeps.
 
 In: q and k of a layer and a `Plan`. Out: mass [B, H, I, J], the best selection at a budget, recall of a selection.
-Needs dense attention, which is computed over slabs of query rows: memory stays at one slab of rows, never N x M. Does
-not know how the plan came about.
+Needs dense attention, which is computed over slabs of query rows: memory stays at one slab of rows, never N x M; on a
+GPU a kernel does it, to which the eager function is the specification. Does not know how the plan came about.
 """
 
+import functools
 import itertools
+import logging
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from baatt.backend import Workload, choose_backend
 from baatt.stages.selection import select_blocks
 from baatt.types import BlockSelection, Plan
+
+logger = logging.getLogger("baatt")
 
 #: Attention weights in memory at once: elsewhere, on a GPU.
 SLAB_WEIGHTS = (2**25, 2**28)
@@ -27,16 +33,53 @@ class Recall(NamedTuple):
     fifth_percentile: float
 
 
-def block_mass(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+def block_mass(q: Tensor, k: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
     """Attention mass of every block pair in the plan's token order, averaged over the queries of a block (E1).
 
     Args:
         q: [B, H, N, D]; k: [B, G, M, D], in the original order.
         plan: gives orders, block size and scale; its selection is not looked at.
+        impl: "reference" (eager, any device and dtype), "triton" (a GPU, any dtype but float64) or "auto": "triton"
+            for bfloat16 and float16 where it can run, else "reference". float32 has no matrix units to gain from.
 
     Returns:
         [B, H, I, J] float32 (float64 for float64), each row sums to 1; 0 for a batch entry without keys.
+
+    Raises:
+        ValueError: an unknown `impl`.
+        RuntimeError: `impl` "triton" cannot run here, with the reason.
     """
+    if impl not in ("auto", *MASSES):
+        raise ValueError(f"impl must be one of {['auto', *MASSES]}, got {impl!r}")
+    workload = Workload(q.dtype, q.shape[-1], plan.config.block_size, plan.scale)
+    if impl == "auto":
+        half = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+        impl = "triton" if half and _kernel_runs(q.device, workload) else "reference"
+    elif impl == "triton":
+        choose_backend(impl, q.device, workload)  # for its refusal
+    return MASSES[impl](q, k, plan)
+
+
+def _block_mass_by_kernel(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+    from baatt.kernels import triton_mass
+
+    size, scale = plan.config.block_size, plan.scale
+    return triton_mass.block_mass(q, k, plan.query_order, plan.key_order, block_size=size, scale=scale)
+
+
+@functools.cache
+def _kernel_runs(device: torch.device, workload: Workload) -> bool:
+    """Whether "triton" can run; a refusal is logged, once."""
+    try:
+        choose_backend("triton", device, workload)
+    except RuntimeError as error:
+        logger.info(f"block_mass: impl='auto' chose 'reference': {error}")
+        return False
+    return True
+
+
+def _block_mass_eagerly(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+    """The specification, entry by entry."""
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1:3]
     size = plan.config.block_size
@@ -108,3 +151,10 @@ def run_means(x: Tensor, size: int) -> Tensor:
     if whole < x.shape[-1]:
         parts.append(x[..., whole:].mean(dim=-1, keepdim=True))
     return torch.cat(parts, dim=-1)
+
+
+#: impl -> mass(q, k, plan)
+MASSES: dict[str, Callable[[Tensor, Tensor, Plan], Tensor]] = {
+    "reference": _block_mass_eagerly,
+    "triton": _block_mass_by_kernel,
+}

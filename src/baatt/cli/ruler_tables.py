@@ -67,9 +67,12 @@ def settings_text(header: Record, records: Sequence[Record]) -> str:
     sampler = header["sampler"]
     sure = "no threshold" if sampler["threshold"] is None else f"threshold {sampler['threshold']:g}"
     chat = ", chat template" if header["chat"] else ""
+    order = sampler.get("remasking", "low_confidence")
+    filled = "" if order == "low_confidence" else f"{order.replace('_', ' ')}, "
     text = (
         f"Answers: {sampler['steps']} steps for {sampler['gen_length']} tokens in blocks of {sampler['block_length']}, "
-        f"{sure}, cache {sampler['cache']}, batches of {header['batch_size']}{chat}; weights in {header['dtype']}."
+        f"{filled}{sure}, cache {sampler['cache']}, batches of {header['batch_size']}{chat}; weights in "
+        f"{header['dtype']}."
     )
     sparse = [one["config"] for one in records if one["config"]]
     if not sparse:

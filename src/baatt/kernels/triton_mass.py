@@ -1,0 +1,163 @@
+"""Attention mass of every block pair on the GPU: the twin of `analysis.oracle.block_mass` (E1).
+
+Two launches a slab of query rows. The first multiplies once and keeps, of every row and run of keys, the log of the
+sum of exponentials; the second turns those into shares of the row, adds the runs of a block and averages its rows.
+Between them stands one number for the up to 64 keys of a run, in slabs of bounded size. Walking over the keys twice,
+first for the sum of the row and then for the shares, would need none of it but twice the matrix products.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baatt.kernels.triton_arrangement import permute
+from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _load_rows, _shared_memory
+from baatt.types import TokenOrder
+
+SLAB_SUMS = 128 * 2**20  # 512 MiB
+#: Runs of keys that the second launch reads at once.
+WIDTH = 32
+
+
+def block_mass(
+    q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder, *, block_size: int, scale: float
+) -> Tensor:
+    """Attention mass of every block pair, averaged over the queries of a block; see `analysis.oracle.block_mass`.
+
+    Args:
+        q: [B, H, N, D]; k: [B, G, M, D], any strides, in the original order, of one dtype that is not float64.
+        query_order: which row of q stands at each sorted place; every row counts, whatever its length says.
+        key_order: likewise of k; keys from its length on are not read.
+        block_size: P, a power of two from 16 to 128.
+        scale: s, the factor on q.k, of any sign.
+
+    Returns:
+        [B, H, I, J] float32, each row sums to 1; 0 for a batch entry without keys.
+    """
+    batch, heads, queries, channels = q.shape
+    groups, keys = k.shape[1:3]
+    options = launch_options(q.dtype, channels, _shared_memory(q.device))
+    run = min(options["TILE"], block_size)
+    query_blocks, key_blocks, runs = (triton.cdiv(*x) for x in ((queries, block_size), (keys, block_size), (keys, run)))
+    sorted_k = permute(k, key_order)
+    order, length = query_order.index.contiguous(), key_order.length.contiguous()
+    mass = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
+    slab = block_size * max(1, min(query_blocks, SLAB_SUMS // (batch * heads * runs * block_size)))
+    sums = torch.empty(batch, heads, runs, slab, dtype=torch.float32, device=q.device)
+    for first in range(0, queries, slab):
+        rows = min(queries - first, slab)
+        _sum_kernel[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
+            q, *q.stride(), order, sorted_k, length, sums,
+            heads, heads // groups, queries, keys, runs, first, rows, slab, scale * math.log2(math.e),
+            CHANNELS=channels, RUN=run, **options,
+        )  # fmt: skip
+        _share_kernel[(triton.cdiv(rows, block_size), batch * heads)](
+            sums, length, mass, heads, query_blocks, key_blocks, runs, first // block_size, rows, slab,
+            BLOCK=block_size, RUN=run, WIDTH=WIDTH, num_warps=4,
+        )  # fmt: skip
+    return mass
+
+
+def launch_options(dtype: torch.dtype, channels: int, shared_memory: int) -> dict[str, Any]:
+    """Tile sizes, warps and pipeline stages of the first launch that fit into registers and `shared_memory` bytes."""
+    columns = max(16, triton.next_power_of_2(channels))
+    wide = columns > 128
+    if dtype == torch.float32:
+        # Without matrix units every operand is a register: larger tiles of either kind spill by the kilobyte.
+        rows, tile, depth = (32, 32, 64) if wide else (64, 32, min(columns, 32))
+    else:
+        rows, tile, depth = (64 if shared_memory < LARGE_MEMORY else 128), 64, min(columns, 128)
+    return {
+        "COLUMNS": columns,
+        "DEPTH": depth,
+        "ROWS": rows,
+        "TILE": tile,
+        "PRECISION": "ieee" if dtype == torch.float32 else None,
+        "num_warps": 8 if rows == 128 else 4,
+        "num_stages": 1 if wide and rows < 128 else 2,
+    }
+
+
+@triton.jit
+def _sum_kernel(
+    q_ptr, stride_batch, stride_head, stride_token, stride_channel, order_ptr, k_ptr, length_ptr, sums_ptr,
+    heads, repeats, tokens, keys, runs, first_row, slab_rows, stride_sums, scale,
+    CHANNELS: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """log2 of the sum of 2^(scale * q.k) over every run of RUN keys, for ROWS rows."""
+    head_entry = tl.program_id(1).to(tl.int64)
+    length = tl.load(length_ptr + head_entry // heads)
+    k_ptr += (head_entry // repeats) * keys * CHANNELS
+    q_ptr += head_entry // heads * stride_batch + head_entry % heads * stride_head
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    present = rows < slab_rows
+    order = tl.load(order_ptr + head_entry * tokens + first_row + rows, mask=present, other=0)
+    query_ptrs = q_ptr + order * stride_token
+    queries = _gather_rows(query_ptrs, present, 0, stride_channel, CHANNELS, DEPTH)
+    # Rows side by side in memory: a step has one number of each to write.
+    sums_ptrs = sums_ptr + head_entry * runs * stride_sums + rows[:, None]
+    for step in range(0, tl.cdiv(length, TILE).to(tl.int32)):
+        first_key = tl.cast(step, tl.int64) * TILE
+        key_tile = _load_rows(k_ptr, first_key, length, 0, TILE, CHANNELS, DEPTH)
+        scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
+        # Sums of DEPTH products and then their sum, by an fma, as in the attention kernel: fewer roundings.
+        for first_column in tl.static_range(DEPTH, COLUMNS, DEPTH):
+            more_queries = _gather_rows(query_ptrs, present, first_column, stride_channel, CHANNELS, DEPTH)
+            more_keys = _load_rows(k_ptr, first_key, length, first_column, TILE, CHANNELS, DEPTH)
+            product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
+            scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
+        scores = tl.where((tl.arange(0, TILE) < length - first_key)[None, :], scores, float("-inf"))
+        scores = tl.reshape(scores, (ROWS, TILE // RUN, RUN))
+        # At least the lowest finite number: a run without keys then sums to 0, not to exp2(inf - inf).
+        largest = tl.maximum(tl.max(scores, axis=2), LOWEST)
+        total = tl.sum(tl.exp2(scores - largest[:, :, None]), axis=2)
+        total = tl.where(total == 0, float("-inf"), largest + tl.log2(tl.where(total == 0, 1.0, total)))
+        columns = first_key // RUN + tl.arange(0, TILE // RUN)
+        inside = present[:, None] & (columns < runs)[None, :]
+        tl.store(sums_ptrs + columns[None, :] * stride_sums, total, mask=inside)
+
+
+@triton.jit
+def _share_kernel(
+    sums_ptr, length_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block, slab_rows, stride_sums,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Softmax over the runs of keys in the rows of one query block, added up by key block, averaged over the rows."""
+    head_entry = tl.program_id(1).to(tl.int64)
+    length = tl.load(length_ptr + head_entry // heads).to(tl.int32)
+    filled = tl.cdiv(length, RUN)
+    first_row = tl.program_id(0) * BLOCK
+    rows = first_row + tl.arange(0, BLOCK)
+    sums_ptr += head_entry * runs * stride_sums
+    running_max = tl.full([BLOCK], LOWEST, tl.float32)
+    running_sum = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, filled, WIDTH):
+        sums = _load_sums(sums_ptr, first, filled, rows, slab_rows, stride_sums, WIDTH)
+        new_max = tl.maximum(running_max, tl.max(sums, axis=0))
+        running_sum = running_sum * tl.exp2(running_max - new_max) + tl.sum(tl.exp2(sums - new_max[None, :]), axis=0)
+        running_max = new_max
+    divisor = tl.where(running_sum == 0, 1.0, running_sum)
+    count = tl.minimum(slab_rows - first_row, BLOCK).to(tl.float32)
+    mass_ptr += (head_entry * query_blocks + first_block + tl.program_id(0)) * key_blocks
+    for first in range(0, key_blocks * (BLOCK // RUN), WIDTH):
+        sums = _load_sums(sums_ptr, first, filled, rows, slab_rows, stride_sums, WIDTH)
+        share = tl.sum(tl.exp2(sums - running_max[None, :]) / divisor[None, :], axis=1)
+        mass = tl.sum(tl.reshape(share, (WIDTH // (BLOCK // RUN), BLOCK // RUN)), axis=1) / count
+        columns = first // (BLOCK // RUN) + tl.arange(0, WIDTH // (BLOCK // RUN))
+        # A row that is not a number makes the blocks with keys so, not the others.
+        mass = tl.where(columns < tl.cdiv(length, BLOCK), mass, 0.0)
+        tl.store(mass_ptr + columns, mass, mask=columns < key_blocks)
+
+
+@triton.jit
+def _load_sums(sums_ptr, first, filled, rows, slab_rows, stride_sums, WIDTH: tl.constexpr):
+    """Part [WIDTH, BLOCK] of the sums from run `first` on, -inf from run `filled` and row `slab_rows` on."""
+    columns = first + tl.arange(0, WIDTH)
+    inside = (columns < filled)[:, None] & (rows < slab_rows)[None, :]
+    offsets = columns[:, None].to(tl.int64) * stride_sums + rows[None, :]
+    return tl.load(sums_ptr + offsets, mask=inside, other=float("-inf"))

@@ -1,0 +1,55 @@
+"""The oracle's kernel on a GPU against the eager oracle.
+
+Run with `pytest -m gpu tests/gpu` on a machine with a CUDA device.
+"""
+
+import pytest
+import torch
+
+from baatt import BAAttConfig, make_plan
+from baatt.analysis.oracle import block_mass
+
+pytestmark = pytest.mark.gpu
+
+
+def case(shape, dtype, block_size, sort="qk"):
+    batch, heads, groups, queries, keys, channels = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *size: torch.randn(*size, device="cuda", generator=generator).to(dtype)  # noqa: E731
+    q, k = 2 * draw(batch, heads, queries, channels), draw(batch, groups, keys, channels)
+    mask = torch.rand(batch, keys, device="cuda", generator=generator) > 0.3
+    if batch > 1:
+        mask[0, keys // 2 - 5 :] = False
+        mask[1] = False
+    k[~mask[:, None].expand(batch, groups, keys)] = float("nan")
+    config = BAAttConfig(block_size, 0.5, sort, segment=256)
+    return q, k, make_plan(q, k, config, key_mask=mask, impl="reference")
+
+
+def check(q, k, plan):
+    """Both add up in fp32; matrix units cut off what fp32 would round, and exp2 is good to two last places."""
+    actual = block_mass(q, k, plan, impl="triton")
+    torch.testing.assert_close(actual, block_mass(q, k, plan, impl="reference"), rtol=1e-4, atol=1e-7)
+    return actual
+
+
+@pytest.mark.parametrize("sort", ["none", "qk"])
+def test_long_ragged_batch(sort):
+    q, k, plan = case((3, 8, 8, 4096, 4096, 128), torch.bfloat16, 128, sort)
+    actual = check(q, k, plan)
+    assert (actual[1] == 0).all()
+    assert torch.equal(block_mass(q, k, plan), actual)  # what "auto" takes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 64), (2, 4, 2, 1000, 777, 96), (1, 2, 1, 300, 1500, 256)])
+def test_shapes(shape, block_size, dtype):
+    check(*case(shape, dtype, block_size))
+
+
+def test_float64_stays_with_the_eager_function():
+    q, k, plan = case((1, 2, 1, 100, 200, 16), torch.float64, 16)
+    assert torch.equal(block_mass(q, k, plan), block_mass(q, k, plan, impl="reference"))
+    with pytest.raises(RuntimeError, match="float64 is for 'reference'"):
+        block_mass(q, k, plan, impl="triton")
