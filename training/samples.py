@@ -41,7 +41,8 @@ class Batch(NamedTuple):
 class Stage:
     """One step of the curriculum: which sequences of which length, how many candidates they hold at most, and how
     often a question asks for several values at once. The next stage begins once exact match reaches `target`, or after
-    `patience` seconds. Earlier stages from `replay` on keep a share of the batches."""
+    `patience` seconds. Earlier stages from `replay` on keep a share of the batches. `others`: share of the tasks that are
+    no needles, of all tasks."""
 
     kind: str
     lengths: tuple[int, ...]
@@ -51,6 +52,7 @@ class Stage:
     target: float = 0.9
     patience: float = 90.0
     replay: int = 0
+    others: float = 0.6
 
 
 CURRICULUM = (
@@ -71,12 +73,15 @@ CURRICULUM = (
     Stage("all", (512, 1024, 1024, 2048), 64, joint=0.3, target=2.0, patience=150, replay=8),
     Stage("all", (1024, 2048, 4096, 4096, 6144, 8192, 8192), 96, joint=0.3, target=2.0, patience=200, replay=11),
     Stage("all", (2048, 4096, 4096, 8192, 12288, 16384), 128, joint=0.3, target=2.0, patience=350, replay=11),
+    # Needles fall off at the longest length too; documents with many questions practise it most.
+    Stage("all", (4096, 8192, 16384, 16384, 16384), 192, joint=0.3, target=2.0, replay=12, others=0.3),
 )
 #: Sources by whose exact match a stage ends; of several the lowest counts.
 JUDGED_BY = {"pairs": ("pairs",), "counting": ("vt", "cwe", "fwe")}
 # Seven digits of a single needle are learned at once; the others need the practice, the two weakest most of it.
 TASK_WEIGHTS = {"niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 6, "niah_multikey_3": 6, "niah_multivalue": 5}
 TASK_WEIGHT = 3
+DOCUMENT_SHARE = 0.3  # of needles, among all tasks
 #: Of variable tracking, frequent words (learned first) and common words.
 OTHER_WEIGHTS = (2, 1, 3)
 
@@ -256,12 +261,12 @@ class SampleMaker:
         sample = fwe.build(random, max(size, fwe.smallest_size()), vocabulary)
         return [(sample.prompt + sample.answer_prefix, CONTEXT), (sample.answer, FIRST_ANSWER)], "fwe"
 
-    def any_task(self, length: int, candidates: int) -> tuple[Pieces, str]:
-        """A document with many questions, a needle task as it stands, or one of the other tasks."""
+    def any_task(self, length: int, candidates: int, others: float) -> tuple[Pieces, str]:
+        """A document with many questions, a needle task as it stands, or, in a share of `others`, another task."""
         draw = self.random.random()
-        if draw < 0.12:
+        if draw < DOCUMENT_SHARE * (1 - others):
             return self.document(length, candidates, ("noise", "essay", "essay", "needle"))
-        if draw < 0.4:
+        if draw < 1 - others:
             return self.ruler(length)
         self.unit = ("", "", "")
         makers, weights = (self.tracking, self.frequent_words, self.common_words), OTHER_WEIGHTS
@@ -306,7 +311,7 @@ class SampleMaker:
         if stage.kind == "counting":
             return self.counting(length, stage.candidates)
         if stage.kind == "all":
-            return self.any_task(length, stage.candidates)
+            return self.any_task(length, stage.candidates, stage.others)
         if stage.kind == "document" or self.random.random() < 0.6:
             return self.document(length, stage.candidates, ("noise", "essay", "essay", "needle"))
         return self.ruler(length)

@@ -1,11 +1,13 @@
 """`baatt evaluate ruler`: runs that are cut, grow or are shared by processes, its tables and its refusals."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from baatt.cli.main import main
@@ -118,7 +120,9 @@ def test_two_processes_give_the_same_summary(model, here):
     assert main(command(model, "--json", "one.json")) == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "baatt"]
     both = [sys.executable, *launcher, *command(model, "--json", "two.json", "--workers", "1")]
-    run = subprocess.run(both, check=True, capture_output=True, text=True, timeout=240, cwd=here)
+    # Records name the threads of the device; torchrun would give its processes one each.
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.run(both, check=True, capture_output=True, text=True, timeout=240, cwd=here, env=threads)
     assert run.stdout.count("RULER at 512 tokens") == run.stdout.count("Summary: two.json") == 1
     assert run.stderr.count("made for up to 256 tokens") == 1
     one, two = (json.loads((here / f"{name}.json").read_text()) for name in ("one", "two"))
