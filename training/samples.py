@@ -41,8 +41,8 @@ class Batch(NamedTuple):
 class Stage:
     """One step of the curriculum: which sequences of which length, how many candidates they hold at most, and how
     often a question asks for several values at once. The next stage begins once exact match reaches `target`, or after
-    `patience` seconds. Earlier stages from `replay` on keep a share of the batches. `others`: share of the tasks that are
-    no needles, of all tasks."""
+    `patience` seconds. Earlier stages from `replay` on keep a share of the batches. `others`: share of all tasks that
+    are no needles."""
 
     kind: str
     lengths: tuple[int, ...]
