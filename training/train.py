@@ -111,7 +111,7 @@ def hidden_states(model: MaskedDiffusionLM, inputs: Tensor) -> Tensor:
 
 
 def compile_blocks(model: MaskedDiffusionLM) -> None:
-    """Compile the code of a block once, for all blocks and lengths: a minute less than the whole model takes."""
+    """Compile the code of a block once, for all blocks and lengths, and not six times in one."""
     for block in model.transformer.blocks:
         block.compile(dynamic=True)
 
