@@ -59,17 +59,18 @@ def costs(records: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
 
 
 def averages_table(record: Record) -> str:
-    """RULER's averages over tasks and lengths."""
+    """RULER's averages over tasks and, of several lengths, over lengths."""
     lengths = [one["length"] for one in record["averages"][0]["by_length"]]
+    over = {"mean": "mean", "rising": "wAvg (inc)", "falling": "wAvg (dec)"} if len(lengths) > 1 else {}
     rows = [
         [
             setting_name(each["config"]),
             *(average_at(each, length) for length in lengths),
-            *(f"{100 * each[name]:.1f}" for name in ("mean", "rising", "falling")),
+            *(f"{100 * each[name]:.1f}" for name in over),
         ]
         for each in record["averages"]
     ]
-    return table(["average", *map(str, lengths), "mean", "wAvg (inc)", "wAvg (dec)"], rows)
+    return table(["average", *map(str, lengths), *over.values()], rows)
 
 
 def caption(record: Record) -> str:
