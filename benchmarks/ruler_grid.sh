@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=$1
+out=${1:?usage: benchmarks/ruler_grid.sh FOLDER [LENGTHS] [PROCESSES]}
 lengths=${2:-4096,8192,16384}
 processes=${3:-1}
 python=python3
