@@ -24,6 +24,8 @@ MAX_ANSWERS = 48
 NEEDLE_SPAN = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
 SOURCES = ("pairs", "document", *OFFLINE_TASKS)
 TOKENS_PER_BATCH = 65536
+#: Length at which attention takes about half of a training step.
+EVEN_LENGTH = 8192
 LEAST_COMMON_WORDS = 768  # tokens that ten common words, some others and a worked example need
 LEAST_FREQUENT_WORDS = 384  # tokens that coded words of which no two ranks tie need
 
@@ -74,7 +76,8 @@ CURRICULUM = (
     Stage("all", (1024, 2048, 4096, 4096, 6144, 8192, 8192), 96, joint=0.3, target=2.0, patience=200, replay=11),
     Stage("all", (2048, 4096, 4096, 8192, 12288, 16384), 128, joint=0.3, target=2.0, patience=350, replay=11),
     # Needles fall off at the longest length too; documents with many questions practise it most.
-    Stage("all", (4096, 8192, 16384, 16384, 16384), 192, joint=0.3, target=2.0, replay=12, others=0.3),
+    Stage("all", (4096, 8192, 16384, 16384, 16384), 192, joint=0.3, target=2.0, patience=520, replay=12, others=0.3),
+    Stage("all", (4096, 8192, 16384, 16384, 32768, 32768), 256, joint=0.3, target=2.0, replay=12, others=0.4),
 )
 #: Sources by whose exact match a stage ends; of several the lowest counts.
 JUDGED_BY = {"pairs": ("pairs",), "counting": ("vt", "cwe", "fwe")}
@@ -347,13 +350,30 @@ class SampleMaker:
         starts, ends = np.asarray(encoding.offsets).T
         return list(np.where(allowed[starts] & allowed[ends], TEXT, CONTEXT))
 
-    def batch(self, number: int, tokens: int | None = None) -> Batch:
-        """One batch of stage `number`, of about so many tokens (None: TOKENS_PER_BATCH)."""
+    def batch(self, number: int, tokens: int | None = None, longest: int | None = None) -> Batch:
+        """One batch of stage `number`.
+
+        Args:
+            number: of the stage.
+            tokens: about so many of them (None: TOKENS_PER_BATCH).
+            longest: the length whose batches have `tokens` tokens, at least one row; shorter rows take less attention,
+                so that there are more of them in the same time, up to TOKENS_PER_BATCH (None: all lengths alike).
+        """
         stage = CURRICULUM[number]
         length = self.random.choice(stage.lengths)
-        rows = stage.rows or TOKENS_PER_BATCH // length
-        if tokens is not None:
-            rows = max(1, rows * tokens // TOKENS_PER_BATCH)
-        drawn = [self.sequence(stage, length) for _ in range(rows)]
+        tokens = TOKENS_PER_BATCH if tokens is None else tokens
+        if stage.rows is not None:
+            rows = stage.rows * tokens // TOKENS_PER_BATCH
+        elif longest is None:
+            rows = tokens // length
+        else:
+            time = max(1, tokens // longest) * step_time(longest)
+            rows = min(max(tokens, TOKENS_PER_BATCH) // length, int(time / step_time(length)))
+        drawn = [self.sequence(stage, length) for _ in range(max(1, rows))]
         sequences, regions, source = zip(*drawn, strict=True)
         return Batch(np.stack(sequences), np.stack(regions), np.asarray(source, np.uint8), number)
+
+
+def step_time(length: int) -> float:
+    """Time that a training step takes for a row of `length` tokens, in no unit."""
+    return length * (1 + length / EVEN_LENGTH)

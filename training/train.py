@@ -71,7 +71,7 @@ def make_batches(
         current = stage.value
         earlier = current > 0 and maker.random.random() > CURRENT_STAGE_SHARE
         number = maker.random.randrange(CURRICULUM[current].replay, current) if earlier else current
-        queue.put(maker.batch(number, tokens))
+        queue.put(maker.batch(number, tokens, max(CURRICULUM[current].lengths)))
 
 
 def corrupt(tokens: Tensor, regions: Tensor, mask_token: int) -> Corrupted:

@@ -181,6 +181,18 @@ def test_batches(maker, monkeypatch):
         assert batch.stage == number
 
 
+def test_batches_of_shorter_rows_take_about_the_time_of_one_of_the_longest(maker, monkeypatch):
+    monkeypatch.setattr(training_samples, "TOKENS_PER_BATCH", 8192)
+    monkeypatch.setattr(training_samples, "EVEN_LENGTH", 1024)
+    whole = training_samples.step_time(4096)
+    for _ in range(12):
+        rows, length = maker.batch(7, 4096, longest=4096).tokens.shape
+        assert rows * training_samples.step_time(length) <= whole
+        assert rows == 8192 // length or (rows + 1) * training_samples.step_time(length) > whole
+    assert maker.batch(4, 100, longest=4096).tokens.shape[0] >= 1
+    assert maker.batch(3, 4096, longest=4096).tokens.shape == (CURRICULUM[3].rows // 2, 640)
+
+
 def test_batches_are_fixed_by_the_seed(data, monkeypatch):
     monkeypatch.setattr(training_samples, "TOKENS_PER_BATCH", 2048)
     first, second, other = (SampleMaker(data, seed).batch(5) for seed in (1, 1, 2))
