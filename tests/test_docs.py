@@ -4,9 +4,7 @@ import ast
 import hashlib
 import importlib
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -268,28 +266,6 @@ def test_training_scripts_take_the_arguments_of_the_run():
         for option in re.findall(r"--[\w-]+", options):
             assert f'"{option}"' in script, f"{name}.py {option}"
     subprocess.run(["bash", "-n", str(ROOT / "training/run.sh")], check=True)
-
-
-def test_the_grid_of_ruler_has_options_that_the_command_knows(tmp_path):
-    """`benchmarks/ruler_grid.sh` with a `python3` that only writes down how it was called."""
-    from baatt.cli.main import build_parser
-
-    (tmp_path / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks/ruler_grid.sh", tmp_path / "benchmarks")
-    python = tmp_path / "bin/python3"
-    python.parent.mkdir()
-    python.write_text('#!/bin/sh\necho "$@" >> calls\n')
-    python.chmod(0o755)
-    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
-    script = [str(tmp_path / "benchmarks/ruler_grid.sh"), "out", "4096", "2"]
-    subprocess.run(script, check=True, env=environment)
-    calls = [line.split("-m baatt ")[1].split() for line in (tmp_path / "calls").read_text().splitlines()]
-    settings = [build_parser("evaluate").parse_args(call) for call in calls]
-    assert [one.score for one in settings[3:]] == ["mean", "antidiagonal-8", "oracle"]
-    assert [one.preset for one in settings[1:3]] == ["safe", "paper"]
-    assert {one.sparsity for one in settings} == {"0", "0.3,0.5,0.7,0.9"}
-    assert len({one.json for one in settings}) == len(settings) == 6
-    assert len({one.store for one in settings}) == 1
 
 
 def test_the_citation_has_the_version_of_the_package():

@@ -1,0 +1,213 @@
+"""RULER's offline tasks on a model: dense attention, both presets and three other scores without sorting.
+
+`python benchmarks/ruler_grid.py FOLDER --gpus 8` answers with dense attention on all GPUs together, then hands every
+GPU one setting at one length after the other, and sums up each setting as `FOLDER/ruler_SETTING.json`. All answers stay
+in FOLDER/answers: a run that was cut, by hand or by --seconds, goes on where it stopped.
+"""
+
+import argparse
+import functools
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+SETTINGS = {
+    "dense": (),
+    "safe": ("--preset", "safe"),
+    "paper": ("--preset", "paper"),
+    "mean": ("--preset", "paper", "--sort", "none", "--score", "mean"),
+    "antidiagonal": ("--preset", "paper", "--sort", "none", "--score", "antidiagonal-8"),
+    "oracle": ("--preset", "paper", "--sort", "none", "--score", "oracle"),
+}
+#: Blocks of eight tokens, filled from left to right: what the shipped model answers best with.
+SAMPLER = ("--block-length", "8", "--remasking", "left_to_right", "--cache", "dual")
+#: A length from which on the sparsities of a setting are jobs of their own: they take longest, and GPUs end together.
+LONG = 16384
+PATIENCE = 10  # seconds for a run that was told to stop
+
+
+class Job(NamedTuple):
+    """One setting at one length and some sparsities."""
+
+    setting: str
+    length: int
+    sparsity: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}-{self.length}-{self.sparsity.replace(',', '+')}"
+
+
+def make_jobs(settings: Sequence[str], lengths: Sequence[int], sparsity: str) -> list[Job]:
+    """All but dense attention, from short to long."""
+    sparse = [name for name in settings if name != "dense"]
+    return [
+        Job(name, length, part)
+        for length in sorted(lengths)
+        for part in (sparsity.split(",") if length >= LONG else [sparsity])
+        for name in sparse
+    ]
+
+
+class Grid:
+    """Where the answers lie, how the command is called, and when to stop."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.answers: Path = arguments.folder / "answers"
+        self.deadline = time.monotonic() + arguments.seconds
+        self.unfinished: set[str] = set()
+
+    def command(self, setting: str, lengths: str, sparsity: str, store: Path, summary: Path) -> list[str]:
+        """The arguments of `baatt`."""
+        given = self.arguments
+        model = ("--model", str(given.model)) if given.model else ()
+        return [
+            "evaluate", "ruler", *model, "--device", given.device, "--dtype", given.dtype, "--tasks", given.tasks,
+            "--count", str(given.count), "--batch-size", str(given.batch_size), "--workers", "10", *SAMPLER,
+            "--lengths", lengths, *SETTINGS[setting], "--sparsity", sparsity, "--store", str(store),
+            "--json", str(summary),
+        ]  # fmt: skip
+
+    def call(self, arguments: Sequence[str], log: Path, gpu: int | None = None) -> bool:
+        """Run `baatt` on one GPU, or on all; False if it failed or the time was up."""
+        if time.monotonic() > self.deadline:
+            return False
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.arguments.gpus)]
+        several = gpu is None and self.arguments.gpus > 1
+        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        if gpu is not None and self.arguments.device == "cuda":
+            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                [sys.executable, *(launcher if several else []), "-m", "baatt", *arguments],
+                env=environment, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            try:
+                return process.wait(max(0.0, self.deadline - time.monotonic())) == 0
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)  # it ends its own workers then
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return False
+
+    def dense(self) -> bool:
+        """The answers that all settings are compared with."""
+        given, store = self.arguments, self.answers / "dense"
+        store.mkdir(parents=True, exist_ok=True)
+        lengths = ",".join(map(str, given.lengths))
+        summary = given.folder / "ruler_dense.json"
+        return self.call(self.command("dense", lengths, "0", store, summary), self.answers / "dense.log")
+
+    def run(self, job: Job, gpu: int) -> None:
+        """One job; what it had answered before stays."""
+        store = self.answers / job.name
+        store.mkdir(exist_ok=True)
+        started = time.monotonic()
+        with (store / "rank1.jsonl").open("wb") as dense:  # read by the job, which writes into rank0.jsonl
+            for file in sorted((self.answers / "dense").glob("rank*.jsonl")):
+                dense.write(file.read_bytes())
+        log = self.answers / f"{job.name}.log"
+        command = self.command(job.setting, str(job.length), job.sparsity, store, store / "summary.json")
+        done = self.call(command, log, gpu)
+        if not done:
+            self.unfinished.add(job.name)
+        say(f"{job.name}: {'done' if done else f'not finished, see {log}'}, {time.monotonic() - started:.0f} s")
+
+    def summarise(self, setting: str, jobs: Sequence[Job], gpu: int) -> None:
+        """All lengths and sparsities of a setting in one file, without asking anything again."""
+        given, store = self.arguments, self.answers / setting
+        shutil.rmtree(store, ignore_errors=True)
+        store.mkdir()
+        parts = [*sorted((self.answers / "dense").glob("rank*.jsonl"))]
+        parts += [self.answers / job.name / "rank0.jsonl" for job in jobs]
+        for number, part in enumerate(parts):
+            shutil.copyfile(part, store / f"rank{number}.jsonl")
+        lengths = ",".join(map(str, given.lengths))
+        command = self.command(setting, lengths, given.sparsity, store, given.folder / f"ruler_{setting}.json")
+        if not self.call(command, self.answers / f"{setting}.log", gpu):
+            self.unfinished.add(setting)
+            say(f"{setting}: no summary, see {self.answers / setting}.log")
+
+
+def on_all_gpus(gpus: int, tasks: Sequence[Callable[[int], None]]) -> None:
+    """Call every task with the number of a GPU; each GPU takes the next one as it becomes free."""
+    waiting: queue.SimpleQueue[Callable[[int], None]] = queue.SimpleQueue()
+    for task in tasks:
+        waiting.put(task)
+
+    def work(gpu: int) -> None:
+        while True:
+            try:
+                task = waiting.get_nowait()
+            except queue.Empty:
+                return
+            task(gpu)
+
+    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in range(gpus)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """A type for argparse."""
+    chosen = text.split(",")
+    if unknown := [name for name in chosen if name not in SETTINGS]:
+        raise argparse.ArgumentTypeError(f"must be of {','.join(SETTINGS)}, got {','.join(unknown)}")
+    return chosen
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="for answers, logs and summaries")
+    parser.add_argument("--model", type=Path, help="checkpoint folder (default: the shipped model)")
+    parser.add_argument("--lengths", type=numbers, default=[4096, 8192, 16384])
+    parser.add_argument("--settings", type=names, default=list(SETTINGS), help="by commas (default: all)")
+    parser.add_argument("--sparsity", default="0.3,0.5,0.7,0.9")
+    parser.add_argument("--tasks", default="all")
+    parser.add_argument("--count", type=int, default=200, help="samples of every task (default: 200)")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=1e6, help="stop asking after so long (default: never)")
+    arguments = parser.parse_args(argv)
+    grid = Grid(arguments)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    if not grid.dense():
+        sys.exit(f"dense: not finished, see {grid.answers}/dense.log")
+    say(f"dense: done, {time.monotonic() - started:.0f} s")
+    jobs = make_jobs(arguments.settings, arguments.lengths, arguments.sparsity)
+    on_all_gpus(arguments.gpus, [functools.partial(grid.run, job) for job in jobs])
+    by_setting = {name: [job for job in jobs if job.setting == name] for name in arguments.settings if name != "dense"}
+    complete = {name: own for name, own in by_setting.items() if grid.unfinished.isdisjoint(job.name for job in own)}
+    on_all_gpus(arguments.gpus, [functools.partial(grid.summarise, name, own) for name, own in complete.items()])
+    if grid.unfinished:
+        sys.exit(f"not finished: {', '.join(sorted(grid.unfinished))}; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()
