@@ -76,7 +76,7 @@ CURRICULUM = (
     Stage("all", (1024, 2048, 4096, 4096, 6144, 8192, 8192), 96, joint=0.3, target=2.0, patience=200, replay=11),
     Stage("all", (2048, 4096, 4096, 8192, 12288, 16384), 128, joint=0.3, target=2.0, patience=350, replay=11),
     # Needles fall off at the longest length too; documents with many questions practise it most.
-    Stage("all", (4096, 8192, 16384, 16384, 16384), 192, joint=0.3, target=2.0, patience=520, replay=12, others=0.3),
+    Stage("all", (4096, 8192, 16384, 16384, 16384), 192, joint=0.3, target=2.0, patience=355, replay=12, others=0.3),
     Stage("all", (4096, 8192, 16384, 16384, 32768, 32768), 256, joint=0.3, target=2.0, replay=12, others=0.4),
 )
 #: Sources by whose exact match a stage ends; of several the lowest counts.
