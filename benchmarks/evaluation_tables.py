@@ -1,76 +1,98 @@
-"""From a stored summary of `baatt evaluate ruler` to the Markdown of its tables: task by task, and the averages."""
+"""From stored results of RULER to the Markdown of their tables.
+
+A summary of `baatt evaluate ruler` becomes a table by length; a grid of `ruler_grid.py` becomes averages by setting and
+tables by task, length by length.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from result_tables import Record, by_cell, device_name, provenance, sample_count, table
 
-from baatt.cli.ruler_tables import against_dense, difference, score, setting_name, settings_text, tasks_text
+from baatt.cli.ruler_tables import difference, score, settings_text, tasks_text
+
+#: Scores under the names that the papers give them.
+SCORES = {"covariance": "BA-Att", "mean": "block means", "antidiagonal-8": "antidiagonal-8 (XAttention's)"}
 
 
-def ruler(record: Record) -> str:
-    """Every length: a row per task, a column per setting; then what a sample cost. The averages last."""
-    lengths = list(dict.fromkeys(one["length"] for one in record["records"]))
+def by_length(record: Record) -> str:
+    """One setting: a row per task, a column per length, the averages last."""
+    each = record["averages"][0]
+    lengths = [one["length"] for one in each["by_length"]]
+    grid = by_cell(record, lambda one: one["task"], lambda one: one["length"])
+    rows = [[f"`{task}`", *(score(row[length]) for length in lengths)] for task, row in grid.items()]
+    rows.append([f"**average of {len(grid)}**", *map(score, each["by_length"])])
+    return "\n\n".join([table(["task", *map(str, lengths)], rows), caption(record), source(record)])
+
+
+def grid_averages(grid: Record) -> str:
+    """Every length: a row per setting, a column per sparsity, with the difference to dense attention."""
     parts = []
-    for length in lengths:
-        here = [one for one in record["records"] if one["length"] == length]
-        names = settings(here)
-        grid = by_cell({"records": here}, lambda one: one["task"], lambda one: setting_name(one["config"]))
-        rows = [[f"`{task}`", *(with_difference(row[name]) for name in names)] for task, row in grid.items()]
-        rows.append([f"**average of {len(grid)}**", *(average_at(each, length) for each in record["averages"])])
-        rows += costs(here, names)
-        parts += [f"{length} tokens:", table(["task", *names], rows)]
-    return "\n\n".join([*parts, averages_table(record), caption(record), source(record)])
+    for length in lengths_of(grid):
+        rows, dense = [], ""
+        for setting in grid["settings"].values():
+            averages = {
+                each["config"].get("sparsity", 0): one
+                for each in setting["averages"]
+                for one in each["by_length"]
+                if one["length"] == length
+            }
+            if averages:
+                dense = score(averages.pop(0))
+                cells = {sparsity: f"{score(one)}; {difference(one)}" for sparsity, one in averages.items()}
+                rows.append([describe(setting), *cells.values()])
+                header = ["selection", *(f"{100 * sparsity:g} %" for sparsity in cells)]
+        parts += [f"{length} tokens; dense attention: {dense}", table(header, rows)]
+    text = f"Average over {tasks_text(first_setting(grid)['averages'])}. After the semicolon: the difference to dense "
+    text += f"attention [95 % paired bootstrap interval]. {caption(first_setting(grid))}"
+    return "\n\n".join([*parts, text, grid_source(grid)])
 
 
-def ruler_averages(record: Record) -> str:
-    """The averages alone: a row per setting, a column per length, then RULER's averages over lengths."""
-    return "\n\n".join([averages_table(record), caption(record), source(record)])
+def grid_tasks(grid: Record) -> str:
+    """Every length and setting: a row per task, a column per sparsity, dense attention first."""
+    parts = []
+    for length in lengths_of(grid):
+        for setting in grid["settings"].values():
+            here = [one for one in setting["records"] if one["length"] == length]
+            if not here:
+                continue
+            rows = by_cell({"records": here}, lambda one: one["task"], lambda one: one["config"].get("sparsity", 0))
+            columns = ["dense" if sparsity == 0 else f"{100 * sparsity:g} %" for sparsity in next(iter(rows.values()))]
+            cells = [[f"`{task}`", *map(score, row.values())] for task, row in rows.items()]
+            parts += [f"{describe(setting)}, {length} tokens:", table(["task", *columns], [*cells, *costs(here)])]
+    return "\n\n".join([*parts, caption(first_setting(grid)), grid_source(grid)])
 
 
-def settings(records: list[dict[str, Any]]) -> list[str]:
-    """Names of the settings, dense attention first."""
-    return list(dict.fromkeys(setting_name(one["config"]) for one in records))
+def first_setting(grid: Record) -> Record:
+    """All settings of a grid have the same samples and sampler."""
+    return next(iter(grid["settings"].values()))
 
 
-def with_difference(one: Record) -> str:
-    """Score with its interval; after the semicolon, what differs from dense attention."""
-    beside = against_dense(one)
-    return f"{score(one)}; {beside}" if beside else score(one)
+def lengths_of(grid: Record) -> list[int]:
+    return sorted({one["length"] for setting in grid["settings"].values() for one in setting["records"]})
 
 
-def average_at(each: Record, length: int) -> str:
-    """As `with_difference`, of a setting's average at a length."""
-    one = next(one for one in each["by_length"] if one["length"] == length)
-    return f"{score(one)}; {difference(one)}" if each["config"] else score(one)
+def describe(setting: Record) -> str:
+    """Score, order and dense layers of a setting."""
+    dials: dict[str, Any] = next(one["config"] for one in setting["records"] if one["config"])
+    order = "unsorted" if dials["sort"] == "none" else f"{dials['sort']} in {dials['segment']}"
+    layers = " and ".join(map(str, setting["dense_layers"]))
+    dense = f", layer{'s' if ' ' in layers else ''} {layers} dense" if layers else ""
+    return f"{SCORES.get(dials['score'], dials['score'])}, {order}{dense}"
 
 
-def costs(records: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
+def costs(records: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of what a sample cost, means over tasks."""
     rows = []
     for label, field, form in (
         ("seconds a sample", "seconds_per_answer", "{:.3g}"),
-        ("tokens/s", "tokens_per_second", "{:.1f}"),
         ("block pairs skipped", "sparsity_achieved", "{:.1%}"),
     ):
-        values = {name: [one[field] for one in records if setting_name(one["config"]) == name] for name in names}
+        values: dict[float, list[float]] = {}
+        for one in records:
+            values.setdefault(one["config"].get("sparsity", 0), []).append(one[field])
         rows.append([label, *(form.format(sum(found) / len(found)) for found in values.values())])
     return rows
-
-
-def averages_table(record: Record) -> str:
-    """RULER's averages over tasks and, of several lengths, over lengths."""
-    lengths = [one["length"] for one in record["averages"][0]["by_length"]]
-    over = {"mean": "mean", "rising": "wAvg (inc)", "falling": "wAvg (dec)"} if len(lengths) > 1 else {}
-    rows = [
-        [
-            setting_name(each["config"]),
-            *(average_at(each, length) for length in lengths),
-            *(f"{100 * each[name]:.1f}" for name in over),
-        ]
-        for each in record["averages"]
-    ]
-    return table(["average", *map(str, lengths), *over.values()], rows)
 
 
 def caption(record: Record) -> str:
@@ -78,19 +100,24 @@ def caption(record: Record) -> str:
     sources = ", ".join(
         f"{name} {Path(str(value)).name}" for name, value in record["sources"].items() if value is not None
     )
+    dense = [one for one in record["records"] if not one["config"]]
     return (
-        f"RULER's score in percent [95 % interval] of {tasks_text(record['averages'])}, {sample_count(record)} samples "
-        f"each (seed {record['seed']}; {sources}), `{record['model']}`. After the semicolon: samples lost and won "
-        "against dense attention on the same samples with McNemar's exact p, or, where a score may be a share, the "
-        f"difference [95 % paired bootstrap interval]. {settings_text(record, record['records']).replace(chr(10), ' ')}"
+        f"RULER's score in percent [95 % interval], {sample_count(record)} samples of each task (seed "
+        f"{record['seed']}; {sources}), `{record['model']}`. {settings_text(record, dense)}"
     )
+
+
+def grid_source(grid: Record) -> str:
+    """As `source`, of all settings."""
+    records = [one for setting in grid["settings"].values() for one in setting["records"]]
+    return source({**grid, "records": records})
 
 
 def source(record: Record) -> str:
     """How to repeat it, with every commit and device that answered."""
     commits = dict.fromkeys(commit for one in record["records"] for commit in one["commits"])
     devices = dict.fromkeys(device for one in record["records"] for device in one["devices"])
-    text = provenance(record | {"records": [{"commit": commit} for commit in commits]})
+    text = provenance({**record, "records": [{"commit": commit} for commit in commits]})
     if len(devices) < 2:
         return text
     return f"{text} Answers of other runs are among them; all devices: {', '.join(map(device_name, devices))}."

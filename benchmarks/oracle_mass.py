@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import result_tables
 import torch
 
 from baatt import BAAttConfig, make_plan
@@ -44,6 +45,21 @@ def measure(length: int, channels: int, dtype: torch.dtype, device: torch.device
         "triton_ms": found["triton"], "reference_ms": found["reference"],
         "speedup": found["reference"] / found["triton"], "difference": float((actual - expected).abs().max()),
     }  # fmt: skip
+
+
+def table(record: result_tables.Record) -> str:
+    """A row per length, a column per number format and width of a head."""
+    grid = result_tables.by_cell(
+        record, lambda one: one["length"], lambda one: f"{one['dtype']}, {one['channels']} channels"
+    )
+    rows = [
+        [str(length), *(f"{one['triton_ms']:.3g} ms, {one['speedup']:.1f}x" for one in row.values())]
+        for length, row in grid.items()
+    ]
+    columns = next(iter(grid.values()))
+    caption = f"Time of the kernel, and that of the eager function over it; {record['heads']} heads, one batch entry."
+    parts = [result_tables.table(["tokens", *columns], rows), caption, result_tables.provenance(record)]
+    return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

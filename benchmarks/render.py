@@ -16,6 +16,7 @@ from typing import NamedTuple
 import ablation_tables
 import decoding
 import evaluation_tables
+import oracle_mass
 import scaling_model
 from result_tables import (
     Record,
@@ -42,6 +43,7 @@ BEGIN, END = "<!-- render:{name} -->", "<!-- /render -->"
 MARKED = re.compile(r"<!-- render:(?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-- /render -->)", re.DOTALL)
 BEGIN_OR_END = re.compile(r"<!-- render:[^>]*-->|<!-- /render -->")
 NOT_MEASURED = "not measured yet"
+RULER_GRIDS = ("ruler_grid_4096.json", "ruler_grid_long.json")
 
 
 class Block(NamedTuple):
@@ -59,8 +61,10 @@ BLOCKS: dict[str, Block] = {
     "short_queries": Block(("short_queries_h200.json",), short_queries),
     "ulysses_scaling": Block(("ulysses_scaling.json",), scaling_model.table),
     "ulysses": Block(("ulysses_gpu.json",), scaling_model.measured_table),
-    "ruler": Block(("ruler_needle-18m.json",), evaluation_tables.ruler),
-    "ruler_averages": Block(("ruler_needle-18m.json",), evaluation_tables.ruler_averages),
+    "ruler": Block(("ruler_needle-18m.json",), evaluation_tables.by_length),
+    "ruler_averages": Block(RULER_GRIDS, evaluation_tables.grid_averages),
+    "ruler_tasks": Block(RULER_GRIDS, evaluation_tables.grid_tasks),
+    "oracle_mass": Block(("oracle_mass.json",), oracle_mass.table),
     "decoding": Block(("decoding_h200.json",), decoding.table),
     "compatibility": Block(("compatibility.json",), compatibility),
     "cpu_operator": Block(("cpu_operator.json",), cpu_operator),

@@ -1,23 +1,29 @@
 """RULER's offline tasks on a model: dense attention, both presets and three other scores without sorting.
 
 `python benchmarks/ruler_grid.py FOLDER --gpus 8` answers with dense attention on all GPUs together, then hands every
-GPU one setting at one length after the other, and sums up each setting as `FOLDER/ruler_SETTING.json`. All answers stay
-in FOLDER/answers: a run that was cut, by hand or by --seconds, goes on where it stopped.
+GPU one setting at one length after the other, and joins what is complete in FOLDER/grid.json. All answers stay in
+FOLDER/answers: a run that was cut, by hand or by --seconds, goes on where it stopped.
 """
 
 import argparse
 import functools
+import itertools
+import json
 import os
 import queue
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from baatt.assets import shipped_model
+from baatt.evaluation.ruler_answers import checksums
+from baatt.evaluation.ruler_summary import make_averages
 
 SETTINGS = {
     "dense": (),
@@ -32,6 +38,8 @@ SAMPLER = ("--block-length", "8", "--remasking", "left_to_right", "--cache", "du
 #: A length from which on the sparsities of a setting are jobs of their own: they take longest, and GPUs end together.
 LONG = 16384
 PATIENCE = 10  # seconds for a run that was told to stop
+#: What a summary says about its own run alone.
+OF_A_RUN = ("command", "commit", "device", "versions", "processes", "averages", "records")
 
 
 class Job(NamedTuple):
@@ -65,6 +73,8 @@ class Grid:
         self.answers: Path = arguments.folder / "answers"
         self.deadline = time.monotonic() + arguments.seconds
         self.unfinished: set[str] = set()
+        sums = checksums(arguments.model or shipped_model())
+        self.weights = " ".join(sum_ for name, sum_ in sums.items() if name.endswith(".safetensors"))
 
     def command(self, setting: str, lengths: str, sparsity: str, store: Path, summary: Path) -> list[str]:
         """The arguments of `baatt`."""
@@ -124,20 +134,41 @@ class Grid:
             self.unfinished.add(job.name)
         say(f"{job.name}: {'done' if done else f'not finished, see {log}'}, {time.monotonic() - started:.0f} s")
 
-    def summarise(self, setting: str, jobs: Sequence[Job], gpu: int) -> None:
-        """All lengths and sparsities of a setting in one file, without asking anything again."""
-        given, store = self.arguments, self.answers / setting
-        shutil.rmtree(store, ignore_errors=True)
-        store.mkdir()
-        parts = [*sorted((self.answers / "dense").glob("rank*.jsonl"))]
-        parts += [self.answers / job.name / "rank0.jsonl" for job in jobs]
-        for number, part in enumerate(parts):
-            shutil.copyfile(part, store / f"rank{number}.jsonl")
-        lengths = ",".join(map(str, given.lengths))
-        command = self.command(setting, lengths, given.sparsity, store, given.folder / f"ruler_{setting}.json")
-        if not self.call(command, self.answers / f"{setting}.log", gpu):
-            self.unfinished.add(setting)
-            say(f"{setting}: no summary, see {self.answers / setting}.log")
+    def summary(self, job: Job) -> dict[str, Any] | None:
+        """What a finished job has stored; None if it is not finished, or is of other weights or options."""
+        path = self.answers / job.name / "summary.json"
+        if not path.exists():
+            return None
+        stored: dict[str, Any] = json.loads(path.read_text())
+        expected = self.command(job.setting, str(job.length), job.sparsity, path.parent, path)
+        same = without_paths(shlex.split(stored["command"])[1:]) == without_paths(expected)
+        return stored if same and stored["weights"] == self.weights else None
+
+
+def without_paths(arguments: Sequence[str]) -> list[str]:
+    """Arguments without the options that name a place."""
+    pairs = itertools.pairwise(["", *arguments])
+    places = ("--store", "--json", "--model")
+    return [argument for before, argument in pairs if argument not in places and before not in places]
+
+
+def join(jobs: Iterable[Job], summaries: dict[Job, dict[str, Any]]) -> dict[str, Any]:
+    """Setting by setting the records of all lengths that are complete, dense attention first at each length."""
+    places: dict[tuple[str, int], list[Job]] = {}
+    for job in jobs:
+        places.setdefault((job.setting, job.length), []).append(job)
+    settings: dict[str, Any] = {}
+    for (setting, _), parts in places.items():
+        if not all(job in summaries for job in parts):
+            continue
+        found = [summaries[job] for job in parts]
+        records = [one for one in found[0]["records"] if not one["config"]]
+        records += [one for summary in found for one in summary["records"] if one["config"]]
+        header = {name: value for name, value in found[0].items() if name not in OF_A_RUN}
+        settings.setdefault(setting, header | {"records": []})["records"] += records
+    for one in settings.values():
+        one["averages"] = make_averages(one["records"])
+    return settings
 
 
 def on_all_gpus(gpus: int, tasks: Sequence[Callable[[int], None]]) -> None:
@@ -196,15 +227,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     grid = Grid(arguments)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    if not grid.dense():
-        sys.exit(f"dense: not finished, see {grid.answers}/dense.log")
-    say(f"dense: done, {time.monotonic() - started:.0f} s")
     jobs = make_jobs(arguments.settings, arguments.lengths, arguments.sparsity)
-    on_all_gpus(arguments.gpus, [functools.partial(grid.run, job) for job in jobs])
-    by_setting = {name: [job for job in jobs if job.setting == name] for name in arguments.settings if name != "dense"}
-    complete = {name: own for name, own in by_setting.items() if grid.unfinished.isdisjoint(job.name for job in own)}
-    on_all_gpus(arguments.gpus, [functools.partial(grid.summarise, name, own) for name, own in complete.items()])
+    started, open_jobs = time.monotonic(), [job for job in jobs if grid.summary(job) is None]
+    if open_jobs or "dense" in arguments.settings:
+        if not grid.dense():
+            sys.exit(f"dense: not finished, see {grid.answers}/dense.log")
+        say(f"dense: done, {time.monotonic() - started:.0f} s")
+    on_all_gpus(arguments.gpus, [functools.partial(grid.run, job) for job in open_jobs])
+    summaries = {job: summary for job in jobs if (summary := grid.summary(job)) is not None}
+    if settings := join(jobs, summaries):
+        first = next(iter(summaries.values()))
+        command = shlex.join(["python", "benchmarks/ruler_grid.py", *(sys.argv[1:] if argv is None else argv)])
+        run = {name: first[name] for name in ("commit", "device", "versions")}
+        joined = {"study": "ruler grid", "command": command, **run, "settings": settings}
+        (arguments.folder / "grid.json").write_text(json.dumps(joined) + "\n", encoding="utf-8")
     if grid.unfinished:
         sys.exit(f"not finished: {', '.join(sorted(grid.unfinished))}; the same command goes on")
 

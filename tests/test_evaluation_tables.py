@@ -1,5 +1,6 @@
 """The Markdown of a stored summary of `baatt evaluate ruler`."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -44,45 +45,74 @@ def summary(lengths, device="here"):
 
 
 CAPTION = (
-    "RULER's score in percent [95 % interval] of 2 of 13 tasks, n = 4 samples each (seed 42; words full, essay "
-    "essays.json), `m`. After the semicolon: samples lost and won against dense attention on the same samples with "
-    "McNemar's exact p, or, where a score may be a share, the difference [95 % paired bootstrap interval]. Answers: 32 "
-    "steps for 128 tokens in blocks of 32, no threshold, cache dual, batches of 8; weights in bfloat16. Sparse: k "
-    "sorted in 256, beta 0.5, blocks of 128, layers that stay dense: 0.\n\n"
-    "Command: `baatt evaluate ruler`  \nCommit dddddddddd, cccccccccc, device here, torch 2."
+    "RULER's score in percent [95 % interval], n = 4 samples of each task (seed 42; words full, essay essays.json), "
+    "`m`. Answers: 32 steps for 128 tokens in blocks of 32, no threshold, cache dual, batches of 8; weights in "
+    "bfloat16."
 )
+SOURCE = "Command: `baatt evaluate ruler`  \nCommit dddddddddd, cccccccccc, device here, torch 2."
 
 
-def test_task_by_task():
-    text = evaluation_tables.ruler(summary([4096]))
-    assert text.startswith(
-        "4096 tokens:\n\n"
+def dense(lengths):
+    record = summary(lengths)
+    records = [one for one in record["records"] if not one["config"]]
+    return record | {"records": records, "averages": make_averages(records)}
+
+
+def grid(lengths):
+    """Two settings that differ in the layers that stay dense."""
+    other = json.loads(json.dumps(summary(lengths[:1])))
+    other["dense_layers"] = []
+    for one in [*other["records"], *other["averages"]]:
+        one["config"] and one["config"].update(score="mean", sort="none")
+    run = {"study": "ruler grid", "command": "python benchmarks/ruler_grid.py F", "commit": "d" * 40, "device": "here"}
+    return run | {"versions": {"torch": "2"}, "settings": {"safe": summary(lengths), "mean": other}}
+
+
+def test_dense_attention_by_length():
+    assert evaluation_tables.by_length(dense([4096, 8192])) == (
+        "| task | 4096 | 8192 |\n"
+        "| --- | ---: | ---: |\n"
+        "| `niah_single_1` | 100.0 [51.0-100.0] | 100.0 [51.0-100.0] |\n"
+        "| `vt` | 80.0 [80.0-80.0] | 80.0 [80.0-80.0] |\n"
+        f"| **average of 2** | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] |\n\n{CAPTION}\n\n{SOURCE}"
+    )
+
+
+def test_averages_of_a_grid():
+    assert evaluation_tables.grid_averages(grid([4096, 8192])) == (
+        "4096 tokens; dense attention: 90.0 [65.5-90.0]\n\n"
+        "| selection | 50 % |\n"
+        "| --- | ---: |\n"
+        "| BA-Att, k in 256, layer 0 dense | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n"
+        "| block means, unsorted | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n\n"
+        "8192 tokens; dense attention: 90.0 [65.5-90.0]\n\n"
+        "| selection | 50 % |\n"
+        "| --- | ---: |\n"
+        "| BA-Att, k in 256, layer 0 dense | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n\n"
+        "Average over 2 of 13 tasks. After the semicolon: the difference to dense attention [95 % paired bootstrap "
+        f"interval]. {CAPTION}\n\n{SOURCE.replace('baatt evaluate ruler', 'python benchmarks/ruler_grid.py F')}"
+    )
+
+
+def test_a_grid_task_by_task():
+    text = evaluation_tables.grid_tasks(grid([4096, 8192]))
+    table = (
         "| task | dense | 50 % |\n"
         "| --- | ---: | ---: |\n"
-        "| `niah_single_1` | 100.0 [51.0-100.0] | 50.0 [15.0-85.0]; 2 lost, 0 won, p 0.5 |\n"
-        "| `vt` | 80.0 [80.0-80.0] | 75.0 [50.0-95.0]; -5.0 [-30.0, +15.0] |\n"
-        "| **average of 2** | 90.0 [65.5-90.0] | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n"
+        "| `niah_single_1` | 100.0 [51.0-100.0] | 50.0 [15.0-85.0] |\n"
+        "| `vt` | 80.0 [80.0-80.0] | 75.0 [50.0-95.0] |\n"
         "| seconds a sample | 0.5 | 0.5 |\n"
-        "| tokens/s | 32.0 | 32.0 |\n"
-        "| block pairs skipped | 40.0% | 40.0% |\n"
+        "| block pairs skipped | 40.0% | 40.0% |\n\n"
     )
-    assert text.endswith(CAPTION)
-
-
-def test_averages():
-    text = evaluation_tables.ruler_averages(summary([4096, 8192]))
-    assert text == (
-        "| average | 4096 | 8192 | mean | wAvg (inc) | wAvg (dec) |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
-        "| dense | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] | 90.0 | 90.0 | 90.0 |\n"
-        "| 50 % | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] | 62.5 | 62.5 | 62.5 |"
-        f"\n\n{CAPTION}"
+    assert text.startswith(
+        f"BA-Att, k in 256, layer 0 dense, 4096 tokens:\n\n{table}block means, unsorted, 4096 tokens:\n\n{table}"
+        f"BA-Att, k in 256, layer 0 dense, 8192 tokens:\n\n{table}{CAPTION}"
     )
 
 
 def test_answers_of_several_devices_are_said():
-    record = summary([4096])
+    record = dense([4096])
     record["records"][0]["devices"] = ["here", "there"]
-    assert evaluation_tables.ruler_averages(record).endswith(
+    assert evaluation_tables.by_length(record).endswith(
         "torch 2. Answers of other runs are among them; all devices: here, there."
     )

@@ -1,13 +1,21 @@
 """The grid of RULER: which jobs there are, what `baatt` is told, what stays of a run that was cut."""
 
+import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from baatt.assets import shipped_model
 from baatt.cli.main import build_parser
+from baatt.cli.options import PRESETS
+from baatt.config import BAAttConfig, Policy
+from baatt.evaluation.ablation import Cell
+from baatt.evaluation.ruler_answers import RulerAnswer, checksums
+from baatt.evaluation.ruler_summary import make_averages, make_records
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -15,11 +23,39 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ruler_grid  # noqa: E402
 
 
-class Calls:
-    """Stands for `subprocess.Popen`: notes what is called; a summary is a file that names its store's parts."""
+def weights():
+    return " ".join(sum_ for name, sum_ in checksums(shipped_model()).items() if name.endswith(".safetensors"))
 
-    def __init__(self, failing=()):
-        self.seen, self.failing = [], failing
+
+def summary_of(arguments):
+    """What `baatt evaluate ruler` would store: two samples of one task, sparse attention loses the second."""
+    options = build_parser("evaluate").parse_args(arguments)
+    shares = [None, *(float(share) for share in options.sparsity.split(",") if float(share))]
+    policy = PRESETS[options.preset].policy
+    records = []
+    for length in map(int, options.lengths.split(",")):
+        configs = [share and dataclasses.replace(BAAttConfig(), sparsity=share) for share in shares]
+        cells = [Cell("vt", length, config, options.score) for config in configs]
+        answers = [
+            [
+                RulerAnswer("vt", length, n, {}, "", [], score, score, 0.5, 16, 4, 0.4, "c" * 40, "gpu")
+                for n, score in enumerate([1.0, 1.0 - (cell.config.sparsity if cell.config else 0)])
+            ]
+            for cell in cells
+        ]
+        records += make_records(cells, answers, policy if options.preset == "safe" else Policy())
+    return {
+        "study": "ruler", "command": shlex.join(["baatt", *arguments]), "commit": "d" * 40, "device": "gpu",
+        "versions": {"torch": "2"}, "processes": 1, "model": "needle-18m", "weights": weights(), "count": 2,
+        "averages": make_averages(records), "records": records,
+    }  # fmt: skip
+
+
+class Calls:
+    """Stands for `subprocess.Popen`: notes what is called and stores a summary."""
+
+    def __init__(self):
+        self.seen, self.failing = [], ()
 
     def __call__(self, command, env, **_):
         arguments = command[command.index("baatt") + 1 :]
@@ -27,8 +63,8 @@ class Calls:
         self.seen.append((options, env.get("CUDA_VISIBLE_DEVICES"), "torch.distributed.run" in command))
         failed = any(name in str(options.store) for name in self.failing)
         if not failed:
-            (options.store / "rank0.jsonl").touch()
-            options.json.write_text(json.dumps(sorted(file.name for file in options.store.glob("rank*"))))
+            (options.store / "rank0.jsonl").write_text("an answer\n")
+            options.json.write_text(json.dumps(summary_of(arguments)))
         return subprocess.Popen([sys.executable, "-c", f"raise SystemExit({int(failed)})"])
 
 
@@ -53,31 +89,61 @@ def test_jobs_come_from_short_to_long_and_long_ones_are_split():
 
 def test_every_setting_is_told_with_options_that_the_command_knows(tmp_path, calls):
     ruler_grid.main([str(tmp_path), "--lengths", "4096,16384", "--gpus", "2", "--sparsity", "0.3,0.5"])
-    dense, *others = calls.seen
-    assert (dense[0].sparsity, dense[1], dense[2]) == ("0", None, True)
-    jobs = [(options, gpu) for options, gpu, several in others if not several and options.json.name == "summary.json"]
+    dense, *jobs = calls.seen
+    assert (dense[0].sparsity, dense[0].lengths, dense[1], dense[2]) == ("0", "4096,16384", None, True)
     assert len(jobs) == 5 + 2 * 5
-    assert {gpu for _, gpu in jobs} <= {"0", "1"}
-    assert len({options.store for options, _ in jobs}) == len(jobs)
-    assert all((options.store / "rank1.jsonl").exists() for options, _ in jobs)  # the dense answers
-    summaries = {options.json.name: options for options, _, _ in others if options.json.name != "summary.json"}
-    scores = {name: (one.preset, one.sort, one.score) for name, one in summaries.items()}
-    assert scores == {
-        "ruler_safe.json": ("safe", None, "covariance"),
-        "ruler_paper.json": ("paper", None, "covariance"),
-        "ruler_mean.json": ("paper", "none", "mean"),
-        "ruler_antidiagonal.json": ("paper", "none", "antidiagonal-8"),
-        "ruler_oracle.json": ("paper", "none", "oracle"),
-    }
-    assert json.loads((tmp_path / "ruler_safe.json").read_text()) == [f"rank{part}.jsonl" for part in range(4)]
+    assert not any(several for _, _, several in jobs)
+    assert {gpu for _, gpu, _ in jobs} <= {"0", "1"}
+    assert len({options.store for options, _, _ in jobs}) == len(jobs)
+    assert all((options.store / "rank1.jsonl").read_text() == "an answer\n" for options, _, _ in jobs)
+    assert {(options.preset, options.sort, options.score) for options, _, _ in jobs} == {
+        ("safe", None, "covariance"), ("paper", None, "covariance"), ("paper", "none", "mean"),
+        ("paper", "none", "antidiagonal-8"), ("paper", "none", "oracle"),
+    }  # fmt: skip
 
 
-def test_a_setting_with_a_failed_job_has_no_summary_and_is_named(tmp_path, calls):
+def test_the_file_of_the_grid_joins_lengths_and_sparsities(tmp_path, calls):
+    command = [str(tmp_path), "--lengths", "4096,16384", "--settings", "safe,oracle", "--sparsity", "0.3,0.5"]
+    ruler_grid.main(command)
+    stored = json.loads((tmp_path / "grid.json").read_text())
+    assert stored["command"] == shlex.join(["python", "benchmarks/ruler_grid.py", *command])
+    assert (stored["study"], stored["commit"], stored["device"]) == ("ruler grid", "d" * 40, "gpu")
+    assert list(stored["settings"]) == ["safe", "oracle"]
+    safe = stored["settings"]["safe"]
+    found = [(one["length"], one["config"].get("sparsity", 0), one["accuracy"]) for one in safe["records"]]
+    assert found == [
+        (4096, 0, 1.0), (4096, 0.3, 0.85), (4096, 0.5, 0.75), (16384, 0, 1.0), (16384, 0.3, 0.85), (16384, 0.5, 0.75)
+    ]  # fmt: skip
+    assert [one["by_length"][1]["accuracy"] for one in safe["averages"]] == [1.0, 0.85, 0.75]
+    assert "command" not in safe
+
+
+def test_finished_jobs_are_not_asked_again_unless_the_model_or_an_option_is_another(tmp_path, calls):
+    command = [str(tmp_path), "--lengths", "4096", "--settings", "safe,mean", "--sparsity", "0.5"]
+    ruler_grid.main(command)
+    stored, asked = (tmp_path / "grid.json").read_text(), len(calls.seen)
+    ruler_grid.main(command)
+    assert len(calls.seen) == asked
+    assert (tmp_path / "grid.json").read_text() == stored
+    ruler_grid.main([*command, "--count", "3"])
+    assert len(calls.seen) == asked + 3
+    path = tmp_path / "answers/mean-4096-0.5/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "others"}))
+    ruler_grid.main([*command, "--count", "3"])
+    assert len(calls.seen) == asked + 5
+
+
+def test_what_failed_is_named_and_left_out(tmp_path, calls):
     calls.failing = ("mean-16384-0.5",)
+    command = [str(tmp_path), "--lengths", "4096,16384", "--settings", "safe,mean", "--sparsity", "0.3,0.5"]
     with pytest.raises(SystemExit, match=r"not finished: mean-16384-0\.5; the same command goes on"):
-        ruler_grid.main([str(tmp_path), "--lengths", "16384", "--settings", "safe,mean", "--sparsity", "0.3,0.5"])
-    assert (tmp_path / "ruler_safe.json").exists()
-    assert not (tmp_path / "ruler_mean.json").exists()
+        ruler_grid.main(command)
+    settings = json.loads((tmp_path / "grid.json").read_text())["settings"]
+    assert [len(one["averages"][0]["by_length"]) for one in settings.values()] == [2, 1]
+    calls.failing = ()
+    ruler_grid.main(command)
+    settings = json.loads((tmp_path / "grid.json").read_text())["settings"]
+    assert [len(one["averages"][0]["by_length"]) for one in settings.values()] == [2, 2]
 
 
 def test_nothing_is_started_once_the_time_is_up(tmp_path, calls):
