@@ -1,4 +1,4 @@
-"""RULER's offline tasks on a model: dense attention, both presets and three other scores without sorting.
+"""RULER's offline tasks on a model: dense attention, both presets and other scores without sorting.
 
 `python benchmarks/ruler_grid.py FOLDER --gpus 8` answers with dense attention on all GPUs together, then hands every
 GPU one setting at one length after the other, and joins what is complete in FOLDER/grid.json. All answers stay in
@@ -31,6 +31,7 @@ SETTINGS = {
     "paper": ("--preset", "paper"),
     "mean": ("--preset", "paper", "--sort", "none", "--score", "mean"),
     "antidiagonal": ("--preset", "paper", "--sort", "none", "--score", "antidiagonal-8"),
+    "finer": ("--preset", "paper", "--sort", "none", "--score", "covariance-16"),
     "oracle": ("--preset", "paper", "--sort", "none", "--score", "oracle"),
 }
 #: Blocks of eight tokens, filled from left to right: what the shipped model answers best with.

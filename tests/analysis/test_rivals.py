@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from baatt import attend, ba_attention
+from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.analysis.oracle import block_mass, kept_mass
-from baatt.analysis.rivals import RIVALS, antidiagonal, rival_attention, select_by
+from baatt.analysis.rivals import RIVALS, antidiagonal, covariance, pooled_mass, rival_attention, select_by
 from tests.analysis.test_oracle import case
 
 
@@ -56,6 +56,34 @@ def test_antidiagonal_entry_by_entry():
             assert found[0, head, i, j] == pytest.approx(float(part.sum()))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_masses_of_runs_of_one_token_are_the_oracle_s(masked):
+    q, k, plan = case(masked=masked)
+    queries = plan.query_stats.size[:, None, :, None]
+    expected = block_mass(q, k, plan) * queries
+    torch.testing.assert_close(pooled_mass(q, k, plan, run=1), expected)
+
+
+def test_masses_of_whole_blocks_rank_as_the_plan():
+    q, k, plan = case(masked=False)
+    whole = q[:, :, :64], k[:, :, :96]
+    plan = make_plan(*whole, plan.config, impl="reference")
+    shares = pooled_mass(*whole, plan, run=plan.config.block_size)
+    torch.testing.assert_close(shares, covariance(*whole, plan).softmax(-1) * plan.config.block_size)
+    assert torch.equal(select_by("covariance", *whole, plan).index, plan.selection.index)
+
+
+def test_finer_runs_come_nearer_to_the_oracle():
+    """Of means alone the smaller runs know more; on average over many pairs, not pair by pair."""
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(1, 4, 512, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    plan = make_plan(q, k, BAAttConfig(block_size=64, sort="none"), impl="reference")
+    mass = block_mass(q, k, plan)
+    errors = [float((pooled_mass(q, k, plan, run=run) / 64 - mass).abs().mean()) for run in (64, 16, 4, 1)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == pytest.approx(0, abs=1e-12)
+
+
 def test_window_keeps_the_sink_and_the_diagonal():
     q, k, plan = case("none", sparsity=0.6, masked=False)
     kept = select_by("window", q, k, plan).index[0, 0].tolist()
@@ -68,3 +96,5 @@ def test_unknown_names_and_strides_are_refused():
         select_by("best", q, k, plan)
     with pytest.raises(ValueError, match="stride must divide block_size=16, got 3"):
         antidiagonal(q, k, plan, stride=3)
+    with pytest.raises(ValueError, match="run must divide block_size=16, got 5"):
+        pooled_mass(q, k, plan, run=5)

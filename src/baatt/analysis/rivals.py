@@ -15,9 +15,10 @@ from torch import Tensor
 from baatt.analysis.oracle import block_mass
 from baatt.attention import attend, make_plan
 from baatt.config import BAAttConfig
+from baatt.stages.pooling import pool_blocks
 from baatt.stages.scoring import covariance_score
 from baatt.stages.selection import select_blocks
-from baatt.types import BlockSelection, Plan, TokenOrder
+from baatt.types import BlockSelection, BlockStats, Plan, TokenOrder
 
 Rival = Callable[[Tensor, Tensor, Plan], Tensor]
 SEED = 20260519
@@ -109,6 +110,41 @@ def antidiagonal(q: Tensor, k: Tensor, plan: Plan, *, stride: int) -> Tensor:
     return scores
 
 
+def pooled_mass(q: Tensor, k: Tensor, plan: Plan, *, run: int) -> Tensor:
+    """BA-Att's score at a finer grain: attention mass between runs of `run` tokens, summed per block pair.
+
+    The compensated logit of two runs (E4, E5), plus the log of how many keys the run has, goes through a softmax over
+    all runs of keys; the shares count by the queries of a run. With a run of one token this is the oracle's mass (E1),
+    with a run of a whole block it ranks the blocks of a query block as BA-Att does, where all are full.
+
+    Raises:
+        ValueError: a run that does not divide the block size.
+    """
+    size, repeats = plan.config.block_size, q.shape[1] // k.shape[1]
+    if size % run:
+        raise ValueError(f"run must divide block_size={size}, got {run}")
+    query_stats, key_stats = pool_blocks(q, plan.query_order, run), pool_blocks(k, plan.key_order, run)
+    query_blocks, key_blocks = plan.query_stats.mean.shape[2], plan.key_stats.mean.shape[2]
+    dtype = query_stats.mean.dtype
+    key_weight, query_weight = key_stats.size.to(dtype).log(), query_stats.size.to(dtype)
+    runs = size // run
+    missing = key_blocks * runs - key_weight.shape[1], query_blocks * runs - query_weight.shape[1]
+    scores = torch.empty(*q.shape[:2], query_blocks, key_blocks, dtype=dtype, device=q.device)
+    for head in range(q.shape[1]):  # one head at a time bounds the memory
+        one, group = slice(head, head + 1), slice(head // repeats, head // repeats + 1)
+        logits = covariance_score(
+            BlockStats(query_stats.mean[:, one], query_stats.variance[:, one], query_stats.size),
+            BlockStats(key_stats.mean[:, group], key_stats.variance[:, group], key_stats.size),
+            scale=plan.scale,
+            beta=plan.config.beta,
+        )[:, 0]
+        shares = (logits + rearrange(key_weight, "b m -> b 1 m")).softmax(-1).nan_to_num(0.0)
+        shares = shares * rearrange(query_weight, "b n -> b n 1")
+        shares = torch.nn.functional.pad(shares, (0, missing[0], 0, missing[1]))
+        scores[:, head] = reduce(shares, "b (i p) (j c) -> b i j", "sum", p=runs, c=runs)
+    return scores
+
+
 def _runs(x: Tensor, order: TokenOrder, size: int, stride: int) -> Tensor:
     """Sorted tokens in runs [B, H, n, stride, D], filled up with 0 to whole blocks; tokens beyond the length are 0."""
     tokens, channels = x.shape[2:]
@@ -124,6 +160,8 @@ def _runs(x: Tensor, order: TokenOrder, size: int, stride: int) -> Tensor:
 RIVALS: dict[str, Rival] = {
     "covariance": covariance,
     "mean": block_means,
+    "covariance-16": functools.partial(pooled_mass, run=16),
+    "covariance-8": functools.partial(pooled_mass, run=8),
     "antidiagonal-8": functools.partial(antidiagonal, stride=8),
     "antidiagonal-16": functools.partial(antidiagonal, stride=16),
     "window": window_and_sink,
