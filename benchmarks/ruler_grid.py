@@ -1,4 +1,4 @@
-"""RULER's offline tasks on a model: dense attention, both presets and other scores without sorting.
+"""RULER's offline tasks on a model: dense attention, both presets, other orders and other scores.
 
 `python benchmarks/ruler_grid.py FOLDER --gpus 8` answers with dense attention on all GPUs together, then hands every
 GPU one setting at one length after the other, and joins what is complete in FOLDER/grid.json. All answers stay in
@@ -29,6 +29,8 @@ SETTINGS = {
     "dense": (),
     "safe": ("--preset", "safe"),
     "paper": ("--preset", "paper"),
+    "keys": ("--preset", "safe", "--dense-layers", "none"),
+    "unsorted": ("--preset", "paper", "--sort", "none"),
     "mean": ("--preset", "paper", "--sort", "none", "--score", "mean"),
     "antidiagonal": ("--preset", "paper", "--sort", "none", "--score", "antidiagonal-8"),
     "finer": ("--preset", "paper", "--sort", "none", "--score", "covariance-16"),

@@ -91,13 +91,14 @@ def test_every_setting_is_told_with_options_that_the_command_knows(tmp_path, cal
     ruler_grid.main([str(tmp_path), "--lengths", "4096,16384", "--gpus", "2", "--sparsity", "0.3,0.5"])
     dense, *jobs = calls.seen
     assert (dense[0].sparsity, dense[0].lengths, dense[1], dense[2]) == ("0", "4096,16384", None, True)
-    assert len(jobs) == 6 + 2 * 6
+    assert len(jobs) == 8 + 2 * 8
     assert not any(several for _, _, several in jobs)
     assert {gpu for _, gpu, _ in jobs} <= {"0", "1"}
     assert len({options.store for options, _, _ in jobs}) == len(jobs)
     assert all((options.store / "rank1.jsonl").read_text() == "an answer\n" for options, _, _ in jobs)
     assert {(options.preset, options.sort, options.score) for options, _, _ in jobs} == {
-        ("safe", None, "covariance"), ("paper", None, "covariance"), ("paper", "none", "mean"),
+        ("safe", None, "covariance"), ("paper", None, "covariance"),
+        ("paper", "none", "covariance"), ("paper", "none", "mean"),
         ("paper", "none", "antidiagonal-8"), ("paper", "none", "covariance-16"), ("paper", "none", "oracle"),
     }  # fmt: skip
 
@@ -155,4 +156,7 @@ def test_nothing_is_started_once_the_time_is_up(tmp_path, calls):
 def test_an_unknown_setting_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ruler_grid.main([str(tmp_path), "--settings", "safe,xattention"])
-    assert "must be of dense,safe,paper,mean,antidiagonal,finer,oracle, got xattention" in capsys.readouterr().err
+    assert (
+        "must be of dense,safe,paper,keys,unsorted,mean,antidiagonal,finer,oracle, got xattention"
+        in capsys.readouterr().err
+    )

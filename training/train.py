@@ -366,7 +366,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=13, help="processes that draw batches, for each GPU")
-    parser.add_argument("--batch-tokens", type=int, default=TOKENS_PER_BATCH, help="tokens of a batch, on each GPU")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=TOKENS_PER_BATCH,
+        help="tokens of a batch of the longest rows, on each GPU; batches of shorter ones have more",
+    )  # fmt: skip
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--max-length", type=int, default=4096, help="the longest sequence, for config.json")
