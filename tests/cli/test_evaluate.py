@@ -158,7 +158,9 @@ def test_the_shipped_model_answers(here):
     stored = json.loads((here / "ruler.json").read_text())
     assert stored["model"] == "needle-18m"
     assert len(stored["weights"].split()) == 3
-    assert [one["accuracy"] for one in stored["records"]] == [1, 1]
+    dense, sparse = stored["records"]  # which answers survive skipping blocks is measured, not promised
+    assert dense["accuracy"] == 1
+    assert dense["sparsity_achieved"] == 0 < sparse["sparsity_achieved"]
 
 
 def test_dense_layers_everywhere_are_said(model, here, capsys):

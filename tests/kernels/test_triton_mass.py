@@ -68,7 +68,8 @@ def test_slabs(slab, block_size, poisoned_memory, monkeypatch):
     q, k, plan = case((2, 2, 1, 300, 201, 16, block_size), torch.float32)
     together = check(q, k, plan)
     monkeypatch.setattr(triton_mass, "SLAB_SUMS", slab)
-    assert torch.equal(MASSES["triton"](q, k, plan), together)
+    # A row stands at another place in its tile, and NumPy's products, which the interpreter takes, may round by place.
+    torch.testing.assert_close(MASSES["triton"](q, k, plan), together, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 6.0])
