@@ -24,7 +24,7 @@ MAX_ANSWERS = 48
 NEEDLE_SPAN = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
 SOURCES = ("pairs", "document", *OFFLINE_TASKS)
 TOKENS_PER_BATCH = 65536
-#: Length at which attention takes about half of a training step.
+#: Length at which attention is taken to be half of a training step: a guess from the steps of earlier runs.
 EVEN_LENGTH = 8192
 LEAST_COMMON_WORDS = 768  # tokens that ten common words, some others and a worked example need
 LEAST_FREQUENT_WORDS = 384  # tokens that coded words of which no two ranks tie need
