@@ -58,13 +58,13 @@ class Job(NamedTuple):
 
 
 def make_jobs(settings: Sequence[str], lengths: Sequence[int], sparsity: str) -> list[Job]:
-    """All but dense attention, from short to long."""
+    """All but dense attention, from short to long; a setting is complete before the next one begins."""
     sparse = [name for name in settings if name != "dense"]
     return [
         Job(name, length, part)
         for length in sorted(lengths)
-        for part in (sparsity.split(",") if length >= LONG else [sparsity])
         for name in sparse
+        for part in (sparsity.split(",") if length >= LONG else [sparsity])
     ]
 
 

@@ -82,8 +82,8 @@ def calls(monkeypatch):
 def test_jobs_come_from_short_to_long_and_long_ones_are_split():
     jobs = ruler_grid.make_jobs(["dense", "safe", "mean"], [16384, 4096], "0.3,0.5")
     assert [(job.setting, job.length, job.sparsity) for job in jobs] == [
-        ("safe", 4096, "0.3,0.5"), ("mean", 4096, "0.3,0.5"), ("safe", 16384, "0.3"), ("mean", 16384, "0.3"),
-        ("safe", 16384, "0.5"), ("mean", 16384, "0.5"),
+        ("safe", 4096, "0.3,0.5"), ("mean", 4096, "0.3,0.5"), ("safe", 16384, "0.3"), ("safe", 16384, "0.5"),
+        ("mean", 16384, "0.3"), ("mean", 16384, "0.5"),
     ]  # fmt: skip
 
 
