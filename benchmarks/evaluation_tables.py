@@ -121,8 +121,11 @@ def grid_source(grid: Record) -> str:
 def source(record: Record) -> str:
     """How to repeat it, with every commit and device that answered."""
     commits = dict.fromkeys(commit for one in record["records"] for commit in one["commits"])
-    devices = dict.fromkeys(device for one in record["records"] for device in one["devices"])
+    devices = dict.fromkeys(device_name(device) for one in record["records"] for device in one["devices"])
     text = provenance({**record, "records": [{"commit": commit} for commit in commits]})
+    own = device_name(record["device"])
+    if own not in devices:
+        return f"{text} This run counted answers that were there; they were given on: {', '.join(devices)}."
     if len(devices) < 2:
         return text
-    return f"{text} Answers of other runs are among them; all devices: {', '.join(map(device_name, devices))}."
+    return f"{text} Answers of other runs are among them; all devices: {', '.join(devices)}."

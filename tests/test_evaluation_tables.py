@@ -110,6 +110,11 @@ def test_a_grid_task_by_task():
     )
 
 
+def test_a_run_that_only_counted_says_where_the_answers_are_from():
+    text = evaluation_tables.source(summary((512,), device="there"))
+    assert text == f"{SOURCE} This run counted answers that were there; they were given on: there."
+
+
 def test_answers_of_several_devices_are_said():
     record = dense([4096])
     record["records"][0]["devices"] = ["here", "there"]

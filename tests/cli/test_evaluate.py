@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from baatt.cli import options
 from baatt.cli.main import main
 from baatt.cli.ruler_tables import AnswerBar, setting_name, settings_text, show_averages, show_length
 from baatt.config import BAAttConfig, Policy
@@ -161,6 +162,18 @@ def test_the_shipped_model_answers(here):
     dense, sparse = stored["records"]  # which answers survive skipping blocks is measured, not promised
     assert dense["accuracy"] == 1
     assert dense["sparsity_achieved"] == 0 < sparse["sparsity_achieved"]
+
+
+def test_answers_that_are_there_are_counted_without_the_memory_to_give_them(model, here, capsys, monkeypatch):
+    argv = ["evaluate", "ruler", "--model", model, *SHORT, "--tasks", "niah_single_1", "--lengths", "512"]
+    assert main([*argv, "--count", "1"]) == 0
+    before = (here / "ruler.json").read_text()
+    (here / "ruler.json").unlink()
+    monkeypatch.setattr(options, "free_bytes", lambda device: 0)
+    assert main([*argv, "--count", "1"]) == 0
+    assert json.loads((here / "ruler.json").read_text()) == json.loads(before)
+    assert main([*argv, "--count", "2"]) == 2
+    assert "512 tokens must fit into memory" in capsys.readouterr().err
 
 
 def test_dense_layers_everywhere_are_said(model, here, capsys):

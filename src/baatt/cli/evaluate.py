@@ -197,7 +197,7 @@ def ask(
     """Answer what is open, with a bar on the first process.
 
     Raises:
-        UsageError: an implementation that cannot do this model's work.
+        UsageError: a length that does not fit into memory, or an implementation that cannot do this model's work.
     """
 
     def replacement(cell: Cell) -> WrapAttention | None:
@@ -205,6 +205,9 @@ def ask(
             return None
         return functools.partial(replace_sparse, rival_attention(cell.score, cell.config, arguments.impl))
 
+    if works:  # answers of a larger machine can be counted on a small one
+        tokens = respondent.setup.batch_size * max(work.length for work in works)
+        check_memory(respondent.model.config, tokens, arguments.device)
     for work in works:
         respondent.check(work.task, work.length)
     try:
@@ -280,7 +283,7 @@ def check_model(respondent: Respondent, cells: Sequence[Cell], rank: int) -> Non
     """Refuse what does not fit the model; warn of lengths it was not trained for.
 
     Raises:
-        UsageError: layers that it does not have, or a length that does not fit into memory.
+        UsageError: layers that it does not have.
     """
     config, layers = respondent.model.config, respondent.setup.policy.dense_layers
     if any(not -config.n_layers <= layer < config.n_layers for layer in layers):
@@ -288,8 +291,6 @@ def check_model(respondent: Respondent, cells: Sequence[Cell], rank: int) -> Non
             f"--dense-layers must be numbers from {-config.n_layers} to {config.n_layers - 1}, got {layers}"
         )
     longest = max(cell.length for cell in cells)
-    device = next(respondent.model.parameters()).device
-    check_memory(config, respondent.setup.batch_size * longest, str(device))
     if longest > config.max_sequence_length and rank == 0:
         Console(stderr=True, soft_wrap=True).print(
             f"[yellow]The model was made for up to {config.max_sequence_length} tokens, --lengths go up to {longest}: "
