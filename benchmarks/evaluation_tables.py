@@ -4,6 +4,7 @@ A summary of `baatt evaluate ruler` becomes a table by length; a grid of `ruler_
 tables by task, length by length.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ SCORES = {
     "mean": "block means",
     "antidiagonal-8": "antidiagonal-8 (XAttention's)",
 }
+
+#: Settings in the order of their rows; others follow.
+ORDER = ("safe", "paper", "mean", "antidiagonal", "oracle")
 
 
 def by_length(record: Record) -> str:
@@ -35,7 +39,7 @@ def grid_averages(grid: Record) -> str:
     parts = []
     for length in lengths_of(grid):
         rows, dense = [], ""
-        for setting in grid["settings"].values():
+        for setting in settings_of(grid):
             averages = {
                 each["config"].get("sparsity", 0): one
                 for each in setting["averages"]
@@ -48,16 +52,30 @@ def grid_averages(grid: Record) -> str:
                 rows.append([describe(setting), *cells.values()])
                 header = ["selection", *(f"{100 * sparsity:g} %" for sparsity in cells)]
         parts += [f"{length} tokens; dense attention: {dense}", table(header, rows)]
-    text = f"Average over {tasks_text(first_setting(grid)['averages'])}. After the semicolon: the difference to dense "
-    text += f"attention [95 % paired bootstrap interval]. {caption(first_setting(grid))}"
-    return "\n\n".join([*parts, text, grid_source(grid)])
+    return "\n\n".join([*parts, averages_text(grid), grid_source(grid)])
+
+
+def averages_by_length(grids: Sequence[Record], sparsity: float = 0.5) -> str:
+    """Several grids at one sparsity: a row per setting, dense attention first; a column per length."""
+    rows: dict[str, dict[int, str]] = {"dense attention": {}}
+    for setting in (setting for grid in grids for setting in settings_of(grid)):
+        for each in setting["averages"]:
+            for one in each["by_length"]:
+                if not each["config"]:
+                    rows["dense attention"][one["length"]] = score(one)
+                elif each["config"]["sparsity"] == sparsity:
+                    rows.setdefault(describe(setting), {})[one["length"]] = f"{score(one)}; {difference(one)}"
+    lengths = sorted(rows["dense attention"])
+    cells = [[name, *(row.get(length, "not on all tasks") for length in lengths)] for name, row in rows.items()]
+    header = [f"{100 * sparsity:g} % of block pairs skipped", *(f"{length} tokens" for length in lengths)]
+    return "\n\n".join([table(header, cells), averages_text(grids[0]), *map(grid_source, grids)])
 
 
 def grid_tasks(grid: Record) -> str:
     """Every length and setting: a row per task, a column per sparsity, dense attention first."""
     parts = []
     for length in lengths_of(grid):
-        for setting in grid["settings"].values():
+        for setting in settings_of(grid):
             here = [one for one in setting["records"] if one["length"] == length]
             if not here:
                 continue
@@ -68,13 +86,28 @@ def grid_tasks(grid: Record) -> str:
     return "\n\n".join([*parts, caption(first_setting(grid)), grid_source(grid)])
 
 
+def averages_text(grid: Record) -> str:
+    """What a cell of averages is."""
+    first = first_setting(grid)
+    return (
+        f"Average over {tasks_text(first['averages'])}. After the semicolon: the difference to dense attention [95 % "
+        f"paired bootstrap interval]. {caption(first)}"
+    )
+
+
 def first_setting(grid: Record) -> Record:
     """All settings of a grid have the same samples and sampler."""
-    return next(iter(grid["settings"].values()))
+    return settings_of(grid)[0]
+
+
+def settings_of(grid: Record) -> list[Record]:
+    """The settings of a grid, in the order of their rows."""
+    known = [name for name in ORDER if name in grid["settings"]]
+    return [grid["settings"][name] for name in dict.fromkeys([*known, *grid["settings"]])]
 
 
 def lengths_of(grid: Record) -> list[int]:
-    return sorted({one["length"] for setting in grid["settings"].values() for one in setting["records"]})
+    return sorted({one["length"] for setting in settings_of(grid) for one in setting["records"]})
 
 
 def describe(setting: Record) -> str:
@@ -114,7 +147,7 @@ def caption(record: Record) -> str:
 
 def grid_source(grid: Record) -> str:
     """As `source`, of all settings."""
-    records = [one for setting in grid["settings"].values() for one in setting["records"]]
+    records = [one for setting in settings_of(grid) for one in setting["records"]]
     return source({**grid, "records": records})
 
 

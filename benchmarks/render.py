@@ -44,13 +44,20 @@ MARKED = re.compile(r"<!-- render:(?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-
 BEGIN_OR_END = re.compile(r"<!-- render:[^>]*-->|<!-- /render -->")
 NOT_MEASURED = "not measured yet"
 RULER_GRIDS = ("ruler_grid_4096.json", "ruler_grid_long.json")
+#: One setting each, counted from answers of the same runs.
+RULER_PARTS = ("ruler_grid_safe_16384.json", "ruler_grid_finer_8192.json")
 
 
 class Block(NamedTuple):
-    """Which results a block is made from, in order, and the function that makes it; results of several are stacked."""
+    """Which results a block is made from, in order, and the function that makes it.
+
+    Args:
+        together: the function takes the results of all sources in one call; else their texts are stacked.
+    """
 
     sources: tuple[str, ...]
-    render: Callable[[Record], str]
+    render: Callable[..., str]
+    together: bool = False
 
 
 BLOCKS: dict[str, Block] = {
@@ -62,8 +69,10 @@ BLOCKS: dict[str, Block] = {
     "ulysses_scaling": Block(("ulysses_scaling.json",), scaling_model.table),
     "ulysses": Block(("ulysses_gpu.json",), scaling_model.measured_table),
     "ruler": Block(("ruler_needle-18m.json",), evaluation_tables.by_length),
+    "ruler_half": Block(RULER_GRIDS, evaluation_tables.averages_by_length, together=True),
     "ruler_averages": Block(RULER_GRIDS, evaluation_tables.grid_averages),
-    "ruler_tasks": Block(RULER_GRIDS, evaluation_tables.grid_tasks),
+    "ruler_parts": Block(RULER_PARTS, evaluation_tables.grid_averages),
+    "ruler_tasks": Block((*RULER_GRIDS, *RULER_PARTS), evaluation_tables.grid_tasks),
     "oracle_mass": Block(("oracle_mass.json",), oracle_mass.table),
     "decoding": Block(("decoding_h200.json",), decoding.table),
     "compatibility": Block(("compatibility.json",), compatibility),
@@ -106,7 +115,8 @@ def render_block(name: str, root: Path) -> str:
         return f"*{NOT_MEASURED}* (`{name}`)"
     if not found:
         raise RenderError(f"render:{name} needs {' or '.join(str(RESULTS / source) for source in block.sources)}")
-    return "\n\n".join(block.render(record) for path in found for record in load(path))
+    records = [record for path in found for record in load(path)]
+    return block.render(records) if block.together else "\n\n".join(map(block.render, records))
 
 
 def render_text(text: str, root: Path) -> str:

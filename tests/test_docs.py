@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -152,29 +153,80 @@ def test_the_model_card_states_average_and_lowest_scores():
     assert f"(95 % interval {interval}" in changelog
 
 
-def test_the_page_about_ruler_says_what_the_file_says():
-    settings = json.loads(read("benchmarks/results/ruler_grid_4096.json"))["settings"]
-    scores, losses = {}, {}
-    for name, setting in settings.items():
-        for each in setting["averages"]:
-            sparsity, one = each["config"].get("sparsity", 0), each["by_length"][0]
-            scores[name, sparsity] = round(100 * one["accuracy"], 1)
-            losses[name, sparsity] = f"{-100 * one['difference']:.1f}"
-    page, card = prose("docs/ruler.md"), prose(CARD)
-    assert f"loses {losses['oracle', 0.5]} points at 50 % and {losses['oracle', 0.7]} at 70 %" in page
-    assert f"it gives {scores['paper', 0.5]} at 50 %" in page
-    assert f"`safe` loses {losses['safe', 0.5]} points at 50 %" in page
-    assert f"has {scores['safe', 0.7]} and XAttention's score at 50 % has {scores['antidiagonal', 0.5]}" in page
-    best = (
-        f"{scores['safe', 0.5]} with the preset `safe`, {scores['paper', 0.5]} with `paper`, {scores['oracle', 0.5]} if"
-    )
-    assert best in card
-    for sparsity in (0.5, 0.7):
-        cheap = [name for name in settings if name != "oracle"]
-        assert max(cheap, key=lambda name: scores[name, sparsity]) == "safe"
-    assert all(scores["mean", share] > scores["paper", share] for share in (0.3, 0.5, 0.7, 0.9))
-    for name in set(settings) - {"mean", "paper"}:
-        assert all(scores[name, share] > scores["mean", share] for share in (0.3, 0.5, 0.7, 0.9))
+GRIDS = ("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192")
+SHARES = (0.3, 0.5, 0.7, 0.9)
+LENGTHS = (4096, 8192, 16384)
+
+
+@pytest.fixture(scope="module")
+def ruler():
+    """Every cell of RULER's grids by setting, length, sparsity and task."""
+    return {
+        (name, one["length"], one["config"].get("sparsity", 0), one["task"]): one
+        for file in GRIDS
+        for name, setting in json.loads(read(f"benchmarks/results/{file}.json"))["settings"].items()
+        for one in setting["records"]
+    }
+
+
+def averages(ruler, tasks=11):
+    """Score in percent and points lost, by setting, length and sparsity, where all tasks of a number are there."""
+    cells: dict[tuple[str, int, float], list[float]] = {}
+    for (name, length, share, task), one in ruler.items():
+        if tasks == 11 or task.startswith("niah_"):
+            cells.setdefault((name, length, share), []).append(100 * one["accuracy"])
+    means = {place: sum(found) / tasks for place, found in cells.items() if len(found) == tasks}
+    scores = {place: round(mean, 1) for place, mean in means.items()}
+    return scores, {place: f"{means[*place[:2], 0] - mean:.1f}" for place, mean in means.items()}
+
+
+def test_the_grid_of_ruler_is_complete(ruler):
+    """Every required way to choose blocks, length and sparsity, 200 samples of eleven tasks; what lacks is said."""
+    assert {one["n"] for one in ruler.values()} == {200}
+    scores, _ = averages(ruler)
+    for name, length in itertools.product(("paper", "mean", "antidiagonal", "oracle"), LENGTHS):
+        assert all((name, length, share) in scores for share in (0, *SHARES))
+    assert ("safe", 16384, 0.5) not in scores
+    assert "`safe` at 16,384 tokens lacks 900 of 8800 answers" in prose("docs/ruler.md")
+
+
+def test_the_page_about_ruler_says_what_the_file_says(ruler):
+    scores, losses = averages(ruler)
+    needles, _ = averages(ruler, 8)
+    page, card, readme = prose("docs/ruler.md"), prose(CARD), prose("README.md")
+    short = f"loses {losses['oracle', 4096, 0.5]} points at 50 % and {losses['oracle', 4096, 0.7]} at 70 % at 4096"
+    assert short in page
+    first, second, third = (losses["oracle", length, 0.9] for length in LENGTHS)
+    assert f"at 90 % it loses {first}, {second} and {third} points" in page
+    first, second, third = (scores["paper", length, 0.5] for length in LENGTHS)
+    assert f"it gives {first}, {second} and {third} at 50 %" in page
+    first, second = (losses["safe", length, 0.5] for length in LENGTHS[:2])
+    assert f"`safe` loses {first} points at 50 % at 4096 tokens and {second} at 8192" in page
+    first, second = (scores["safe", length, 0.7] for length in LENGTHS[:2])
+    third, fourth = (scores["antidiagonal", length, 0.5] for length in LENGTHS[:2])
+    assert f"has {first} and {second}, and XAttention's score at 50 % has {third} and {fourth}" in page
+    assert f"it is {needles['safe', 16384, 0.7]} beside {needles['antidiagonal', 16384, 0.5]}" in page
+    assert f"({scores['finer', 8192, 0.5]} against {scores['mean', 8192, 0.5]} at 50 %)" in page
+    assert f"{needles['safe', 16384, 0.5]} at 50 %, dense {needles['safe', 16384, 0]}" in readme
+    safe, paper, oracle = (scores[name, 4096, 0.5] for name in ("safe", "paper", "oracle"))
+    assert f"{safe} with the preset `safe`, {paper} with `paper`, {oracle} if" in card
+    safe, paper, oracle = (scores[name, 8192, 0.5] for name in ("safe", "paper", "oracle"))
+    assert f"{safe} with `safe`, {paper} with `paper`, {oracle} with the exact" in card
+
+
+def test_the_order_of_the_ways_to_choose_blocks_is_that_of_the_files(ruler):
+    """What page and README say of which is ahead."""
+    scores, _ = averages(ruler)
+    for length, share in itertools.product(LENGTHS[:2], (0.5, 0.7)):
+        cheap = ("safe", "paper", "mean", "antidiagonal")
+        assert max(cheap, key=lambda name: scores[name, length, share]) == "safe"
+    for length, share in itertools.product(LENGTHS, SHARES):
+        assert scores["paper", length, share] < scores["mean", length, share]
+        others = [name for name in ("safe", "antidiagonal", "oracle") if (name, length, share) in scores]
+        assert all(scores[name, length, share] > scores["mean", length, share] for name in others)
+    for share in SHARES:
+        finer = scores["finer", 8192, share]
+        assert scores["mean", 8192, share] < finer < scores["antidiagonal", 8192, share]
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +308,9 @@ def test_the_accuracies_are_those_of_the_shipped_weights():
     summaries = [
         json.loads(read(f"benchmarks/results/{name}.json")) for name in ("ruler_needle-18m", "needles_sparse_cpu")
     ]
-    grid = json.loads(read("benchmarks/results/ruler_grid_4096.json"))
-    assert {one["weights"] for one in [*summaries, *grid["settings"].values()]} == {weights}
+    grids = [json.loads(read(f"benchmarks/results/{name}.json")) for name in GRIDS]
+    settings = [setting for grid in grids for setting in grid["settings"].values()]
+    assert {one["weights"] for one in [*summaries, *settings]} == {weights}
 
 
 def test_the_model_card_names_the_sources():
