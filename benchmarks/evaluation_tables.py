@@ -56,18 +56,28 @@ def grid_averages(grid: Record) -> str:
 
 
 def averages_by_length(grids: Sequence[Record], sparsity: float = 0.5) -> str:
-    """Several grids at one sparsity: a row per setting, dense attention first; a column per length."""
+    """Several grids at one sparsity: a row per setting, dense attention first; a column per length.
+
+    The share of block pairs that were skipped is of all layers, and the mean over lengths and tasks.
+    """
     rows: dict[str, dict[int, str]] = {"dense attention": {}}
+    skipped: dict[str, list[float]] = {}
     for setting in (setting for grid in grids for setting in settings_of(grid)):
         for each in setting["averages"]:
+            if each["config"] and each["config"]["sparsity"] != sparsity:
+                continue
+            name = describe(setting) if each["config"] else "dense attention"
             for one in each["by_length"]:
-                if not each["config"]:
-                    rows["dense attention"][one["length"]] = score(one)
-                elif each["config"]["sparsity"] == sparsity:
-                    rows.setdefault(describe(setting), {})[one["length"]] = f"{score(one)}; {difference(one)}"
+                text = f"{score(one)}; {difference(one)}" if each["config"] else score(one)
+                rows.setdefault(name, {})[one["length"]] = text
+            found = (one["sparsity_achieved"] for one in setting["records"] if one["config"] == each["config"])
+            skipped.setdefault(name, []).extend(found)
     lengths = sorted(rows["dense attention"])
-    cells = [[name, *(row.get(length, "not on all tasks") for length in lengths)] for name, row in rows.items()]
-    header = [f"{100 * sparsity:g} % of block pairs skipped", *(f"{length} tokens" for length in lengths)]
+    cells = [
+        [name, f"{sum(skipped[name]) / len(skipped[name]):.0%}", *(row.get(length, "incomplete") for length in lengths)]
+        for name, row in rows.items()
+    ]
+    header = [f"sparsity {100 * sparsity:g} %", "block pairs skipped", *(f"{length} tokens" for length in lengths)]
     return "\n\n".join([table(header, cells), averages_text(grids[0]), *map(grid_source, grids)])
 
 

@@ -209,7 +209,7 @@ def test_the_page_about_ruler_says_what_the_file_says(ruler):
     assert f"({scores['finer', 8192, 0.5]} against {scores['mean', 8192, 0.5]} at 50 %)" in page
     assert f"{needles['safe', 16384, 0.5]} at 50 %, dense {needles['safe', 16384, 0]}" in readme
     safe, paper, oracle = (scores[name, 4096, 0.5] for name in ("safe", "paper", "oracle"))
-    assert f"{safe} with the preset `safe`, {paper} with `paper`, {oracle} if" in card
+    assert f"{safe} with the preset `safe` (two of six layers dense), {paper} with `paper`, {oracle} if" in card
     safe, paper, oracle = (scores[name, 8192, 0.5] for name in ("safe", "paper", "oracle"))
     assert f"{safe} with `safe`, {paper} with `paper`, {oracle} with the exact" in card
 
