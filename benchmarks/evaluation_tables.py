@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from result_tables import Record, by_cell, device_name, provenance, sample_count, table
+from ruler_grid import SETTINGS
 
 from baatt.cli.ruler_tables import difference, score, settings_text, tasks_text
 
@@ -20,8 +21,8 @@ SCORES = {
     "antidiagonal-8": "antidiagonal-8 (XAttention's)",
 }
 
-#: Settings in the order of their rows; others follow.
-ORDER = ("safe", "paper", "mean", "antidiagonal", "oracle")
+#: The sparsity of the short table.
+HALF = 0.5
 
 
 def by_length(record: Record) -> str:
@@ -55,16 +56,13 @@ def grid_averages(grid: Record) -> str:
     return "\n\n".join([*parts, averages_text(grid), grid_source(grid)])
 
 
-def averages_by_length(grids: Sequence[Record], sparsity: float = 0.5) -> str:
-    """Several grids at one sparsity: a row per setting, dense attention first; a column per length.
-
-    The share of block pairs that were skipped is of all layers, and the mean over lengths and tasks.
-    """
+def half_by_length(grids: Sequence[Record]) -> str:
+    """Several grids at sparsity 50 %: a row per setting, dense attention first; a column per length."""
     rows: dict[str, dict[int, str]] = {"dense attention": {}}
     skipped: dict[str, list[float]] = {}
     for setting in (setting for grid in grids for setting in settings_of(grid)):
         for each in setting["averages"]:
-            if each["config"] and each["config"]["sparsity"] != sparsity:
+            if each["config"] and each["config"]["sparsity"] != HALF:
                 continue
             name = describe(setting) if each["config"] else "dense attention"
             for one in each["by_length"]:
@@ -77,8 +75,9 @@ def averages_by_length(grids: Sequence[Record], sparsity: float = 0.5) -> str:
         [name, f"{sum(skipped[name]) / len(skipped[name]):.0%}", *(row.get(length, "incomplete") for length in lengths)]
         for name, row in rows.items()
     ]
-    header = [f"sparsity {100 * sparsity:g} %", "block pairs skipped", *(f"{length} tokens" for length in lengths)]
-    return "\n\n".join([table(header, cells), averages_text(grids[0]), *map(grid_source, grids)])
+    header = [f"sparsity {HALF:.0%}", "block pairs skipped", *(f"{length} tokens" for length in lengths)]
+    text = f"Block pairs skipped: of all layers, mean over lengths and tasks. {averages_text(grids[0])}"
+    return "\n\n".join([table(header, cells), text, *map(grid_source, grids)])
 
 
 def grid_tasks(grid: Record) -> str:
@@ -111,9 +110,8 @@ def first_setting(grid: Record) -> Record:
 
 
 def settings_of(grid: Record) -> list[Record]:
-    """The settings of a grid, in the order of their rows."""
-    known = [name for name in ORDER if name in grid["settings"]]
-    return [grid["settings"][name] for name in dict.fromkeys([*known, *grid["settings"]])]
+    """The settings of a grid, in one order whichever was asked first."""
+    return [grid["settings"][name] for name in SETTINGS if name in grid["settings"]]
 
 
 def lengths_of(grid: Record) -> list[int]:

@@ -69,7 +69,7 @@ BLOCKS: dict[str, Block] = {
     "ulysses_scaling": Block(("ulysses_scaling.json",), scaling_model.table),
     "ulysses": Block(("ulysses_gpu.json",), scaling_model.measured_table),
     "ruler": Block(("ruler_needle-18m.json",), evaluation_tables.by_length),
-    "ruler_half": Block(RULER_GRIDS, evaluation_tables.averages_by_length, together=True),
+    "ruler_half": Block(RULER_GRIDS, evaluation_tables.half_by_length, together=True),
     "ruler_averages": Block(RULER_GRIDS, evaluation_tables.grid_averages),
     "ruler_parts": Block(RULER_PARTS, evaluation_tables.grid_averages),
     "ruler_tasks": Block((*RULER_GRIDS, *RULER_PARTS), evaluation_tables.grid_tasks),

@@ -98,17 +98,17 @@ def test_averages_of_several_grids_by_length():
     short, long = grid([4096]), grid([8192, 16384])
     del short["settings"]["mean"], long["settings"]["mean"]["averages"][1]
     cell = "62.5 [41.0-82.7]; -27.5 [-55.0, +0.0]"
-    text = evaluation_tables.averages_by_length([short, long])
+    text = evaluation_tables.half_by_length([short, long])
     assert text.startswith(
-        "| sparsity 50 % | block pairs skipped | 4096 tokens | 8192 tokens | 16384 tokens |\n"
+        "| sparsity 50% | block pairs skipped | 4096 tokens | 8192 tokens | 16384 tokens |\n"
         "| --- | ---: | ---: | ---: | ---: |\n"
         "| dense attention | 40% | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] |\n"
         f"| BA-Att, k in 256, layer 0 dense | 40% | {cell} | {cell} | {cell} |\n\n"
-        "Average over 2 of 13 tasks. After the semicolon"
+        "Block pairs skipped: of all layers, mean over lengths and tasks. Average over 2 of 13 tasks. After the"
     )
     assert text.count("python benchmarks/ruler_grid.py F") == 2
     del long["settings"]["safe"]["averages"][1]["by_length"][1]
-    assert f"dense | 40% | {cell} | {cell} | incomplete |" in evaluation_tables.averages_by_length([short, long])
+    assert f"dense | 40% | {cell} | {cell} | incomplete |" in evaluation_tables.half_by_length([short, long])
 
 
 def test_a_grid_task_by_task():
