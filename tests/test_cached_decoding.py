@@ -17,10 +17,11 @@ from baatt.assets import shipped_model
 from baatt.cli.main import main
 from baatt.config import Policy
 from baatt.evaluation.retrieval import answer, draw_samples
-from baatt.models import AttentionFunction, MaskedDiffusionLM, ModelConfig, dense_attention
+from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate
 from baatt.sampling.caching import Span
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]

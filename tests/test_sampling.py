@@ -12,9 +12,10 @@ from torch import Tensor
 
 from baatt import BAAttConfig
 from baatt.config import Policy
-from baatt.models import AttentionFunction, MaskedDiffusionLM, ModelConfig, dense_attention
+from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.sampling import REMASKING, SamplerConfig, SampleResult, StepInfo, generate, layer_attention
 from baatt.sampling.routing import sparse_attention
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]

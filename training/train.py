@@ -39,7 +39,8 @@ from torch import Tensor
 import baatt
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer, save_pretrained
-from baatt.models.llada import dense_attention, rotary_tables
+from baatt.models.llada import rotary_tables
+from baatt.stages.dense import dense_attention
 
 WARM_UP_STEPS = 100
 CHECK_EVERY = 20  # steps after which processes agree on clock and stage

@@ -13,7 +13,8 @@ from torch import Tensor
 from baatt.backend import Backend, Workload, choose_backend
 from baatt.checks import check_make_plan, check_plan, check_tensors
 from baatt.config import BAAttConfig
-from baatt.types import Arrangement, Plan
+from baatt.plan import Plan
+from baatt.types import Arrangement
 
 
 def ba_attention(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig
-from baatt.types import Plan
+from baatt.plan import Plan
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,6 +6,7 @@ properties of a kernel are not dials of the method and live in `baatt.kernels`.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from baatt.stages.scoring import SCORES
 from baatt.stages.sorting import ORDERS
@@ -50,14 +51,16 @@ class BAAttConfig:
 
     @classmethod
     def preset(cls, name: str) -> "BAAttConfig":
-        """A named setting: "paper" is the paper's, with a segment of 1024 where it states none.
+        """The method's part of a named setting; the names are those of `PRESETS`.
 
         Raises:
             ValueError: an unknown name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
-        return PRESETS[name]
+        return _preset(name).config
+
+    def kept_blocks(self, key_blocks: int) -> int:
+        """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
+        return max(1, math.ceil((1 - self.sparsity) * key_blocks))
 
     def __post_init__(self) -> None:
         if not _is_integer(self.block_size):
@@ -80,12 +83,6 @@ class BAAttConfig:
             raise TypeError(f"beta must be a finite number, got {self.beta!r}")
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
-
-
-#: Settings by name. They are spelled out: a change of the defaults must not change what a name means.
-PRESETS = {
-    "paper": BAAttConfig(block_size=128, sparsity=0.5, sort="qk", segment=1024, score="covariance", beta=0.5),
-}
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,28 @@ class Policy:
     only_self_attention: bool = True
     recover_padding: bool = True
 
+    @classmethod
+    def preset(cls, name: str) -> "Policy":
+        """The policy's part of a named setting; the names are those of `PRESETS`.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return _preset(name).policy
+
+    def check_layers(self, layers: int) -> frozenset[int]:
+        """The layers that stay dense in a model of `layers` layers, counted from 0.
+
+        Raises:
+            ValueError: a layer that the model does not have.
+        """
+        for layer in self.dense_layers:
+            if not -layers <= layer < layers:
+                raise ValueError(
+                    f"policy.dense_layers must lie in [{-layers}, {layers}) for {layers} layers, got {layer}"
+                )
+        return frozenset(layer % layers for layer in self.dense_layers)
+
     def __post_init__(self) -> None:
         if not isinstance(self.dense_layers, tuple) or not all(_is_integer(layer) for layer in self.dense_layers):
             raise TypeError(f"dense_layers must be a tuple of ints, got {self.dense_layers!r}")
@@ -130,3 +149,30 @@ class Policy:
         for name in ("only_self_attention", "recover_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+
+
+class Preset(NamedTuple):
+    """A named setting: what is sparse and how."""
+
+    config: BAAttConfig
+    policy: Policy
+
+
+#: They are spelled out: a change of the defaults must not change a name. "safe" sorts keys in segments of 256
+#: and keeps layers 0 and 1 dense; of the settings in benchmarks/results/needles_sparse_h200.json it has most answers
+#: right word for word. "paper" is the paper's, with a segment of 1024 where it states none.
+PRESETS = {
+    "safe": Preset(
+        BAAttConfig(block_size=128, sparsity=0.5, sort="k", segment=256, score="covariance", beta=0.5),
+        Policy(dense_layers=(0, 1)),
+    ),
+    "paper": Preset(
+        BAAttConfig(block_size=128, sparsity=0.5, sort="qk", segment=1024, score="covariance", beta=0.5), Policy()
+    ),
+}
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
+    return PRESETS[name]

@@ -4,14 +4,9 @@ Axis legend, used everywhere: B batch, H query heads, G key/value heads, N queri
 P block size, I = ceil(N / P) query blocks, J = ceil(M / P) key blocks, K kept key blocks per query block.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
-
-if TYPE_CHECKING:  # the config checks its names against the stages, which import this module
-    from baatt.config import BAAttConfig
 
 
 class TokenOrder(NamedTuple):
@@ -63,18 +58,6 @@ class BlockSelection(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     count: Tensor  # type: ignore[assignment]
-
-
-class Plan(NamedTuple):
-    """Everything `attend` needs besides q, k and v: what was decided, apart from carrying it out."""
-
-    config: BAAttConfig
-    scale: float
-    query_order: TokenOrder
-    key_order: TokenOrder
-    query_stats: BlockStats
-    key_stats: BlockStats
-    selection: BlockSelection
 
 
 class Partial(NamedTuple):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from baatt.evaluation.likelihood import draw_masks, log_likelihood, request_seed, rolling_windows
 from baatt.models import MaskedDiffusionLM, ModelConfig
-from baatt.models.llada import dense_attention
+from baatt.stages.dense import dense_attention
 
 CPU = torch.device("cpu")
 MASK = 1

@@ -16,7 +16,7 @@ import baatt
 from baatt import BAAttConfig, Policy
 from baatt.integrations import llada
 from baatt.integrations.handle import NoSparseAttentionWarning
-from baatt.models.llada import dense_attention
+from baatt.stages.dense import dense_attention
 from tests.integrations.stubs import MASK, Config, DreamModel, LLaDAModelLM, denoise, merge, positions, split
 
 ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from baatt import BAAttConfig, ba_attention
-from baatt.models import MaskedDiffusionLM, ModelConfig, dense_attention
+from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.cache import KeyValueCache
 from baatt.models.llada import RMSNorm
+from baatt.stages.dense import dense_attention
 
 SMALL = ModelConfig(
     d_model=24,

@@ -15,7 +15,8 @@ from einops import rearrange
 from torch import Tensor
 
 from baatt.analysis.verification import VerificationError, require_verified, verify
-from baatt.types import Plan, TokenOrder
+from baatt.plan import Plan
+from baatt.types import TokenOrder
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -22,7 +22,8 @@ from baatt.analysis.verification import require_verified, verify
 from baatt.attention import ba_attention, make_plan
 from baatt.backend import Backend, Workload, choose_backend
 from baatt.config import BAAttConfig
-from baatt.types import BlockSelection, BlockStats, Plan, TokenOrder
+from baatt.plan import Plan
+from baatt.types import BlockSelection, BlockStats, TokenOrder
 
 GRAPH_TOKENS = 32768
 PAIR_ROUNDS = 25

@@ -11,7 +11,8 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from baatt.types import BlockStats, Plan, TokenOrder
+from baatt.plan import Plan
+from baatt.types import BlockStats, TokenOrder
 
 
 class Deviation(NamedTuple):

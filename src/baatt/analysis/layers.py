@@ -16,7 +16,7 @@ from baatt.analysis.capture import Capture
 from baatt.analysis.oracle import block_mass
 from baatt.attention import make_plan
 from baatt.config import BAAttConfig
-from baatt.types import Plan
+from baatt.plan import Plan
 
 #: Share of a query block's attention mass that counts as all that matters.
 MOST = 0.9

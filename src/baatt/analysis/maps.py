@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baatt.analysis.oracle import run_means
-from baatt.types import Plan
+from baatt.plan import Plan
 
 CELLS = 256
 SLAB_ROWS = 1024

@@ -18,7 +18,7 @@ from baatt.analysis.maps import attention_cells, most_structured_head
 from baatt.analysis.oracle import block_mass, kept_mass
 from baatt.attention import make_plan
 from baatt.config import BAAttConfig
-from baatt.types import Plan
+from baatt.plan import Plan
 
 #: Columns of a map at most: 128 KiB of page for three orders of one head.
 PAGE_CELLS = 128

@@ -17,8 +17,9 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from baatt.backend import Workload, choose_backend
+from baatt.plan import Plan
 from baatt.stages.selection import select_blocks
-from baatt.types import BlockSelection, Plan
+from baatt.types import BlockSelection
 
 logger = logging.getLogger("baatt")
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from baatt.analysis.oracle import block_mass
 from baatt.attention import attend, make_plan
 from baatt.config import BAAttConfig
+from baatt.plan import Plan
 from baatt.stages.pooling import pool_blocks
 from baatt.stages.scoring import covariance_score
 from baatt.stages.selection import select_blocks
-from baatt.types import BlockSelection, BlockStats, Plan, TokenOrder
+from baatt.types import BlockSelection, BlockStats, TokenOrder
 
 Rival = Callable[[Tensor, Tensor, Plan], Tensor]
 SEED = 20260519

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from baatt.analysis.baselines import Inputs, sort_tokens
 from baatt.backend import Backend
-from baatt.types import Partial, Plan
+from baatt.plan import Plan
+from baatt.types import Partial
 
 #: Implementations whose attention takes the sorted copies that `arrange` made.
 TAKES_COPIES = ("triton", "hopper")

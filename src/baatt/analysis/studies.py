@@ -19,7 +19,7 @@ from baatt.analysis.oracle import block_mass, kept_mass, summarise
 from baatt.analysis.rivals import select_by
 from baatt.attention import attend, make_plan
 from baatt.config import BAAttConfig
-from baatt.types import Plan
+from baatt.plan import Plan
 
 #: Points of a scatter plot that are kept, of any number measured.
 POINTS = 250

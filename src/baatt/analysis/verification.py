@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from baatt.types import Plan
+from baatt.plan import Plan
 
 #: Up to this many query blocks over all heads, every one is verified.
 ALL_BLOCKS = 128

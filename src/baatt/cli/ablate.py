@@ -33,7 +33,8 @@ from baatt.evaluation.ruler.niah import NIAH_TASKS
 from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.ruler.tasks import OFFLINE_TASKS
 from baatt.evaluation.ruler_answers import replace_sparse
-from baatt.models.llada import MaskedDiffusionLM, dense_attention
+from baatt.models.llada import MaskedDiffusionLM
+from baatt.stages.dense import dense_attention
 
 DIALS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
 

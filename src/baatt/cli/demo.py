@@ -35,9 +35,10 @@ from baatt.evaluation.retrieval import decode, draw_samples
 from baatt.evaluation.ruler.niah import NIAH_TASKS
 from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.scoring import whole_share
-from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+from baatt.models.llada import MaskedDiffusionLM
+from baatt.plan import Plan
 from baatt.sampling import SamplerConfig, StepInfo, generate
-from baatt.types import Plan
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 # At most eight model evaluations, so that a document beyond the trained length, where no token is sure, still ends.
 DEMO_SAMPLER = SamplerConfig(steps=8, gen_length=64, block_length=32, threshold=0.9)

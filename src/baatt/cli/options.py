@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
+from baatt import config
 from baatt.assets import shipped_model
 from baatt.backend import IMPLS, choose_backend
 from baatt.cli.dials import DTYPES, add_dial_options, changed_dials, free_bytes
@@ -33,12 +34,7 @@ class Setting(NamedTuple):
         return f"{dials}; dense layers: {dense}"
 
 
-# "safe" has most answers right word for word among the settings of benchmarks/results/needles_sparse_h200.json. "paper"
-# sorts queries and keys, every layer sparse.
-PRESETS = {
-    "safe": Setting(BAAttConfig(sort="k", segment=256), Policy(dense_layers=(0, 1))),
-    "paper": Setting(BAAttConfig.preset("paper"), Policy()),
-}
+PRESETS = {name: Setting(*preset) for name, preset in config.PRESETS.items()}
 
 
 def add_sparse_options(parser: argparse.ArgumentParser) -> None:

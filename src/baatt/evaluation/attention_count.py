@@ -9,7 +9,7 @@ import math
 from torch import Tensor
 
 from baatt.config import BAAttConfig
-from baatt.models.llada import AttentionFunction, dense_attention
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 
 class AttentionCount:

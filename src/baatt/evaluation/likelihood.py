@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baatt.models.llada import AttentionFunction, dense_attention
 from baatt.sampling import DenoisingModel
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 
 class MaskDraws(NamedTuple):

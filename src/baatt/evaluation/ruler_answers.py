@@ -29,8 +29,9 @@ from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.ruler.sources import Sources
 from baatt.evaluation.ruler.tasks import draw, find_task
 from baatt.evaluation.scoring import METRICS, WHOLE_METRICS
-from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, WrapAttention, generate
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 #: Prompt of the first evaluation of every setting, which is not timed: long enough for several blocks.
 WARM_UP_TOKENS = 512

@@ -19,7 +19,7 @@ from baatt.attention import ba_attention
 from baatt.backend import Workload, choose_backend
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.steps import StepClock
-from baatt.models.llada import dense_attention
+from baatt.stages.dense import dense_attention
 
 #: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
 TokenPermutation = Callable[[int, torch.device], Tensor | None]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from baatt.integrations.enable import Attachment
 from baatt.integrations.handle import Handle
-from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, dense_attention
+from baatt.models.llada import MaskedDiffusionLM
 from baatt.models.llada_v import VisualDiffusionLM
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 
 def recognises(model: Any) -> bool:

@@ -1,13 +1,11 @@
 """The masked-diffusion language model of this project and its files; see `llada.py` and `checkpoint.py`."""
 
 from baatt.models.checkpoint import from_pretrained, load_tokenizer, save_pretrained
-from baatt.models.llada import AttentionFunction, MaskedDiffusionLM, ModelConfig, dense_attention
+from baatt.models.llada import MaskedDiffusionLM, ModelConfig
 
 __all__ = [
-    "AttentionFunction",
     "MaskedDiffusionLM",
     "ModelConfig",
-    "dense_attention",
     "from_pretrained",
     "load_tokenizer",
     "save_pretrained",

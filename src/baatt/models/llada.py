@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from baatt.models.cache import KeyValueCache
 from baatt.models.inputs import check_logits, check_mask, check_part
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 # What this module implements of the keys that change LLaDA's computation; any other value is refused.
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
@@ -37,15 +38,6 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "input_emb_norm": (False, None),
     "clip_qkv": (None,),
 }
-
-
-class AttentionFunction(Protocol):
-    """q [B, H, N, D], k and v [B, G, M, D], key_mask [B, M] bool (True = attend) or None -> [B, H, N, D].
-
-    M > N in a pass over a part of a cached sequence; the queries may then lie anywhere among the keys.
-    """
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -158,26 +150,6 @@ def _check_implemented(name: str, value: object) -> None:
     if value not in IMPLEMENTED[name]:
         accepted = " or ".join(repr(choice) for choice in IMPLEMENTED[name])
         raise ValueError(f"{name} must be {accepted} (nothing else is implemented), got {value!r}")
-
-
-def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """Full attention softmax(scale q k^T) v; a batch row whose keys are all masked gives 0.
-
-    Args:
-        q: [B, H, N, D]. k, v: [B, G, M, D] with H a multiple of G. key_mask: [B, M] bool, True = attend.
-        scale: None = 1 / sqrt(D).
-    """
-    if key_mask is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    # Fused kernels that take a mask take no grouped heads; without this the product of N x N scores is stored.
-    if q.shape[1] != k.shape[1]:  # repeating once would copy too
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    empty = ~key_mask.any(dim=1, keepdim=True)
-    visible = rearrange(key_mask | empty, "B M -> B 1 1 M")  # no kernel meets a row of -inf alone
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    return out.masked_fill(rearrange(empty, "B 1 -> B 1 1 1"), 0)
 
 
 class Rotary(NamedTuple):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig, Policy
-from baatt.models.llada import AttentionFunction
 from baatt.sampling.caching import CACHES, Span
 from baatt.sampling.config import SamplerConfig
 from baatt.sampling.routing import layer_attention
 from baatt.sampling.run import BlockCache, DenoisingModel, Run, denoise, start_run
+from baatt.stages.dense import AttentionFunction
 
 WrapAttention = Callable[[int, AttentionFunction], AttentionFunction]
 

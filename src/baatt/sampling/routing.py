@@ -9,7 +9,7 @@ from torch import Tensor
 
 from baatt.attention import ba_attention
 from baatt.config import BAAttConfig, Policy
-from baatt.models.llada import AttentionFunction, dense_attention
+from baatt.stages.dense import AttentionFunction, dense_attention
 
 
 def sparse_attention(

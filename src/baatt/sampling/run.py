@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from baatt.models.cache import KeyValueCache
-from baatt.models.llada import AttentionFunction, ModelConfig
+from baatt.models.llada import ModelConfig
 from baatt.sampling.caching import Span
 from baatt.sampling.config import SamplerConfig
 from baatt.sampling.filling import choose, guess
+from baatt.stages.dense import AttentionFunction
 
 
 class DenoisingModel(Protocol):
