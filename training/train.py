@@ -39,7 +39,7 @@ from torch import Tensor
 import baatt
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer, save_pretrained
-from baatt.models.llada import rotary_tables
+from baatt.models.rope import rotary_tables
 from baatt.stages.dense import dense_attention
 
 WARM_UP_STEPS = 100

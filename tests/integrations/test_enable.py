@@ -11,7 +11,7 @@ from baatt import BAAttConfig, Policy
 from baatt.integrations.handle import NoSparseAttentionWarning
 from baatt.integrations.steps import StepClock
 from baatt.models import MaskedDiffusionLM
-from baatt.models.llada import ModelConfig
+from baatt.models.config import ModelConfig
 from baatt.sampling import SamplerConfig, generate
 
 MASK = 63

@@ -17,7 +17,8 @@ from torch import Tensor
 import baatt
 from baatt import BAAttConfig, Policy
 from baatt.models.checkpoint import load_tokenizer
-from baatt.models.llada import MaskedDiffusionLM, ModelConfig
+from baatt.models.config import ModelConfig
+from baatt.models.llada import MaskedDiffusionLM
 from baatt.models.llada_v import VisualDiffusionLM, stored_name
 from baatt.models.llada_v_chat import (
     PICTURE,

@@ -15,7 +15,7 @@ from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, check_memory, load_model, read_setting
 from baatt.config import Policy
 from baatt.evaluation.retrieval import decode
-from baatt.models.llada import ModelConfig
+from baatt.models.config import ModelConfig
 from baatt.sampling import CACHES, REMASKING, SamplerConfig, StepInfo, generate
 
 

@@ -18,7 +18,8 @@ from baatt.cli.dials import DTYPES, add_dial_options, changed_dials, free_bytes
 from baatt.cli.errors import UsageError
 from baatt.config import BAAttConfig, Policy
 from baatt.models.checkpoint import load_tokenizer
-from baatt.models.llada import MaskedDiffusionLM, ModelConfig
+from baatt.models.config import ModelConfig
+from baatt.models.llada import MaskedDiffusionLM
 
 
 class Setting(NamedTuple):

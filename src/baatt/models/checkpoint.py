@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from baatt.models.llada import MaskedDiffusionLM, ModelConfig
-from baatt.models.rope import resolve_rope_scaling
+from baatt.models.config import ModelConfig
+from baatt.models.llada import MaskedDiffusionLM
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -41,7 +41,7 @@ def from_pretrained(
             unexpected or of the wrong shape.
     """
     folder = _folder(path)
-    config = ModelConfig.from_dict(resolve_rope_scaling(_read_json(folder / "config.json")))
+    config = ModelConfig.from_dict(_read_json(folder / "config.json"))
     with torch.device("meta"):
         model = MaskedDiffusionLM(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

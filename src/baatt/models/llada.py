@@ -5,12 +5,10 @@ checkpoints, so `state_dict()` and a LLaDA folder are the same thing. Attention 
 for all layers or one per layer; the model knows nothing of sparsity, sampling or files.
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,162 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from baatt.models.cache import KeyValueCache
+from baatt.models.config import ModelConfig
 from baatt.models.inputs import check_logits, check_mask, check_part
+from baatt.models.rope import Rotary, rotary_tables, rotate
 from baatt.stages.dense import AttentionFunction, dense_attention
-
-# What this module implements of the keys that change LLaDA's computation; any other value is refused.
-IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "model_type": ("llada",),
-    "block_type": ("llama",),
-    "block_group_size": (1,),
-    "activation_type": ("silu",),
-    "layer_norm_type": ("rms",),
-    "layer_norm_with_affine": (True,),
-    "attention_layer_norm_with_affine": (True,),
-    "bias_for_layer_norm": (False, None),
-    "rope": (True,),
-    "alibi": (False, None),
-    "multi_query_attention": (False, None),
-    "scale_logits": (False, None),
-    "input_emb_norm": (False, None),
-    "clip_qkv": (None,),
-}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the model, in the field names of LLaDA's config.json.
-
-    Args:
-        n_kv_heads: G, heads of keys and values; None means `n_heads`.
-        embedding_size: rows of the embedding and width V of the logits, at least `vocab_size`; None means `vocab_size`.
-        attention_layer_norm: RMSNorm of the whole projected queries and keys, before the split into heads.
-        max_sequence_length: the length the weights were trained for; longer inputs are not refused.
-        init_std: standard deviation of freshly drawn weights.
-
-    Raises:
-        TypeError, ValueError: a size that is not a positive int, or sizes that do not fit each other.
-    """
-
-    d_model: int
-    n_heads: int
-    n_layers: int
-    mlp_hidden_size: int
-    vocab_size: int
-    mask_token_id: int
-    n_kv_heads: int | None = None
-    embedding_size: int | None = None
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
-    weight_tying: bool = False
-    attention_layer_norm: bool = False
-    include_bias: bool = False
-    include_qkv_bias: bool = False
-    max_sequence_length: int = 4096
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    init_std: float = 0.02
-    block_type: str = "llama"
-    layer_norm_type: str = "rms"
-    activation_type: str = "silu"
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "n_layers", "mlp_hidden_size", "vocab_size", "max_sequence_length"):
-            _check_positive_integer(name, getattr(self, name))
-        _check_positive_integer("n_kv_heads", self.kv_heads)
-        _check_positive_integer("embedding_size", self.logit_size)
-        for name in ("block_type", "layer_norm_type", "activation_type"):
-            _check_implemented(name, getattr(self, name))
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"d_model must be a multiple of 2 * n_heads={2 * self.n_heads}, got {self.d_model}")
-        if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_kv_heads must divide n_heads={self.n_heads}, got {self.kv_heads}")
-        if self.logit_size < self.vocab_size:
-            raise ValueError(f"embedding_size must be at least vocab_size={self.vocab_size}, got {self.logit_size}")
-        if not 0 <= self.mask_token_id < self.logit_size:
-            raise ValueError(f"mask_token_id must be in [0, {self.logit_size}), got {self.mask_token_id}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    @property
-    def head_size(self) -> int:
-        """D, channels per head."""
-        return self.d_model // self.n_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """G, heads of keys and values."""
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def logit_size(self) -> int:
-        """V, rows of the embedding and width of the logits."""
-        return self.vocab_size if self.embedding_size is None else self.embedding_size
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
-        """Read the contents of a LLaDA config.json; keys without influence on inference are ignored.
-
-        Raises:
-            ValueError: a key is missing, or asks for something that is not implemented.
-        """
-        for name in IMPLEMENTED.keys() & values.keys():
-            _check_implemented(name, values[name])
-        if values.get("include_bias") and values.get("bias_for_layer_norm") is None:
-            raise ValueError("bias_for_layer_norm must be false when include_bias is true, got None")
-        names = [field.name for field in dataclasses.fields(cls)]
-        known = {name: values[name] for name in names if values.get(name) is not None}
-        if "mlp_hidden_size" not in known and "mlp_ratio" in values and "d_model" in known:
-            known["mlp_hidden_size"] = values["mlp_ratio"] * known["d_model"]
-        required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in known]
-        if missing:
-            raise ValueError(f"a LLaDA config must have the keys {required}, missing {missing}")
-        return cls(**known)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json that LLaDA's own code and `from_dict` both read."""
-        fixed = {name: accepted[0] for name, accepted in IMPLEMENTED.items()}
-        sizes = {"n_kv_heads": self.kv_heads, "embedding_size": self.logit_size, "rope_full_precision": True}
-        return {"architectures": ["LLaDAModelLM"], **fixed, **dataclasses.asdict(self), **sizes}
-
-
-def _check_positive_integer(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
-
-
-def _check_implemented(name: str, value: object) -> None:
-    if value not in IMPLEMENTED[name]:
-        accepted = " or ".join(repr(choice) for choice in IMPLEMENTED[name])
-        raise ValueError(f"{name} must be {accepted} (nothing else is implemented), got {value!r}")
-
-
-class Rotary(NamedTuple):
-    """cos and sin of the RoPE angles, each [B or 1, 1, N, D/2], fp32 (fp64 for an fp64 model)."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rotary_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Angles position * theta^(-2t/D) of positions [B or 1, N] and channels t < D/2."""
-    channels = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype)
-    frequencies = theta ** -(channels / head_size)
-    angles = positions[:, None, :, None].to(dtype) * frequencies
-    return Rotary(angles.cos(), angles.sin())
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn channels (t, t + D/2) of x [B, H, N, D] by the angle of t; computed and returned in the tables' dtype."""
-    first, second = x.to(rotary.cos.dtype).chunk(2, dim=-1)
-    return torch.cat(
-        (first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin),
-        dim=-1,
-    )
 
 
 class RMSNorm(nn.Module):

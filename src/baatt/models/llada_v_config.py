@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from baatt.models.llada import ModelConfig
+from baatt.models.config import ModelConfig
 from baatt.models.siglip import SiglipConfig
 from baatt.models.visual_tokens import NEWLINES
 

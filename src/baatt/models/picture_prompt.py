@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baatt.models.llada import MaskedDiffusionLM, ModelConfig
+from baatt.models.config import ModelConfig
+from baatt.models.llada import MaskedDiffusionLM
 
 
 class VisualEmbedding(nn.Embedding):

@@ -1,17 +1,45 @@
-"""What config.json says about RoPE beyond its base: one base change is known, every other scaling is refused.
+"""Rotary position embedding (RoPE): the tables of angles, the rotation, and what config.json may say of their base.
 
-In: the contents of a LLaDA config.json. Out: the same contents with the base that the rotary tables are made from.
-LLaDA-8B, LLaDA-1.5 and UltraLLaDA have no scaling key: their `rope_theta` is the base. Knows nothing of tensors.
+In: positions [B, N] and q or k [B, H, N, D]; or the contents of a LLaDA config.json. Out: the same rotated; or the same
+contents with the base that the tables are made from. One change of the base is known, every other scaling is refused.
+LLaDA-8B, LLaDA-1.5 and UltraLLaDA have no scaling key: their `rope_theta` is the base.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 #: Keys about RoPE that the model reads itself, or that change nothing here: its tables are in float32 anyway.
 READ_BY_THE_MODEL = {"rope", "rope_theta", "rope_full_precision"}
 #: Keys of a scaling, as transformers writes them: before version 5, and since.
 SCALING_KEYS = ("rope_scaling", "rope_parameters")
+
+
+class Rotary(NamedTuple):
+    """cos and sin of the RoPE angles, each [B or 1, 1, N, D/2], fp32 (fp64 for an fp64 model)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Rotary:
+    """Angles position * theta^(-2t/D) of positions [B or 1, N] and channels t < D/2."""
+    channels = torch.arange(0, head_size, 2, device=positions.device, dtype=dtype)
+    frequencies = theta ** -(channels / head_size)
+    angles = positions[:, None, :, None].to(dtype) * frequencies
+    return Rotary(angles.cos(), angles.sin())
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turn channels (t, t + D/2) of x [B, H, N, D] by the angle of t; computed and returned in the tables' dtype."""
+    first, second = x.to(rotary.cos.dtype).chunk(2, dim=-1)
+    return torch.cat(
+        (first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin),
+        dim=-1,
+    )
 
 
 def ntk_base(theta: float, factor: float, head_size: int) -> float:

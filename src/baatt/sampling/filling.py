@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from baatt.models.llada import ModelConfig
+from baatt.models.config import ModelConfig
 from baatt.sampling.config import SamplerConfig
 from baatt.sampling.remasking import REMASKING
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from baatt.models.cache import KeyValueCache
-from baatt.models.llada import ModelConfig
+from baatt.models.config import ModelConfig
 from baatt.sampling.caching import Span
 from baatt.sampling.config import SamplerConfig
 from baatt.sampling.filling import choose, guess
