@@ -24,7 +24,7 @@ def percent(sparsity: float) -> str:
 
 
 def pooled(cells: Iterable[Record]) -> str:
-    """Word for word in percent with its 95 % interval; after the semicolon by RULER's measure."""
+    """As whole words in percent with its 95 % interval; after the semicolon by RULER's measure."""
     cells = list(cells)
     whole = [right for one in cells for right in one["right_whole"]]
     contained = [right for one in cells for right in one["right"]]
@@ -71,8 +71,8 @@ def caption(record: Record, *, pooled_over_tasks: bool) -> str:
     layers = ", ".join(map(str, record["dense_layers"])) or "none"
     share = pooled(dense) if pooled_over_tasks else "; ".join(f"`{one['task']}` {pooled([one])}" for one in dense)
     return (
-        "Answers right word for word, in percent [95 % Wilson interval]; after the semicolon, those that contain every "
-        f"value, RULER's measure. {samples} answers a cell, of {tasks}{'' if pooled_over_tasks else ', each'}, "
+        "Answers right as whole words, in percent [95 % Wilson interval]; after the semicolon, those that contain "
+        f"every value, RULER's measure. {samples} answers a cell, of {tasks}{'' if pooled_over_tasks else ', each'}, "
         f"{dense[0]['length']} tokens, seed {record['seed']}, `{record['model']}` in {record['dtype']}, layers that "
         f"stay dense: {layers}. Dense attention on the same samples: {share}. `-`: the run's time ended before."
     )

@@ -213,7 +213,7 @@ def table(record: result_tables.Record) -> str:
     ]
     sampler, sparse = record["sampler"], record["sparse"]
     caption = (
-        f"Tokens per second (answers right word for word) on `{first['task']}` at {first['length']} tokens: "
+        f"Tokens per second (answers right as whole words) on `{first['task']}` at {first['length']} tokens: "
         f"{sampler['gen_length']} tokens in blocks of {sampler['block_length']}, {sampler['steps']} steps without a "
         f"threshold, batches of {record['batch_size']}, `{record['model']}` in {record['dtype']}. Sparse: "
         f"{100 * sparse['sparsity']:g} %, {result_tables.order_name(sparse)}, layers that stay dense: "

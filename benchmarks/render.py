@@ -1,11 +1,13 @@
-"""Fills the marked blocks of the Markdown files with tables made from the stored results.
+"""Fills the marked places of the Markdown files with tables and numbers made from the stored results.
 
 A block is `<!-- render:NAME -->`, generated text, `<!-- /render -->`. NAME is a key of `BLOCKS`, which says which JSON
-files under benchmarks/results/ it is made from and by which function. `python benchmarks/render.py` rewrites the files,
-`--check` only tells which one is out of date. A missing result is an error, unless the block is listed in `OPTIONAL`.
+files under benchmarks/results/ it is made from and by which function. A number inside a sentence is
+`<!--=NAME WORDS-->97.1<!--/-->`, see values.py. `python benchmarks/render.py` rewrites the files, `--check` only tells
+which one is out of date. A missing result is an error, unless the block is listed in `OPTIONAL`.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -35,13 +37,16 @@ from result_tables import (
     recall_by_score,
     short_queries,
 )
+from values import VALUES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
-FILES = ("README.md", "docs/*.md", "src/baatt/assets/needle-18m/README.md")
+FILES = ("README.md", "docs/**/*.md", "src/baatt/assets/needle-18m/README.md")
 BEGIN, END = "<!-- render:{name} -->", "<!-- /render -->"
 MARKED = re.compile(r"<!-- render:(?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-- /render -->)", re.DOTALL)
 BEGIN_OR_END = re.compile(r"<!-- render:[^>]*-->|<!-- /render -->")
+VALUE = re.compile(r"<!--=(?P<call>[^\n]*?)-->(?P<text>[^\n]*?)<!--/-->")
+VALUE_BEGIN_OR_END = re.compile(r"<!--=|<!--/-->")
 NOT_MEASURED = "not measured yet"
 RULER_GRIDS = ("ruler_grid_4096.json", "ruler_grid_long.json")
 #: One setting each, counted from answers of the same runs.
@@ -119,12 +124,36 @@ def render_block(name: str, root: Path) -> str:
     return block.render(records) if block.together else "\n\n".join(map(block.render, records))
 
 
-def render_text(text: str, root: Path) -> str:
-    """A Markdown text with every block renewed.
+@functools.cache
+def read_once(path: Path) -> Record:
+    """A result file that holds one record; numbers of the prose ask for the same few files again and again."""
+    return load(path)[0]
+
+
+def render_value(call: str, root: Path) -> str:
+    """The text of one number of the prose.
 
     Raises:
-        RenderError: as `render_block`, or a block that is not closed.
+        RenderError: an unknown name, words that its function does not take, or no such measurement.
     """
+    name, *words = call.split()
+    if name not in VALUES:
+        raise RenderError(f"the value {name} is unknown, known are {', '.join(VALUES)}")
+    try:
+        return VALUES[name](lambda result: read_once(root / RESULTS / f"{result}.json"), *words)
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        raise RenderError(f"the value `{call}` cannot be made: {error}") from None
+
+
+def render_text(text: str, root: Path) -> str:
+    """A Markdown text with every block and every number renewed.
+
+    Raises:
+        RenderError: as `render_block` and `render_value`, or a mark that is not closed.
+    """
+    if len(VALUE_BEGIN_OR_END.findall(text)) != 2 * len(VALUE.findall(text)):
+        raise RenderError("every `<!--=NAME WORDS-->` needs its own `<!--/-->` on the same line")
+    text = VALUE.sub(lambda value: f"<!--={value['call']}-->{render_value(value['call'], root)}<!--/-->", text)
     marks = BEGIN_OR_END.findall(text)
     if len(marks) != 2 * len(MARKED.findall(text)) or END in marks[::2]:
         raise RenderError(f"every `{BEGIN.format(name='NAME')}` needs its own `{END}`, each on a line of its own")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CARD = "src/baatt/assets/needle-18m/README.md"
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "training/README.md", CARD),
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 NAME = re.compile(r"`(baatt(?:\.\w+)+)`")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
@@ -131,8 +131,8 @@ def test_links_lead_to_files(document):
             assert ((ROOT / document).parent / target).exists(), target
 
 
-def test_the_model_card_states_average_and_lowest_scores():
-    """The goals are reached with dense attention at every length; the lowest scores are named, with their intervals."""
+def test_the_goals_of_the_model_card_are_reached():
+    """With dense attention: an average of 90 over all tasks at 4096 tokens, and 95 on each needle task everywhere."""
     dense = json.loads(read("benchmarks/results/ruler_needle-18m.json"))["records"]
     assert {(one["length"], one["n"]) for one in dense} == {(length, 200) for length in (4096, 8192, 16384)}
     short = [one["accuracy"] for one in dense if one["length"] == 4096]
@@ -141,16 +141,6 @@ def test_the_model_card_states_average_and_lowest_scores():
     needles = [one for one in dense if one["task"].startswith("niah_")]
     assert len(needles) == 24
     assert min(one["accuracy"] for one in needles) >= 0.95
-    card, changelog = prose(CARD), prose("CHANGELOG.md")
-    one = min(needles, key=lambda one: one["accuracy"])
-    right = f"{round(one['accuracy'] * one['n'])}/{one['n']} = {100 * one['accuracy']:.1f} %"
-    interval = f"(95 % interval {100 * one['ci_low']:.1f}-{100 * one['ci_high']:.1f})"
-    assert f"`{one['task']}` at {one['length']:,} tokens is lowest, {right} {interval}" in card
-    one = min(dense, key=lambda one: one["accuracy"])
-    interval = f"{100 * one['ci_low']:.1f}-{100 * one['ci_high']:.1f})"
-    assert f"of all, `{one['task']}` at {one['length']:,} tokens, {100 * one['accuracy']:.1f} ({interval}" in card
-    assert f"weakest on `{one['task']}`: {100 * one['accuracy']:.1f} with dense" in changelog
-    assert f"(95 % interval {interval}" in changelog
 
 
 GRIDS = ("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192")
@@ -169,54 +159,27 @@ def ruler():
     }
 
 
-def averages(ruler, tasks=11):
-    """Score in percent and points lost, by setting, length and sparsity, where all tasks of a number are there."""
+def averages(ruler):
+    """Score in percent by setting, length and sparsity, where all tasks are there."""
     cells: dict[tuple[str, int, float], list[float]] = {}
-    for (name, length, share, task), one in ruler.items():
-        if tasks == 11 or task.startswith("niah_"):
-            cells.setdefault((name, length, share), []).append(100 * one["accuracy"])
-    means = {place: sum(found) / tasks for place, found in cells.items() if len(found) == tasks}
-    scores = {place: round(mean, 1) for place, mean in means.items()}
-    return scores, {place: f"{means[*place[:2], 0] - mean:.1f}" for place, mean in means.items()}
+    for (name, length, share, _), one in ruler.items():
+        cells.setdefault((name, length, share), []).append(100 * one["accuracy"])
+    means = {place: sum(found) / 11 for place, found in cells.items() if len(found) == 11}
+    return {place: round(mean, 1) for place, mean in means.items()}
 
 
 def test_the_grid_of_ruler_is_complete(ruler):
-    """Every required way to choose blocks, length and sparsity, 200 samples of eleven tasks; what lacks is said."""
+    """Every required way to choose blocks, length and sparsity, 200 samples of eleven tasks; only `safe` lacks some."""
     assert {one["n"] for one in ruler.values()} == {200}
-    scores, _ = averages(ruler)
+    scores = averages(ruler)
     for name, length in itertools.product(("paper", "mean", "antidiagonal", "oracle"), LENGTHS):
         assert all((name, length, share) in scores for share in (0, *SHARES))
     assert ("safe", 16384, 0.5) not in scores
-    assert "`safe` at 16,384 tokens lacks 900 of 8800 answers" in prose("docs/ruler.md")
-
-
-def test_the_page_about_ruler_says_what_the_file_says(ruler):
-    scores, losses = averages(ruler)
-    needles, _ = averages(ruler, 8)
-    page, card, readme = prose("docs/ruler.md"), prose(CARD), prose("README.md")
-    short = f"loses {losses['oracle', 4096, 0.5]} points at 50 % and {losses['oracle', 4096, 0.7]} at 70 % at 4096"
-    assert short in page
-    first, second, third = (losses["oracle", length, 0.9] for length in LENGTHS)
-    assert f"at 90 % it loses {first}, {second} and {third} points" in page
-    first, second, third = (scores["paper", length, 0.5] for length in LENGTHS)
-    assert f"it gives {first}, {second} and {third} at 50 %" in page
-    first, second = (losses["safe", length, 0.5] for length in LENGTHS[:2])
-    assert f"`safe` loses {first} points at 50 % at 4096 tokens and {second} at 8192" in page
-    first, second = (scores["safe", length, 0.7] for length in LENGTHS[:2])
-    third, fourth = (scores["antidiagonal", length, 0.5] for length in LENGTHS[:2])
-    assert f"has {first} and {second}, and XAttention's score at 50 % has {third} and {fourth}" in page
-    assert f"it is {needles['safe', 16384, 0.7]} beside {needles['antidiagonal', 16384, 0.5]}" in page
-    assert f"({scores['finer', 8192, 0.5]} against {scores['mean', 8192, 0.5]} at 50 %)" in page
-    assert f"{needles['safe', 16384, 0.5]} at 50 %, dense {needles['safe', 16384, 0]}" in readme
-    safe, paper, oracle = (scores[name, 4096, 0.5] for name in ("safe", "paper", "oracle"))
-    assert f"{safe} with the preset `safe` (two of six layers dense), {paper} with `paper`, {oracle} if" in card
-    safe, paper, oracle = (scores[name, 8192, 0.5] for name in ("safe", "paper", "oracle"))
-    assert f"{safe} with `safe`, {paper} with `paper`, {oracle} with the exact" in card
 
 
 def test_the_order_of_the_ways_to_choose_blocks_is_that_of_the_files(ruler):
     """What page and README say of which is ahead."""
-    scores, _ = averages(ruler)
+    scores = averages(ruler)
     for length, share in itertools.product(LENGTHS[:2], (0.5, 0.7)):
         cheap = ("safe", "paper", "mean", "antidiagonal")
         assert max(cheap, key=lambda name: scores[name, length, share]) == "safe"
@@ -241,27 +204,6 @@ def right(one: dict[str, float], key: str = "accuracy") -> int:
     return round(200 * one[key])
 
 
-def prose(document: str) -> str:
-    """A document on one line."""
-    return " ".join(read(document).split())
-
-
-def test_the_prose_about_losses_is_that_of_the_file(sparse):
-    """README and changelog name the first checkpoint's losses in counts, word for word."""
-    readme, changelog = prose("README.md"), prose("CHANGELOG.md")
-    safe = {task: right(one, "trained_format") for (setting, task), one in sparse.items() if setting == SAFE}
-    dense = {task: right(one, "trained_format") for (setting, task), one in sparse.items() if setting == "dense"}
-    paper = sum(right(one, "trained_format") for (setting, _), one in sparse.items() if setting == PAPER)
-    worst = ("multivalue", "single_1")
-    assert sorted(safe, key=lambda task: safe[task])[:2] == list(worst)
-    for task in worst:
-        loss = f"{safe[task]} of 200 on `niah_{task}` (dense: {dense[task]})"
-        assert loss in readme.replace("of 200 right", "of 200")
-        assert loss in changelog.replace("of 200 right", "of 200")
-    whole = f"{sum(safe.values())} of 1600 needle answers word for word at 50 % sparsity (dense: {sum(dense.values())})"
-    assert f"{whole} and only {paper} of 1600 with `paper`" in readme
-
-
 def totals(records, key):
     """Answers right of every setting, all tasks together."""
     found: dict[str, int] = {}
@@ -271,14 +213,11 @@ def totals(records, key):
 
 
 def test_the_best_setting_by_each_measure_is_that_of_the_file(sparse):
-    """Word for word `safe` has most answers right, by RULER's measure longer segments: the page says both."""
-    method = prose("docs/method.md")
+    """Word for word `safe` has most answers right, by RULER's measure longer segments, as docs/method.md says."""
     exact, contained = (totals(sparse, key) for key in ("trained_format", "accuracy"))
     settings = exact.keys() - {"dense"}
     assert max(settings, key=lambda name: exact[name]) == SAFE
     assert max(settings, key=lambda name: contained[name]) == LONGER
-    assert f"right word for word ({exact[SAFE]} of 1600)" in method
-    assert f"({contained[LONGER]} against {contained[SAFE]}) and spell fewer right ({exact[LONGER]})" in method
 
 
 def test_the_defaults_are_ahead_of_no_sorting_wherever_both_were_measured(sparse):

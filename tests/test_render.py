@@ -246,3 +246,39 @@ def test_study_tables(copy):
 
 def test_a_commit_may_be_unknown():
     assert result_tables.commit_name(None) == "unknown"
+
+
+def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):
+    shutil.copy(ROOT / "benchmarks/results/ruler_grid_4096.json", copy / "benchmarks/results")
+    records = json.loads((copy / "benchmarks/results/ruler_grid_4096.json").read_text())["settings"]["safe"]["records"]
+    share = {key: [one["accuracy"] for one in records if one["config"].get("sparsity", 0) == key] for key in (0, 0.5)}
+    dense, safe = (100 * sum(found) / 11 for found in share.values())
+    path = copy / "README.md"
+    path.write_text(
+        "It scores <!--=score safe 50% 4096-->?<!--/-->, a loss of <!--=loss safe 50% 4096-->1<!--/--> points."
+    )
+    assert render.main(["--check"], copy) == 1
+    assert render.main([], copy) == 0
+    text = path.read_text()
+    assert f"scores <!--=score safe 50% 4096-->{safe:.1f}<!--/-->, a loss" in text
+    assert f"loss of <!--=loss safe 50% 4096-->{dense - safe:.1f}<!--/--> points." in text
+    assert render.main(["--check"], copy) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!--=scores safe-->1<!--/-->", "the value scores is unknown, known are score, loss"),
+        ("<!--=score safe-->1<!--/-->", "the value `score safe` cannot be made"),
+        ("<!--=score safe 50% 1024-->1<!--/-->", "no grid has all tasks of safe at 1024 tokens"),
+        ("<!--=score safe 50% 4096-->1", "needs its own `<!--/-->`"),
+        ("<!--=score safe 50% 4096-->\n1<!--/-->", "needs its own `<!--/-->`"),
+    ],
+)
+def test_broken_numbers_are_named(copy, capsys, text, message):
+    for name in ("4096", "long", "safe_16384", "finer_8192"):
+        shutil.copy(ROOT / f"benchmarks/results/ruler_grid_{name}.json", copy / "benchmarks/results")
+    (copy / "README.md").write_text(text)
+    assert render.main(["--check"], copy) == 1
+    assert message in capsys.readouterr().err
+    assert (copy / "README.md").read_text() == text

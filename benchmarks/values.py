@@ -1,0 +1,127 @@
+"""Numbers of the prose: `<!--=NAME WORDS-->97.1<!--/-->` in a Markdown file holds what `VALUES[NAME]` makes of WORDS.
+
+A function here is given `read`, which returns a stored result by the name of its file, and the words, and returns the
+text between the marks. `render.py` fills them in and `render.py --check` compares them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+Record = Mapping[str, Any]
+Read = Callable[[str], Record]
+
+GRIDS = ("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192")
+#: Tasks of RULER that an average needs: all that need no data set, or the needles among them.
+TASK_COUNTS = {"all": 11, "needles": 8}
+#: Short names of settings of training/evaluate.py.
+NEEDLE_SETTINGS = {
+    "dense": "dense",
+    "safe": "sort=k,segment=256,dense_layers=0+1",
+    "longer": "sort=k,segment=1024,dense_layers=0+1",
+    "paper": "sort=qk,segment=1024",
+}
+
+
+def ruler_score(read: Read, setting: str, sparsity: str, lengths: str, tasks: str = "all") -> str:
+    """RULER's score in percent, averaged over tasks: `score safe 50% 4096,8192`, `score safe 50% 16384 needles`."""
+    return _joined(_average(read, setting, length, _share(sparsity), tasks) for length in _numbers(lengths))
+
+
+def ruler_loss(read: Read, setting: str, sparsity: str, lengths: str, tasks: str = "all") -> str:
+    """Points that a setting loses against dense attention on the same samples: `loss safe 50% 4096,8192`."""
+    return _joined(
+        _average(read, setting, length, 0, tasks) - _average(read, setting, length, _share(sparsity), tasks)
+        for length in _numbers(lengths)
+    )
+
+
+def lowest_score(read: Read, tasks: str) -> str:
+    """The task with the lowest score of dense attention and its interval: `lowest needles`."""
+    records = read("ruler_needle-18m")["records"]
+    one = min((one for one in records if tasks == "all" or _is_needle(one)), key=lambda one: float(one["accuracy"]))
+    interval = f"{100 * one['ci_low']:.1f}-{100 * one['ci_high']:.1f}"
+    return f"`{one['task']}` at {one['length']:,} tokens, {100 * one['accuracy']:.1f} ({interval})"
+
+
+def word_for_word(read: Read, setting: str, task: str | None = None) -> str:
+    """Answers of the first checkpoint that are the expected text: `word_for_word safe niah_multivalue`."""
+    return _answers(read, "trained_format", setting, task)
+
+
+def every_value(read: Read, setting: str, task: str | None = None) -> str:
+    """Answers of the first checkpoint that contain every value, RULER's measure: `every_value safe`."""
+    return _answers(read, "accuracy", setting, task)
+
+
+def decoding_rate(read: Read, cache: str, attention: str) -> str:
+    """Tokens per second without a threshold: `decoding_rate dual sparse`."""
+    return f"{_rate(read, cache, attention):.0f}"
+
+
+def decoding_gain(read: Read, cache: str, attention: str) -> str:
+    """How many times the tokens per second of dense attention without a cache: `decoding_gain dual dense`."""
+    return f"{_rate(read, cache, attention) / _rate(read, 'none', 'dense'):.2f}"
+
+
+def _numbers(lengths: str) -> list[int]:
+    return [int(length) for length in lengths.split(",")]
+
+
+def _joined(numbers: Iterable[float]) -> str:
+    """`62.1, 65.3 and 61.2`."""
+    *most, last = (f"{abs(number) if round(number, 1) == 0 else number:.1f}" for number in numbers)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _share(sparsity: str) -> float:
+    return int(sparsity.removesuffix("%")) / 100
+
+
+def _is_needle(one: Record) -> bool:
+    return bool(one["task"].startswith("niah_"))
+
+
+def _average(read: Read, setting: str, length: int, sparsity: float, tasks: str) -> float:
+    """In percent; of the first grid in which the setting has all tasks."""
+    for grid in map(read, GRIDS):
+        chosen = [each for name, each in grid["settings"].items() if setting in (name, "dense")]
+        for each in chosen:
+            found = [
+                one["accuracy"]
+                for one in each["records"]
+                if one["length"] == length
+                and one["config"].get("sparsity", 0) == sparsity
+                and (tasks == "all" or _is_needle(one))
+            ]
+            if len(found) == TASK_COUNTS[tasks]:
+                return float(100 * sum(found) / len(found))
+    raise LookupError(f"no grid has {tasks} tasks of {setting} at {length} tokens and sparsity {sparsity:g}")
+
+
+def _answers(read: Read, measure: str, setting: str, task: str | None) -> str:
+    found = [
+        round(one[measure] * one["n"])
+        for one in read("needles_sparse_h200")["records"]
+        if one["setting"] == NEEDLE_SETTINGS[setting] and task in (None, one["task"])
+    ]
+    if not found:
+        raise LookupError(f"needles_sparse_h200 has no {setting} {task}")
+    return str(sum(found))
+
+
+def _rate(read: Read, cache: str, attention: str) -> float:
+    for one in read("decoding_h200")["records"]:
+        if (one["cache"], one["attention"], one["threshold"]) == (cache, attention, None):
+            return float(one["tokens_per_second"])
+    raise LookupError(f"decoding_h200 has no {cache} {attention} without a threshold")
+
+
+VALUES: dict[str, Callable[..., str]] = {
+    "score": ruler_score,
+    "loss": ruler_loss,
+    "lowest": lowest_score,
+    "word_for_word": word_for_word,
+    "every_value": every_value,
+    "decoding_rate": decoding_rate,
+    "decoding_gain": decoding_gain,
+}
