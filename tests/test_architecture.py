@@ -28,11 +28,12 @@ ALLOWED = {
     "models": {"attention", "config", "stages", "types"},
     "integrations": {"attention", "backend", "config", "stages", "types", "models"},
     "sampling": {"attention", "config", "stages", "types", "models", "integrations"},
-    "evaluation": {"attention", "config", "stages", "types", "models", "integrations", "sampling", "assets"},
+    "evaluation": {"attention", "config", "stages", "types", "models", "integrations", "sampling", "assets", "lab"},
     "assets": set(),
+    "lab": {"assets", "backend", "config", "models", "types"},
     "cli": {
         *("analysis", "assets", "attention", "backend", "config", "distributed"),
-        *("evaluation", "integrations", "models", "plan", "sampling", "stages", "types"),
+        *("evaluation", "integrations", "lab", "models", "plan", "sampling", "stages", "types"),
     },
 }
 HEAVY = {"triton", "transformers", "diffusers", "matplotlib"}

@@ -5,7 +5,7 @@ properties of a kernel are not dials of the method and live in `baatt.kernels`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from baatt.stages.scoring import SCORES
@@ -42,11 +42,12 @@ class BAAttConfig:
         ValueError: a value outside its range, or an unknown name.
     """
 
-    block_size: int = 128
+    # Metadata is for `baatt.lab.options`: what a field takes, and the word for None.
+    block_size: int = field(default=128, metadata={"choices": BLOCK_SIZES})
     sparsity: float = 0.5
-    sort: str = "k"
-    segment: int | None = 256
-    score: str = "covariance"
+    sort: str = field(default="k", metadata={"choices": ORDERS})
+    segment: int | None = field(default=256, metadata={"none": "whole"})
+    score: str = field(default="covariance", metadata={"choices": SCORES})
     beta: float = 0.5
 
     @classmethod

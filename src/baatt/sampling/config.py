@@ -1,7 +1,7 @@
 """The dials of the sampler, frozen and validated once; the loop never checks one again."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baatt.sampling.caching import CACHES
 from baatt.sampling.remasking import REMASKING
@@ -36,11 +36,11 @@ class SamplerConfig:
     block_length: int = 128
     temperature: float = 0.0
     cfg_scale: float = 0.0
-    remasking: str = "low_confidence"
+    remasking: str = field(default="low_confidence", metadata={"choices": REMASKING})
     threshold: float | None = None
     seed: int = 0
     stop_at_eos: bool = False
-    cache: str = "none"
+    cache: str = field(default="none", metadata={"choices": CACHES})
 
     def __post_init__(self) -> None:
         for name in ("steps", "gen_length", "block_length", "seed"):
