@@ -24,9 +24,10 @@ from torch import Tensor
 from baatt import BAAttConfig, Policy
 from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.assets import shipped_model
-from baatt.evaluation.retrieval import decode, draw_samples, pad_left
-from baatt.evaluation.scoring import whole_share
 from baatt.evaluation.statistics import wilson_interval
+from baatt.lab.prompts import answer_text, pad_left
+from baatt.lab.ruler.scoring import whole_share
+from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate
@@ -127,7 +128,7 @@ def measure(
         results = {one: bench.decode(one, ids, mask) for one in shuffle.sample(list(settings), len(settings))}
         for setting, result in results.items():
             check(result, bench.model)
-            texts = [decode(bench.tokenizer, row, config.eos_token_id) for row in result.tokens.tolist()]
+            texts = [answer_text(bench.tokenizer, row, {config.eos_token_id}) for row in result.tokens.tolist()]
             right = sum(whole_share(text, one.values) == 1 for text, one in zip(texts, batch, strict=True))
             sums[setting].add(result, right, config.eos_token_id, results.get(setting._replace(cache="none")))
         yield [record(setting, one, task, length, sums) for setting, one in sums.items()]

@@ -29,8 +29,11 @@ ALLOWED = {
     "integrations": {"attention", "backend", "config", "stages", "types", "models"},
     "sampling": {"attention", "config", "stages", "types", "models", "integrations"},
     "evaluation": {"attention", "config", "stages", "types", "models", "integrations", "sampling", "assets", "lab"},
+    "lab": {
+        *("analysis", "assets", "attention", "backend", "config", "distributed", "evaluation", "integrations"),
+        *("models", "plan", "sampling", "stages", "types"),
+    },
     "assets": set(),
-    "lab": {"assets", "backend", "config", "models", "types"},
     "cli": {
         *("analysis", "assets", "attention", "backend", "config", "distributed"),
         *("evaluation", "integrations", "lab", "models", "plan", "sampling", "stages", "types"),

@@ -16,7 +16,8 @@ from baatt import BAAttConfig
 from baatt.assets import shipped_model
 from baatt.cli.main import main
 from baatt.config import Policy
-from baatt.evaluation.retrieval import answer, draw_samples
+from baatt.evaluation.retrieval import answer
+from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate

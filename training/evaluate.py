@@ -19,9 +19,9 @@ from train import environment
 
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER, SamplePool, answer
-from baatt.evaluation.ruler.niah import NIAH_TASKS
-from baatt.evaluation.ruler.sample import RulerSample
 from baatt.evaluation.statistics import wilson_interval
+from baatt.lab.ruler.niah import NIAH_TASKS
+from baatt.lab.ruler.sample import RulerSample
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 

@@ -14,7 +14,7 @@ import torch
 import baatt
 from baatt.assets import shipped_model
 from baatt.cli.main import VERBS, main
-from baatt.evaluation.retrieval import draw_samples
+from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer, save_pretrained
 

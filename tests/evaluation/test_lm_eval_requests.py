@@ -6,7 +6,8 @@ import pytest
 
 from baatt.assets import shipped_model
 from baatt.evaluation.lm_eval_arguments import Sampling
-from baatt.evaluation.lm_eval_requests import Generation, end_tokens, read_generation
+from baatt.evaluation.lm_eval_requests import Generation, read_generation
+from baatt.lab.prompts import end_tokens
 from baatt.models.checkpoint import load_tokenizer
 
 SAMPLING = Sampling(gen_length=96)

@@ -9,9 +9,9 @@ import torch
 import baatt.assets
 from baatt import BAAttConfig
 from baatt.evaluation import retrieval
-from baatt.evaluation.retrieval import SamplePool, answer, decode, draw_samples, pad_left, shortened
-from baatt.evaluation.ruler.sources import Sources
-from baatt.evaluation.ruler.tasks import TASKS
+from baatt.evaluation.retrieval import SamplePool, answer, shortened
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.tasks import TASKS, draw_samples
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 
@@ -59,19 +59,6 @@ def test_a_wrong_answer_is_not_exact(model, tokenizer):
     (one,) = answer(model, tokenizer, [sample._replace(values=(sample.values[0], "not there"))])
     assert one.share == 0.5
     assert not one.exact
-
-
-def test_pad_left():
-    ids, mask = pad_left([[5, 6], [7, 8, 9, 10]], 0)
-    assert ids.tolist() == [[0, 0, 5, 6], [7, 8, 9, 10]]
-    assert mask.tolist() == [[False, False, True, True], [True] * 4]
-
-
-def test_decode_stops_at_the_first_end(tokenizer):
-    tokens = tokenizer.encode(" 123.").ids
-    assert decode(tokenizer, [*tokens, 0, *tokens], 0) == " 123."
-    assert decode(tokenizer, tokens, 0) == " 123."
-    assert decode(tokenizer, tokens, None) == " 123."
 
 
 def test_the_sampler_has_room_for_rulers_answers():

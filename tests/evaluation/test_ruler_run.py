@@ -12,12 +12,9 @@ import torch
 from baatt.attention import ba_attention
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, make_cells
-from baatt.evaluation.answer_store import AnswerStore
 from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.processes import Processes
-from baatt.evaluation.retrieval import answer, draw_samples
-from baatt.evaluation.ruler.sources import Sources
-from baatt.evaluation.ruler.tasks import OFFLINE_TASKS
+from baatt.evaluation.retrieval import answer
 from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, checksums, replace_sparse, source_digest
 from baatt.evaluation.ruler_run import (
     answer_work,
@@ -30,6 +27,9 @@ from baatt.evaluation.ruler_run import (
 )
 from baatt.evaluation.ruler_summary import average_interval, compare, make_averages, make_records, score_interval
 from baatt.evaluation.statistics import bootstrap_interval, mcnemar_p, wilson_interval
+from baatt.lab.answers import AnswerStore
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig

@@ -29,10 +29,10 @@ from baatt.cli.options import add_model_options, check_folders, check_memory, lo
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
 from baatt.evaluation.retrieval import Answer, SamplePool, answer
-from baatt.evaluation.ruler.niah import NIAH_TASKS
-from baatt.evaluation.ruler.sample import RulerSample
-from baatt.evaluation.ruler.tasks import OFFLINE_TASKS
 from baatt.evaluation.ruler_answers import replace_sparse
+from baatt.lab.ruler.niah import NIAH_TASKS
+from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.ruler.tasks import OFFLINE_TASKS
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.stages.dense import dense_attention
 

@@ -29,8 +29,8 @@ from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, check_folders, read_device
 from baatt.cli.readers import open_reader
 from baatt.config import BLOCK_SIZES, BAAttConfig
-from baatt.evaluation.retrieval import draw_samples
-from baatt.evaluation.ruler.niah import NIAH_TASKS
+from baatt.lab.ruler.niah import NIAH_TASKS
+from baatt.lab.ruler.tasks import draw_samples
 from baatt.stages.sorting import ORDERS
 
 

@@ -31,10 +31,11 @@ from baatt.cli.options import (
     read_setting,
 )
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.retrieval import decode, draw_samples
-from baatt.evaluation.ruler.niah import NIAH_TASKS
-from baatt.evaluation.ruler.sample import RulerSample
-from baatt.evaluation.scoring import whole_share
+from baatt.lab.prompts import answer_text
+from baatt.lab.ruler.niah import NIAH_TASKS
+from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.ruler.scoring import whole_share
+from baatt.lab.ruler.tasks import draw_samples
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.plan import Plan
 from baatt.sampling import SamplerConfig, StepInfo, generate
@@ -182,7 +183,7 @@ def read(
             model, prompt, None, DEMO_SAMPLER, sparse=config, policy=policy, impl=meter.impl,
             wrap_attention=meter.wrap, progress=progress,
         )  # fmt: skip
-    text = decode(tokenizer, result.tokens[0].tolist(), model.config.eos_token_id)
+    text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
     right = whole_share(text, sample.values) == 1
     return Reading(text.strip(), right, result.steps, result.seconds, sum(meter.seconds.values()), meter.sparsity)
 

@@ -36,13 +36,9 @@ from baatt.cli.options import (
 from baatt.cli.ruler_tables import AnswerBar, settings_text, show_averages, show_length
 from baatt.config import Policy
 from baatt.evaluation.ablation import Cell, make_cells
-from baatt.evaluation.answer_store import AnswerStore
 from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.processes import Processes, leave_process_group
 from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER
-from baatt.evaluation.ruler.sources import SENTENCES, Sources
-from baatt.evaluation.ruler.tasks import check_sources
-from baatt.evaluation.ruler.words import POOLS
 from baatt.evaluation.ruler_answers import Respondent, RulerSetup, checksums, replace_sparse
 from baatt.evaluation.ruler_run import (
     Work,
@@ -55,6 +51,10 @@ from baatt.evaluation.ruler_run import (
     same_everywhere,
 )
 from baatt.evaluation.ruler_summary import STUDY, make_averages, make_records
+from baatt.lab.answers import AnswerStore
+from baatt.lab.ruler.sources import SENTENCES, Sources
+from baatt.lab.ruler.tasks import check_sources
+from baatt.lab.ruler.words import POOLS
 from baatt.sampling import CACHES, REMASKING, SamplerConfig, WrapAttention
 
 

@@ -14,7 +14,7 @@ from baatt.cli.dials import DTYPES, free_bytes
 from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, check_memory, load_model, read_setting
 from baatt.config import Policy
-from baatt.evaluation.retrieval import decode
+from baatt.lab.prompts import answer_text
 from baatt.models.config import ModelConfig
 from baatt.sampling import CACHES, REMASKING, SamplerConfig, StepInfo, generate
 
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             model, torch.tensor([ids], device=arguments.device), None, sampler,
             sparse=config, policy=policy, impl=arguments.impl, progress=progress,
         )  # fmt: skip
-    text = decode(tokenizer, result.tokens[0].tolist(), model.config.eos_token_id)
+    text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
     record = {
         "text": text, "prompt_tokens": len(ids), "generated_tokens": result.tokens[0].tolist(),
         "model_evaluations": result.steps, "full_evaluations": result.full_evaluations,

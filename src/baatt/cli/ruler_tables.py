@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from baatt.evaluation.ablation import Cell
-from baatt.evaluation.ruler.tasks import TASKS
 from baatt.evaluation.ruler_run import Work
+from baatt.lab.ruler.tasks import TASKS
 
 Record = Mapping[str, Any]
 

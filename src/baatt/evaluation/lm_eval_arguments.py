@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.truncation import TRUNCATIONS
+from baatt.lab.prompts import TRUNCATIONS
 from baatt.sampling import SamplerConfig
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from baatt import __version__
 from baatt.attention import ba_attention
-from baatt.evaluation.answer_store import AnswerStore, folder_state, request_key
 from baatt.evaluation.attention_count import AttentionCount
 from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.likelihood import log_likelihood, rolling_windows
 from baatt.evaluation.lm_eval_arguments import DTYPES, Sampling, read_model_arguments
-from baatt.evaluation.lm_eval_requests import Generation, end_tokens, read_generation
+from baatt.evaluation.lm_eval_requests import Generation, read_generation
 from baatt.evaluation.processes import Processes
-from baatt.evaluation.retrieval import pad_left
-from baatt.evaluation.truncation import fit_prompt
+from baatt.lab.answers import AnswerStore, folder_state, request_key
+from baatt.lab.prompts import end_tokens, fit_prompt, pad_left
 from baatt.models.checkpoint import from_pretrained, load_tokenizer
 from baatt.sampling import generate, layer_attention
 

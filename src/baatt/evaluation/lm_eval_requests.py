@@ -4,19 +4,18 @@ In: the request's keyword arguments. Out: a `Generation`, whose `cut` turns gene
 models and of the harness's classes.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from baatt.evaluation.lm_eval_arguments import Sampling
+from baatt.lab.prompts import answer_text
 
 #: Names of the answer's length, as in the harness; the first that is given counts.
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 #: Arguments that mean nothing without sampling, and are refused with it.
 SAMPLING_ONLY = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-#: The end of a turn in LLaDA's chat template; not the model's end of text.
-END_OF_TURN = "<|eot_id|>"
 
 
 class Generation(NamedTuple):
@@ -37,14 +36,7 @@ class Generation(NamedTuple):
 
     def cut(self, tokens: Sequence[int], tokenizer: Tokenizer, ends: frozenset[int]) -> str:
         """The text of generated ids, up to the longest answer, the first end token and the first stop text."""
-        added = tokenizer.get_added_tokens_decoder()
-        ends = ends | {id_ for id_, token in added.items() if token.content in self.stops}
-        kept = list(tokens[: self.tokens])
-        kept = kept[: next((place for place, token in enumerate(kept) if token in ends), len(kept))]
-        text = str(tokenizer.decode(kept))
-        for stop in self.stops:
-            text = text.split(stop, 1)[0]
-        return text
+        return answer_text(tokenizer, tokens[: self.tokens], ends, self.stops)
 
 
 def read_generation(options: Mapping[str, Any], sampling: Sampling) -> Generation:
@@ -72,10 +64,3 @@ def read_generation(options: Mapping[str, Any], sampling: Sampling) -> Generatio
     if temperature > 0 and refused:
         raise ValueError(f"gen_kwargs must not have {', '.join(refused)}, which the sampler does not know")
     return Generation(tokens, tuple(stop for stop in stops if stop), temperature)
-
-
-def end_tokens(tokenizer: Tokenizer, end_of_text: int | None, special_tokens: Mapping[str, str]) -> frozenset[int]:
-    """Ids after which an answer is over: the end of text of model and tokenizer, and the end of a turn."""
-    names: Iterable[str | None] = (special_tokens.get("eos_token"), END_OF_TURN)
-    ids = [end_of_text, *(tokenizer.token_to_id(name) for name in names if name)]
-    return frozenset(number for number in ids if number is not None)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import NamedTuple
 
-import torch
 from tokenizers import Tokenizer
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.ruler.sample import RulerSample
-from baatt.evaluation.ruler.sources import Sources
-from baatt.evaluation.ruler.tasks import draw, find_task
-from baatt.evaluation.scoring import METRICS
+from baatt.lab.prompts import answer_text, pad_left
+from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.ruler.scoring import METRICS
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.tasks import draw_samples
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, WrapAttention, generate
 
@@ -36,34 +36,6 @@ class Answer(NamedTuple):
     share: float
     exact: bool
     seconds: float
-
-
-def draw_samples(
-    task: str,
-    length: int,
-    count: int,
-    tokenizer: Tokenizer,
-    *,
-    seed: int = 42,
-    first: int = 0,
-    sources: Sources = Sources(),  # noqa: B008  (frozen)
-    reserve: int = 0,
-) -> list[RulerSample]:
-    """`count` samples of a RULER task, by default with held-out words and held-out text.
-
-    Args:
-        length: tokens of prompt, answer prefix and answer budget together.
-        first: number of the first one; sample n of a seed is the same however many are drawn.
-        reserve: tokens of the length to leave free, for a chat template around the prompt.
-
-    Raises:
-        ValueError: an unknown task, a length too small for it, or sources it cannot be made from.
-    """
-    found = find_task(task)
-    return [
-        draw(found, length, number, tokenizer, seed=seed, sources=sources, reserve=reserve)
-        for number in range(first, first + count)
-    ]
 
 
 class SamplePool:
@@ -117,14 +89,6 @@ class SamplePool:
         return self._drawn[place]
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, N] int64 padded on the left, and the mask [B, N] bool of real tokens."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width) >= width - lengths[:, None]
-
-
 def answer(
     model: MaskedDiffusionLM,
     tokenizer: Tokenizer,
@@ -157,7 +121,7 @@ def answer(
         )  # fmt: skip
         seconds = (time.perf_counter() - started) / len(batch)
         for sample, tokens in zip(batch, result.tokens.tolist(), strict=True):
-            text = decode(tokenizer, tokens[: sample.answer_tokens], model.config.eos_token_id)
+            text = answer_text(tokenizer, tokens[: sample.answer_tokens], {model.config.eos_token_id})
             share = METRICS[sample.metric](text, sample.values)
             answers.append(Answer(sample, text, share, share == 1, seconds))
         if progress is not None:
@@ -171,11 +135,3 @@ def shortened(sampler: SamplerConfig, tokens: int) -> SamplerConfig:
     return dataclasses.replace(
         sampler, gen_length=blocks * sampler.block_length, steps=blocks * sampler.steps_per_block
     )
-
-
-def decode(tokenizer: Tokenizer, tokens: Sequence[int], end: int | None) -> str:
-    """Text up to the first end-of-text token."""
-    kept = list(tokens)
-    if end in kept:
-        kept = kept[: kept.index(end)]
-    return str(tokenizer.decode(kept))

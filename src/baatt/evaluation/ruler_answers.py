@@ -20,15 +20,16 @@ from tokenizers import Tokenizer
 from baatt import __version__
 from baatt.config import Policy
 from baatt.evaluation.ablation import Cell
-from baatt.evaluation.answer_store import request_key
 from baatt.evaluation.attention_count import AttentionCount
 from baatt.evaluation.chat import ChatTemplates
-from baatt.evaluation.lm_eval_requests import Generation, end_tokens
-from baatt.evaluation.retrieval import pad_left, shortened
-from baatt.evaluation.ruler.sample import RulerSample
-from baatt.evaluation.ruler.sources import Sources
-from baatt.evaluation.ruler.tasks import draw, find_task
-from baatt.evaluation.scoring import METRICS, WHOLE_METRICS
+from baatt.evaluation.lm_eval_requests import Generation
+from baatt.evaluation.retrieval import shortened
+from baatt.lab.answers import request_key
+from baatt.lab.prompts import end_tokens, pad_left
+from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.ruler.scoring import METRICS, WHOLE_METRICS
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.tasks import draw, find_task
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, WrapAttention, generate
 from baatt.stages.dense import AttentionFunction, dense_attention

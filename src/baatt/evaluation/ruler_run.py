@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from baatt.evaluation.ablation import Cell
-from baatt.evaluation.answer_store import AnswerStore, request_key
 from baatt.evaluation.processes import Processes
-from baatt.evaluation.ruler.sample import RulerSample
-from baatt.evaluation.ruler.sources import Sources
-from baatt.evaluation.ruler.tasks import TASKS
 from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, draw_numbers
+from baatt.lab.answers import AnswerStore, request_key
+from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.tasks import TASKS
 from baatt.sampling import WrapAttention
 
 #: Places whose samples are drawn ahead of their use; all at once would not fit into memory at 128K tokens.

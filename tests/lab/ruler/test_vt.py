@@ -5,10 +5,10 @@ from random import Random
 
 import pytest
 
-from baatt.evaluation.ruler import vt
-from baatt.evaluation.ruler.niah import NOISE_LINE
-from baatt.evaluation.ruler.sample import Request
-from baatt.evaluation.ruler.sources import Sources
+from baatt.lab.ruler import vt
+from baatt.lab.ruler.niah import NOISE_LINE
+from baatt.lab.ruler.sample import Request
+from baatt.lab.ruler.sources import Sources
 
 CHAIN = vt.Chain("54321", ("ABCDE", "FGHIJ", "KLMNO"))
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
-from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
-from baatt.evaluation.ruler.sizing import sample_tokens
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sizing import sample_tokens
 
 TEMPLATE = (
     "Below is a numbered list of words. In these words, some appear more often than others. "

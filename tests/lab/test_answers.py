@@ -2,7 +2,7 @@
 
 import pytest
 
-from baatt.evaluation.answer_store import AnswerStore, folder_state, request_key
+from baatt.lab.answers import AnswerStore, folder_state, request_key
 
 
 def test_answers_are_found_again(tmp_path):

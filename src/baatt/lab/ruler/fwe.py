@@ -12,7 +12,7 @@ from string import ascii_lowercase
 
 import torch
 
-from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample
 
 TEMPLATE = (
     "Read the following coded text and track the frequency of each coded word. "

@@ -13,8 +13,8 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
-from baatt.evaluation.ruler.questions import HOTPOT_FROM, SQUAD_FROM, QuestionSet, read_hotpot, read_squad
-from baatt.evaluation.ruler.words import POOLS, WordPool, load_words
+from baatt.lab.ruler.questions import HOTPOT_FROM, SQUAD_FROM, QuestionSet, read_hotpot, read_squad
+from baatt.lab.ruler.words import POOLS, WordPool, load_words
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 

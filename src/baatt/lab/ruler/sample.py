@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
-from baatt.evaluation.ruler.sources import Sources
+from baatt.lab.ruler.sources import Sources
 
 
 class RulerSample(NamedTuple):
@@ -18,7 +18,7 @@ class RulerSample(NamedTuple):
     values: the references a prediction is scored against, in the order of `answer`.
     size: units of haystack: lines, words, distinct words or documents.
     answer_tokens: tokens RULER lets a model write for this task; they count towards the length.
-    metric: a name in `baatt.evaluation.scoring.METRICS`.
+    metric: a name in `baatt.lab.ruler.scoring.METRICS`.
     """
 
     task: str

@@ -1,8 +1,10 @@
-"""What is kept of a prompt that is too long, on ids."""
+"""What is kept of a prompt that is too long, padding, and where the text of an answer ends."""
 
 import pytest
 
-from baatt.evaluation.truncation import TRUNCATIONS, fit_prompt, keep_both_ends, keep_end
+from baatt.assets import shipped_model
+from baatt.lab.prompts import TRUNCATIONS, answer_text, fit_prompt, keep_both_ends, keep_end, pad_left
+from baatt.models.checkpoint import load_tokenizer
 
 IDS = list(range(10))
 
@@ -47,3 +49,17 @@ def test_refused():
     assert fit_prompt([], "left", max_length=100, answer_length=100) == []
     with pytest.raises(ValueError, match=r"max_length must leave two tokens .* beside 99 for the answer, got 100"):
         fit_prompt(IDS, "left", max_length=100, answer_length=99)
+
+
+def test_pad_left():
+    ids, mask = pad_left([[5, 6], [7, 8, 9, 10]], 0)
+    assert ids.tolist() == [[0, 0, 5, 6], [7, 8, 9, 10]]
+    assert mask.tolist() == [[False, False, True, True], [True] * 4]
+
+
+def test_an_answer_stops_at_the_first_end():
+    tokenizer = load_tokenizer(shipped_model())
+    tokens = tokenizer.encode(" 123.").ids
+    assert answer_text(tokenizer, [*tokens, 0, *tokens], {0}) == " 123."
+    assert answer_text(tokenizer, tokens, {0}) == " 123."
+    assert answer_text(tokenizer, tokens, {None}) == " 123."

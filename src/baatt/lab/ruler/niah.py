@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
-from baatt.evaluation.ruler.sources import SENTENCES, split_sentences
-from baatt.evaluation.ruler.words import WordPool
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sources import SENTENCES, split_sentences
+from baatt.lab.ruler.words import WordPool
 
 TEMPLATE = (
     "Some special magic {type} are hidden within the following text. Make sure to memorize it. "

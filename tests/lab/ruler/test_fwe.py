@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from baatt.evaluation.ruler import fwe
+from baatt.lab.ruler import fwe
 
 #: int(1000 / (rank ** 2 * pi ** 2 / 6)), by hand.
 COUNTS = [607, 151, 67, 37, 24, 16, 12, 9, 7, 6, 5, 4, 3, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 0]

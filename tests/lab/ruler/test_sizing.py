@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baatt.evaluation.ruler.sample import Recipe, RulerSample
-from baatt.evaluation.ruler.sizing import INTERPOLATIONS, largest_sample, largest_size, sample_tokens, token_counter
+from baatt.lab.ruler.sample import Recipe, RulerSample
+from baatt.lab.ruler.sizing import INTERPOLATIONS, largest_sample, largest_size, sample_tokens, token_counter
 
 
 class Counted:

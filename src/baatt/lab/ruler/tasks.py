@@ -9,17 +9,17 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from baatt.evaluation.ruler import cwe, fwe, niah, qa, vt
-from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
-from baatt.evaluation.ruler.sizing import largest_sample, token_counter
-from baatt.evaluation.ruler.sources import SENTENCES, Sources
+from baatt.lab.ruler import cwe, fwe, niah, qa, vt
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sizing import largest_sample, token_counter
+from baatt.lab.ruler.sources import SENTENCES, Sources
 
 
 class RulerTask(NamedTuple):
     """One task.
 
     answer_tokens: what a model may write; part of the length.
-    metric: a name in `baatt.evaluation.scoring.METRICS`.
+    metric: a name in `baatt.lab.ruler.scoring.METRICS`.
     needs: the member of `Sources` that must be given, "" for a task that runs offline as it is.
     """
 
@@ -105,3 +105,31 @@ def draw(
         return recipe.build(size)._replace(task=task.name, answer_tokens=task.answer_tokens, metric=task.metric)
 
     return largest_sample(recipe._replace(build=named), count, length - reserve)
+
+
+def draw_samples(
+    task: str,
+    length: int,
+    count: int,
+    tokenizer: Any,
+    *,
+    seed: int = 42,
+    first: int = 0,
+    sources: Sources = Sources(),  # noqa: B008  (frozen)
+    reserve: int = 0,
+) -> list[RulerSample]:
+    """`count` samples of a RULER task, by default with held-out words and held-out text.
+
+    Args:
+        length: tokens of prompt, answer prefix and answer budget together.
+        first: number of the first one; sample n of a seed is the same however many are drawn.
+        reserve: tokens of the length to leave free, for a chat template around the prompt.
+
+    Raises:
+        ValueError: an unknown task, a length too small for it, or sources it cannot be made from.
+    """
+    found = find_task(task)
+    return [
+        draw(found, length, number, tokenizer, seed=seed, sources=sources, reserve=reserve)
+        for number in range(first, first + count)
+    ]

@@ -6,7 +6,7 @@ In: a recipe and a token counter. Out: the largest sample within the budget, aft
 from collections.abc import Callable
 from typing import Any
 
-from baatt.evaluation.ruler.sample import Recipe, RulerSample
+from baatt.lab.ruler.sample import Recipe, RulerSample
 
 #: Interpolated guesses before the search halves the interval instead; token counts are nearly linear in the size.
 INTERPOLATIONS = 8

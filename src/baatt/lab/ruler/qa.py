@@ -6,8 +6,8 @@ question n of the file. Knows nothing of tokens or scoring, and reads no file.
 
 from random import Random
 
-from baatt.evaluation.ruler.questions import Question, QuestionSet
-from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.questions import Question, QuestionSet
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample
 
 INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."

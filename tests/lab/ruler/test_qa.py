@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
-from baatt.evaluation.ruler import qa
-from baatt.evaluation.ruler.questions import Question, QuestionSet, read_hotpot, read_squad
-from baatt.evaluation.ruler.sources import Sources
-from baatt.evaluation.ruler.tasks import TASKS, check_sources, draw
+from baatt.lab.ruler import qa
+from baatt.lab.ruler.questions import Question, QuestionSet, read_hotpot, read_squad
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.tasks import TASKS, check_sources, draw
 
 INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."

@@ -7,10 +7,10 @@ from random import Random
 import pytest
 
 from baatt.assets import shipped_model
-from baatt.evaluation.retrieval import draw_samples
-from baatt.evaluation.ruler import niah
-from baatt.evaluation.ruler.sources import heldout_words
-from baatt.evaluation.ruler.words import WordPool, load_words
+from baatt.lab.ruler import niah
+from baatt.lab.ruler.sources import heldout_words
+from baatt.lab.ruler.tasks import draw_samples
+from baatt.lab.ruler.words import WordPool, load_words
 from baatt.models.checkpoint import load_tokenizer
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")

@@ -13,9 +13,9 @@ from random import Random
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from baatt.evaluation.ruler.niah import NOISE_LINE
-from baatt.evaluation.ruler.sample import Recipe, Request, RulerSample
-from baatt.evaluation.ruler.sizing import largest_size
+from baatt.lab.ruler.niah import NOISE_LINE
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sizing import largest_size
 
 TEMPLATE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"

@@ -8,11 +8,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from baatt.evaluation.ruler import sources as room
-from baatt.evaluation.ruler import words as words_room
-from baatt.evaluation.ruler.sources import Sources, heldout_words, read_essay, read_word_list, split_sentences
-from baatt.evaluation.ruler.tasks import OFFLINE_TASKS, TASKS, check_sources, draw
-from baatt.evaluation.ruler.words import WordPool, load_words
+from baatt.lab.ruler import sources as room
+from baatt.lab.ruler import words as words_room
+from baatt.lab.ruler.sources import Sources, heldout_words, read_essay, read_word_list, split_sentences
+from baatt.lab.ruler.tasks import OFFLINE_TASKS, TASKS, check_sources, draw
+from baatt.lab.ruler.words import WordPool, load_words
 
 
 def test_word_lists():

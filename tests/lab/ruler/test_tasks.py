@@ -7,13 +7,12 @@ import time
 import pytest
 
 from baatt.assets import shipped_model
-from baatt.evaluation.retrieval import draw_samples
-from baatt.evaluation.ruler import vt
-from baatt.evaluation.ruler.sample import Request
-from baatt.evaluation.ruler.sizing import token_counter
-from baatt.evaluation.ruler.sources import Sources, heldout_words
-from baatt.evaluation.ruler.tasks import OFFLINE_TASKS, TASKS, check_sources, draw, find_task
-from baatt.evaluation.scoring import METRICS, WHOLE_METRICS
+from baatt.lab.ruler import vt
+from baatt.lab.ruler.sample import Request
+from baatt.lab.ruler.scoring import METRICS, WHOLE_METRICS
+from baatt.lab.ruler.sizing import token_counter
+from baatt.lab.ruler.sources import Sources, heldout_words
+from baatt.lab.ruler.tasks import OFFLINE_TASKS, TASKS, check_sources, draw, draw_samples, find_task
 from baatt.models.checkpoint import load_tokenizer
 
 ALL = pytest.mark.parametrize("name", list(TASKS))

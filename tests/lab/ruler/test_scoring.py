@@ -2,7 +2,7 @@
 
 import pytest
 
-from baatt.evaluation.scoring import averages, matched_any, matched_share, normalise, score, whole_any, whole_share
+from baatt.lab.ruler.scoring import averages, matched_any, matched_share, normalise, score, whole_any, whole_share
 
 
 @pytest.mark.parametrize(
