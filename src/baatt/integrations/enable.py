@@ -19,7 +19,7 @@ from baatt.integrations.handle import BY_POLICY, Handle, NoSparseAttentionWarnin
 
 #: File beside this one -> what it attaches to. The first that recognises a model has it.
 ADAPTERS: Mapping[str, str] = {
-    "masked_diffusion": "baatt.models: MaskedDiffusionLM, and VisualDiffusionLM (LLaDA-V)",
+    "masked_diffusion": "baatt.models: MaskedDiffusionLM, and baatt.llada_v: VisualDiffusionLM",
     "diffusers": "diffusers transformers and pipelines: Wan, HunyuanVideo, CogVideoX, LTX, Flux and others",
     "llada": "remote code of the LLaDA family (modeling_llada.py: LLaDA-8B, LLaDA-1.5, UltraLLaDA)",
     "remote_sdpa": "remote code that calls scaled_dot_product_attention (Dream, DiffuCoder, LLaDA-MoE, LLaDA-V, SDAR)",

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from baatt.integrations.enable import Attachment
 from baatt.integrations.handle import Handle
 from baatt.models.llada import MaskedDiffusionLM
-from baatt.models.llada_v import VisualDiffusionLM
 from baatt.stages.dense import AttentionFunction, dense_attention
 
 
 def recognises(model: Any) -> bool:
-    """Whether it is a `MaskedDiffusionLM`, or LLaDA-V around one."""
-    return isinstance(model, MaskedDiffusionLM | VisualDiffusionLM)
+    """Whether it is a `MaskedDiffusionLM`, or holds one as `language`, as LLaDA-V does."""
+    return isinstance(_language(model), MaskedDiffusionLM)
 
 
 def roots(model: Any) -> list[nn.Module]:
@@ -52,9 +51,8 @@ def attach(model: Any, handle: Handle) -> Attachment:
     return Attachment(layers, undo, read_step)
 
 
-def _language(model: Any) -> MaskedDiffusionLM:
-    found: MaskedDiffusionLM = model.language if isinstance(model, VisualDiffusionLM) else model
-    return found
+def _language(model: Any) -> Any:
+    return getattr(model, "language", model)
 
 
 def _routed(handle: Handle, layer: int, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:

@@ -13,10 +13,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from torch import Tensor
 
-from baatt.evaluation.lmms_settings import DTYPES, ModelArguments, Setting, read_setting, read_sparse
-from baatt.models.checkpoint import load_tokenizer
-from baatt.models.llada_v import VisualDiffusionLM
-from baatt.models.llada_v_chat import (
+from baatt.llada_v.conversation import (
     MASK,
     answer_rules,
     answer_text,
@@ -26,8 +23,11 @@ from baatt.models.llada_v_chat import (
     prompt_ids,
     special_id,
 )
-from baatt.models.picture_prompt import PicturePrompt
-from baatt.models.pictures import read_frames
+from baatt.llada_v.model import VisualDiffusionLM
+from baatt.llada_v.pictures import read_frames
+from baatt.llada_v.prompt import PicturePrompt
+from baatt.llada_v.settings import DTYPES, ModelArguments, Setting, read_setting, read_sparse
+from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig, generate
 
 MODEL_ID = "baatt_llada_v"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from baatt.config import BAAttConfig, Policy
-from baatt.models.llada_v_chat import THINK_MODES
+from baatt.llada_v.conversation import THINK_MODES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -16,11 +16,8 @@ from torch import Tensor
 
 import baatt
 from baatt import BAAttConfig, Policy
-from baatt.models.checkpoint import load_tokenizer
-from baatt.models.config import ModelConfig
-from baatt.models.llada import MaskedDiffusionLM
-from baatt.models.llada_v import VisualDiffusionLM, stored_name
-from baatt.models.llada_v_chat import (
+from baatt.llada_v.config import LLaDAVConfig, PictureConfig
+from baatt.llada_v.conversation import (
     PICTURE,
     SYSTEM,
     answer_rules,
@@ -31,9 +28,8 @@ from baatt.models.llada_v_chat import (
     prompt_ids,
     special_id,
 )
-from baatt.models.llada_v_config import LLaDAVConfig, PictureConfig
-from baatt.models.picture_prompt import PicturePrompt, VisualEmbedding
-from baatt.models.pictures import (
+from baatt.llada_v.model import VisualDiffusionLM, stored_name
+from baatt.llada_v.pictures import (
     Size,
     as_pixels,
     best_canvas,
@@ -42,10 +38,14 @@ from baatt.models.pictures import (
     read_canvases,
     read_frames,
 )
-from baatt.models.siglip import SiglipConfig
-from baatt.models.visual_tokens import NEWLINES, POOLING, TileGrid, image_tokens, video_tokens
+from baatt.llada_v.prompt import PicturePrompt, VisualEmbedding
+from baatt.llada_v.siglip import SiglipConfig
+from baatt.llada_v.visual_tokens import NEWLINES, POOLING, TileGrid, image_tokens, video_tokens
+from baatt.models.checkpoint import load_tokenizer
+from baatt.models.config import ModelConfig
+from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, generate
-from tests.models.llada_v_folder import (
+from tests.llada_v.folder import (
     CONFIG,
     SPECIAL,
     TOWER,
@@ -433,7 +433,7 @@ class TestAnswers:
     def test_enable_reaches_the_language_model(self, model):
         prompt = prompt_of(model)
         plain = generate(prompt, prompt.ids, None, SIX_STEPS)
-        with baatt.enable(model.language, BAAttConfig(block_size=16, sparsity=0.0)) as handle:
+        with baatt.enable(model, BAAttConfig(block_size=16, sparsity=0.0)) as handle:
             found = generate(prompt, prompt.ids, None, SIX_STEPS)
         assert torch.equal(plain.tokens, found.tokens)
         assert (handle.sparse_calls, handle.dense_calls) == (6 * 2, 0)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from baatt.llada_v.siglip import SiglipConfig
+from baatt.llada_v.visual_tokens import NEWLINES
 from baatt.models.config import ModelConfig
-from baatt.models.siglip import SiglipConfig
-from baatt.models.visual_tokens import NEWLINES
 
 #: `<|mdm_mask|>`, which the published code writes as a number; a config.json may name another.
 MASK_TOKEN_ID = 126336

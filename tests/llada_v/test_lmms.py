@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from baatt import BAAttConfig, Policy
-from baatt.evaluation.lmms_settings import PUBLISHED, ModelArguments, Setting, read_setting, read_sparse
-from baatt.models.llada_v_chat import conversation, prompt_ids
-from tests.models.llada_v_folder import tensors, tokenizer, write_folder
+from baatt.llada_v.conversation import conversation, prompt_ids
+from baatt.llada_v.settings import PUBLISHED, ModelArguments, Setting, read_setting, read_sparse
+from tests.llada_v.folder import tensors, tokenizer, write_folder
 
-NAME = "baatt.evaluation.lmms_model"
+NAME = "baatt.llada_v.lmms"
 SPLIT = "test"
 
 
@@ -66,7 +66,7 @@ class Manifest(NamedTuple):
 
 @pytest.fixture
 def module(monkeypatch) -> Iterator[ModuleType]:
-    """`baatt.evaluation.lmms_model`, with lmms-eval's own names where it is installed."""
+    """`baatt.llada_v.lmms`, with lmms-eval's own names where it is installed."""
     try:
         importlib.import_module("lmms_eval.api.model")
     except ModuleNotFoundError:

@@ -1,7 +1,7 @@
 """LLaDA-V: a vision tower, a two-layer projector and a masked-diffusion language model, from a local folder.
 
 In: a folder, then images or the frames of a video. Out: their visual tokens, and a language model like any other that
-reads them among its ids (`picture_prompt.py`). Tensor names and the order of tokens are those of the published code;
+reads them among its ids (`prompt.py`). Tensor names and the order of tokens are those of the published code;
 see docs/multimodal.md. Knows nothing of text, sampling and sparsity.
 """
 
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from baatt.llada_v.config import LLaDAVConfig
+from baatt.llada_v.pictures import as_pixels, cut_into_tiles, pad_to_square, read_canvases
+from baatt.llada_v.prompt import VisualEmbedding
+from baatt.llada_v.siglip import SiglipConfig, SiglipEncoder
+from baatt.llada_v.visual_tokens import POOLING, image_tokens, video_tokens
 from baatt.models.checkpoint import _folder, _list, _read_json, _read_weights, _weight_files
 from baatt.models.llada import MaskedDiffusionLM
-from baatt.models.llada_v_config import LLaDAVConfig
-from baatt.models.picture_prompt import VisualEmbedding
-from baatt.models.pictures import as_pixels, cut_into_tiles, pad_to_square, read_canvases
-from baatt.models.siglip import SiglipConfig, SiglipEncoder
-from baatt.models.visual_tokens import POOLING, image_tokens, video_tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image

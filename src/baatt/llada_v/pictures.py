@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from baatt.models.visual_tokens import TileGrid
+from baatt.llada_v.visual_tokens import TileGrid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
