@@ -6,7 +6,7 @@ from typing import Any
 
 from result_tables import Record, by_cell, order_name, provenance, table
 
-from baatt.evaluation.statistics import wilson_interval
+from baatt.lab.statistics import wilson_interval
 
 #: RULER-4K column of the paper's Table 8, and its sorting ablation at 50, 70 and 90 % sparsity, in percent.
 PAPER_BETA = {0.0: 88.42, 0.1: 91.11, 0.5: 90.06, 1.0: 86.12, 2.0: 80.10}

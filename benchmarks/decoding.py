@@ -24,10 +24,10 @@ from torch import Tensor
 from baatt import BAAttConfig, Policy
 from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.assets import shipped_model
-from baatt.evaluation.statistics import wilson_interval
 from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.ruler.scoring import whole_share
 from baatt.lab.ruler.tasks import draw_samples
+from baatt.lab.statistics import wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate

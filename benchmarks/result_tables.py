@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from baatt.evaluation.statistics import wilson_interval
+from baatt.lab.statistics import wilson_interval
 
 GPU_BASELINES = ("cudnn", "flash", "flex")
 

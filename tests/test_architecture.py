@@ -24,7 +24,7 @@ ALLOWED = {
     "attention": {"backend", "checks", "config", "plan", "stages", "types"},
     "operators": {"attention", "config"},
     "distributed": {"attention", "config", "types"},
-    "analysis": {"attention", "backend", "config", "kernels", "plan", "stages", "types"},
+    "analysis": {"lab", "attention", "backend", "config", "kernels", "plan", "stages", "types"},
     "models": {"attention", "config", "stages", "types"},
     "integrations": {"attention", "backend", "config", "stages", "types", "models"},
     "sampling": {"attention", "config", "stages", "types", "models", "integrations"},

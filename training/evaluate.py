@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from train import environment
 
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER, SamplePool, answer
-from baatt.evaluation.statistics import wilson_interval
+from baatt.lab.records import provenance
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.statistics import wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 
@@ -72,9 +72,10 @@ def measure(arguments: argparse.Namespace) -> None:
     drawn = load_samples(arguments, places, tokenizer)
     records: list[dict[str, Any]] = []
     result = {
-        "study": "needle accuracy of the shipped model", "command": shlex.join(["python", *sys.argv]),
+        "study": "needle accuracy of the shipped model",
+        **provenance(shlex.join(["python", *sys.argv]), torch.device(arguments.device)),
         "model": arguments.model, "weights": fingerprint(Path(arguments.model)), "dtype": str(model_dtype(model)),
-        "sampler": vars(RETRIEVAL_SAMPLER), "seed": arguments.seed, **environment(), "records": records,
+        "sampler": vars(RETRIEVAL_SAMPLER), "seed": arguments.seed, "records": records,
     }  # fmt: skip
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.settings:

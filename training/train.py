@@ -10,17 +10,18 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import platform
+import shlex
 import shutil
-import subprocess
+import sys
 import time
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from averaging import add_up, agree, average_gradients
 from samples import (
     CURRICULUM,
     FIRST_ANSWER,
@@ -33,10 +34,10 @@ from samples import (
     Batch,
     SampleMaker,
 )
-from team import Team
 from torch import Tensor
 
-import baatt
+from baatt.lab.ranks import Ranks, leave_process_group
+from baatt.lab.records import provenance, write_json
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer, save_pretrained
 from baatt.models.rope import rotary_tables
@@ -136,16 +137,16 @@ def exact_matches(right: Tensor, regions: Tensor, answer: Tensor) -> tuple[Tenso
 class Scores:
     """Rates by source, summed on the GPU and read rarely."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(len(SOURCES), 2, device=device)
 
     def add(self, good: Tensor, total: Tensor, source: Tensor) -> None:
         """good, total [B, any] bool or numbers; source [B]."""
         self.counts.index_add_(0, source, torch.stack([good.float().sum(1), total.float().sum(1)], dim=1))
 
-    def read(self, team: Team) -> dict[str, float]:
-        """Rates since the last reading, of all processes."""
-        good, total = team.add_up(self.counts).T.tolist()
+    def read(self, ranks: Ranks) -> dict[str, float]:
+        """Rates since the last reading, of all ranks."""
+        good, total = add_up(ranks, self.counts).T.tolist()
         self.counts.zero_()
         return {name: round(g / t, 4) for name, g, t in zip(SOURCES, good, total, strict=True) if t}
 
@@ -156,7 +157,7 @@ def learning_rate(step: int, elapsed: float, arguments: argparse.Namespace) -> f
     return float(arguments.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS, left))
 
 
-def open_model(arguments: argparse.Namespace, device: str) -> MaskedDiffusionLM:
+def open_model(arguments: argparse.Namespace, device: torch.device) -> MaskedDiffusionLM:
     """A fresh model for the tokenizer of the data, or the one to continue from."""
     if arguments.resume:
         model = MaskedDiffusionLM.from_pretrained(arguments.resume, dtype=torch.float32, device=device)
@@ -218,22 +219,22 @@ def forward_backward(model: MaskedDiffusionLM, tokens: Tensor, regions: Tensor, 
 
 def train(arguments: argparse.Namespace) -> None:
     """The whole run."""
-    team = Team(arguments.device)
-    torch.manual_seed(arguments.seed * 100 + team.rank)
+    ranks = Ranks("nccl" if arguments.device.startswith("cuda") else "gloo")
+    torch.manual_seed(arguments.seed * 100 + ranks.rank)
     torch.set_float32_matmul_precision("high")
-    device, out = team.device, Path(arguments.out)
+    device, out = ranks.device(arguments.device), Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     model = open_model(arguments, device)
     parameters = list(model.parameters())
     for parameter in parameters:  # a fresh model is drawn by every process
-        parameter.data = team.add_up(parameter.data) / team.size
+        parameter.data = add_up(ranks, parameter.data) / ranks.size
     optimizer = open_optimizer(model, arguments)
     if arguments.compile:
         compile_blocks(model)
     context = multiprocessing.get_context("spawn")
     stage, queue = context.Value("i", arguments.stage), context.Queue(maxsize=32)
     seeds = range(
-        (arguments.seed * 64 + team.rank) * 1000, (arguments.seed * 64 + team.rank) * 1000 + arguments.workers
+        (arguments.seed * 64 + ranks.rank) * 1000, (arguments.seed * 64 + ranks.rank) * 1000 + arguments.workers
     )
     workers = [
         context.Process(
@@ -264,7 +265,7 @@ def train(arguments: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, elapsed, arguments)
         measured, source = measure(batch)
-        team.average_gradients(parameters)
+        average_gradients(ranks, parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -274,81 +275,48 @@ def train(arguments: argparse.Namespace) -> None:
             current.add(measured.matched, measured.answers, source)
         losses += measured.parts
         step += 1
-        tokens_seen += batch.tokens.size * team.size
+        tokens_seen += batch.tokens.size * ranks.size
         if step % CHECK_EVERY:
             continue
-        (elapsed,) = team.agree([time.monotonic() - start])
+        (elapsed,) = agree(ranks, [time.monotonic() - start], device)
         if stage.value < arguments.last_stage:
-            rates = current.read(team)
+            rates = current.read(ranks)
             here = CURRICULUM[stage.value]
             judged = [rates[name] for name in JUDGED_BY.get(here.kind, ("document",)) if name in rates]
             recent = ([*recent, min(judged)] if judged else recent)[-2:]
             late = elapsed - stage_start > here.patience * arguments.seconds / 900
             if (len(recent) == 2 and min(recent) >= here.target) or late:
-                if team.rank == 0:
+                if ranks.rank == 0:
                     print(f"stage {stage.value} ends at {elapsed:.0f} s, step {step}: {recent}", flush=True)
                 stage.value += 1
                 stage_start, recent = elapsed, []
         if step % 100 == 0:
             row = {
                 "step": step, "seconds": round(elapsed, 1), "stage": stage.value, "tokens": tokens_seen,
-                "loss": [round(value, 4) for value in (team.add_up(losses) / 100 / team.size).tolist()],
-                "exact_match": overall.read(team), "next_token": following.read(team), "queued": queue.qsize(),
+                "loss": [round(value, 4) for value in (add_up(ranks, losses) / 100 / ranks.size).tolist()],
+                "exact_match": overall.read(ranks), "next_token": following.read(ranks), "queued": queue.qsize(),
             }  # fmt: skip
             losses.zero_()
             history.append(row)
-            if team.rank == 0:
+            if ranks.rank == 0:
                 print(json.dumps(row), flush=True)
-        if team.rank == 0 and time.monotonic() - saved > 90:
+        if ranks.rank == 0 and time.monotonic() - saved > 90:
             saved = time.monotonic()
             save(model, arguments)
-    if team.rank == 0:
+    if ranks.rank == 0:
         save(model, arguments)
-        totals = {"processes": team.size, "steps": step, "tokens": tokens_seen, "history": history}
-        record = {"arguments": vars(arguments), **totals, **environment()}
-        (out / "training.json").write_text(json.dumps(record, indent=1))
+        totals = {"processes": ranks.size, "steps": step, "tokens": tokens_seen, "history": history}
+        found = provenance(shlex.join(["python", *sys.argv]), device)
+        write_json({"arguments": vars(arguments), **totals, **found}, out / "training.json")
     for worker in workers:
         worker.terminate()
-    team.leave()
+    leave_process_group()
 
 
 def save(model: MaskedDiffusionLM, arguments: argparse.Namespace) -> None:
     """The checkpoint with its tokenizer, in LLaDA's layout."""
     save_pretrained(model, Path(arguments.out))
     shutil.copy(Path(arguments.data) / "tokenizer.json", Path(arguments.out) / "tokenizer.json")
-
-
-def environment() -> dict[str, Any]:
-    """Device, versions and commit of the run."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "baatt": baatt.__version__}
-    return {"device": name, "commit": commit(), "versions": versions}
-
-
-def commit() -> str:
-    """The commit that runs, with "-dirty" where tracked files differ from it.
-
-    A machine without the history, or without its last commits, reads the commit from the file `.commit`, mark included.
-    """
-    note = Path(".commit")
-    noted = note.read_text().strip() if note.exists() else None
-    head = git("rev-parse", "HEAD")
-    if head is None:
-        return noted or "unknown"
-    if noted is not None and git("cat-file", "-e", noted.split("-", 1)[0] + "^{commit}") is None:
-        return noted
-    # Untracked files do not count: checkpoints, samples and new results lie beside every run.
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return head if changed == "" else f"{head}-dirty"
-
-
-def git(*arguments: str) -> str | None:
-    """What git prints, or None where it is not installed or finds no repository."""
-    try:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from baatt.evaluation.ablation import Cell, Store, make_cells, make_record, run_grid
 from baatt.evaluation.retrieval import Answer
-from baatt.evaluation.statistics import mcnemar_p, wilson_interval
 from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.statistics import mcnemar_p, wilson_interval
 
 HEADER = {"study": "ablation", "commit": "a", "seed": 0}
 

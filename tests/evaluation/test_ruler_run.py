@@ -13,7 +13,6 @@ from baatt.attention import ba_attention
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, make_cells
 from baatt.evaluation.chat import load_chat_templates
-from baatt.evaluation.processes import Processes
 from baatt.evaluation.retrieval import answer
 from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, checksums, replace_sparse, source_digest
 from baatt.evaluation.ruler_run import (
@@ -26,10 +25,11 @@ from baatt.evaluation.ruler_run import (
     same_everywhere,
 )
 from baatt.evaluation.ruler_summary import average_interval, compare, make_averages, make_records, score_interval
-from baatt.evaluation.statistics import bootstrap_interval, mcnemar_p, wilson_interval
 from baatt.lab.answers import AnswerStore
+from baatt.lab.ranks import Ranks
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples
+from baatt.lab.statistics import bootstrap_interval, mcnemar_p, wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig
@@ -83,7 +83,7 @@ def run(respondent, store, cells, numbers=range(3), workers=0, replacement=lambd
     works = open_work(cells, numbers, respondent.setup, store)
     with closing(draw_ahead(works, respondent, workers)) as drawn:
         answer_work(works, drawn, respondent, store, replacement, lambda cell, count: asked.append((cell, count)))
-    return gather_answers(cells, numbers, respondent.setup, store, Processes()), asked
+    return gather_answers(cells, numbers, respondent.setup, store, Ranks()), asked
 
 
 # --- what an answer depends on ---------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_only_missing_samples_are_drawn_ahead(make, tmp_path):
 
 
 def test_processes_that_differ_are_noticed(setup, monkeypatch):
-    alone = Processes()
+    alone = Ranks()
     assert same_everywhere(setup, cells_of("vt"), 3, alone)
     monkeypatch.setattr(alone, "all_gather", lambda x: torch.stack((x, x + 1)))
     assert not same_everywhere(setup, cells_of("vt"), 3, alone)

@@ -37,7 +37,6 @@ from baatt.cli.ruler_tables import AnswerBar, settings_text, show_averages, show
 from baatt.config import Policy
 from baatt.evaluation.ablation import Cell, make_cells
 from baatt.evaluation.chat import load_chat_templates
-from baatt.evaluation.processes import Processes, leave_process_group
 from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER
 from baatt.evaluation.ruler_answers import Respondent, RulerSetup, checksums, replace_sparse
 from baatt.evaluation.ruler_run import (
@@ -52,6 +51,7 @@ from baatt.evaluation.ruler_run import (
 )
 from baatt.evaluation.ruler_summary import STUDY, make_averages, make_records
 from baatt.lab.answers import AnswerStore
+from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.ruler.sources import SENTENCES, Sources
 from baatt.lab.ruler.tasks import check_sources
 from baatt.lab.ruler.words import POOLS
@@ -166,7 +166,7 @@ def run_ruler(arguments: argparse.Namespace) -> None:
     check_sources({cell.task for cell in cells}, sources)
     check_questions(cells, arguments.count, sources)
     commit = commit_here()  # of what is about to run
-    processes = Processes()
+    processes = Ranks()
     try:
         arguments.device = str(processes.device(arguments.device))
         respondent = open_respondent(arguments, sources, sampler, setting.policy, commit)
@@ -174,7 +174,7 @@ def run_ruler(arguments: argparse.Namespace) -> None:
         if not same_everywhere(respondent.setup, cells, arguments.count, processes):
             raise UsageError("all processes must run the same model with the same options")
         store = AnswerStore(store_folder, processes.rank)
-        numbers = range(processes.rank, arguments.count, processes.world_size)
+        numbers = range(processes.rank, arguments.count, processes.size)
         ask(arguments, open_work(cells, numbers, respondent.setup, store), respondent, store, processes)
         answers = gather_answers(cells, numbers, respondent.setup, store, processes)
     finally:
@@ -182,7 +182,7 @@ def run_ruler(arguments: argparse.Namespace) -> None:
     if answers is None:
         return
     records = make_records(cells, answers, setting.policy)
-    header = make_header(arguments, respondent, setting, commit) | {"processes": processes.world_size}
+    header = make_header(arguments, respondent, setting, commit) | {"processes": processes.size}
     report(header, records, arguments.json)
     Console(soft_wrap=True).print(f"Summary: {arguments.json}, answers: {store_folder}", highlight=False)
 
@@ -192,7 +192,7 @@ def ask(
     works: Sequence[Work],
     respondent: Respondent,
     store: AnswerStore,
-    processes: Processes,
+    processes: Ranks,
 ) -> None:
     """Answer what is open, with a bar on the first process.
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from baatt.config import BAAttConfig
 from baatt.evaluation.retrieval import Answer
-from baatt.evaluation.statistics import mcnemar_p, wilson_interval
 from baatt.lab.ruler.scoring import whole_share
+from baatt.lab.statistics import mcnemar_p, wilson_interval
 
 STUDY = "ablation"
 

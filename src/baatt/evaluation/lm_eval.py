@@ -6,7 +6,7 @@ In: the arguments of `lm_eval`. Out: what that command prints and writes. Regist
 
 import logging
 
-from baatt.evaluation.processes import leave_process_group
+from baatt.lab.ranks import leave_process_group
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.likelihood import log_likelihood, rolling_windows
 from baatt.evaluation.lm_eval_arguments import DTYPES, Sampling, read_model_arguments
 from baatt.evaluation.lm_eval_requests import Generation, read_generation
-from baatt.evaluation.processes import Processes
 from baatt.lab.answers import AnswerStore, folder_state, request_key
 from baatt.lab.prompts import end_tokens, fit_prompt, pad_left
+from baatt.lab.ranks import Ranks
 from baatt.models.checkpoint import from_pretrained, load_tokenizer
 from baatt.sampling import generate, layer_attention
 
@@ -61,8 +61,8 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
     def __init__(self, **model_args: Any) -> None:
         super().__init__()
         self.arguments = read_model_arguments(model_args)
-        self._processes = Processes()
-        self._rank, self._world_size = self._processes.rank, self._processes.world_size
+        self._processes = Ranks()
+        self._rank, self._world_size = self._processes.rank, self._processes.size
         self._device = self._processes.device(self.arguments.device)
         folder = Path(self.arguments.pretrained).expanduser()
         self._model = from_pretrained(folder, dtype=DTYPES[self.arguments.dtype], device=self._device)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from baatt.evaluation.ablation import Cell
-from baatt.evaluation.processes import Processes
 from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, draw_numbers
 from baatt.lab.answers import AnswerStore, request_key
+from baatt.lab.ranks import Ranks
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import TASKS
@@ -70,7 +70,7 @@ def check_questions(cells: Iterable[Cell], count: int, sources: Sources) -> None
             raise ValueError(f"count must be at most {found}, the questions that {name} has, got {count}")
 
 
-def same_everywhere(setup: RulerSetup, cells: Sequence[Cell], count: int, processes: Processes) -> bool:
+def same_everywhere(setup: RulerSetup, cells: Sequence[Cell], count: int, processes: Ranks) -> bool:
     """Whether all processes are about to answer the same samples in the same way."""
     identity = request_key(sorted(key for cell in cells for key in setup.keys(cell, (count,)).values()))
     found = processes.all_gather(torch.tensor(int(identity[:15], 16)))
@@ -143,7 +143,7 @@ def answer_work(
 
 
 def gather_answers(
-    cells: Sequence[Cell], numbers: Sequence[int], setup: RulerSetup, store: AnswerStore, processes: Processes
+    cells: Sequence[Cell], numbers: Sequence[int], setup: RulerSetup, store: AnswerStore, processes: Ranks
 ) -> list[list[RulerAnswer]] | None:
     """All answers of each cell in the order of their numbers, on rank 0; None on the others.
 

@@ -15,8 +15,8 @@ import numpy as np
 from baatt.config import Policy
 from baatt.evaluation.ablation import Cell
 from baatt.evaluation.ruler_answers import RulerAnswer
-from baatt.evaluation.statistics import Interval, bootstrap_interval, mcnemar_p, wilson_interval
 from baatt.lab.ruler.scoring import averages
+from baatt.lab.statistics import Interval, bootstrap_interval, mcnemar_p, wilson_interval
 
 STUDY = "ruler"
 Record = dict[str, Any]

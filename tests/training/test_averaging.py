@@ -1,4 +1,4 @@
-"""Processes of a training run: the mean of gradients, the first one's numbers, sums; and one process alone."""
+"""Ranks of a training run: the mean of gradients, the first one's numbers, sums; and one alone."""
 
 import os
 import socket
@@ -11,7 +11,9 @@ import torch
 TRAINING = Path(__file__).parents[2] / "training"
 sys.path.insert(0, str(TRAINING))
 
-from team import Team  # noqa: E402
+from averaging import add_up, agree, average_gradients  # noqa: E402
+
+from baatt.lab.ranks import Ranks, leave_process_group  # noqa: E402
 
 
 def work(rank: int, port: int, results: "torch.multiprocessing.Queue") -> None:
@@ -20,14 +22,16 @@ def work(rank: int, port: int, results: "torch.multiprocessing.Queue") -> None:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }  # fmt: skip
-    team = Team("cpu")
+    ranks = Ranks()
     parameters = [torch.zeros(2, 3, requires_grad=True), torch.zeros(4, requires_grad=True)]
     for parameter, value in zip(parameters, (1.0, 10.0), strict=True):
         parameter.grad = torch.full_like(parameter, value * (1 + rank))
-    team.average_gradients(parameters)
-    counts = team.add_up(torch.tensor([1.0, rank]))
-    results.put((rank, [p.grad.tolist() for p in parameters], team.agree([rank + 0.5]), counts.tolist()))
-    team.leave()
+    average_gradients(ranks, parameters)
+    counts = add_up(ranks, torch.tensor([1.0, rank]))
+    results.put(
+        (rank, [p.grad.tolist() for p in parameters], agree(ranks, [rank + 0.5], torch.device("cpu")), counts.tolist())
+    )
+    leave_process_group()
 
 
 def test_two_processes() -> None:
@@ -53,12 +57,12 @@ def test_two_processes() -> None:
 def test_one_process_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    team = Team("cpu")
+    ranks = Ranks()
     parameter = torch.zeros(2, requires_grad=True)
     parameter.grad = torch.ones(2)
-    team.average_gradients([parameter])
-    assert (team.rank, team.size, team.device) == (0, 1, "cpu")
+    average_gradients(ranks, [parameter])
+    assert (ranks.rank, ranks.size) == (0, 1)
     assert parameter.grad.tolist() == [1, 1]
-    assert team.agree([3.0]) == [3.0]
-    assert team.add_up(torch.tensor([4.0])).tolist() == [4.0]
-    team.leave()
+    assert agree(ranks, [3.0], torch.device("cpu")) == [3.0]
+    assert add_up(ranks, torch.tensor([4.0])).tolist() == [4.0]
+    leave_process_group()

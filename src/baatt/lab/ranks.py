@@ -1,7 +1,7 @@
-"""The processes of a data-parallel evaluation: one model each, every one with a share of the requests.
+"""The processes that torchrun or `accelerate launch` has started, one model each: rank, device and what they exchange.
 
-In: the environment that `torchrun` or `accelerate launch` sets. Out: rank, device and the three exchanges that
-lm-evaluation-harness needs. A single process exchanges nothing. Knows nothing of models.
+In: the environment that the launcher sets; this is the one place that reads it. A single process exchanges nothing.
+Knows nothing of models.
 """
 
 import os
@@ -12,26 +12,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: Ranks finish hours apart when some have the long documents; the default of ten minutes would end the run.
+#: Ranks of an evaluation finish hours apart when some have the long documents; ten minutes, the default, would end it.
 PATIENCE = timedelta(days=2)
 
 
-class Processes:
+class Ranks:
     """This process among those of the run; joins a process group if the launcher has started more than one.
 
-    What is exchanged is small, so it goes through the CPUs (gloo) whatever the models run on.
+    Args:
+        backend: through which they exchange. What an evaluation exchanges is small, so it goes through the CPUs (gloo)
+            whatever the models run on; gradients go through "nccl".
     """
 
-    def __init__(self) -> None:
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    def __init__(self, backend: str = "gloo") -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = 0
+        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._group: dist.ProcessGroup | None = None
-        if self.world_size == 1:
+        patience = PATIENCE if backend == "gloo" else None
+        if self.size == 1:
             return
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
-        elif dist.get_backend() != "gloo":
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            dist.init_process_group(backend, timeout=patience)
+        elif dist.get_backend() != backend:
+            self._group = dist.new_group(backend=backend, timeout=patience)
         self.rank = dist.get_rank()
 
     def device(self, name: str | None) -> torch.device:
@@ -52,31 +56,31 @@ class Processes:
             return device
         if not torch.cuda.is_available():
             raise ValueError(f"device must be one that PyTorch can use, and there is no GPU for {name!r}")
-        if self.world_size > 1:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if self.size > 1:
+            device = torch.device("cuda", self._local_rank)
             torch.cuda.set_device(device)
         return device
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, joined along the first axis; numbers become a row."""
-        if self.world_size == 1:
+        if self.size == 1:
             return tensor
         row = (tensor[None] if tensor.dim() == 0 else tensor).cpu().contiguous()
-        parts = [torch.empty_like(row) for _ in range(self.world_size)]
+        parts = [torch.empty_like(row) for _ in range(self.size)]
         dist.all_gather(parts, row, group=self._group)
         return torch.cat(parts).to(tensor.device)
 
     def gather_object(self, item: Any, destination: int = 0) -> list[Any] | None:
         """What every rank has, on one of them; None on the others."""
-        if self.world_size == 1:
+        if self.size == 1:
             return [item]
-        items = [None] * self.world_size if self.rank == destination else None
+        items = [None] * self.size if self.rank == destination else None
         dist.gather_object(item, items, dst=destination, group=self._group)
         return items
 
     def barrier(self) -> None:
         """Wait for all."""
-        if self.world_size > 1:
+        if self.size > 1:
             dist.barrier(group=self._group)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baatt.evaluation.statistics import NORMAL_QUANTILE, bootstrap_interval, wilson_interval
+from baatt.lab.statistics import NORMAL_QUANTILE, bootstrap_interval, wilson_interval
 
 
 @pytest.mark.parametrize(

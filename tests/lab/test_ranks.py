@@ -1,4 +1,4 @@
-"""Exchanges between the processes of a data-parallel evaluation: alone, and two that a launcher starts."""
+"""Exchanges between the ranks of a data-parallel evaluation: alone, and two that a launcher starts."""
 
 import subprocess
 import sys
@@ -6,21 +6,21 @@ import sys
 import pytest
 import torch
 
-from baatt.evaluation.processes import Processes, leave_process_group
+from baatt.lab.ranks import Ranks, leave_process_group
 
 EXCHANGE = """
 import sys
 from pathlib import Path
 import torch
-from baatt.evaluation.processes import Processes, leave_process_group
+from baatt.lab.ranks import Ranks, leave_process_group
 
-both = Processes()
+both = Ranks()
 counts = both.all_gather(torch.tensor(10 + both.rank, device=both.device("cpu")))
 rows = both.all_gather(torch.full((1, 2), both.rank))
 items = both.gather_object({"rank": both.rank})
-again = Processes()  # joins the group that is there
+again = Ranks()  # joins the group that is there
 both.barrier()
-said = f"{both.rank} {both.world_size} {again.rank} {counts.tolist()} {rows.tolist()} {items}"
+said = f"{both.rank} {both.size} {again.rank} {counts.tolist()} {rows.tolist()} {items}"
 (Path(sys.argv[1]) / str(both.rank)).write_text(said)
 leave_process_group()
 """
@@ -28,8 +28,8 @@ leave_process_group()
 
 def test_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    alone = Processes()
-    assert (alone.rank, alone.world_size) == (0, 1)
+    alone = Ranks()
+    assert (alone.rank, alone.size) == (0, 1)
     assert alone.all_gather(torch.tensor(3)) == 3
     assert alone.gather_object("a") == ["a"]
     alone.barrier()

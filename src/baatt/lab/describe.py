@@ -1,0 +1,104 @@
+"""Settings, scores, orders, dense layers and samplers in words: the one place that names them.
+
+In: configs as they are stored, `dataclasses.asdict(config)`, {} for dense attention. Out: text for a table, a picture
+or a line on the screen.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from baatt.config import BAAttConfig, Policy
+from baatt.lab.tables import percent
+
+Config = Mapping[str, Any]
+
+#: Scores under the names that the papers give them.
+TITLES = {
+    "covariance": "BA-Att",
+    "covariance-16": "BA-Att's score of runs of 16",
+    "mean": "block means",
+    "antidiagonal-8": "antidiagonal-8 (XAttention's)",
+}
+
+
+def order_name(order: Config) -> str:
+    """`unsorted`, `qk in 1024`, `k in one segment`: which side is sorted by norm, and in segments of how many tokens.
+
+    Args:
+        order: anything with `sort` and `segment`.
+    """
+    return "unsorted" if order["sort"] == "none" else f"{order['sort']} in {order['segment'] or 'one segment'}"
+
+
+def score_name(config: Config) -> str:
+    """`beta 0.5` for the default score, else its name."""
+    return f"beta {config['beta']:g}" if config["score"] == "covariance" else str(config["score"])
+
+
+def setting_name(config: Config, among: Sequence[Config] = ()) -> str:
+    """`dense`; `qk in 1024, beta 0.5, 50 %`; with blocks that are not the usual ones `..., blocks of 16`.
+
+    Args:
+        among: all settings of a run: order, score and block size are left out where all sparse ones share them.
+    """
+    if not config:
+        return "dense"
+    parts = order_name(config), score_name(config), _blocks(config)
+    others = [(order_name(one), score_name(one), _blocks(one)) for one in among if one]
+    shared = [len(set(values)) == 1 for values in zip(*others, strict=True)] or [False] * len(parts)
+    order, score, blocks = ("" if same else part for part, same in zip(parts, shared, strict=True))
+    return ", ".join(part for part in (order, score, percent(config["sparsity"]), blocks) if part)
+
+
+def selection_name(config: Config, dense_layers: Sequence[int]) -> str:
+    """`BA-Att, k in 256, layers 0 and 1 dense`: how blocks are selected, whatever the sparsity."""
+    layers = " and ".join(map(str, dense_layers))
+    dense = f", layer{'s' if len(dense_layers) > 1 else ''} {layers} dense" if layers else ""
+    return f"{TITLES.get(config['score'], config['score'])}, {order_name(config)}{dense}"
+
+
+def layers_name(layers: Sequence[int]) -> str:
+    """`0, 1`, or `none`."""
+    return ", ".join(map(str, layers)) or "none"
+
+
+def options_text(config: BAAttConfig, policy: Policy) -> str:
+    """One line with every option of the method, and the dense layers."""
+    options = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+    return f"{options}; dense layers: {layers_name(policy.dense_layers)}"
+
+
+def settings_text(header: Config, records: Sequence[Config]) -> str:
+    """How the samples of an evaluation are answered, and on a second line what all its sparse settings share.
+
+    Args:
+        header, records: of a summary of `baatt evaluate ruler`.
+    """
+    chat = ", chat template" if header["chat"] else ""
+    text = (
+        f"Answers: {sampler_text(header['sampler'])}, batches of {header['batch_size']}{chat}; weights in "
+        f"{header['dtype']}."
+    )
+    sparse = [one["config"] for one in records if one["config"]]
+    if not sparse:
+        return text
+    first = sparse[0]
+    betas = [f"{score_name(one)}, " for one in sparse if one["score"] == "covariance"]
+    options = f"{order_name(first)}, {''.join(betas[:1])}blocks of {first['block_size']}"
+    return f"{text}\nSparse: {options}, layers that stay dense: {layers_name(header['dense_layers'])}."
+
+
+def sampler_text(sampler: Config) -> str:
+    """`64 steps for 32 tokens in blocks of 32, threshold 0.9, cache none`."""
+    sure = "no threshold" if sampler["threshold"] is None else f"threshold {sampler['threshold']:g}"
+    order = sampler.get("remasking", "low_confidence")
+    filled = "" if order == "low_confidence" else f"{order.replace('_', ' ')}, "
+    return (
+        f"{sampler['steps']} steps for {sampler['gen_length']} tokens in blocks of {sampler['block_length']}, "
+        f"{filled}{sure}, cache {sampler['cache']}"
+    )
+
+
+def _blocks(config: Config) -> str:
+    return "" if config["block_size"] == BAAttConfig().block_size else f"blocks of {config['block_size']}"
