@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tables import block
 
-from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
+from baatt.lab.records import RecordFile, provenance
+from baatt.lab.tables import MISSING, Record
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path("tests/integrations")
@@ -92,32 +94,43 @@ def counts(results: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+def table(record: Record) -> str:
+    """A row per library and per test file, a column per environment."""
+    columns = record["records"]
+
+    def outcome(one: Record, name: str) -> str:
+        if name not in one["files"]:
+            return MISSING
+        row = one["files"][name]
+        skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
+        return f"{row['passed']} passed{skipped}" + (f", **{row['failed']} failed**" if row["failed"] else "")
+
+    rows = [[name, *(one["libraries"][name] for one in columns)] for name in columns[0]["libraries"]]
+    for name in dict.fromkeys(name for one in columns for name in one["files"]):
+        rows.append([f"`{name}.py`", *(outcome(one, name) for one in columns)])
+    caption = "Tests are skipped where a version lacks the model or the feature they are about. `-`: not run there."
+    return block(record, ["", *(one["environment"] for one in columns)], rows, caption)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(ENVIRONMENTS), nargs="+", default=list(ENVIRONMENTS))
     parser.add_argument("--json", type=Path, help="where the counts are stored")
     arguments = parser.parse_args(argv)
-    device = torch.device("cpu")
-    records = []
+    command = shlex.join(["python", "benchmarks/compatibility.py", *(sys.argv[1:] if argv is None else argv)])
+    header = {"study": "compatibility of the integrations", **provenance(command, torch.device("cpu"))}
+    report = RecordFile(arguments.json, header)
     for name in arguments.only:
         environment = ENVIRONMENTS[name]
         with tempfile.TemporaryDirectory() as folder:
             if environment.packages:
                 install(environment.packages, Path(folder))
-            records.append({"environment": name, **run(environment, Path(folder))})
-        passed = sum(row["passed"] for row in records[-1]["files"].values())
-        failed = sum(row["failed"] for row in records[-1]["files"].values())
-        sys.stdout.write(f"{name}: {passed} passed, {failed} failed, {records[-1]['libraries']}\n")
+            report.add(one := {"environment": name, **run(environment, Path(folder))})
+        passed, failed = (sum(row[outcome] for row in one["files"].values()) for outcome in ("passed", "failed"))
+        sys.stdout.write(f"{name}: {passed} passed, {failed} failed, {one['libraries']}\n")
         sys.stdout.flush()
-    report = {
-        "study": "compatibility of the integrations",
-        "command": shlex.join(["python", "benchmarks/compatibility.py", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": commit_here(), "device": device_name(device), "versions": versions_here(device), "records": records,
-    }  # fmt: skip
-    if arguments.json is not None:
-        store_json(report, arguments.json)
-    return 0 if all(one["ok"] for one in records) else 1
+    return 0 if all(one["ok"] for one in report.records) else 1
 
 
 if __name__ == "__main__":

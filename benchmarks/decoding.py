@@ -16,18 +16,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import result_tables
 import torch
+from tables import block, crossed
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from baatt import BAAttConfig, Policy
-from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.assets import shipped_model
+from baatt.lab.describe import layers_name, order_name
 from baatt.lab.prompts import answer_text, pad_left
+from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.scoring import whole_share
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.lab.statistics import wilson_interval
+from baatt.lab.tables import Record, percent
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate
@@ -192,35 +194,29 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def table(record: result_tables.Record) -> str:
+def table(record: Record) -> str:
     """Markdown of a stored file: a row per cache, a column per attention and threshold."""
-    first = record["records"][0]
 
-    def column(one: result_tables.Record) -> str:
+    def column(one: Record) -> str:
         threshold = "fixed steps" if one["threshold"] is None else f"threshold {one['threshold']:g}"
         return f"{one['attention']}, {threshold}"
 
-    grid = result_tables.by_cell(record, lambda one: one["cache"], column)
-    columns = list(dict.fromkeys(map(column, record["records"])))
-    rows = [
-        [
-            cache,
-            *(
-                f"{row[name]['tokens_per_second']:.0f} ({row[name]['right']}/{row[name]['samples']})"
-                for name in columns
-            ),
-        ]
-        for cache, row in grid.items()
-    ]
-    sampler, sparse = record["sampler"], record["sparse"]
+    header, rows = crossed(
+        record["records"],
+        ("cache",),
+        lambda one: (one["cache"],),
+        column,
+        lambda one: f"{one['tokens_per_second']:.0f} ({one['right']}/{one['samples']})",
+    )
+    first, sampler, sparse = record["records"][0], record["sampler"], record["sparse"]
     caption = (
         f"Tokens per second (answers right as whole words) on `{first['task']}` at {first['length']} tokens: "
         f"{sampler['gen_length']} tokens in blocks of {sampler['block_length']}, {sampler['steps']} steps without a "
         f"threshold, batches of {record['batch_size']}, `{record['model']}` in {record['dtype']}. Sparse: "
-        f"{100 * sparse['sparsity']:g} %, {result_tables.order_name(sparse)}, layers that stay dense: "
-        f"{', '.join(map(str, record['policy']['dense_layers']))}."
+        f"{percent(sparse['sparsity'])}, {order_name(sparse)}, layers that stay dense: "
+        f"{layers_name(record['policy']['dense_layers'])}."
     )
-    return "\n\n".join([result_tables.table(["cache", *columns], rows), caption, result_tables.provenance(record)])
+    return block(record, header, rows, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -238,10 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.impl,
     )
     settings = [Setting(*one) for one in itertools.product(arguments.caches, arguments.attention, arguments.thresholds)]
+    command = shlex.join(["python", "benchmarks/decoding.py", *(sys.argv[1:] if argv is None else argv)])
     report: dict[str, Any] = {
-        "study": "decoding",
-        "command": shlex.join(["python", "benchmarks/decoding.py", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": commit_here(), "device": device_name(device), "versions": versions_here(device),
+        "study": "decoding", **provenance(command, device),
         "model": arguments.model.name, "dtype": str(dtype).removeprefix("torch."), "batch_size": arguments.batch_size,
         "sampler": dataclasses.asdict(bench.sampler), "sparse": dataclasses.asdict(bench.sparse),
         "policy": dataclasses.asdict(bench.policy), "records": [],
@@ -250,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         before, records = report["records"], []
         options = (arguments.task, length, arguments.count, arguments.batch_size, arguments.seed)
         for records in measure(bench, settings, *options):
-            store_json(report | {"records": [*before, *records]}, arguments.json)
+            write_json(report | {"records": [*before, *records]}, arguments.json)
         report["records"] = [*before, *records]
         sys.stdout.write("".join(f"{summary(one)}\n" for one in records))
         sys.stdout.flush()

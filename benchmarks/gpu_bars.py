@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tables import RenderError, block, length_text, sizes_text, sparsity_text
 
 from baatt.analysis.benchmark import Case, Record, Shape, measure
 from baatt.analysis.plots import short_length
@@ -20,6 +21,9 @@ from baatt.analysis.reports import start_report, store_report
 from baatt.analysis.verification import VerificationError
 from baatt.backend import IMPLS
 from baatt.config import BAAttConfig
+from baatt.lab.describe import order_name
+from baatt.lab.tables import Record as StoredRecord
+from baatt.lab.tables import error_of, gibibytes, percent, times
 
 AGAINST = ("cudnn", "flash", "flex")
 KERNEL = [(4096, 0.5), (32768, 0.0), (32768, 0.5), (32768, 0.9), (131072, 0.9)]
@@ -29,7 +33,7 @@ OPERATOR = [(4096, 0.5), (16384, 0.5), (32768, 0.5), (32768, 0.9), (131072, 0.9)
 def make_case(
     what: str, tokens: int, sparsity: float, heads: int = 32, channels: int = 128, against: tuple[str, ...] = ()
 ) -> Case:
-    """B 1, bfloat16, the paper's dials: of all orders the one that costs most."""
+    """B 1, bfloat16, the paper's options: of all orders the one that costs most."""
     shape = Shape(1, heads, heads, tokens, channels)
     config = dataclasses.replace(BAAttConfig.preset("paper"), sparsity=sparsity)
     return Case(what, shape, config, torch.bfloat16, torch.device("cuda"), against=against)
@@ -82,6 +86,72 @@ def line(name: str, record: Record, seconds: float) -> str:
         f"{(record.peak_memory_bytes or 0) / 2**30:.2f} GiB beyond inputs, took {seconds:.0f} s"
         f"{''.join(f'; {note}' for note in notes)}\n"
     )
+
+
+def operator_table(record: StoredRecord) -> str:
+    """The operator against dense and block-sparse attention, a row per length and sparsity."""
+    chosen = records_of(record, "operator")
+    usual = sizes_text(chosen[0])
+    rows = [
+        [
+            length_text(one) + ("" if sizes_text(one) == usual else f" ({sizes_text(one)})"),
+            sparsity_text(one),
+            f"{one['total_ms']:.3g}",
+            percent(one["selection_share"], 0),
+            *(times(one["speedup"].get(name)) for name in AGAINST),
+            gibibytes(one["peak_memory_bytes"]),
+            error_of(one["error"], one["error_limit"]),
+        ]
+        for one in chosen
+    ]
+    header = ("length", "sparsity", "ms", "not attention", *(f"over {name}" for name in AGAINST), "extra memory")
+    refused = dict.fromkeys(f"{name}: {reason}" for one in chosen for name, reason in one["refused"].items())
+    caption = (
+        f"{usual}, tokens sorted: {order_name(chosen[0]['config'])}. Time of the whole call, selection "
+        "included; share of it that is not attention; speed-up over dense attention of cuDNN and FlashAttention and "
+        "over compiled FlexAttention, which gets our block lists and sorted tokens ready-made; memory beyond q, k "
+        "and v; relative L2 error against float64 with the same mask, and its limit."
+        + (f" Not run: {'; '.join(refused)}." if refused else "")
+    )
+    return block(record, [*header, "error (limit)"], rows, caption)
+
+
+def compensation_table(record: StoredRecord) -> str:
+    """By how much the operator is slower than with beta 0, a row per length and sparsity."""
+    rows = [
+        [length_text(one), str(one["shape"][1]), sparsity_text(one), f"{100 * one['compensation_cost']:+.1f} %"]
+        for one in records_of(record, "operator")
+    ]
+    return block(record, ("length", "H", "sparsity", "slower by"), rows)
+
+
+def kernel_table(record: StoredRecord) -> str:
+    """The attention kernel alone on random lists, a row per length, sparsity and D."""
+    chosen, peak = records_of(record, "kernel"), record["matrix_peak_tflops"]
+    rows = [
+        [
+            length_text(one),
+            sparsity_text(one),
+            str(one["shape"][3]),
+            f"{one['kept_tflops']:.0f}",
+            percent(one["kept_tflops"] / peak, 0),
+        ]
+        for one in chosen
+    ]
+    batch, heads = chosen[0]["shape"][:2]
+    caption = (
+        f"B {batch}, H {heads}, {chosen[0]['dtype']}, `{chosen[0]['impl']}`, random lists; operations of kept pairs. "
+        f"The peak is {peak:.0f} TFLOP/s, a large {record['matrix_peak_dtype']} matrix product in the same run."
+    )
+    return block(record, ("length", "sparsity", "D", "TFLOP/s", "of the peak"), rows, caption)
+
+
+def records_of(record: StoredRecord, what: str) -> list[StoredRecord]:
+    """The measurements of the operator or of its kernel."""
+    chosen = [one for one in record["records"] if one["what"] == what]
+    if not chosen:
+        raise RenderError(f"no record is of the {what}")
+    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:

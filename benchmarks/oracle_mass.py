@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import result_tables
 import torch
+from tables import block, crossed
 
 from baatt import BAAttConfig, make_plan
 from baatt.analysis.oracle import block_mass
-from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.analysis.timing import median_times
+from baatt.lab.records import RecordFile, provenance
+from baatt.lab.tables import Record
 
 HEADS = 8
 RELATIVE, ABSOLUTE = 1e-4, 1e-7  # as tests/gpu/test_mass.py
@@ -47,19 +48,17 @@ def measure(length: int, channels: int, dtype: torch.dtype, device: torch.device
     }  # fmt: skip
 
 
-def table(record: result_tables.Record) -> str:
+def table(record: Record) -> str:
     """A row per length, a column per number format and width of a head."""
-    grid = result_tables.by_cell(
-        record, lambda one: one["length"], lambda one: f"{one['dtype']}, {one['channels']} channels"
+    header, rows = crossed(
+        record["records"],
+        ("tokens",),
+        lambda one: (str(one["length"]),),
+        lambda one: f"{one['dtype']}, {one['channels']} channels",
+        lambda one: f"{one['triton_ms']:.3g} ms, {one['speedup']:.1f}x",
     )
-    rows = [
-        [str(length), *(f"{one['triton_ms']:.3g} ms, {one['speedup']:.1f}x" for one in row.values())]
-        for length, row in grid.items()
-    ]
-    columns = next(iter(grid.values()))
     caption = f"Time of the kernel, and that of the eager function over it; {record['heads']} heads, one batch entry."
-    parts = [result_tables.table(["tokens", *columns], rows), caption, result_tables.provenance(record)]
-    return "\n\n".join(parts)
+    return block(record, header, rows, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,21 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("the kernel needs a GPU, and this machine has none")
     device = torch.device("cuda")
-    records: list[dict[str, Any]] = []
-    report = {
-        "study": "attention mass of every block pair",
-        "command": shlex.join(["python", "benchmarks/oracle_mass.py", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": commit_here(), "device": device_name(device), "versions": versions_here(device),
-        "heads": HEADS, "records": records,
-    }  # fmt: skip
+    command = shlex.join(["python", "benchmarks/oracle_mass.py", *(sys.argv[1:] if argv is None else argv)])
+    header = {"study": "attention mass of every block pair", **provenance(command, device), "heads": HEADS}
+    report = RecordFile(arguments.json, header)
     for dtype in (torch.bfloat16, torch.float32):
         for channels in arguments.channels:
             for length in arguments.lengths:
-                records.append(measure(length, channels, dtype, device))
-                store_json(report, arguments.json)
-                sys.stdout.write(
-                    "{dtype} {length} x {channels}: {triton_ms:.2f} ms, {speedup:.1f}x\n".format(**records[-1])
-                )
+                report.add(one := measure(length, channels, dtype, device))
+                sys.stdout.write("{dtype} {length} x {channels}: {triton_ms:.2f} ms, {speedup:.1f}x\n".format(**one))
                 sys.stdout.flush()
 
 

@@ -11,12 +11,15 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import result_tables
-from result_tables import Record
+import torch
+from tables import block, crossed, length_text, sparsity_text
+
+from baatt.lab.records import provenance, short_commit, write_json
+from baatt.lab.tables import Record, Table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
@@ -115,36 +118,29 @@ def build(measured: Record, links: Links, gpus: Sequence[int]) -> list[dict[str,
 def case_name(one: Record) -> str:
     """`128K, 90 %`, with H where it is not the usual one."""
     heads = "" if one["shape"][1] == USUAL_HEADS else f", H {one['shape'][1]}"
-    return f"{result_tables.length_name(one)}, {100 * one['sparsity']:g} %{heads}"
+    return f"{length_text(one)}, {sparsity_text(one)}{heads}"
 
 
 def table(record: Record) -> str:
     """The model: a row per number of GPUs, a column per case, first the speed-up, then what is exchanged."""
-    grid = result_tables.by_cell(record, lambda one: one["gpus"], case_name)
-    names = list(dict.fromkeys(map(case_name, record["records"])))
-    links, source = record["assumptions"], record["measurement"]
-    gained = [[str(gpus), *(speedup_cell(row[name]) for name in names)] for gpus, row in grid.items()]
-    exchanged = [[str(gpus), *(exchange_cell(row[name]) for name in names)] for gpus, row in grid.items()]
+
+    def by_gpus(cell: Callable[[Record], str]) -> tuple[list[str], list[list[str]]]:
+        return crossed(record["records"], ("GPUs",), lambda one: (str(one["gpus"]),), case_name, cell)
+
+    links, measured = record["assumptions"], record["measurement"]
     caption = (
         f"**Model, not a measurement**, of the speed-up over one GPU (efficiency). Measured is one GPU only: "
-        f"`{source['file']}`, commit {result_tables.commit_name(source['commit'])}, {source['device']}. Assumed: "
+        f"`{measured['file']}`, commit {short_commit(measured['commit'])}, {measured['device']}. Assumed: "
         "attention takes that time divided by the GPUs; nothing overlaps; a GPU sends "
         f"{links['node_bandwidth'] / 1e9:g} GB/s inside a node of {links['gpus_per_node']} and at the same time "
         f"{links['network_bandwidth'] / 1e9:g} GB/s beyond it; {links['collectives']} collectives a call wait "
         f"{1e6 * links['node_latency']:g} us each, {1e6 * links['network_latency']:g} us across nodes; packing and "
-        f"unpacking copy at the {source['memory_bandwidth'] / 1e12:.2f} TB/s measured there. -: the GPUs do not divide "
-        "the heads. One GPU with 64 heads is taken to need twice what was measured with 32."
+        f"unpacking copy at the {measured['memory_bandwidth'] / 1e12:.2f} TB/s measured there. -: the GPUs do not "
+        "divide the heads. One GPU with 64 heads is taken to need twice what was measured with 32."
     )
-    header = ["GPUs", *names]
-    return "\n\n".join(
-        [
-            result_tables.table(header, gained),
-            caption,
-            result_tables.table(header, exchanged),
-            "The same model: MiB that one GPU sends in a call, and ms of the whole exchange.",
-            result_tables.provenance(record),
-        ]
-    )
+    gained = Table(*by_gpus(speedup_cell), caption).markdown()
+    sent = "The same model: MiB that one GPU sends in a call, and ms of the whole exchange."
+    return f"{gained}\n\n{block(record, *by_gpus(exchange_cell), sent)}"
 
 
 def speedup_cell(one: Record) -> str:
@@ -157,36 +153,6 @@ def exchange_cell(one: Record) -> str:
     if "refused" in one:
         return "-"
     return f"{(one['node_bytes'] + one['network_bytes']) / 2**20:.0f} MiB, {one['exchange_ms']:.2f} ms"
-
-
-def measured_table(record: Record) -> str:
-    """The measurements of `ulysses.py`: a row per length and sparsity."""
-    rows = [
-        [
-            result_tables.length_name(one),
-            f"{100 * one['sparsity']:g} %",
-            str(one["gpus"]),
-            f"{one['single_ms']:.3g}",
-            f"{one['ulysses_ms']:.3g}",
-            f"{one['speedup']:.2f}x ({100 * one['efficiency']:.0f} %)",
-            f"{one['exchange_ms']:.2f} ({100 * one['exchange_share']:.0f} %)",
-            f"{one['all_to_all_ms']:.2f}",
-            f"{one['sent_bytes_per_second'] / 1e9:.0f}",
-            "yes" if one["bit_equal"] else "no",
-            f"{one['error']:.1e} ({one['error_limit']:.1e})",
-        ]
-        for one in record["records"]
-    ]
-    header = (
-        *("length", "sparsity", "GPUs", "one GPU, ms", "all, ms", "speed-up (efficiency)", "exchange, ms (share)"),
-        *("all-to-all, ms", "GB/s sent", "bit-equal", "error (limit)"),
-    )
-    caption = (
-        f"Measured. {result_tables.sizes_name(record['records'][0])}. Exchange: everything but attention, that is "
-        "agreeing on sizes, packing, two all-to-alls and unpacking, timed alone. Error: relative L2 of all parts "
-        "together against float64 with the mask that one GPU chose."
-    )
-    return "\n\n".join([result_tables.table(header, rows), caption, result_tables.provenance(record)])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Links]:
@@ -203,18 +169,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Lin
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    import torch  # the tables of this file are made without it
-
-    from baatt.analysis.reports import commit_here, store_json, versions_here
-
     arguments, links = parse_arguments(argv)
     measured = json.loads((ROOT / arguments.source).read_text(encoding="utf-8"))
+    command = shlex.join(["python", "benchmarks/scaling_model.py", *(sys.argv[1:] if argv is None else argv)])
     record = {
         "study": "ulysses scaling, a model",
-        "command": shlex.join(["python", "benchmarks/scaling_model.py", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": commit_here(),
+        **provenance(command, torch.device("cpu")),
         "device": "model, no device",
-        "versions": versions_here(torch.device("cpu")),
         "assumptions": links._asdict(),
         "measurement": {
             "file": str(arguments.source),
@@ -222,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "records": build(measured, links, arguments.gpus),
     }
-    store_json(record, ROOT / arguments.json)
+    write_json(record, ROOT / arguments.json)
     sys.stdout.write(f"{table(record)}\n")
     return 0
 

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tables import block, crossed
 
 from baatt import BAAttConfig, attend, ba_attention, make_plan
-from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.analysis.timing import captured, median_times
 from baatt.analysis.verification import require_verified, verify
+from baatt.lab.records import RecordFile, provenance
+from baatt.lab.tables import Record, percent, short_length, times
 
 HEADS, CHANNELS = 32, 128
 
@@ -52,6 +54,23 @@ def measure(queries: int, keys: int, sparsity: float, device: torch.device, dtyp
     }  # fmt: skip
 
 
+def table(record: Record) -> str:
+    """A row per number of queries, a column per number of keys."""
+    header, rows = crossed(
+        record["records"],
+        ("queries",),
+        lambda one: (str(one["queries"]),),
+        lambda one: f"{short_length(one['keys'])} keys",
+        lambda one: times(one["speedup"]),
+    )
+    caption = (
+        "Time of dense attention over that of the operator with the paper's options, selection included, at "
+        f"{percent(record['records'][0]['sparsity'])} sparsity: {record['heads']} heads of {record['channels']}, "
+        f"{record['dtype']}, as CUDA graphs."
+    )
+    return block(record, header, rows, caption)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -63,19 +82,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    records: list[dict[str, Any]] = []
-    report = {
-        "study": "short queries over many keys",
-        "command": shlex.join(["python", "benchmarks/short_queries.py", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": commit_here(), "device": device_name(device), "versions": versions_here(device),
+    command = shlex.join(["python", "benchmarks/short_queries.py", *(sys.argv[1:] if argv is None else argv)])
+    header = {
+        "study": "short queries over many keys", **provenance(command, device),
         "heads": HEADS, "channels": CHANNELS, "dtype": str(dtype).removeprefix("torch."),
-        "records": records,
     }  # fmt: skip
+    report = RecordFile(arguments.json, header)
     for keys in arguments.keys:
         for queries in (one for one in arguments.queries if one < keys):
-            records.append(measure(queries, keys, arguments.sparsity, device, dtype))
-            store_json(report, arguments.json)
-            sys.stdout.write("{queries} x {keys}: {speedup:.2f}x\n".format(**records[-1]))
+            report.add(one := measure(queries, keys, arguments.sparsity, device, dtype))
+            sys.stdout.write("{queries} x {keys}: {speedup:.2f}x\n".format(**one))
             sys.stdout.flush()
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from tables import block, length_text, sizes_text, sparsity_text
 from torch import Tensor
 
 from baatt.analysis.baselines import Inputs
@@ -29,6 +30,7 @@ from baatt.attention import ba_attention, make_plan
 from baatt.backend import IMPLS
 from baatt.config import BAAttConfig
 from baatt.distributed import ulysses_attention
+from baatt.lab.tables import Record, error_of
 
 ROUNDS = 15
 
@@ -271,6 +273,36 @@ def line(record: UlyssesRecord) -> str:
         f"{record.sent_bytes_per_second:.3g} B/s, attention {record.local_ms:.4g} ms, error {record.error:.2e} of "
         f"{record.error_limit:.2e}, {'equal' if record.bit_equal else 'not equal'} bit for bit\n"
     )
+
+
+def table(record: Record) -> str:
+    """A row per length and sparsity."""
+    rows = [
+        [
+            length_text(one),
+            sparsity_text(one),
+            str(one["gpus"]),
+            f"{one['single_ms']:.3g}",
+            f"{one['ulysses_ms']:.3g}",
+            f"{one['speedup']:.2f}x ({100 * one['efficiency']:.0f} %)",
+            f"{one['exchange_ms']:.2f} ({100 * one['exchange_share']:.0f} %)",
+            f"{one['all_to_all_ms']:.2f}",
+            f"{one['sent_bytes_per_second'] / 1e9:.0f}",
+            "yes" if one["bit_equal"] else "no",
+            error_of(one["error"], one["error_limit"]),
+        ]
+        for one in record["records"]
+    ]
+    header = (
+        *("length", "sparsity", "GPUs", "one GPU, ms", "all, ms", "speed-up (efficiency)", "exchange, ms (share)"),
+        *("all-to-all, ms", "GB/s sent", "bit-equal", "error (limit)"),
+    )
+    caption = (
+        f"Measured. {sizes_text(record['records'][0])}. Exchange: everything but attention, that is "
+        "agreeing on sizes, packing, two all-to-alls and unpacking, timed alone. Error: relative L2 of all parts "
+        "together against float64 with the mask that one GPU chose."
+    )
+    return block(record, header, rows, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

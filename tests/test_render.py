@@ -26,7 +26,7 @@ def load_script() -> ModuleType:
 
 
 render = load_script()
-result_tables = sys.modules["result_tables"]
+registry = sys.modules["registry"]
 
 
 @pytest.fixture
@@ -163,13 +163,6 @@ def test_every_block_of_the_repository_is_current(capsys):
     assert render.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_uncommitted_changes_are_shown():
-    assert result_tables.commit_name("0123456789abcdef") == "0123456789"
-    assert result_tables.commit_name("0123456789abcdef+changes") == "0123456789+changes"
-    assert result_tables.commit_name("0123456789abcdef-dirty") == "0123456789-dirty"
-    assert result_tables.commit_name("unknown") == "unknown"
-
-
 def test_optional_blocks_exist():
     assert set(render.BLOCKS) >= render.OPTIONAL
 
@@ -244,10 +237,6 @@ def test_study_tables(copy):
     assert "On `needle`, 77 tokens of a text, weights in float32" in text
 
 
-def test_a_commit_may_be_unknown():
-    assert result_tables.commit_name(None) == "unknown"
-
-
 def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):
     shutil.copy(ROOT / "benchmarks/results/ruler_grid_4096.json", copy / "benchmarks/results")
     records = json.loads((copy / "benchmarks/results/ruler_grid_4096.json").read_text())["settings"]["safe"]["records"]
@@ -282,3 +271,34 @@ def test_broken_numbers_are_named(copy, capsys, text, message):
     assert render.main(["--check"], copy) == 1
     assert message in capsys.readouterr().err
     assert (copy / "README.md").read_text() == text
+
+
+def stored_files():
+    folder = ROOT / "benchmarks/results"
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+
+def test_every_stored_result_belongs_to_one_case():
+    assert sorted(result for case in registry.CASES.values() for result in case.results) == stored_files()
+
+
+def test_every_block_is_shown_and_of_one_case():
+    names = [name for case in registry.CASES.values() for name in case.blocks]
+    assert len(names) == len(set(names))
+    text = "".join(path.read_text() for pattern in render.FILES for path in ROOT.glob(pattern))
+    assert [name for name in registry.BLOCKS if f"<!-- render:{name} -->" not in text] == []
+
+
+def test_every_table_is_of_a_result_or_a_picture_is_drawn_from_it():
+    """Results of the case that no block shows are text, the training's, or drawn: their picture is in its words."""
+    shown = {result for block in registry.BLOCKS.values() for result in block.results}
+    for name, case in registry.CASES.items():
+        for result in set(case.results) - shown:
+            assert result.endswith(".txt") or name in ("training", "gpu_sweep"), result
+    assert (ROOT / "docs/figures/gpu_sweep_h200.png").is_file()
+
+
+def test_scripts_of_cases_exist():
+    for case in registry.CASES.values():
+        for word in case.command.split():
+            assert not word.endswith((".py", ".sh")) or (ROOT / word).is_file(), word

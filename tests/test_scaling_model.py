@@ -127,7 +127,9 @@ def test_a_dry_run_stores_a_complete_record(measured):
 
 
 def test_measurements_make_a_table(model, measured):
-    text = model.measured_table(measured)
+    import ulysses
+
+    text = ulysses.table(measured)
     assert text.count("\n| 130 | 50 % | 2 | ") == 1
     assert "Measured. B 1, H 4, G 1, D 16, bfloat16, `cpu`." in text
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import evaluation_tables
+import ruler_tables
 
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell
@@ -69,7 +69,7 @@ def grid(lengths):
 
 
 def test_dense_attention_by_length():
-    assert evaluation_tables.by_length(dense([4096, 8192])) == (
+    assert ruler_tables.by_length(dense([4096, 8192])) == (
         "| task | 4096 | 8192 |\n"
         "| --- | ---: | ---: |\n"
         "| `niah_single_1` | 100.0 [51.0-100.0] | 100.0 [51.0-100.0] |\n"
@@ -79,7 +79,7 @@ def test_dense_attention_by_length():
 
 
 def test_averages_of_a_grid():
-    assert evaluation_tables.grid_averages(grid([4096, 8192])) == (
+    assert ruler_tables.grid_averages(grid([4096, 8192])) == (
         "4096 tokens; dense attention: 90.0 [65.5-90.0]\n\n"
         "| selection | 50 % |\n"
         "| --- | ---: |\n"
@@ -98,28 +98,28 @@ def test_averages_of_several_grids_by_length():
     short, long = grid([4096]), grid([8192, 16384])
     del short["settings"]["mean"], long["settings"]["mean"]["averages"][1]
     cell = "62.5 [41.0-82.7]; -27.5 [-55.0, +0.0]"
-    text = evaluation_tables.half_by_length([short, long])
+    text = ruler_tables.half_by_length([short, long])
     assert text.startswith(
-        "| sparsity 50% | block pairs skipped | 4096 tokens | 8192 tokens | 16384 tokens |\n"
+        "| sparsity 50 % | block pairs skipped | 4096 tokens | 8192 tokens | 16384 tokens |\n"
         "| --- | ---: | ---: | ---: | ---: |\n"
-        "| dense attention | 40% | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] |\n"
-        f"| BA-Att, k in 256, layer 0 dense | 40% | {cell} | {cell} | {cell} |\n\n"
+        "| dense attention | 40 % | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] | 90.0 [65.5-90.0] |\n"
+        f"| BA-Att, k in 256, layer 0 dense | 40 % | {cell} | {cell} | {cell} |\n\n"
         "Block pairs skipped: of all layers, mean over lengths and tasks. Average over 2 of 13 tasks. After the"
     )
     assert text.count("python benchmarks/ruler_grid.py F") == 2
     del long["settings"]["safe"]["averages"][1]["by_length"][1]
-    assert f"dense | 40% | {cell} | {cell} | incomplete |" in evaluation_tables.half_by_length([short, long])
+    assert f"dense | 40 % | {cell} | {cell} | incomplete |" in ruler_tables.half_by_length([short, long])
 
 
 def test_a_grid_task_by_task():
-    text = evaluation_tables.grid_tasks(grid([4096, 8192]))
+    text = ruler_tables.grid_tasks(grid([4096, 8192]))
     table = (
         "| task | dense | 50 % |\n"
         "| --- | ---: | ---: |\n"
         "| `niah_single_1` | 100.0 [51.0-100.0] | 50.0 [15.0-85.0] |\n"
         "| `vt` | 80.0 [80.0-80.0] | 75.0 [50.0-95.0] |\n"
         "| seconds a sample | 0.5 | 0.5 |\n"
-        "| block pairs skipped | 40.0% | 40.0% |\n\n"
+        "| block pairs skipped | 40.0 % | 40.0 % |\n\n"
     )
     assert text.startswith(
         f"BA-Att, k in 256, layer 0 dense, 4096 tokens:\n\n{table}block means, unsorted, 4096 tokens:\n\n{table}"
@@ -128,13 +128,13 @@ def test_a_grid_task_by_task():
 
 
 def test_a_run_that_only_counted_says_where_the_answers_are_from():
-    text = evaluation_tables.source(summary((512,), device="there"))
+    text = ruler_tables.answers_source(summary((512,), device="there"))
     assert text == f"{SOURCE} This run counted answers that were there; they were given on: there."
 
 
 def test_answers_of_several_devices_are_said():
     record = dense([4096])
     record["records"][0]["devices"] = ["here", "there"]
-    assert evaluation_tables.by_length(record).endswith(
+    assert ruler_tables.by_length(record).endswith(
         "torch 2. Answers of other runs are among them; all devices: here, there."
     )

@@ -1,0 +1,240 @@
+"""Every benchmark: what it measures, the command that runs it again, its stored results and what is rendered from them.
+
+A new benchmark is one file here, which measures and makes its table, and one entry of `CASES`. `render.py` makes the
+blocks `<!-- render:NAME -->` of the Markdown files and the table of benchmarks/README.md from these entries.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import archive_tables
+import compatibility
+import decoding
+import gpu_bars
+import oracle_mass
+import ruler_tables
+import scaling_model
+import short_queries
+import tables
+import ulysses
+
+
+class Block(NamedTuple):
+    """A rendered block: the function that makes it, and of which results.
+
+    Args:
+        results: of the case's; none means all of them.
+        together: the function takes all results in one call; else it is called for each, and the texts are stacked.
+    """
+
+    render: Callable[..., str]
+    results: tuple[str, ...] = ()
+    together: bool = False
+
+
+class Case(NamedTuple):
+    """One benchmark.
+
+    Args:
+        measures: a phrase. command: in today's words; what ran is stored in the result. results: files under
+            benchmarks/results/. blocks: by name; a function alone is a block of all results.
+    """
+
+    measures: str
+    command: str
+    results: tuple[str, ...]
+    blocks: dict[str, Callable[..., str] | Block] = {}  # noqa: RUF012 (never changed)
+
+
+RULER_GRIDS = ("ruler_grid_4096.json", "ruler_grid_long.json")
+#: One setting each, counted from answers of the same runs.
+RULER_PARTS = ("ruler_grid_safe_16384.json", "ruler_grid_finer_8192.json")
+CAPTURE = "needle-18m.safetensors"  # of `baatt analyze capture`
+#: How the needles and ablations of the first checkpoint are asked today; what ran then is stored in their results.
+ABLATION = "baatt evaluate ruler --lengths 4096 --count 500 --json FILE --tasks niah_multikey_2,niah_multivalue"
+
+CASES: dict[str, Case] = {
+    "cpu_operator": Case(
+        "the operator on a processor beside PyTorch's dense attention: time, memory, error",
+        "baatt bench --shape 1x8x8192x64 --sparsity 0,0.5,0.75,0.875 --against dense --json FILE",
+        ("cpu_operator.json",),
+        {"cpu_operator": tables.cpu_operator},
+    ),
+    "gpu_bars": Case(
+        "operator and attention kernel on a GPU beside cuDNN, FlashAttention and FlexAttention",
+        "python benchmarks/gpu_bars.py --json FILE",
+        ("gpu_operator_h200.json",),
+        {
+            "gpu_operator": gpu_bars.operator_table,
+            "gpu_kernel": gpu_bars.kernel_table,
+            "gpu_compensation": gpu_bars.compensation_table,
+        },
+    ),
+    "gpu_sweep": Case(
+        "the operator over lengths, drawn as docs/figures/gpu_sweep_h200.png",
+        "baatt bench --sweep --against cudnn,flash --json FILE --plot PICTURE",
+        ("gpu_sweep_h200.json",),
+    ),
+    "gpu_tests": Case(
+        "the tests that need a GPU, and those of the integrations there: what pytest printed",
+        "python -m pytest -m gpu tests/gpu",
+        ("gpu_tests_h200.txt", "gpu_integrations_h200.txt"),
+    ),
+    "short_queries": Case(
+        "few queries over many keys: from how many on a sparse call is faster",
+        "python benchmarks/short_queries.py --json FILE",
+        ("short_queries_h200.json",),
+        {"short_queries": short_queries.table},
+    ),
+    "oracle_mass": Case(
+        "the kernel of the exact block masses beside the eager function",
+        "python benchmarks/oracle_mass.py --json FILE",
+        ("oracle_mass.json",),
+        {"oracle_mass": oracle_mass.table},
+    ),
+    "ulysses": Case(
+        "Ulysses attention over several GPUs beside one",
+        "torchrun --nproc-per-node 2 benchmarks/ulysses.py --json FILE",
+        ("ulysses_gpu.json",),
+        {"ulysses": ulysses.table},
+    ),
+    "scaling_model": Case(
+        "a model, not a measurement, of Ulysses attention on up to 64 GPUs",
+        "python benchmarks/scaling_model.py --node-bandwidth 2.7e11",
+        ("ulysses_scaling.json",),
+        {"ulysses_scaling": scaling_model.table},
+    ),
+    "compatibility": Case(
+        "tests of the integrations beside several versions of the libraries",
+        "python benchmarks/compatibility.py --json FILE",
+        ("compatibility.json",),
+        {"compatibility": compatibility.table},
+    ),
+    "bound": Case(
+        "the error bound beside the true deviation of the logits, layer by layer",
+        f"baatt analyze bound {CAPTURE} --sort none,q,k,qk --json FILE --plot PICTURE",
+        ("bound_needle-18m.json",),
+        {"bound": tables.bound_by_layer},
+    ),
+    "recall": Case(
+        "attention mass kept by each score beside the oracle, at equal budgets",
+        f"baatt analyze recall {CAPTURE} --sort none,q,k,qk --json FILE --plot PICTURE",
+        ("recall_needle-18m.json",),
+        {"recall": tables.recall_by_score},
+    ),
+    "recall_beta": Case(
+        "attention mass kept by the covariance score, by the weight of its compensation",
+        f"baatt analyze recall {CAPTURE} --sort none,qk --beta 0,0.1,0.5,1,2 --scores covariance --json FILE",
+        ("recall_beta_needle-18m.json",),
+        {"recall_beta": tables.recall_by_beta},
+    ),
+    "layers": Case(
+        "what an order of the tokens does to each layer",
+        f"baatt analyze layers {CAPTURE} --sort none,k,qk --segment 256,1024 --json FILE",
+        ("layers_needle-18m.json",),
+        {"layers": tables.sorting_by_layer},
+    ),
+    "ruler": Case(
+        "RULER's eleven offline tasks with dense attention",
+        "baatt evaluate ruler --device cuda --tasks all --count 200 --block-length 8 --remasking left_to_right "
+        "--cache dual --lengths 4096,8192,16384 --sparsity 0 --json FILE",
+        ("ruler_needle-18m.json",),
+        {"ruler": ruler_tables.by_length},
+    ),
+    "ruler_grid": Case(
+        "RULER's eleven offline tasks with several ways to choose blocks",
+        "python benchmarks/ruler_grid.py FOLDER --gpus 8",
+        (*RULER_GRIDS, *RULER_PARTS),
+        {
+            "ruler_half": Block(ruler_tables.half_by_length, RULER_GRIDS, together=True),
+            "ruler_averages": Block(ruler_tables.grid_averages, RULER_GRIDS),
+            "ruler_parts": Block(ruler_tables.grid_averages, RULER_PARTS),
+            "ruler_tasks": ruler_tables.grid_tasks,
+        },
+    ),
+    "demo": Case(
+        "the demo's setting and dense attention on twenty samples of its task, on a processor",
+        "python training/evaluate.py --tasks niah_multikey_1 --lengths 4096 --count 20 --device cpu --dtype float32 "
+        "--settings sort=k,segment=256,dense_layers=0+1 dense --json FILE",
+        ("needles_sparse_cpu.json",),
+        {"demo_settings": archive_tables.needles_by_setting},
+    ),
+    "decoding": Case(
+        "tokens per second and right answers of decoding, by cache, attention and threshold",
+        "python benchmarks/decoding.py --json FILE",
+        ("decoding_h200.json",),
+        {"decoding": decoding.table},
+    ),
+    "ablation_beta": Case(
+        "needle answers by the weight of the compensation",
+        f"{ABLATION},niah_multikey_3 --dial beta=0,0.1,0.5,1,2 --dial sparsity=0.3,0.5,0.7 --dial sort=none,qk",
+        ("ablation_beta_h200.json",),
+        {
+            "ablation_beta": archive_tables.by_beta,
+            "ablation_beta_tasks": partial(archive_tables.by_beta, by_task=True),
+        },
+    ),
+    "ablation_sort": Case(
+        "needle answers by order and segment",
+        f"{ABLATION} --dial sort=none,q,k,qk --dial segment=256,1024,4096 --dial sparsity=0.5,0.7,0.9",
+        ("ablation_sort_h200.json",),
+        {
+            "ablation_sort": archive_tables.by_order,
+            "ablation_sort_tasks": partial(archive_tables.by_order, by_task=True),
+        },
+    ),
+    "ablation_score": Case(
+        "needle answers by score",
+        f"{ABLATION} --dial sort=none,qk --dial score="
+        "covariance,mean,antidiagonal-8,antidiagonal-16,window,random,oracle",
+        ("ablation_score_h200.json",),
+        {"ablation_score": archive_tables.by_score},
+    ),
+    "needles_dense": Case(
+        "needle answers of dense attention by length",
+        "baatt evaluate ruler --tasks needles --lengths 512,1024,2048,4096 --sparsity 0 --json FILE",
+        ("needles_dense_h200.json",),
+        {"needles_dense_h200": archive_tables.needles_by_length},
+    ),
+    "needles_sparse": Case(
+        "needle answers by order, segment and dense layers",
+        "baatt evaluate ruler --tasks needles --lengths 4096 --dial sort=none,k,qk --dial segment=256,1024 --json FILE",
+        ("needles_sparse_h200.json", "needles_layers_h200.json"),
+        {
+            "needles_sparse_h200": Block(archive_tables.needles_by_task, ("needles_sparse_h200.json",)),
+            "needles_totals": Block(archive_tables.needles_totals, ("needles_sparse_h200.json",)),
+            "needles_layers": Block(archive_tables.needles_totals, ("needles_layers_h200.json",)),
+        },
+    ),
+    "training": Case(
+        "histories of the shipped model's training, and the sources of its text",
+        "bash training/run.sh",
+        (
+            "training/run1.jsonl",
+            *(f"training/run{number}.json" for number in range(2, 9)),
+            "training/sources.json",
+            "training/trial_all_tasks.txt",
+        ),
+    ),
+}
+
+
+def block_of(case: Case, block: Callable[..., str] | Block) -> Block:
+    """A block with the results that it is made from."""
+    whole = block if isinstance(block, Block) else Block(block)
+    return whole._replace(results=whole.results or case.results)
+
+
+def list_cases() -> str:
+    """The list of benchmarks/README.md."""
+    return "\n".join(
+        f"- **{name}**: {case.measures}.  \n  `{case.command}`  \n"
+        f"  Results: {', '.join(f'`{result}`' for result in case.results)}."
+        for name, case in CASES.items()
+    )
+
+
+BLOCKS: dict[str, Block] = {
+    name: block_of(case, block) for case in CASES.values() for name, block in case.blocks.items()
+} | {"cases": Block(list_cases)}

@@ -1,0 +1,169 @@
+"""Tables of RULER: a summary of `baatt evaluate ruler` by length, and grids of ruler_grid.py by setting and by task."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from tables import crossed, device_text, source
+
+from baatt.lab.describe import selection_name, settings_text
+from baatt.lab.ruler.tasks import TASKS
+from baatt.lab.tables import Record, Table, interval, percent, signed_interval
+
+#: Settings of a grid in the order of its tables, whichever was asked first.
+ORDER = ("safe", "paper", "keys", "unsorted", "mean", "antidiagonal", "finer", "oracle")
+#: The sparsity of the short table.
+HALF = 0.5
+
+
+def score(one: Record) -> str:
+    """`97.5 [94.3-98.9]`."""
+    return interval(one["accuracy"], one["ci_low"], one["ci_high"])
+
+
+def score_and_difference(one: Record) -> str:
+    """As `score`, and the difference to dense attention."""
+    return f"{score(one)}; {signed_interval(one['difference'], one['difference_low'], one['difference_high'])}"
+
+
+def by_length(record: Record) -> str:
+    """One setting: a row per task, a column per length, the averages last."""
+    header, rows = crossed(
+        record["records"], ("task",), lambda one: (f"`{one['task']}`",), lambda one: str(one["length"]), score
+    )
+    rows.append([f"**average of {len(rows)}**", *map(score, record["averages"][0]["by_length"])])
+    return "\n\n".join([Table(header, rows, answers_text(record)).markdown(), answers_source(record)])
+
+
+def grid_averages(grid: Record) -> str:
+    """Every length: a row per setting, a column per sparsity, with the difference to dense attention."""
+    averages = averages_of(grid)
+    parts = []
+    for length in sorted({one["length"] for one in averages}):
+        here = [one for one in averages if one["length"] == length]
+        dense = next(one for one in here if not one["config"])
+        header, rows = crossed(
+            [one for one in here if one["config"]],
+            ("selection",),
+            lambda one: (one["selection"],),
+            lambda one: percent(one["config"]["sparsity"]),
+            score_and_difference,
+        )
+        parts += [f"{length} tokens; dense attention: {score(dense)}", Table(header, rows).markdown()]
+    return "\n\n".join([*parts, averages_text(grid), grid_source(grid)])
+
+
+def half_by_length(grids: Sequence[Record]) -> str:
+    """Several grids at sparsity 50 %: a row per setting, dense attention first; a column per length."""
+    rows: dict[str, dict[int, str]] = {"dense attention": {}}
+    skipped: dict[str, list[float]] = {}
+    for setting in (setting for grid in grids for setting in settings_of(grid)):
+        for each in setting["averages"]:
+            if each["config"] and each["config"]["sparsity"] != HALF:
+                continue
+            name, text = (selection(setting), score_and_difference) if each["config"] else ("dense attention", score)
+            rows.setdefault(name, {}).update({one["length"]: text(one) for one in each["by_length"]})
+            found = (one["sparsity_achieved"] for one in setting["records"] if one["config"] == each["config"])
+            skipped.setdefault(name, []).extend(found)
+    lengths = sorted(rows["dense attention"])
+    cells = [
+        [name, percent(mean(skipped[name]), 0), *(row.get(length, "incomplete") for length in lengths)]
+        for name, row in rows.items()
+    ]
+    header = [f"sparsity {percent(HALF)}", "block pairs skipped", *(f"{length} tokens" for length in lengths)]
+    caption = f"Block pairs skipped: of all layers, mean over lengths and tasks. {averages_text(grids[0])}"
+    return "\n\n".join([Table(header, cells, caption).markdown(), *map(grid_source, grids)])
+
+
+def grid_tasks(grid: Record) -> str:
+    """Every length and setting: a row per task, a column per sparsity, dense attention first."""
+    parts = []
+    lengths = sorted({one["length"] for setting in settings_of(grid) for one in setting["records"]})
+    for length, setting in itertools.product(lengths, settings_of(grid)):
+        if here := [one for one in setting["records"] if one["length"] == length]:
+            header, rows = crossed(here, ("task",), lambda one: (f"`{one['task']}`",), sparsity_name, score)
+            table = Table(header, [*rows, *costs(here)])
+            parts += [f"{selection(setting)}, {length} tokens:", table.markdown()]
+    return "\n\n".join([*parts, answers_text(settings_of(grid)[0]), grid_source(grid)])
+
+
+def costs(records: Sequence[Record]) -> list[list[str]]:
+    """Rows of what a sample cost, means over tasks."""
+    columns: dict[str, list[Record]] = {}
+    for one in records:
+        columns.setdefault(sparsity_name(one), []).append(one)
+    seconds, skipped = (
+        [mean([one[field] for one in column]) for column in columns.values()]
+        for field in ("seconds_per_answer", "sparsity_achieved")
+    )
+    return [
+        ["seconds a sample", *(f"{value:.3g}" for value in seconds)],
+        ["block pairs skipped", *(percent(value, 1) for value in skipped)],
+    ]
+
+
+def sparsity_name(one: Record) -> str:
+    """`dense`, `50 %`."""
+    return percent(one["config"]["sparsity"]) if one["config"] else "dense"
+
+
+def settings_of(grid: Record) -> list[Record]:
+    """The settings of a grid in the order of the tables."""
+    return [grid["settings"][name] for name in ORDER if name in grid["settings"]]
+
+
+def selection(setting: Record) -> str:
+    """How a setting of a grid selects blocks."""
+    config = next(one["config"] for one in setting["records"] if one["config"])
+    return selection_name(config, setting["dense_layers"])
+
+
+def averages_of(grid: Record) -> list[dict[str, Any]]:
+    """RULER's averages of all settings and lengths, each with its config and the words for its selection."""
+    return [
+        {**one, "config": each["config"], "selection": selection(setting)}
+        for setting in settings_of(grid)
+        for each in setting["averages"]
+        for one in each["by_length"]
+    ]
+
+
+def averages_text(grid: Record) -> str:
+    """What a cell of averages is."""
+    first = settings_of(grid)[0]
+    return (
+        f"Average over {len(first['averages'][0]['tasks'])} of {len(TASKS)} tasks. After the semicolon: the difference "
+        f"to dense attention [95 % paired bootstrap interval]. {answers_text(first)}"
+    )
+
+
+def answers_text(record: Record) -> str:
+    """What a cell is, and on which samples."""
+    sources = ", ".join(
+        f"{name} {Path(str(value)).name}" for name, value in record["sources"].items() if value is not None
+    )
+    dense = [one for one in record["records"] if not one["config"]]
+    counts = " to ".join(map(str, sorted({one["n"] for one in record["records"]})))
+    return (
+        f"RULER's score in percent [95 % interval], n = {counts} samples of each task (seed {record['seed']}; "
+        f"{sources}), `{record['model']}`. {settings_text(record, dense)}"
+    )
+
+
+def grid_source(grid: Record) -> str:
+    """As `answers_source`, of all settings."""
+    return answers_source({**grid, "records": [one for each in settings_of(grid) for one in each["records"]]})
+
+
+def answers_source(record: Record) -> str:
+    """How to repeat it, with every commit and device that answered."""
+    commits = dict.fromkeys(commit for one in record["records"] for commit in one["commits"])
+    devices = dict.fromkeys(device_text(device) for one in record["records"] for device in one["devices"])
+    text = source({**record, "records": [{"commit": commit} for commit in commits]})
+    if device_text(record["device"]) not in devices:
+        return f"{text} This run counted answers that were there; they were given on: {', '.join(devices)}."
+    if len(devices) < 2:
+        return text
+    return f"{text} Answers of other runs are among them; all devices: {', '.join(devices)}."
