@@ -35,6 +35,8 @@ def test_what_is_selected():
     assert describe.selection_name(CONFIG, [0, 1]) == "BA-Att, k in 256, layers 0 and 1 dense"
     assert describe.selection_name(CONFIG | {"score": "window"}, [3]) == "window, k in 256, layer 3 dense"
     assert describe.selection_name(CONFIG | {"sort": "none"}, []) == "BA-Att, unsorted"
+    without = describe.selection_name(CONFIG | {"score": "covariance-16", "sort": "none", "beta": 0.0}, [])
+    assert without == "BA-Att's score of runs of 16 with beta 0, unsorted"
     assert describe.layers_name([]) == "none"
 
 

@@ -52,10 +52,14 @@ def setting_name(config: Config, among: Sequence[Config] = ()) -> str:
 
 
 def selection_name(config: Config, dense_layers: Sequence[int]) -> str:
-    """`BA-Att, k in 256, layers 0 and 1 dense`: how blocks are selected, whatever the sparsity."""
+    """`BA-Att, k in 256, layers 0 and 1 dense`: how blocks are selected, whatever the sparsity.
+
+    BA-Att's scores without their variance term are named so: `BA-Att's score of runs of 16 with beta 0, unsorted`.
+    """
     layers = " and ".join(map(str, dense_layers))
     dense = f", layer{'s' if len(dense_layers) > 1 else ''} {layers} dense" if layers else ""
-    return f"{TITLES.get(config['score'], config['score'])}, {order_name(config)}{dense}"
+    without = " with beta 0" if config["score"].startswith("covariance") and config["beta"] == 0 else ""
+    return f"{TITLES.get(config['score'], config['score'])}{without}, {order_name(config)}{dense}"
 
 
 def layers_name(layers: Sequence[int]) -> str:
