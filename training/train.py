@@ -39,7 +39,7 @@ from torch import Tensor
 from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.records import provenance, write_json
 from baatt.models import MaskedDiffusionLM, ModelConfig
-from baatt.models.checkpoint import load_tokenizer, save_pretrained
+from baatt.models.checkpoint import load_tokenizer
 from baatt.models.rope import rotary_tables
 from baatt.stages.dense import dense_attention
 
@@ -315,7 +315,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 def save(model: MaskedDiffusionLM, arguments: argparse.Namespace) -> None:
     """The checkpoint with its tokenizer, in LLaDA's layout."""
-    save_pretrained(model, Path(arguments.out))
+    model.save_pretrained(Path(arguments.out))
     shutil.copy(Path(arguments.data) / "tokenizer.json", Path(arguments.out) / "tokenizer.json")
 
 

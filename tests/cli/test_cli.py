@@ -16,7 +16,7 @@ from baatt.assets import shipped_model
 from baatt.cli.main import VERBS, main
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
-from baatt.models.checkpoint import load_tokenizer, save_pretrained
+from baatt.models.checkpoint import load_tokenizer
 
 SHORT = ["--gen-length", "8", "--block-length", "8", "--steps", "4"]
 
@@ -103,7 +103,7 @@ def test_gpu_kernels_are_refused_with_the_reason(capsys: pytest.CaptureFixture[s
 
 def test_model_without_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = ModelConfig(d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=32, vocab_size=16, mask_token_id=1)
-    save_pretrained(MaskedDiffusionLM(config), tmp_path)
+    MaskedDiffusionLM(config).save_pretrained(tmp_path)
     assert "tokenizer.json" in refused(capsys, "generate", "--prompt", "a", "--model", str(tmp_path))
 
 
@@ -139,7 +139,7 @@ def test_demo_warns_beyond_the_trained_length(tmp_path: Path, capsys: pytest.Cap
     config = ModelConfig(
         d_model=64, n_heads=2, n_layers=3, mlp_hidden_size=64, vocab_size=4096, mask_token_id=1, max_sequence_length=512
     )
-    save_pretrained(MaskedDiffusionLM(config), tmp_path)
+    MaskedDiffusionLM(config).save_pretrained(tmp_path)
     call = ["demo", "--model", str(tmp_path), "--length", "640", "--output", str(tmp_path / "demo.png")]
     assert main(call) == 0
     assert "trained up to 512 tokens" in capsys.readouterr().out

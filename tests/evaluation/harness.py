@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from baatt.assets import shipped_model
-from baatt.models import MaskedDiffusionLM, ModelConfig, save_pretrained
+from baatt.models import MaskedDiffusionLM, ModelConfig
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 ADAPTER = "baatt.evaluation.lm_eval_model"
@@ -87,7 +87,7 @@ def tiny_folder(folder: Path, **changes: Any) -> Path:
     """A random model in fp32 with tokenizer and chat template."""
     torch.manual_seed(0)
     config = ModelConfig(**{**SIZES, "eos_token_id": 0, "pad_token_id": 0, "max_sequence_length": 256} | changes)
-    save_pretrained(MaskedDiffusionLM(config), folder, dtype=None)
+    MaskedDiffusionLM(config).save_pretrained(folder, dtype=None)
     shutil.copy(Path(shipped_model()) / "tokenizer.json", folder)
     values = {"chat_template": TEMPLATE, "eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))

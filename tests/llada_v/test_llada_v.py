@@ -1,6 +1,7 @@
 """LLaDA-V against transformers' SigLIP and Llama, its order of visual tokens against loops, and what it refuses."""
 
 import dataclasses
+import importlib
 import json
 import math
 import sys
@@ -39,7 +40,6 @@ from baatt.llada_v.pictures import (
     read_frames,
 )
 from baatt.llada_v.prompt import PicturePrompt, VisualEmbedding
-from baatt.llada_v.siglip import SiglipConfig
 from baatt.llada_v.visual_tokens import NEWLINES, POOLING, TileGrid, image_tokens, video_tokens
 from baatt.models.checkpoint import load_tokenizer
 from baatt.models.config import ModelConfig
@@ -97,7 +97,7 @@ class TestParts:
     def test_the_tower_is_siglip_without_its_last_layer(self, model):
         pixels = torch.randn(3, 3, SIDE, SIDE)
         states = vision_model()(pixels, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(model.vision(pixels), states[-2])
+        torch.testing.assert_close(model.vision(pixels).last_hidden_state, states[-2])
 
     @torch.no_grad()
     def test_the_language_model_is_a_llama_without_a_causal_mask(self, model):
@@ -109,12 +109,12 @@ class TestParts:
     def test_features_are_projected_by_two_layers(self, model):
         parts = frames(2)
         stored = tensors()
-        x = model.vision(as_pixels(parts, SIDE))
+        x = model.vision(as_pixels(parts, SIDE)).last_hidden_state
         names = ("model.mm_projector.0", "model.mm_projector.2")
         weights = [(stored[f"{name}.weight"], stored[f"{name}.bias"]) for name in names]
         hidden = torch.nn.functional.gelu(x @ weights[0][0].T + weights[0][1])
         expected = hidden @ weights[1][0].T + weights[1][1]
-        side = model.vision.config.side
+        side = model.side
         tokens = model.embed_video(parts, stride=1)
         assert tokens.shape == (2 * side * (side + 1), 32)
         kept = tokens.reshape(2, side, side + 1, 32)
@@ -122,8 +122,6 @@ class TestParts:
         assert torch.equal(kept[:, :, -1], stored["model.image_newline"].expand(2, side, 32))
 
     def test_real_sizes_are_those_of_so400m(self):
-        config = SiglipConfig.from_dict({})
-        assert (config.side, config.image_size, config.hidden_size, config.num_hidden_layers) == (27, 384, 1152, 27)
         with torch.device("meta"):
             real = {
                 **CONFIG,
@@ -133,10 +131,12 @@ class TestParts:
                 "vision_config": None,
             }
             whole = VisualDiffusionLM(LLaDAVConfig.from_dict(real))
+        config = whole.vision.config
+        assert (whole.side, config.image_size, config.hidden_size, config.num_hidden_layers) == (27, 384, 1152, 26)
         names = {stored_name(name) for name in whole.state_dict()}
         assert f"{TOWER}vision_model.encoder.layers.25.mlp.fc2.bias" in names
         assert f"{TOWER}vision_model.encoder.layers.26.mlp.fc2.bias" not in names
-        features = whole.projector(whole.vision(torch.empty(32, 3, 384, 384, device="meta")))
+        features = whole.projector(whole.vision(torch.empty(32, 3, 384, 384, device="meta")).last_hidden_state)
         assert features.shape == (32, 729, 4096)
         tokens = video_tokens(features, whole.newline, stride=2, mode="bilinear", newlines="one_token")
         assert tokens.shape == (32 * 14 * 14 + 1, 4096)
@@ -618,3 +618,11 @@ def test_embedding_without_pictures_is_plain():
         assert torch.equal(embedding(torch.tensor([1, 3])), embedding.weight[[1, 3]])
         with pytest.raises(IndexError):
             embedding(torch.tensor([-1]))
+
+
+def test_without_transformers(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("baatt.llada_v")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers: pip install 'baatt\[multimodal\]'"):
+        importlib.import_module("baatt.llada_v")

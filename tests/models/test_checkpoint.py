@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from baatt.models import MaskedDiffusionLM, ModelConfig, from_pretrained, load_tokenizer, save_pretrained
+from baatt.models import MaskedDiffusionLM, ModelConfig, load_tokenizer
 from baatt.models.rope import ntk_base
 
 CONFIG = {  # LLaDA-8B's config.json with small sizes
@@ -79,6 +79,7 @@ LLADA_8B = {
 }
 #: UltraLLaDA has LLaDA's keys, two shards, and its longer base in `rope_theta`; the number is an example.
 ULTRA = {"rope_theta": 2.8e8, "max_sequence_length": 131072, "torch_dtype": "bfloat16"}
+load = MaskedDiffusionLM.from_pretrained
 IDS = torch.arange(20).reshape(2, 10)
 
 
@@ -143,7 +144,7 @@ def test_reads_the_real_layout(tmp_path: Path, shards: int, index: bool) -> None
     tensors = llada_tensors()
     expected = MaskedDiffusionLM(ModelConfig.from_dict(CONFIG)).bfloat16()
     expected.load_state_dict(tensors)
-    model = from_pretrained(write_folder(tmp_path / "m", tensors, shards=shards, index=index))
+    model = load(write_folder(tmp_path / "m", tensors, shards=shards, index=index))
     assert not model.training
     assert model.config == ModelConfig.from_dict(CONFIG)
     assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == dict.fromkeys(tensors, torch.bfloat16)
@@ -155,9 +156,9 @@ def test_reads_the_real_layout(tmp_path: Path, shards: int, index: bool) -> None
 
 def test_dtype_and_class_method(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m")
-    model = MaskedDiffusionLM.from_pretrained(str(folder), dtype=torch.float64, device=torch.device("cpu"))
+    model = load(str(folder), dtype=torch.float64, device=torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
-    assert torch.equal(logits_of(model), logits_of(from_pretrained(folder).double()))
+    assert torch.equal(logits_of(model), logits_of(load(folder).double()))
 
 
 @pytest.mark.parametrize(
@@ -166,19 +167,19 @@ def test_dtype_and_class_method(tmp_path: Path) -> None:
 def test_saved_folder_reads_back_equal(tmp_path: Path, changes: dict[str, object]) -> None:
     torch.manual_seed(0)
     model = MaskedDiffusionLM(ModelConfig.from_dict({**CONFIG, **changes}))
-    save_pretrained(model, tmp_path / "deep" / "m", max_shard_bytes=6000)
-    stored = from_pretrained(tmp_path / "deep" / "m")
+    model.save_pretrained(tmp_path / "deep" / "m", max_shard_bytes=6000)
+    stored = load(tmp_path / "deep" / "m")
     assert torch.equal(logits_of(stored), logits_of(model.bfloat16()))
     assert ("model.transformer.ff_out.weight" in stored.state_dict()) is not bool(changes)
-    save_pretrained(model.float(), tmp_path / "exact", dtype=None)
-    exact = from_pretrained(tmp_path / "exact")
+    model.float().save_pretrained(tmp_path / "exact", dtype=None)
+    exact = load(tmp_path / "exact")
     assert {parameter.dtype for parameter in exact.parameters()} == {torch.float32}
     assert torch.equal(logits_of(exact), logits_of(model))
 
 
 def test_saved_layout(tmp_path: Path) -> None:
     model = MaskedDiffusionLM(ModelConfig.from_dict(CONFIG))
-    save_pretrained(model, tmp_path, max_shard_bytes=6000)
+    model.save_pretrained(tmp_path, max_shard_bytes=6000)
     values = json.loads((tmp_path / "config.json").read_text())
     assert (values["model_type"], values["architectures"]) == ("llada", ["LLaDAModelLM"])
     assert (values["rope"], values["alibi"], values["torch_dtype"]) == (True, False, "bfloat16")
@@ -196,12 +197,12 @@ def test_saved_layout(tmp_path: Path) -> None:
 
 def test_saving_over_a_loaded_folder(tmp_path: Path) -> None:
     """The loaded parameters may be mapped from the very files that are replaced, and fewer shards must not mix."""
-    model = from_pretrained(write_folder(tmp_path / "m"))
+    model = load(write_folder(tmp_path / "m"))
     (tmp_path / "m" / "notes.txt").write_text("kept")
     before = logits_of(model).clone()
-    save_pretrained(model, tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")
     assert torch.equal(logits_of(model), before)
-    assert torch.equal(logits_of(from_pretrained(tmp_path / "m")), before)
+    assert torch.equal(logits_of(load(tmp_path / "m")), before)
     names = {"config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "notes.txt"}
     assert {path.name for path in (tmp_path / "m").iterdir()} == names
 
@@ -209,12 +210,12 @@ def test_saving_over_a_loaded_folder(tmp_path: Path) -> None:
 def test_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
     tensors = llada_tensors()
     tensors["model.transformer.ff_out.weight"] = tensors["model.transformer.wte.weight"].clone()
-    model = from_pretrained(write_folder(tmp_path / "m", tensors, weight_tying=True))
+    model = load(write_folder(tmp_path / "m", tensors, weight_tying=True))
     assert "model.transformer.ff_out.weight" not in model.state_dict()
-    untied = from_pretrained(write_folder(tmp_path / "u", tensors))
+    untied = load(write_folder(tmp_path / "u", tensors))
     assert torch.equal(logits_of(model), logits_of(untied))
     with pytest.raises(ValueError, match=r"ff_out.weight must equal .*wte.weight when weight_tying is true"):
-        from_pretrained(write_folder(tmp_path / "x", llada_tensors(), weight_tying=True))
+        load(write_folder(tmp_path / "x", llada_tensors(), weight_tying=True))
 
 
 def test_the_real_sizes() -> None:
@@ -233,38 +234,38 @@ def test_the_real_sizes() -> None:
 def test_ultrallada_s_layout(tmp_path: Path) -> None:
     """Its base is in `rope_theta`, without a scaling key."""
     tensors = llada_tensors()
-    model = from_pretrained(write_folder(tmp_path / "u", tensors, shards=2, **ULTRA))
+    model = load(write_folder(tmp_path / "u", tensors, shards=2, **ULTRA))
     assert (model.config.rope_theta, model.config.max_sequence_length) == (2.8e8, 131072)
     expected = MaskedDiffusionLM(ModelConfig.from_dict({**CONFIG, **ULTRA})).bfloat16()
     expected.load_state_dict(tensors)
     assert torch.equal(logits_of(model), logits_of(expected))
-    assert not torch.equal(logits_of(model), logits_of(from_pretrained(write_folder(tmp_path / "m", tensors))))
+    assert not torch.equal(logits_of(model), logits_of(load(write_folder(tmp_path / "m", tensors))))
 
 
 def test_scaled_rope(tmp_path: Path) -> None:
     """A scaling in config.json becomes the base, and is saved as one."""
-    model = from_pretrained(write_folder(tmp_path / "m", rope_scaling={"rope_type": "ntk", "factor": 4.0}))
+    model = load(write_folder(tmp_path / "m", rope_scaling={"rope_type": "ntk", "factor": 4.0}))
     assert model.config.rope_theta == ntk_base(500000.0, 4.0, 8)
-    save_pretrained(model, tmp_path / "s")
+    model.save_pretrained(tmp_path / "s")
     assert "rope_scaling" not in json.loads((tmp_path / "s" / "config.json").read_text())
-    assert torch.equal(logits_of(from_pretrained(tmp_path / "s")), logits_of(model))
+    assert torch.equal(logits_of(load(tmp_path / "s")), logits_of(model))
     with pytest.raises(ValueError, match=r"rope_scaling.rope_type must be 'default' or 'ntk'"):
-        from_pretrained(write_folder(tmp_path / "y", rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+        load(write_folder(tmp_path / "y", rope_scaling={"rope_type": "yarn", "factor": 4.0}))
 
 
 MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from baatt.models import from_pretrained
+from baatt.models import MaskedDiffusionLM
 
 def megabytes(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 warm, folder, dtype = sys.argv[1:]
-from_pretrained(warm, dtype=torch.float32)
+MaskedDiffusionLM.from_pretrained(warm, dtype=torch.float32)
 before = megabytes("VmRSS")
-model = from_pretrained(folder, dtype=getattr(torch, dtype))
+model = MaskedDiffusionLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 for parameter in model.parameters():
     parameter.detach().view(-1)[::512].sum()  # touches every page
 print(megabytes("VmHWM") - before)
@@ -281,7 +282,7 @@ def test_memory_is_about_that_of_the_weights(tmp_path: Path, dtype: str) -> None
     torch.manual_seed(0)
     random = {name: torch.randint(0, 2**14, x.shape, dtype=torch.int16) for name, x in model.state_dict().items()}
     model.load_state_dict({name: x.view(torch.bfloat16) for name, x in random.items()}, assign=True)
-    save_pretrained(model, tmp_path / "big", max_shard_bytes=64 * 2**20)
+    model.save_pretrained(tmp_path / "big", max_shard_bytes=64 * 2**20)
     stored = sum(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors")) / 2**20
     warm = write_folder(tmp_path / "warm")
     arguments = [sys.executable, "-c", MEASURE, str(warm), str(tmp_path / "big"), dtype]
@@ -305,7 +306,7 @@ def test_missing_folder_names_the_hub(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"GSAI-ML/LLaDA-8B-Base: no such folder .*downloaded to a local folder"
     ):
-        from_pretrained("GSAI-ML/LLaDA-8B-Base")
+        load("GSAI-ML/LLaDA-8B-Base")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
 
@@ -314,7 +315,7 @@ def test_missing_config(tmp_path: Path) -> None:
     write_folder(tmp_path / "m")
     (tmp_path / "m" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json") as error:
-        from_pretrained(tmp_path / "m")
+        load(tmp_path / "m")
     assert_one_line(error, tmp_path)
 
 
@@ -322,19 +323,19 @@ def test_missing_config(tmp_path: Path) -> None:
 def test_broken_config(tmp_path: Path, text: str) -> None:
     (write_folder(tmp_path / "m") / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json: must hold .*JSON") as error:
-        from_pretrained(tmp_path / "m")
+        load(tmp_path / "m")
     assert_one_line(error, tmp_path)
 
 
 def test_refused_config(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="alibi must be False"):
-        from_pretrained(write_folder(tmp_path / "m", alibi=True))
+        load(write_folder(tmp_path / "m", alibi=True))
 
 
 def test_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(FileNotFoundError, match=r"no weights: needs model\.safetensors or shards") as error:
-        from_pretrained(tmp_path)
+        load(tmp_path)
     assert_one_line(error, tmp_path)
 
 
@@ -343,7 +344,7 @@ def test_missing_shard(tmp_path: Path, index: bool) -> None:
     folder = write_folder(tmp_path / "m", index=index)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"missing model-00002-of-00003\.safetensors") as error:
-        from_pretrained(folder)
+        load(folder)
     assert_one_line(error, tmp_path)
 
 
@@ -351,14 +352,14 @@ def test_broken_index(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m")
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="must have a weight_map"):
-        from_pretrained(folder)
+        load(folder)
 
 
 def test_broken_weights(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", shards=0)
     (folder / "model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(ValueError, match=r"model\.safetensors: not a safetensors file") as error:
-        from_pretrained(folder)
+        load(folder)
     assert_one_line(error, tmp_path)
 
 
@@ -369,14 +370,14 @@ def test_missing_and_unexpected_tensors(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"missing model\.transformer\.ln_f\.weight; unexpected .*wpe\.weight$"
     ) as error:
-        from_pretrained(write_folder(tmp_path / "m", tensors))
+        load(write_folder(tmp_path / "m", tensors))
     assert_one_line(error, tmp_path)
 
 
 def test_at_most_five_names(tmp_path: Path) -> None:
     tensors = {name.replace("model.transformer.", "transformer."): x for name, x in llada_tensors().items()}
     with pytest.raises(ValueError, match="missing") as error:
-        from_pretrained(write_folder(tmp_path / "m", tensors))
+        load(write_folder(tmp_path / "m", tensors))
     assert str(error.value).count("weight") == 10
     assert str(error.value).count("and 16 more") == 2
 
@@ -385,14 +386,14 @@ def test_at_most_five_names(tmp_path: Path) -> None:
 def test_wrong_shape(tmp_path: Path, tied: bool) -> None:
     tensors = llada_tensors() | {"model.transformer.ff_out.weight": torch.zeros(70, 32)}
     with pytest.raises(ValueError, match=r"ff_out\.weight must have shape \[72, 32\], got \[70, 32\]") as error:
-        from_pretrained(write_folder(tmp_path / "m", tensors, weight_tying=tied))
+        load(write_folder(tmp_path / "m", tensors, weight_tying=tied))
     assert_one_line(error, tmp_path)
 
 
 def test_shard_size_must_be_positive(tmp_path: Path) -> None:
     model = MaskedDiffusionLM(dataclasses.replace(ModelConfig.from_dict(CONFIG), n_layers=1))
     with pytest.raises(ValueError, match="max_shard_bytes must be positive, got 0"):
-        save_pretrained(model, tmp_path, max_shard_bytes=0)
+        model.save_pretrained(tmp_path, max_shard_bytes=0)
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from baatt.evaluation.lm_eval_requests import Generation, read_generation
 from baatt.lab.answers import AnswerStore, folder_state, request_key
 from baatt.lab.prompts import end_tokens, fit_prompt, pad_left
 from baatt.lab.ranks import Ranks
-from baatt.models.checkpoint import from_pretrained, load_tokenizer
+from baatt.models import MaskedDiffusionLM, load_tokenizer
 from baatt.sampling import generate, layer_attention
 
 try:
@@ -65,7 +65,7 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         self._rank, self._world_size = self._processes.rank, self._processes.size
         self._device = self._processes.device(self.arguments.device)
         folder = Path(self.arguments.pretrained).expanduser()
-        self._model = from_pretrained(folder, dtype=DTYPES[self.arguments.dtype], device=self._device)
+        self._model = MaskedDiffusionLM.from_pretrained(folder, dtype=DTYPES[self.arguments.dtype], device=self._device)
         self._tokenizer = load_tokenizer(folder)
         self._tokenizer.no_truncation()  # a length stored in tokenizer.json must not cut a prompt unseen
         self._tokenizer.no_padding()

@@ -4,6 +4,11 @@
 transformers, Pillow and for videos PyAV: `pip install 'baatt[multimodal]'`. Nothing else of `baatt` imports it.
 """
 
+try:
+    import transformers as transformers
+except ModuleNotFoundError:
+    raise ImportError("baatt.llada_v needs transformers: pip install 'baatt[multimodal]'") from None
+
 from baatt.llada_v.model import VisualDiffusionLM
 from baatt.llada_v.prompt import PicturePrompt
 

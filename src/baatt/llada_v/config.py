@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from baatt.llada_v.siglip import SiglipConfig
+from transformers import SiglipVisionConfig
+
 from baatt.llada_v.visual_tokens import NEWLINES
-from baatt.models.config import ModelConfig
+from baatt.models.config import ModelConfig, check_positive_integer
 
 #: `<|mdm_mask|>`, which the published code writes as a number; a config.json may name another.
 MASK_TOKEN_ID = 126336
@@ -46,6 +47,15 @@ OPTIONAL_LANGUAGE_KEYS = {
     "max_position_embeddings": "max_sequence_length",
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
+}
+#: Sizes of the vision tower that the published code fixes: those of so400m-patch14-384.
+VISION_SIZES: Mapping[str, int] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
 }
 ANYRES = re.compile(r"anyres(?:_max_(\d+))?")
 
@@ -93,11 +103,11 @@ class LLaDAVConfig(NamedTuple):
     """The parts of a config.json: language model, vision tower and what lies between."""
 
     language: ModelConfig
-    vision: SiglipConfig
+    vision: SiglipVisionConfig
     pictures: PictureConfig
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], vision: SiglipConfig | None = None) -> "LLaDAVConfig":
+    def from_dict(cls, values: Mapping[str, Any], vision: SiglipVisionConfig | None = None) -> "LLaDAVConfig":
         """Read the contents of LLaDA-V's config.json.
 
         Args:
@@ -117,7 +127,7 @@ class LLaDAVConfig(NamedTuple):
         if "siglip" not in str(values.get("mm_vision_tower")).lower():
             raise ValueError(f"mm_vision_tower must name a SigLIP model, got {values.get('mm_vision_tower')!r}")
         if vision is None:
-            vision = SiglipConfig.from_dict(values.get("vision_config") or {})
+            vision = read_vision_config(values.get("vision_config") or {})
         if values.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
             width = vision.hidden_size
             raise ValueError(f"mm_hidden_size must be the tower's {width}, got {values['mm_hidden_size']}")
@@ -130,3 +140,32 @@ class LLaDAVConfig(NamedTuple):
         names = PictureConfig.__dataclass_fields__
         pictures = PictureConfig(**{name: values[name] for name in names if values.get(name) is not None})
         return cls(language, vision, pictures)
+
+
+def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:
+    """The vision tower of a config.json, of SigLIP's tower alone or of the model of image and text that it is part of.
+
+    LLaDA-V's features are the output of the last layer but one: the config is of a tower without the last, its final
+    norm and its pooling head.
+
+    Raises:
+        TypeError, ValueError: another kind of model, something that is not implemented, or sizes that do not fit.
+    """
+    if values.get("model_type") in ("siglip", "siglip2"):
+        values = values.get("vision_config") or {}
+    accepted = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
+    for name, choice in accepted.items():
+        if values.get(name, choice) != choice:
+            raise ValueError(f"{name} of the vision tower must be {choice!r}, got {values[name]!r}")
+    sizes = {name: values.get(name, published) for name, published in VISION_SIZES.items()}
+    for name, size in sizes.items():
+        check_positive_integer(f"{name} of the vision tower", size)
+    if sizes["num_hidden_layers"] < 2:
+        raise ValueError(f"num_hidden_layers of the vision tower must be at least 2, got {sizes['num_hidden_layers']}")
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        heads = sizes["num_attention_heads"]
+        raise ValueError(f"hidden_size must be a multiple of num_attention_heads={heads}, got {sizes['hidden_size']}")
+    if sizes["patch_size"] > sizes["image_size"]:
+        raise ValueError(f"patch_size must be at most image_size={sizes['image_size']}, got {sizes['patch_size']}")
+    sizes["num_hidden_layers"] -= 1
+    return SiglipVisionConfig(**sizes, layer_norm_eps=values.get("layer_norm_eps", 1e-6), vision_use_head=False)

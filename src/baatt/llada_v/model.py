@@ -6,19 +6,19 @@ see docs/multimodal.md. Knows nothing of text, sampling and sparsity.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import SiglipVisionModel
 
-from baatt.llada_v.config import LLaDAVConfig
+from baatt.llada_v.config import LLaDAVConfig, read_vision_config
 from baatt.llada_v.pictures import as_pixels, cut_into_tiles, pad_to_square, read_canvases
 from baatt.llada_v.prompt import VisualEmbedding
-from baatt.llada_v.siglip import SiglipConfig, SiglipEncoder
 from baatt.llada_v.visual_tokens import POOLING, image_tokens, video_tokens
-from baatt.models.checkpoint import _folder, _list, _read_json, _read_weights, _weight_files
+from baatt.models.checkpoint import list_names, read_config, read_tensors
 from baatt.models.llada import MaskedDiffusionLM
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ WHOLE_NAMES = {
 LAYER = re.compile(r"language\.model\.transformer\.blocks\.(\d+)\.(\w+)\.(\w+)")
 TOWER = "model.vision_tower.vision_tower.vision_model."
 #: In checkpoints, but behind the layer whose output is used.
-UNUSED = re.compile(r"(model\.vision_tower\.vision_tower\.)?vision_model\.post_layernorm\.\w+")
+UNUSED = rf"{re.escape(TOWER)}post_layernorm\.\w+"
 
 
 class VisualDiffusionLM(nn.Module):
@@ -53,6 +53,7 @@ class VisualDiffusionLM(nn.Module):
 
     Attributes:
         config: of the language model. pictures: how pictures become visual tokens.
+        image_size: pixels of a side of what the tower sees. side: n, patches along it.
         language, vision, projector, newline: the parts.
     """
 
@@ -62,8 +63,12 @@ class VisualDiffusionLM(nn.Module):
         width = config.language.d_model
         self.language = MaskedDiffusionLM(config.language)
         self.language.transformer.wte = VisualEmbedding(config.language.logit_size, width)
-        self.vision = SiglipEncoder(config.vision)
-        self.projector = nn.Sequential(nn.Linear(config.vision.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+        vision: Any = config.vision
+        self.image_size, self.side = vision.image_size, vision.image_size // vision.patch_size
+        tower: Any = SiglipVisionModel(vision)
+        tower.post_layernorm = nn.Identity()  # features are taken in front of it
+        self.vision = tower
+        self.projector = nn.Sequential(nn.Linear(vision.hidden_size, width), nn.GELU(), nn.Linear(width, width))
         self.newline = nn.Parameter(torch.zeros(width))
 
     @classmethod
@@ -88,26 +93,33 @@ class VisualDiffusionLM(nn.Module):
             TypeError, ValueError: config.json asks for something not implemented, or tensors are broken, missing,
                 unexpected or of the wrong shape.
         """
-        folder = _folder(path)
-        tower = None if vision_tower is None else _folder(vision_tower)
-        vision = None if tower is None else SiglipConfig.from_dict(_read_json(tower / "config.json"))
-        config = LLaDAVConfig.from_dict(_read_json(folder / "config.json"), vision)
+        vision = None if vision_tower is None else read_vision_config(read_config(vision_tower))
+        config = LLaDAVConfig.from_dict(read_config(path), vision)
         with torch.device("meta"):
             model = cls(config)
         names = {name: stored_name(name) for name in model.state_dict()}
-        tensors: dict[str, Tensor] = {}
-        if tower is not None:
-            of_tower = {name: f"vision_model.{name.removeprefix('vision.')}" for name in names if _of_vision(name)}
-            tensors |= _load(tower, model, of_tower, dtype, torch.device(device), whole_folder=False)
-            names = {name: stored for name, stored in names.items() if not _of_vision(name)}
-        tensors |= _load(folder, model, names, dtype, torch.device(device), whole_folder=True)
-        model.load_state_dict(tensors, assign=True)
+        expected = {names[name]: tensor for name, tensor in model.state_dict().items()}
+        tower = {stored: expected.pop(stored) for stored in names.values() if stored.startswith(TOWER)}
+        optional = tower if vision_tower is None else None
+        tensors = read_tensors(path, expected, optional=optional, ignored=UNUSED, dtype=dtype, device=device)
+        if vision_tower is not None:
+            prefix = "vision_model."
+            alone = {prefix + stored.removeprefix(TOWER): tensor for stored, tensor in tower.items()}
+            found = read_tensors(vision_tower, alone, ignored=".*", dtype=dtype, device=device)
+            tensors |= {TOWER + name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        missing = [stored for stored in tower if stored not in tensors]
+        if missing:
+            hint = "give the folder of the vision tower, whose weights are not in this one, as vision_tower"
+            raise ValueError(f"{path}: tensors do not fit config.json: missing {list_names(missing)}; {hint}")
+        model.load_state_dict({name: tensors[stored] for name, stored in names.items()}, assign=True)
+        # No file has these, so they are still without values.
+        model.vision.embeddings.position_ids = torch.arange(model.side**2, device=device)[None]
         return model.eval()
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence["Image"]) -> list[Tensor]:
         """Visual tokens [N, D] of every image of one prompt: a single one is cut into tiles, several are padded."""
-        size = self.vision.config.image_size
+        size = self.image_size
         if len(images) > 1 or self.pictures.image_aspect_ratio == "pad":
             return list(self._features([pad_to_square(image) for image in images]))
         canvases = read_canvases(cast(Any, self.pictures.image_grid_pinpoints), size)
@@ -127,11 +139,10 @@ class VisualDiffusionLM(nn.Module):
         Raises:
             ValueError: no frame, or a stride or mode that there is not.
         """
-        side = self.vision.config.side
         if not frames:
             raise ValueError("frames must not be empty")
-        if not 1 <= stride <= side:
-            raise ValueError(f"stride must be in [1, {side}], got {stride}")
+        if not 1 <= stride <= self.side:
+            raise ValueError(f"stride must be in [1, {self.side}], got {stride}")
         if mode not in POOLING:
             raise ValueError(f"mode must be one of {list(POOLING)}, got {mode!r}")
         newlines = self.pictures.mm_newline_position
@@ -139,9 +150,9 @@ class VisualDiffusionLM(nn.Module):
 
     def _features(self, parts: Sequence["Image"]) -> Tensor:
         """[F, n * n, D] in the language model's width."""
-        pixels = as_pixels(parts, self.vision.config.image_size)
-        projected: Tensor = self.projector(self.vision(pixels.to(self.newline.device, self.newline.dtype)))
-        return projected
+        pixels = as_pixels(parts, self.image_size)
+        seen = self.vision(pixels.to(self.newline.device, self.newline.dtype)).last_hidden_state
+        return cast(Tensor, self.projector(seen))
 
 
 def stored_name(name: str) -> str:
@@ -149,38 +160,6 @@ def stored_name(name: str) -> str:
     layer = LAYER.fullmatch(name)
     if layer is not None:
         return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
-    if _of_vision(name):
+    if name.startswith("vision."):
         return TOWER + name.removeprefix("vision.")
     return WHOLE_NAMES.get(name, f"model.mm_{name}")
-
-
-def _of_vision(name: str) -> bool:
-    return name.startswith("vision.")
-
-
-def _load(
-    folder: Path,
-    model: nn.Module,
-    names: Mapping[str, str],
-    dtype: torch.dtype | None,
-    device: torch.device,
-    *,
-    whole_folder: bool,
-) -> dict[str, Tensor]:
-    """Tensors by their name here, of `names` from here to the folder's files; all that the folder has must be wanted,
-    unless it is of a larger model."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    expected = {stored: shapes[name] for name, stored in names.items()}
-    found: dict[str, Tensor] = {}
-    unexpected: list[str] = []
-    for file in _weight_files(folder):
-        unexpected += _read_weights(file, expected, found, dtype, device)
-    missing = [stored for stored in expected if stored not in found]
-    unexpected = [stored for stored in unexpected if whole_folder and not UNUSED.fullmatch(stored)]
-    if missing or unexpected:
-        hint = ""
-        if whole_folder and missing and all(stored.startswith(TOWER) for stored in missing):
-            hint = "; give the folder of the vision tower, whose weights are not in this one, as vision_tower"
-        listed = _list(missing=missing, unexpected=unexpected)
-        raise ValueError(f"{folder}: tensors do not fit config.json: {listed}{hint}")
-    return {name: found[stored] for name, stored in names.items()}

@@ -2,7 +2,7 @@
 
 In: token ids [B, N] and a mask of real tokens [B, N]. Out: logits [B, N, V]. Parameters carry the names of LLaDA's own
 checkpoints, so `state_dict()` and a LLaDA folder are the same thing. Attention is a function handed to `forward`, one
-for all layers or one per layer; the model knows nothing of sparsity, sampling or files.
+for all layers or one per layer; the model knows nothing of sparsity and sampling.
 """
 
 import functools
@@ -16,10 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from baatt.models.cache import KeyValueCache
+from baatt.models.checkpoint import read_config, read_tensors, write_checkpoint
 from baatt.models.config import ModelConfig
 from baatt.models.inputs import check_logits, check_mask, check_part
 from baatt.models.rope import Rotary, rotary_tables, rotate
 from baatt.stages.dense import AttentionFunction, dense_attention
+
+EMBEDDING, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
 class RMSNorm(nn.Module):
@@ -105,10 +108,37 @@ class MaskedDiffusionLM(nn.Module):
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> "MaskedDiffusionLM":
-        """Load a local LLaDA folder; see `baatt.models.checkpoint.from_pretrained`."""
-        from baatt.models.checkpoint import from_pretrained  # that module imports this one
+        """Load a local LLaDA folder, in evaluation mode.
 
-        return from_pretrained(path, dtype=dtype, device=device)
+        The parameters are the tensors read, without a second copy in memory.
+
+        Args:
+            path: folder with config.json and model.safetensors, or shards with or without an index.
+            dtype: dtype of the parameters; None keeps the stored one.
+            device: where the parameters live.
+
+        Raises:
+            FileNotFoundError: the folder, its config.json, the weights or a shard is missing.
+            ValueError, TypeError: config.json asks for something not implemented, or a file or tensor is broken,
+                missing, unexpected or of the wrong shape.
+        """
+        config = ModelConfig.from_dict(read_config(path))
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        optional = {HEAD: expected[EMBEDDING]} if config.weight_tying else {}
+        tensors = read_tensors(path, expected, optional=optional, dtype=dtype, device=device)
+        if config.weight_tying and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
+            raise ValueError(f"{path}: {HEAD} must equal {EMBEDDING} when weight_tying is true, got another tensor")
+        model.load_state_dict(tensors, assign=True)
+        return model.eval()
+
+    def save_pretrained(
+        self, path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16, max_shard_bytes: int = 16 * 2**20
+    ) -> None:
+        """Write a LLaDA folder without its tokenizer; arguments and errors as `checkpoint.write_checkpoint`."""
+        config = self.config.to_dict()
+        write_checkpoint(path, self.state_dict(), config, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
