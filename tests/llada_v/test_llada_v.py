@@ -572,7 +572,7 @@ class TestConversation:
         [
             ("q", 0, "no_think", "q"),
             ("q", 3, "think", "<image> <image> <image>\nq /think"),
-            ("q", 1, None, "<image>\nq"),
+            ("q", 1, "none", "<image>\nq"),
             ("a <image> b", 1, "no_think", "a <image> b"),
         ],
     )

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from baatt import BAAttConfig, Policy
+from baatt.lab.options import read_options
 from baatt.llada_v.conversation import conversation, prompt_ids
-from baatt.llada_v.settings import PUBLISHED, ModelArguments, Setting, read_setting, read_sparse
+from baatt.llada_v.settings import PUBLISHED, ModelArguments, TaskSetting, read_setting
 from tests.llada_v.folder import tensors, tokenizer, write_folder
 
 NAME = "baatt.llada_v.lmms"
@@ -131,14 +132,14 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("task", "expected"),
         [
-            ("videomme", Setting(2, 2, 2, "no_think")),
-            ("mlvu_dev", Setting(2, 2, 2, "no_think")),
-            ("realworldqa", Setting(2, 2, 2, "no_think")),
-            ("chartqa", Setting(16, 16, 16, "no_think", ("\n",))),
-            ("docvqa_val", Setting(32, 32, 16, "no_think")),
-            ("infovqa_val", Setting(32, 32, 16, "no_think")),
-            ("mathvista_testmini_cot", Setting(96, 96, 48, "think")),
-            ("mathverse_testmini_vision_only", Setting(64, 64, 32, "think")),
+            ("videomme", TaskSetting(2, 2, 2, "no_think")),
+            ("mlvu_dev", TaskSetting(2, 2, 2, "no_think")),
+            ("realworldqa", TaskSetting(2, 2, 2, "no_think")),
+            ("chartqa", TaskSetting(16, 16, 16, "no_think", ("\n",))),
+            ("docvqa_val", TaskSetting(32, 32, 16, "no_think")),
+            ("infovqa_val", TaskSetting(32, 32, 16, "no_think")),
+            ("mathvista_testmini_cot", TaskSetting(96, 96, 48, "think")),
+            ("mathverse_testmini_vision_only", TaskSetting(64, 64, 32, "think")),
         ],
     )
     def test_published(self, task, expected):
@@ -155,7 +156,7 @@ class TestSettings:
     def test_arguments_win_over_gen_kwargs_and_those_over_the_task(self):
         arguments = ModelArguments("x", gen_length=8, think_mode="none")
         gen_kwargs = {"gen_length": 4, "block_length": 4, "stopping_criteria": ["."]}
-        assert read_setting("videomme", gen_kwargs, arguments) == Setting(8, 4, 2, None, (".",))
+        assert read_setting("videomme", gen_kwargs, arguments) == TaskSetting(8, 4, 2, "none", (".",))
 
     def test_a_task_without_a_setting(self):
         with pytest.raises(
@@ -163,21 +164,31 @@ class TestSettings:
         ):
             read_setting("pope", {"gen_length": 4}, ModelArguments("x"))
         given = {"gen_length": 4, "block_length": 2, "gen_steps": 4}
-        assert read_setting("pope", given, ModelArguments("x")) == Setting(4, 2, 4, "no_think")
+        assert read_setting("pope", given, ModelArguments("x")) == TaskSetting(4, 2, 4, "no_think")
 
     def test_refusals(self):
         with pytest.raises(ValueError, match=r"gen_kwargs of mme must be among .*, got \['beams'\]"):
             read_setting("mme", {"beams": 1}, ModelArguments("x"))
         with pytest.raises(ValueError, match=r"think_mode must be one of \['no_think', 'think', 'none'\], got 'hard'"):
             read_setting("mme", {"think_mode": "hard"}, ModelArguments("x"))
-        with pytest.raises(TypeError, match=r"model_args must be among pretrained, .*, got sparse, steps"):
-            ModelArguments.from_dict({"pretrained": "x", "sparse": 1, "steps": 2})
-        with pytest.raises(ValueError, match="batch_size must be 1, got 4"):
-            ModelArguments("x", batch_size=4)
-        with pytest.raises(ValueError, match="dtype must be one of"):
-            ModelArguments("x", dtype="int8")
-        with pytest.raises(ValueError, match="max_frames_num must be a positive int, got 0"):
-            ModelArguments("x", max_frames_num=0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"sparse": 1, "steps": 2}, "model_args must be among pretrained, .*, sparsity, .*; got sparse, steps"),
+            ({"batch_size": "4"}, r"batch_size must be one of \[1\], got '4'"),
+            ({"dtype": "int8"}, "dtype must be one of"),
+            ({"think_mode": "hard"}, r"think_mode must be one of \['no_think', 'think', 'none'\], got 'hard'"),
+            ({"max_frames_num": 0}, "max_frames_num must be positive, got 0"),
+            ({"mm_spatial_pool_mode": "nearest"}, "mm_spatial_pool_mode must be one of"),
+            ({"sort": "k", "beta": 1}, "model_args must have sparsity beside sort, beta, got none"),
+            ({"dense_layers": "0:1"}, "dense_layers must be numbers of layers such as"),
+            ({"sparsity": 2}, r"sparsity must be in \[0, 1\), got 2"),
+        ],
+    )
+    def test_arguments_that_make_no_sense(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            read_options(ModelArguments, {"pretrained": "x", **arguments})
 
     @pytest.mark.parametrize(
         ("arguments", "config", "policy"),
@@ -191,22 +202,15 @@ class TestSettings:
                 Policy(dense_layers=(0, 1), min_length=4096),
             ),
             (
-                {"sparsity": 0.8, "segment": "none", "dense_layers": -1.0, "dense_steps": 0.25},
+                {"sparsity": 0.8, "segment": "whole", "dense_layers": -1.0, "dense_steps": 0.25},
                 BAAttConfig(sparsity=0.8, segment=None),
                 Policy(dense_layers=(-1,), dense_steps=0.25),
             ),
         ],
     )
     def test_dials(self, arguments, config, policy):
-        assert read_sparse(ModelArguments("x", **arguments)) == (config, policy)
-
-    def test_dials_that_make_no_sense(self):
-        with pytest.raises(ValueError, match="sort, beta must come with a sparsity, without which attention is dense"):
-            read_sparse(ModelArguments("x", sort="k", beta=1))
-        with pytest.raises(ValueError, match=r"dense_layers must be layer numbers like '0\+1' or 'none', got '0:1'"):
-            read_sparse(ModelArguments("x", dense_layers="0:1"))
-        with pytest.raises(ValueError, match=r"sparsity must be in \[0, 1\), got 2"):
-            read_sparse(ModelArguments("x", sparsity=2))
+        read = read_options(ModelArguments, {"pretrained": "x", **arguments})
+        assert (read.sparse, read.policy) == (config, policy)
 
 
 class TestRequests:

@@ -20,7 +20,7 @@ SYSTEM = (
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 HEADER, HEADER_END, TURN_END = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 MASK = "<|mdm_mask|>"
-THINK_MODES = {"no_think": " /no_think", "think": " /think"}
+THINK_MODES = {"no_think": " /no_think", "think": " /think", "none": ""}
 
 
 class AnswerRules(NamedTuple):
@@ -30,15 +30,14 @@ class AnswerRules(NamedTuple):
     stops: list[list[int]]
 
 
-def ask(question: str, pictures: int, think_mode: str | None) -> str:
+def ask(question: str, pictures: int, think_mode: str) -> str:
     """The user's turn: one mark a picture in front of a question that has none, and how to think behind it.
 
     A question that has marks already, or goes without pictures, stays as it is: also without a think mode.
     """
     if pictures == 0 or PICTURE_MARK in question:
         return question
-    suffix = "" if think_mode is None else THINK_MODES[think_mode]
-    return f"{' '.join([PICTURE_MARK] * pictures)}\n{question}{suffix}"
+    return f"{' '.join([PICTURE_MARK] * pictures)}\n{question}{THINK_MODES[think_mode]}"
 
 
 def conversation(turn: str) -> str:

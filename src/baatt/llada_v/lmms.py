@@ -13,6 +13,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from torch import Tensor
 
+from baatt.lab.options import read_options
 from baatt.llada_v.conversation import (
     MASK,
     answer_rules,
@@ -26,7 +27,7 @@ from baatt.llada_v.conversation import (
 from baatt.llada_v.model import VisualDiffusionLM
 from baatt.llada_v.pictures import read_frames
 from baatt.llada_v.prompt import PicturePrompt
-from baatt.llada_v.settings import DTYPES, ModelArguments, Setting, read_setting, read_sparse
+from baatt.llada_v.settings import DTYPES, ModelArguments, TaskSetting, read_setting
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig, generate
 
@@ -43,14 +44,7 @@ class _Visual(NamedTuple):
 class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
     """LLaDA-V with dense attention or BA-Att in its language model; one request at a time.
 
-    Args, as --model_args gives them:
-        pretrained: local folder of LLaDA-V. vision_tower: folder of SigLIP, for a checkpoint without it.
-        dtype: "bfloat16", "float16" or "float32". device: of the weights; with several processes each has its own.
-        sparsity: of BA-Att; absent or "none" = dense. sort, segment, beta: its other dials; absent = `BAAttConfig`'s.
-        dense_layers: "0+1", a single number or "none". dense_steps, min_length: as `Policy`. impl: as `ba_attention`.
-        max_frames_num: of a video. mm_spatial_pool_stride, mm_spatial_pool_mode: how its frames are pooled.
-        gen_length, block_length, gen_steps, think_mode: instead of a task's own; "none" does not tell the model whether
-            to think.
+    Its arguments, as --model_args gives them, are the fields of `ModelArguments`, `BAAttConfig` and `Policy`.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: an argument that is unknown or out of range, or a folder that does not
@@ -61,9 +55,8 @@ class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
     def __init__(self, pretrained: str, **given: Any) -> None:
         super().__init__()
-        arguments = ModelArguments.from_dict({"pretrained": pretrained, **given})
+        arguments = read_options(ModelArguments, {"pretrained": pretrained, **given})
         self.arguments = arguments
-        self.sparse, self.policy = read_sparse(arguments)
         self._device = self._place(arguments.device)
         self._model = VisualDiffusionLM.from_pretrained(
             pretrained, vision_tower=arguments.vision_tower, dtype=DTYPES[arguments.dtype], device=self._device
@@ -138,7 +131,13 @@ class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
         rules = answer_rules(self.tokenizer, self.model.config.logit_size, setting.stops)
         prompt = PicturePrompt(self.model.language, ids, visual.tokens, stops=rules.stops, forbidden=rules.forbidden)
         result = generate(
-            prompt, prompt.ids, None, sampler, sparse=self.sparse, policy=self.policy, impl=self.arguments.impl
+            prompt,
+            prompt.ids,
+            None,
+            sampler,
+            sparse=self.arguments.sparse,
+            policy=self.arguments.policy,
+            impl=self.arguments.impl,
         )
         return answer_text(result.tokens[0].tolist(), rules.stops, self.tokenizer)
 
@@ -167,11 +166,11 @@ class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
         images = self.model.embed_images(visuals)
         return _Visual(torch.cat(images), [len(tokens) for tokens in images])
 
-    def _report(self, task: str, setting: Setting, tokens: int) -> None:
+    def _report(self, task: str, setting: TaskSetting, tokens: int) -> None:
         """Log the setting of a task once, and every prompt that is longer than those of training."""
         if task not in self._reported:
             self._reported.add(task)
-            logger.info(f"{task}: {setting}, {self.sparse or 'dense attention'}, {self.policy}")
+            logger.info(f"{task}: {setting}, {self.arguments.sparse or 'dense attention'}, {self.arguments.policy}")
         longest = self.model.pictures.tokenizer_model_max_length
         if longest is not None and tokens > longest:
             logger.warning(f"{task}: a prompt of {tokens} tokens, trained were at most {longest}")
