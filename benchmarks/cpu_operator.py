@@ -25,7 +25,7 @@ from torch import Tensor
 
 from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.backend import choose_backend, describe
-from baatt.stages.scoring import SCORES
+from baatt.scores import SCORES
 from baatt.stages.selection import select_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,11 +106,11 @@ def time_stages(inputs: Inputs, config: BAAttConfig, repeats: int) -> dict[str, 
     q, k, _ = inputs
     backend, scale = choose_backend("cpu", q.device), q.shape[-1] ** -0.5
     plan = make_plan(q, k, config, impl="cpu")
-    query_stats, key_stats, score = plan.query_stats, plan.key_stats, SCORES[config.score]
-    scores = score(query_stats, key_stats, scale=scale, beta=config.beta)
+    query_stats, key_stats, score = plan.query_summary, plan.key_summary, SCORES[config.score].compare
+    scores = score(query_stats, key_stats, config, scale)
     steps: dict[str, Callable[[], Any]] = {
-        "arrange": lambda: backend.arrange(q, k, None, config, None),
-        "score": lambda: score(query_stats, key_stats, scale=scale, beta=config.beta),
+        "arrange": lambda: backend.sort_blocks(q, k, None, config, None),
+        "score": lambda: score(query_stats, key_stats, config, scale),
         "select": lambda: select_blocks(scores, key_stats.size, config.sparsity),
         "attend": lambda: attend(*inputs, plan, impl="cpu"),
     }

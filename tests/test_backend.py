@@ -8,17 +8,18 @@ import torch
 from baatt import backend
 from baatt.backend import IMPLS, choose_backend, describe
 from baatt.kernels import cpu
-from baatt.stages import pooling, sparse
+from baatt.scores import covariance
+from baatt.stages import sparse
 
 
 def test_explicit_choices_are_what_they_say():
-    for name, pool_blocks, attention in (
-        ("reference", pooling.pool_blocks, sparse.sparse_attention),
-        ("cpu", cpu.pool_blocks, cpu.sparse_attention),
+    for name, twins, attention in (
+        ("reference", {}, sparse.sparse_attention),
+        ("cpu", {covariance.summarise: cpu.summarise}, cpu.sparse_attention),
     ):
         chosen = choose_backend(name, torch.device("cpu"))
         assert (chosen.name, chosen.sparse_attention) == (name, attention)
-        assert chosen.arrange.args == (pool_blocks,)
+        assert chosen.sort_blocks.args == (twins,)
 
 
 def test_every_impl_says_why_it_cannot_run():

@@ -28,11 +28,11 @@ def test_full_graph_gives_the_same_values():
 
 def test_registration_is_sound():
     q, k, v, mask = inputs(33)
-    arguments = (q, k, v, mask, 16, 0.5, "qk", 32, "covariance", 0.5, None, "cpu")
+    arguments = (q, k, v, mask, mask, BAAttConfig(16, 0.5, "qk", 32).as_json, None, "cpu")
     torch.library.opcheck(attention, arguments)
 
 
 def test_refusals_pass_through():
     q, k, v, _ = inputs(33)
     with pytest.raises(ValueError, match="value must have the shape of key"):
-        attention(q, k, v[:, :, :5], None, 16, 0.5, "qk", 32, "covariance", 0.5, None, "auto")
+        attention(q, k, v[:, :, :5], None, None, BAAttConfig(16, 0.5, "qk", 32).as_json, None, "auto")

@@ -1,8 +1,8 @@
-"""The method on one page: check -> order -> pool -> score -> select, then attend.
+"""The method on one page: check -> order -> summarise -> compare -> select, then attend.
 
 `make_plan` decides which key blocks every query block attends to, `attend` carries the plan out, and `ba_attention`
-does both. Holds no tensor arithmetic: the steps are the files of `baatt.stages`, their fast twins come from
-`baatt.backend`. Autocast is off inside, because scores in half precision would choose other blocks.
+does both. Holds no tensor arithmetic: the steps are the files of `baatt.stages` and `baatt.scores`, their fast twins
+come from `baatt.backend`. Autocast is off inside, because scores in half precision would choose other blocks.
 """
 
 import math
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from baatt.backend import Backend, Workload, choose_backend
-from baatt.checks import check_make_plan, check_plan, check_tensors
+from baatt.checks import check_make_plan, check_plan, check_query_and_key, check_value
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
-from baatt.types import Arrangement
+from baatt.types import SortedBlocks
 
 
 def ba_attention(
@@ -33,7 +33,7 @@ def ba_attention(
     Args:
         q: [B, H, N, D] after positional encoding; float64, float32, bfloat16 or float16.
         k: [B, G, M, D] with H % G == 0 (grouped queries); v: the same shape.
-        config: the method's dials.
+        config: the method's options.
         key_mask: [B, M] bool, True = attend. Masked keys have no influence at all, whatever their values.
         query_mask: [B, N] bool, True = the row is wanted. Other rows take no part in choosing blocks, so that wanted
             ones do not depend on them; what they get means nothing. In padded self-attention it is the `key_mask`.
@@ -48,15 +48,14 @@ def ba_attention(
         RuntimeError: `impl` cannot run here, with the reason.
     """
     if torch.compiler.is_compiling():  # one opaque node of the graph, see baatt.operators
-        dials = (config.block_size, config.sparsity, config.sort, config.segment, config.score, config.beta)
-        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, *dials, scale, impl, query_mask)
+        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, query_mask, config.as_json, scale, impl)
         return traced
-    check_tensors(q, k, v)
     check_make_plan(q, k, config, key_mask, query_mask, scale)
+    check_value(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     backend = _backend(impl, q, config, scale)
-    plan, arrangement = _decide(q, k, v, config, (key_mask, query_mask), scale, backend)
-    return _carry_out(q, k, v, plan, backend, _copies(arrangement))
+    plan, blocks = _decide(q, k, v, config, (key_mask, query_mask), scale, backend)
+    return _carry_out(q, k, v, plan, backend, _copies(blocks))
 
 
 def make_plan(
@@ -95,7 +94,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -
         TypeError, ValueError: tensors that do not fit one another or the plan.
         RuntimeError: `impl` cannot run here, with the reason.
     """
-    check_tensors(q, k, v)
+    check_query_and_key(q, k)
+    check_value(q, k, v)
     check_plan(plan, q, k)
     return _carry_out(q, k, v, plan, _backend(impl, q, plan.config, plan.scale), {})
 
@@ -112,19 +112,20 @@ def _decide(
     masks: tuple[Tensor | None, Tensor | None],
     scale: float,
     backend: Backend,
-) -> tuple[Plan, Arrangement]:
+) -> tuple[Plan, SortedBlocks]:
     """The plan, and with it the sorted copies that fell out on the way; masks: of keys, of queries."""
     with torch.autocast(q.device.type, enabled=False):
-        arrangement = backend.arrange(q, k, v, config, *masks)
-        query_stats, key_stats = arrangement.query_stats, arrangement.key_stats
-        selection = backend.choose_blocks(query_stats, key_stats, config, scale)
-    orders = arrangement.query_order, arrangement.key_order
-    return Plan(config, scale, *orders, query_stats, key_stats, selection), arrangement
+        blocks = backend.sort_blocks(q, k, v, config, *masks)
+        selection = backend.choose_blocks(blocks.query_summary, blocks.key_summary, config, scale)
+    plan = Plan(
+        config, scale, blocks.query_order, blocks.key_order, blocks.query_summary, blocks.key_summary, selection
+    )
+    return plan, blocks
 
 
-def _copies(arrangement: Arrangement) -> dict[str, Tensor]:
+def _copies(blocks: SortedBlocks) -> dict[str, Tensor]:
     """The sorted copies that are there, by the names under which `sparse_attention` takes them."""
-    found = {name: getattr(arrangement, name) for name in ("sorted_k", "sorted_v")}
+    found = {name: getattr(blocks, name) for name in ("sorted_k", "sorted_v")}
     return {name: copy for name, copy in found.items() if copy is not None}
 
 

@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,17 +16,21 @@ import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig
-from baatt.stages import pooling, scoring, selection, sorting, sparse
-from baatt.types import Arrangement, BlockSelection, BlockStats, Partial, TokenOrder
+from baatt.scores import SCORES, covariance, exact, simple
+from baatt.stages import selection, sorting, sparse
+from baatt.types import BlockSelection, BlockSummary, Partial, SortedBlocks, TokenOrder, take_blocks
 
 IMPLS = ("auto", "reference", "cpu", "triton", "hopper")
+
+#: Scores of one batch entry in memory at once: 256 MiB in float32.
+SLAB_SCORES = 2**26
 
 logger = logging.getLogger("baatt")
 _logged: set[str] = set()
 
 
-class Arrange(Protocol):
-    """Orders and pools queries and keys: a pair of `ORDERS`, then `pool_blocks`; v is there to be copied on the way."""
+class SortBlocks(Protocol):
+    """Orders and summarises queries and keys: a pair of `ORDERS`, then `summarise` of a score; v may be copied too."""
 
     def __call__(
         self,
@@ -35,18 +40,18 @@ class Arrange(Protocol):
         config: BAAttConfig,
         key_mask: Tensor | None,
         query_mask: Tensor | None = None,
-    ) -> Arrangement: ...
+    ) -> SortedBlocks: ...
 
 
 class ChooseBlocks(Protocol):
-    """Scores every block pair and keeps the best: a name in `SCORES`, then `baatt.stages.selection.select_blocks`."""
+    """Scores every block pair and keeps the best: `compare` of a score, then `baatt.stages.selection.select_blocks`."""
 
     def __call__(
-        self, query_stats: BlockStats, key_stats: BlockStats, config: BAAttConfig, scale: float
+        self, query_summary: BlockSummary, key_summary: BlockSummary, config: BAAttConfig, scale: float
     ) -> BlockSelection: ...
 
 
-#: `baatt.stages.sparse.sparse_attention` and its twins, which may take the sorted copies of an `Arrangement` besides.
+#: `baatt.stages.sparse.sparse_attention` and its twins, which may take the sorted copies of `SortedBlocks` besides.
 SparseAttention = Callable[..., Partial]
 
 
@@ -54,7 +59,7 @@ class Backend(NamedTuple):
     """The functions of one implementation, in the order in which they run."""
 
     name: str
-    arrange: Arrange
+    sort_blocks: SortBlocks
     choose_blocks: ChooseBlocks
     sparse_attention: SparseAttention
 
@@ -171,61 +176,84 @@ def _import_kernel(impl: str) -> Any:
         return f"the {kernel} does not work with this Triton: {type(error).__name__}: {error}"
 
 
-def _arrange_in_stages(
-    pool_blocks: Callable[[Tensor, TokenOrder, int], BlockStats],
+def _sort_in_stages(
+    twins: Mapping[Any, Any],
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
     config: BAAttConfig,
     key_mask: Tensor | None,
     query_mask: Tensor | None = None,
-) -> Arrangement:
+) -> SortedBlocks:
     order_queries, order_keys = sorting.ORDERS[config.sort]
+    score = SCORES[config.score]
+    summarise = twins.get(score.summarise, score.summarise)
     query_order = order_queries(q, config.segment, query_mask)
     key_order = order_keys(k, config.segment, key_mask)
-    query_stats = pool_blocks(q, query_order, config.block_size)
-    return Arrangement(query_order, query_stats, key_order, pool_blocks(k, key_order, config.block_size))
+    return SortedBlocks(query_order, summarise(q, query_order, config), key_order, summarise(k, key_order, config))
 
 
-def _choose_eagerly(
-    query_stats: BlockStats, key_stats: BlockStats, config: BAAttConfig, scale: float
+def _choose_in_stages(
+    query_summary: BlockSummary, key_summary: BlockSummary, config: BAAttConfig, scale: float
 ) -> BlockSelection:
-    scores = scoring.SCORES[config.score](query_stats, key_stats, scale=scale, beta=config.beta)
-    return selection.select_blocks(scores, key_stats.size, config.sparsity)
+    """Slab by slab of query blocks, as many as need no more than `SLAB_SCORES` a batch entry."""
+    compare = SCORES[config.score].compare
+    heads, query_blocks = query_summary[0].shape[1:3]
+    rows = max(1, SLAB_SCORES // (heads * key_summary.size.shape[1]))
+    empty = (key_summary.size == 0)[:, None, None]
+    slabs = [slice(first, first + rows) for first in range(0, query_blocks, rows)]
+    scores = (compare(take_blocks(query_summary, slab), key_summary, config, scale) for slab in slabs)
+    parts = [
+        selection.select_blocks(some.masked_fill(empty, -math.inf), key_summary.size, config.sparsity)
+        for some in scores
+    ]
+    return BlockSelection(*(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))
 
 
 def _reference() -> Backend:
-    arrange = functools.partial(_arrange_in_stages, pooling.pool_blocks)
-    return Backend("reference", arrange, _choose_eagerly, sparse.sparse_attention)
+    return Backend("reference", functools.partial(_sort_in_stages, {}), _choose_in_stages, sparse.sparse_attention)
 
 
 def _cpu() -> Backend:
     from baatt.kernels import cpu
 
-    arrange = functools.partial(_arrange_in_stages, cpu.pool_blocks)
-    return Backend("cpu", arrange, _choose_eagerly, cpu.sparse_attention)
+    twins = {covariance.summarise: cpu.summarise}
+    return Backend("cpu", functools.partial(_sort_in_stages, twins), _choose_in_stages, cpu.sparse_attention)
 
 
-def _choose_on_gpu(query_stats: BlockStats, key_stats: BlockStats, config: BAAttConfig, scale: float) -> BlockSelection:
+def _choose_on_gpu(
+    query_summary: BlockSummary, key_summary: BlockSummary, config: BAAttConfig, scale: float
+) -> BlockSelection:
     from baatt.kernels import triton_selection
 
-    twins: dict[scoring.ScoreFunction, scoring.ScoreFunction] = {
-        scoring.covariance_score: triton_selection.covariance_score
-    }
-    function = scoring.SCORES[config.score]
-    score = functools.partial(twins.get(function, function), scale=scale, beta=config.beta)
-    return triton_selection.choose_blocks(query_stats, key_stats, score, config.sparsity)
+    compare = gpu_comparison(SCORES[config.score].compare, query_summary[0].dtype)
+    score = functools.partial(compare, options=config, scale=scale)
+    return triton_selection.choose_blocks(query_summary, key_summary, score, config.sparsity)
 
 
-def _arrange_on_gpu(
+def gpu_comparison(compare: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The fast twin of a comparison, or itself where there is none."""
+    from baatt.kernels import triton_mass, triton_selection
+
+    twins: dict[Any, Callable[..., Tensor]] = {}
+    twins |= {covariance.compare: triton_selection.compare, simple.compare_means: triton_selection.compare_means}
+    if dtype in (torch.bfloat16, torch.float16):  # of float32, without matrix units, the eager one is faster
+        twins[exact.compare] = triton_mass.compare
+    return twins.get(compare, compare)
+
+
+def _sort_on_gpu(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
     config: BAAttConfig,
     key_mask: Tensor | None,
     query_mask: Tensor | None = None,
-) -> Arrangement:
-    """By the kernel, which makes the orders it knows itself and follows any other; it masks keys only."""
+) -> SortedBlocks:
+    """By the kernel, which makes the orders it knows itself and follows any other; it masks keys only.
+
+    It takes mean and variance of the blocks on its way; what else a score remembers is made of the orders.
+    """
     from baatt.kernels import triton_arrangement
 
     def order(x: Tensor, function: sorting.OrderFunction, mask: Tensor | None) -> TokenOrder | str:
@@ -238,22 +266,27 @@ def _arrange_on_gpu(
     order_queries, order_keys = sorting.ORDERS[config.sort]
     masked = query_mask is not None
     query_order = order_queries(q, config.segment, query_mask) if masked else order(q, order_queries, None)
-    return triton_arrangement.arrange(
+    blocks = triton_arrangement.sort_blocks(
         q, k, v, query_order, order(k, order_keys, key_mask),
         segment=config.segment, key_mask=key_mask, block_size=config.block_size,
     )  # fmt: skip
+    summarise = SCORES[config.score].summarise
+    if summarise is covariance.summarise:
+        return blocks
+    summaries = summarise(q, blocks.query_order, config), summarise(k, blocks.key_order, config)
+    return blocks._replace(query_summary=summaries[0], key_summary=summaries[1])
 
 
 def _triton() -> Backend:
     from baatt.kernels import triton_attention
 
-    return Backend("triton", _arrange_on_gpu, _choose_on_gpu, triton_attention.sparse_attention)
+    return Backend("triton", _sort_on_gpu, _choose_on_gpu, triton_attention.sparse_attention)
 
 
 def _hopper() -> Backend:
     from baatt.kernels import hopper
 
-    return Backend("hopper", _arrange_on_gpu, _choose_on_gpu, hopper.sparse_attention)
+    return Backend("hopper", _sort_on_gpu, _choose_on_gpu, hopper.sparse_attention)
 
 
 _BACKENDS: Mapping[str, Callable[[], Backend]] = {

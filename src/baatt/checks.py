@@ -28,7 +28,7 @@ def check_make_plan(
     Raises:
         TypeError, ValueError: with the argument, the requirement and what was given.
     """
-    _check_query_and_key(q, k)
+    check_query_and_key(q, k)
     if not isinstance(config, BAAttConfig):
         raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
     for name, mask, x, axes in (("key_mask", key_mask, k, "[B, M]"), ("query_mask", query_mask, q, "[B, N]")):
@@ -38,13 +38,12 @@ def check_make_plan(
         _check_scale(scale)
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse query, key and value that do not fit one another.
+def check_value(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse a value that does not fit query and key.
 
     Raises:
-        TypeError, ValueError: with the argument, the requirement and what was given.
+        TypeError, ValueError: with the requirement and what was given.
     """
-    _check_query_and_key(q, k)
     _check_tensor("value", v)
     if v.shape != k.shape:
         raise ValueError(f"value must have the shape of key {_shape(k)}, got {_shape(v)}")
@@ -78,7 +77,12 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
             raise ValueError(f"plan.{name} must be on the device of query {q.device}, got {x.device}")
 
 
-def _check_query_and_key(q: Tensor, k: Tensor) -> None:
+def check_query_and_key(q: Tensor, k: Tensor) -> None:
+    """Refuse query and key that do not fit one another.
+
+    Raises:
+        TypeError, ValueError: with the argument, the requirement and what was given.
+    """
     _check_tensor("query", q)
     _check_tensor("key", k)
     if q.ndim != 4:

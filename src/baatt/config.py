@@ -1,14 +1,17 @@
-"""The dials of the method (`BAAttConfig`) and where a model uses it (`Policy`).
+"""The options of the method (`BAAttConfig`) and where a model uses it (`Policy`).
 
-Both are frozen and validated once, so code behind them never checks a dial again. Tile sizes, warps and other
-properties of a kernel are not dials of the method and live in `baatt.kernels`.
+Both are frozen and validated once, so code behind them never checks an option again. Tile sizes, warps and
+other properties of a kernel are not options of the method and live in `baatt.kernels`.
 """
 
+import dataclasses
+import functools
+import json
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from baatt.stages.scoring import SCORES
+from baatt.scores import SCORES
 from baatt.stages.sorting import ORDERS
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -24,7 +27,7 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True)
 class BAAttConfig:
-    """The dials of BA-Att.
+    """The options of BA-Att.
 
     Block size, sparsity, score and beta are the paper's defaults. Which side is sorted, and in which segments, is what
     keeps most answers of the shipped model right (docs/results.md); `preset("paper")` is the paper's own setting.
@@ -34,7 +37,7 @@ class BAAttConfig:
         sparsity: share of key blocks skipped per query block, in [0, 1); K = max(1, ceil((1 - sparsity) * J)) (E7).
         sort: which side is sorted by norm (E2): "none", "q", "k" or "qk".
         segment: tokens per sorting segment, a multiple of `block_size`; None sorts the whole sequence.
-        score: how a block pair is scored, a name in `baatt.stages.scoring.SCORES`.
+        score: how a block pair is scored, a name in `baatt.scores.SCORES`.
         beta: weight of the covariance compensation (E5), at least 0; 0 scores by block means alone (E4).
 
     Raises:
@@ -58,6 +61,18 @@ class BAAttConfig:
             ValueError: an unknown name.
         """
         return _preset(name).config
+
+    @property
+    def as_json(self) -> str:
+        """All options as text, which `from_json` reads."""
+        text: str = self._json  # type: ignore[attr-defined]
+        return text
+
+    @classmethod
+    @functools.cache
+    def from_json(cls, text: str) -> "BAAttConfig":
+        """The config of `as_json`."""
+        return cls(**json.loads(text))
 
     def kept_blocks(self, key_blocks: int) -> int:
         """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
@@ -84,6 +99,8 @@ class BAAttConfig:
             raise TypeError(f"beta must be a finite number, got {self.beta!r}")
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
+        # Made here and not when it is asked for: that may be inside a graph that is being traced.
+        object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
 
 
 @dataclass(frozen=True)

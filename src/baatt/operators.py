@@ -17,21 +17,16 @@ def attention(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    block_size: int,
-    sparsity: float,
-    sort: str,
-    segment: int | None,
-    score: str,
-    beta: float,
+    query_mask: Tensor | None,
+    config: str,
     scale: float | None,
     impl: str,
-    query_mask: Tensor | None = None,
 ) -> Tensor:
-    """`baatt.ba_attention` with the dials of its config one by one.
+    """`baatt.ba_attention` with what an operator can be given.
 
     Args:
         q: [B, H, N, D]; k, v: [B, G, M, D]; key_mask: [B, M] bool or None; query_mask: [B, N] bool or None.
-        block_size, sparsity, sort, segment, score, beta: of `BAAttConfig`.
+        config: `BAAttConfig.as_json`.
         scale, impl: of `ba_attention`.
 
     Returns:
@@ -40,24 +35,10 @@ def attention(
     Raises:
         TypeError, ValueError, RuntimeError: as `ba_attention`.
     """
-    config = BAAttConfig(block_size, sparsity, sort, segment, score, beta)
-    return ba_attention(q, k, v, config, key_mask=key_mask, query_mask=query_mask, scale=scale, impl=impl)
+    options = BAAttConfig.from_json(config)
+    return ba_attention(q, k, v, options, key_mask=key_mask, query_mask=query_mask, scale=scale, impl=impl)
 
 
 @attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    block_size: int,
-    sparsity: float,
-    sort: str,
-    segment: int | None,
-    score: str,
-    beta: float,
-    scale: float | None,
-    impl: str,
-    query_mask: Tensor | None = None,
-) -> Tensor:
+def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

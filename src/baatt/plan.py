@@ -6,7 +6,7 @@ A plan is data: the visualiser draws one, an ablation edits a field, a kernel's 
 from typing import NamedTuple
 
 from baatt.config import BAAttConfig
-from baatt.types import BlockSelection, BlockStats, TokenOrder
+from baatt.types import BlockSelection, BlockSummary, TokenOrder
 
 
 class Plan(NamedTuple):
@@ -16,6 +16,6 @@ class Plan(NamedTuple):
     scale: float
     query_order: TokenOrder
     key_order: TokenOrder
-    query_stats: BlockStats
-    key_stats: BlockStats
+    query_summary: BlockSummary
+    key_summary: BlockSummary
     selection: BlockSelection

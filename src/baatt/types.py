@@ -4,7 +4,8 @@ Axis legend, used everywhere: B batch, H query heads, G key/value heads, N queri
 P block size, I = ceil(N / P) query blocks, J = ceil(M / P) key blocks, K kept key blocks per query block.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,18 +34,56 @@ class BlockStats(NamedTuple):
     size: Tensor
 
 
-class Arrangement(NamedTuple):
-    """Both sides in order and pooled, before anything is scored.
+#: What a score remembers of the blocks of one side: a named tuple of its own. The first field is a tensor [B, H or G,
+#: L, ...], `size` [B, L] int64 counts the tokens of each block that are not masked; other tensors have their blocks on
+#: the third axis. `BlockStats` is one.
+BlockSummary = Any
 
-    query_order, key_order: `TokenOrder`; query_stats, key_stats: `BlockStats` of the sorted tokens; sorted_k
+
+class ScoreOptions(Protocol):
+    """What a score may read of the `BAAttConfig`."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def beta(self) -> float: ...
+
+
+class Score(NamedTuple):
+    """How pairs of blocks are scored.
+
+    summarise: (x [B, H, N, D] in the original order, its `TokenOrder`, `ScoreOptions`) -> `BlockSummary`.
+    compare: (summary of i query blocks, summary of all J key blocks, `ScoreOptions`, scale: the factor on q.k) ->
+        [B, H, i, J], larger = kept sooner.
+    options: fields of `BAAttConfig` that change the scores, besides those that cut the blocks.
+    """
+
+    summarise: Callable[[Tensor, TokenOrder, ScoreOptions], BlockSummary]
+    compare: Callable[[BlockSummary, BlockSummary, ScoreOptions, float], Tensor]
+    options: tuple[str, ...] = ()
+
+
+def take_blocks(summary: BlockSummary, blocks: slice) -> BlockSummary:
+    """The summary of some blocks."""
+    tensors = {name: x for name, x in summary._asdict().items() if isinstance(x, Tensor)}
+    return summary._replace(
+        **{name: x[:, blocks] if name == "size" else x[:, :, blocks] for name, x in tensors.items()}
+    )
+
+
+class SortedBlocks(NamedTuple):
+    """Both sides in order and summarised, before anything is compared.
+
+    query_order, key_order: `TokenOrder`; query_summary, key_summary: `BlockSummary` of the sorted tokens; sorted_k
     and sorted_v [B, G, M, D]: contiguous copies in sorted order, masked tokens 0, from kernels that make them, else
     None.
     """
 
     query_order: TokenOrder
-    query_stats: BlockStats
+    query_summary: BlockSummary
     key_order: TokenOrder
-    key_stats: BlockStats
+    key_summary: BlockSummary
     sorted_k: Tensor | None = None
     sorted_v: Tensor | None = None
 

@@ -13,7 +13,7 @@ from tests.analysis.test_oracle import case
 def test_every_logit_is_within_the_bound(sort):
     q, k, plan = case(sort)
     found = deviation(q, k, plan)
-    empty = (plan.key_stats.size == 0)[:, None, None].expand(found.bound.shape)
+    empty = (plan.key_summary.size == 0)[:, None, None].expand(found.bound.shape)
     assert found.bound.isnan().equal(empty)
     assert found.largest.isnan().equal(empty)
     there = ~empty

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from baatt import BAAttConfig, make_plan
-from baatt.analysis import oracle
 from baatt.analysis.oracle import best_selection, block_mass, kept_mass, summarise
+from baatt.scores import exact
 from baatt.types import BlockSelection
 
 
@@ -44,7 +44,7 @@ def naive_mass(q, k, plan):
 @pytest.mark.parametrize("slab", [1, 2000, 2**25])
 @pytest.mark.parametrize("sort", ["none", "qk"])
 def test_block_mass(sort, slab, monkeypatch):
-    monkeypatch.setattr(oracle, "SLAB_WEIGHTS", (slab, slab))
+    monkeypatch.setattr(exact, "SLAB_WEIGHTS", (slab, slab))
     q, k, plan = case(sort)
     mass = block_mass(q, k, plan)
     torch.testing.assert_close(mass, naive_mass(q, k, plan))

@@ -12,6 +12,7 @@ import torch
 
 from baatt import BAAttConfig, ba_attention, make_plan
 from baatt.kernels import cpu, cpu_gather, cpu_native
+from baatt.scores import covariance
 from baatt.stages import pooling, sparse
 from baatt.stages.sorting import by_norm
 from baatt.types import BlockSelection
@@ -81,7 +82,7 @@ def assert_twins(case, block_size, scale):
 
 
 def test_twins_have_the_signatures_of_the_stages():
-    assert inspect.signature(cpu.pool_blocks) == inspect.signature(pooling.pool_blocks)
+    assert inspect.signature(cpu.summarise) == inspect.signature(covariance.summarise)
     assert inspect.signature(cpu.sparse_attention) == inspect.signature(sparse.sparse_attention)
 
 
@@ -115,12 +116,12 @@ def test_sparse_attention_is_its_twin_for_flat_and_peaked_scores(way, spread):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_pool_blocks_is_its_twin(shape, dtype):
+def test_moments_are_their_twin_s(shape, dtype):
     q, k, *_, query_order, key_order, _ = random_case(shape, 16, dtype)
     for x, order in ((q, query_order), (k, key_order)):
         eager = pooling.pool_blocks(x.to(eager_dtype(dtype)), order, 16)
         exact = pooling.pool_blocks(x.double(), order, 16)
-        actual = cpu.pool_blocks(x, order, 16)
+        actual = cpu.summarise(x, order, BAAttConfig(16))
         assert torch.equal(actual.size, exact.size)
         assert_within_budget(actual.mean, eager.mean, exact.mean)
         assert_within_budget(actual.variance, eager.variance, exact.variance)

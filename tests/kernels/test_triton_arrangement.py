@@ -8,7 +8,7 @@ if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU; see tests/gpu", allow_module_level=True)
 
 from baatt import BAAttConfig
-from baatt.backend import _arrange_on_gpu
+from baatt.backend import _sort_on_gpu
 from baatt.kernels import triton_arrangement
 from baatt.stages import pooling, sorting
 
@@ -63,23 +63,23 @@ def test_orders_moments_and_copies(shape, dtype, sort, poisoned_memory):
     q, k, v, mask, block_size, segment = case(shape, dtype)
     config = BAAttConfig(block_size=block_size, segment=segment, sort=sort)
     order_queries, order_keys = sorting.ORDERS[sort]
-    found = _arrange_on_gpu(q, k, v, config, mask)
+    found = _sort_on_gpu(q, k, v, config, mask)
     key_order = order_keys(k, segment, mask)
-    check_side(q, found.query_order, found.query_stats, order_queries(q, segment, None), block_size)
-    check_side(k, found.key_order, found.key_stats, key_order, block_size)
+    check_side(q, found.query_order, found.query_summary, order_queries(q, segment, None), block_size)
+    check_side(k, found.key_order, found.key_summary, key_order, block_size)
     check_copy(k, key_order, found.sorted_k)
     check_copy(v, key_order, found.sorted_v)
-    assert _arrange_on_gpu(q, k, None, config, mask).sorted_v is None
+    assert _sort_on_gpu(q, k, None, config, mask).sorted_v is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poisoned_memory, monkeypatch):
     monkeypatch.setattr(triton_arrangement, "LONGEST", 64)
     q, k, v, mask, block_size, _ = case((2, 2, 2, 150, 140, 16, 32, 128, masked), torch.float32)
-    found = _arrange_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort="qk", segment=128), mask)
+    found = _sort_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort="qk", segment=128), mask)
     expected = sorting.by_norm(q, 128, None), sorting.by_norm(k, 128, mask)
-    check_side(q, found.query_order, found.query_stats, expected[0], block_size)
-    check_side(k, found.key_order, found.key_stats, expected[1], block_size)
+    check_side(q, found.query_order, found.query_summary, expected[0], block_size)
+    check_side(k, found.key_order, found.key_summary, expected[1], block_size)
     check_copy(k, expected[1], found.sorted_k)
     check_copy(v, expected[1], found.sorted_v)
 
@@ -87,13 +87,13 @@ def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poison
 def test_equal_and_nan_norms_keep_their_order():
     x = torch.ones(1, 2, 70, 16)
     x[:, :, 7] = float("nan")
-    found = _arrange_on_gpu(x, x, None, BAAttConfig(block_size=16, segment=32), None)
+    found = _sort_on_gpu(x, x, None, BAAttConfig(block_size=16, segment=32), None)
     assert torch.equal(found.key_order.index, sorting.by_norm(x, 32, None).index)
 
 
 @pytest.mark.parametrize("sort", ["none", "k", "qk"])
 def test_masked_queries_stand_behind_and_are_not_pooled(sort, poisoned_memory):
     q, k, v, mask, block_size, _ = case((2, 2, 2, 140, 140, 16, 32, 64, True), torch.float32)
-    found = _arrange_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=64), mask, mask)
+    found = _sort_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=64), mask, mask)
     by_norm = sorting.by_norm if sort == "qk" else sorting.by_position
-    check_side(q, found.query_order, found.query_stats, by_norm(q, 64, mask), block_size)
+    check_side(q, found.query_order, found.query_summary, by_norm(q, 64, mask), block_size)

@@ -24,8 +24,9 @@ target = GPUTarget(backend, int(architecture) if backend == "cuda" else architec
 if backend == "hip":
     torch.version.hip = "for the constants that depend on it"
 from baatt import BAAttConfig
-from baatt.backend import _arrange_on_gpu, _choose_on_gpu
+from baatt.backend import _sort_on_gpu, _choose_on_gpu
 from baatt.kernels import triton_attention, triton_mass
+from baatt.scores import exact
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
          torch.bool: "i1"}
@@ -63,12 +64,13 @@ for dtype, channels, block_size, masked in [
     q, k, v = (torch.zeros(1, heads, 300, channels, dtype=dtype) for heads in (4, 2, 2))
     mask = torch.ones(1, 300, dtype=torch.bool) if masked else None
     config = BAAttConfig(block_size=block_size, sparsity=0.5, segment=256)
-    arranged = _arrange_on_gpu(q, k, v, config, mask)
-    selection = _choose_on_gpu(arranged.query_stats, arranged.key_stats, config, 0.1)
+    arranged = _sort_on_gpu(q, k, v, config, mask)
+    selection = _choose_on_gpu(arranged.query_summary, arranged.key_summary, config, 0.1)
     triton_attention.sparse_attention(
         q, k, v, arranged.query_order, arranged.key_order, selection, block_size=block_size, scale=0.1
     )
-    triton_mass.block_mass(q, k, arranged.query_order, arranged.key_order, block_size=block_size, scale=0.1)
+    tokens = (exact.summarise(x, order, config) for x, order in ((q, arranged.query_order), (k, arranged.key_order)))
+    triton_mass.compare(*tokens, config, 0.1)
 print(*sorted(done))
 """
 KERNELS = ["_attention_kernel", "_covariance_kernel", "_gather_kernel", "_norm_kernel", "_order_kernel"]

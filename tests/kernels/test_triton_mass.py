@@ -8,8 +8,8 @@ if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU; see tests/gpu", allow_module_level=True)
 
 from baatt import BAAttConfig, make_plan
-from baatt.analysis.oracle import MASSES
 from baatt.kernels import triton_mass
+from baatt.scores import exact
 from tests.budget import assert_within_budget
 
 SHAPES = [  # B, H, G, N, M, D, P
@@ -40,12 +40,17 @@ def case(shape, dtype, sort="qk", masked=True):
     return q, k, make_plan(q, k, config, key_mask=mask, impl="reference")
 
 
+def mass(q, k, plan, room=triton_mass):
+    tokens = (exact.summarise(x, order, plan.config) for x, order in ((q, plan.query_order), (k, plan.key_order)))
+    return room.compare(*tokens, plan.config, plan.scale)
+
+
 def check(q, k, plan):
-    actual, eager = (MASSES[impl](q, k, plan) for impl in ("triton", "reference"))
+    actual, eager = mass(q, k, plan), mass(q, k, plan, exact)
     assert actual.dtype == torch.float32
-    assert_within_budget(actual, eager, MASSES["reference"](q.double(), k.double(), plan))
+    assert_within_budget(actual, eager, mass(q.double(), k.double(), plan, exact))
     # Nothing at all, and not a little, where there is no key.
-    empty = (plan.key_stats.size == 0)[:, None, None].expand(actual.shape)
+    empty = (plan.key_summary.size == 0)[:, None, None].expand(actual.shape)
     assert (actual[empty] == 0).all()
     return actual
 
@@ -69,7 +74,7 @@ def test_slabs(slab, block_size, poisoned_memory, monkeypatch):
     together = check(q, k, plan)
     monkeypatch.setattr(triton_mass, "SLAB_SUMS", slab)
     # A row stands at another place in its tile, and NumPy's products, which the interpreter takes, may round by place.
-    torch.testing.assert_close(MASSES["triton"](q, k, plan), together, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(mass(q, k, plan), together, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [-0.5, 6.0])
@@ -85,9 +90,9 @@ def test_several_parts_of_the_channels(poisoned_memory):
 
 def test_a_query_that_is_not_a_number_spoils_its_block_only(poisoned_memory):
     q, k, plan = case(SHAPES[0], torch.float32, "none")
-    clean = MASSES["triton"](q, k, plan)
+    clean = mass(q, k, plan)
     q[0, 1, 20, 3] = float("nan")
-    spoilt, expected = (MASSES[impl](q, k, plan) for impl in ("triton", "reference"))
+    spoilt, expected = mass(q, k, plan), mass(q, k, plan, exact)
     assert torch.equal(spoilt.isnan(), expected.isnan())
     assert spoilt.isnan().any()
     assert torch.equal(spoilt[~spoilt.isnan()], clean[~spoilt.isnan()])

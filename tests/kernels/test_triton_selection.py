@@ -10,7 +10,8 @@ if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU; see tests/gpu", allow_module_level=True)
 
 from baatt.kernels import triton_selection
-from baatt.stages import pooling, scoring, selection, sorting
+from baatt.scores import covariance
+from baatt.stages import pooling, selection, sorting
 from baatt.types import BlockSelection, BlockStats
 
 
@@ -34,7 +35,7 @@ def test_selection_in_slabs(sparsity, masked, beta, poisoned_memory, monkeypatch
     query_stats = pooling.pool_blocks(q, sorting.by_norm(q, 32, None), 16)
     key_stats = pooling.pool_blocks(k, sorting.by_norm(k, 32, mask), 16)
     ours, theirs = (
-        functools.partial(room.covariance_score, scale=0.2, beta=beta) for room in (triton_selection, scoring)
+        functools.partial(room.covariance_score, scale=0.2, beta=beta) for room in (triton_selection, covariance)
     )
     scores = theirs(query_stats, key_stats)
     torch.testing.assert_close(ours(query_stats, key_stats), scores, atol=2e-6, rtol=2e-6)

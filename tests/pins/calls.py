@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import baatt
+import baatt.scores
 from baatt import BAAttConfig, attend, ba_attention, make_plan
-from baatt.analysis.rivals import RIVALS, rival_attention, select_by
+from baatt.analysis.rivals import rival_attention
 from baatt.config import Policy
 from baatt.evaluation.attention_count import AttentionCount
 from baatt.kernels import cpu_native
@@ -22,7 +23,7 @@ from baatt.stages.dense import AttentionFunction, dense_attention
 from baatt.types import BlockSelection
 
 #: Every score there is.
-SCORES = tuple(RIVALS)
+SCORES = tuple(baatt.scores.SCORES)
 
 
 class Sampled(NamedTuple):
@@ -55,7 +56,7 @@ def attend_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, impl: str) -> Tensor:
 
 def selection_of(score: str, q: Tensor, k: Tensor, dials: dict[str, Any], **masks: Tensor | None) -> BlockSelection:
     """The selection by a score."""
-    return select_by(score, q, k, make_plan(q, k, BAAttConfig(**dials), impl="reference", **masks))
+    return make_plan(q, k, BAAttConfig(**dials | {"score": score}), impl="reference", **masks).selection
 
 
 def model_of(**changes: Any) -> MaskedDiffusionLM:

@@ -12,7 +12,8 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from baatt.plan import Plan
-from baatt.types import BlockStats, TokenOrder
+from baatt.stages.pooling import gather_blocks, pool_blocks
+from baatt.types import TokenOrder
 
 
 class Deviation(NamedTuple):
@@ -45,35 +46,34 @@ def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
     """
     size, scale = plan.config.block_size, plan.scale
     repeats = q.shape[1] // k.shape[1]
-    queries, query_there = _members(q, plan.query_order, size)
-    keys, key_there = _members(k, plan.key_order, size)
-    query_radius, query_norm = _extent(queries, query_there, plan.query_stats)
-    key_extent = _extent(keys, key_there, plan.key_stats)
+    queries, query_there, query_mean = _members(q, plan.query_order, size)
+    keys, key_there, key_mean = _members(k, plan.key_order, size)
+    query_radius, query_norm = _extent(queries, query_there, query_mean)
+    key_extent = _extent(keys, key_there, key_mean)
     key_radius, key_norm = (repeat(x, "b g j -> b (g r) j", r=repeats) for x in key_extent)
     bound = scale * (_outer(query_radius, key_norm) + _outer(query_norm, key_radius) + _outer(query_radius, key_radius))
-    means = plan.query_stats.mean.to(queries.dtype), plan.key_stats.mean.to(keys.dtype)
     largest, mean = torch.empty_like(bound), torch.empty_like(bound)
     for entry in range(q.shape[0]):
         for head in range(q.shape[1]):
             group = head // repeats
-            sides = keys[entry, group], key_there[entry, 0], means[1][entry, group]
+            sides = keys[entry, group], key_there[entry, 0], key_mean[entry, group]
             for block in range(bound.shape[2]):
                 present = query_there[entry, 0, block]
                 logits = scale * torch.einsum("pd,jcd->jpc", queries[entry, head, block][present], sides[0])
-                centre = scale * (sides[2] @ means[0][entry, head, block])
+                centre = scale * (sides[2] @ query_mean[entry, head, block])
                 off = (logits - rearrange(centre, "j -> j 1 1")).abs()
                 there = rearrange(sides[1], "j c -> j 1 c")
                 largest[entry, head, block] = off.masked_fill(~there, 0).amax(dim=(1, 2))
                 counted = sides[1].sum(-1) * int(present.sum())
                 mean[entry, head, block] = off.masked_fill(~there, 0).sum(dim=(1, 2)) / counted
-    empty = rearrange(plan.key_stats.size == 0, "b j -> b 1 1 j")
+    empty = rearrange(~key_there.any(-1), "b 1 j -> b 1 1 j")
     return Deviation(*(x.masked_fill(empty, math.nan) for x in (bound, largest, mean)))
 
 
 def extents(q: Tensor, k: Tensor, plan: Plan) -> tuple[Extent, Extent]:
     """R and M of every query block and every key block (E9). Args as `deviation`."""
-    sides = (q, plan.query_order, plan.query_stats), (k, plan.key_order, plan.key_stats)
-    queries, keys = (_extent(*_members(x, order, plan.config.block_size), stats) for x, order, stats in sides)
+    sides = (q, plan.query_order), (k, plan.key_order)
+    queries, keys = (_extent(*_members(x, order, plan.config.block_size)) for x, order in sides)
     return queries, keys
 
 
@@ -94,21 +94,15 @@ def pearson(x: Tensor, y: Tensor) -> float:
     return float(first @ second) / spread
 
 
-def _members(x: Tensor, order: TokenOrder, size: int) -> tuple[Tensor, Tensor]:
-    """Sorted tokens by block [B, H, L, P, D], 0 where none is, and where one is [B, 1, L, P]."""
-    tokens, channels = x.shape[2:]
-    blocks = -(-tokens // size)
-    sorted_x = x.gather(2, repeat(order.index, "b h n -> b h n d", d=channels))
-    sorted_x = sorted_x.to(torch.promote_types(x.dtype, torch.float32))
-    sorted_x = torch.nn.functional.pad(sorted_x, (0, 0, 0, blocks * size - tokens))
-    there = torch.arange(blocks * size, device=x.device) < rearrange(order.length, "b -> b 1")
-    members = rearrange(sorted_x, "b h (l p) d -> b h l p d", p=size)
-    there = rearrange(there, "b (l p) -> b 1 l p", p=size)
-    return torch.where(there[..., None], members, 0), there
+def _members(x: Tensor, order: TokenOrder, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted tokens by block [B, H, L, P, D], 0 where none is; where one is [B, 1, L, P]; block means [B, H, L, D]."""
+    members, tokens = gather_blocks(x, order, size)
+    there = torch.arange(size, device=x.device) < rearrange(tokens, "b l -> b 1 l 1")
+    return members, there, pool_blocks(x, order, size).mean
 
 
-def _extent(members: Tensor, there: Tensor, stats: BlockStats) -> Extent:
-    centred = members - rearrange(stats.mean.to(members.dtype), "b h l d -> b h l 1 d")
+def _extent(members: Tensor, there: Tensor, mean: Tensor) -> Extent:
+    centred = members - rearrange(mean, "b h l d -> b h l 1 d")
     radius = centred.norm(dim=-1).masked_fill(~there, 0)
     return Extent(reduce(radius, "b h l p -> b h l", "max"), reduce(members.norm(dim=-1), "b h l p -> b h l", "max"))
 

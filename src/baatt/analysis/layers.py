@@ -76,7 +76,7 @@ def _variation(x: Tensor) -> float:
 def _blocks_for_most(mass: Tensor, plan: Plan) -> float:
     """Blocks needed from the heaviest on, over the blocks there are."""
     needed = (mass.sort(dim=-1, descending=True).values.cumsum(dim=-1) < MOST).sum(dim=-1) + 1
-    there = rearrange((plan.key_stats.size > 0).sum(dim=-1), "b -> b 1 1")
+    there = rearrange((plan.key_summary.size > 0).sum(dim=-1), "b -> b 1 1")
     return float((torch.minimum(needed, there) / there).mean())
 
 

@@ -6,25 +6,21 @@ GPU a kernel does it, to which the eager function is the specification. Does not
 """
 
 import functools
-import itertools
 import logging
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor
 
-from baatt.backend import Workload, choose_backend
+from baatt.backend import Workload, choose_backend, gpu_comparison
 from baatt.plan import Plan
+from baatt.scores import exact
 from baatt.stages.selection import select_blocks
 from baatt.types import BlockSelection
 
 logger = logging.getLogger("baatt")
-
-#: Attention weights in memory at once: elsewhere, on a GPU.
-SLAB_WEIGHTS = (2**25, 2**28)
 
 
 class Recall(NamedTuple):
@@ -50,22 +46,17 @@ def block_mass(q: Tensor, k: Tensor, plan: Plan, *, impl: str = "auto") -> Tenso
         ValueError: an unknown `impl`.
         RuntimeError: `impl` "triton" cannot run here, with the reason.
     """
-    if impl not in ("auto", *MASSES):
-        raise ValueError(f"impl must be one of {['auto', *MASSES]}, got {impl!r}")
+    if impl not in ("auto", "reference", "triton"):
+        raise ValueError(f"impl must be one of ['auto', 'reference', 'triton'], got {impl!r}")
     workload = Workload(q.dtype, q.shape[-1], plan.config.block_size, plan.scale)
-    if impl == "auto":
-        half = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
-        impl = "triton" if half and _kernel_runs(q.device, workload) else "reference"
-    elif impl == "triton":
+    compare = exact.compare
+    if impl == "triton":
         choose_backend(impl, q.device, workload)  # for its refusal
-    return MASSES[impl](q, k, plan)
-
-
-def _block_mass_by_kernel(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
-    from baatt.kernels import triton_mass
-
-    size, scale = plan.config.block_size, plan.scale
-    return triton_mass.block_mass(q, k, plan.query_order, plan.key_order, block_size=size, scale=scale)
+        compare = gpu_comparison(exact.compare, torch.bfloat16)
+    elif impl == "auto" and q.device.type == "cuda" and _kernel_runs(q.device, workload):
+        compare = gpu_comparison(exact.compare, q.dtype)
+    queries, keys = (exact.summarise(x, y, plan.config) for x, y in ((q, plan.query_order), (k, plan.key_order)))
+    return compare(queries, keys, plan.config, plan.scale)
 
 
 @functools.cache
@@ -79,34 +70,6 @@ def _kernel_runs(device: torch.device, workload: Workload) -> bool:
     return True
 
 
-def _block_mass_eagerly(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
-    """The specification, entry by entry."""
-    batch, heads, queries, _ = q.shape
-    groups, keys = k.shape[1:3]
-    size = plan.config.block_size
-    key_blocks = -(-keys // size)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    mass = torch.zeros(batch, heads, -(-queries // size), key_blocks, dtype=dtype, device=q.device)
-    slab = SLAB_WEIGHTS[q.device.type == "cuda"]
-    heads_at_once = max(1, min(heads, slab // (queries * keys)))
-    rows_at_once = max(1, slab // (keys * size)) * size
-    for entry, first_head in itertools.product(range(batch), range(0, heads, heads_at_once)):
-        length = int(plan.key_order.length[entry])
-        if length == 0:
-            continue
-        chosen = torch.arange(first_head, min(first_head + heads_at_once, heads), device=q.device)
-        group = chosen * groups // heads
-        sorted_q = _gather(q[entry, chosen], plan.query_order.index[entry, chosen]).to(dtype)
-        sorted_k = _gather(k[entry, group], plan.key_order.index[entry, group, :length]).to(dtype)
-        for first in range(0, queries, rows_at_once):
-            weights = torch.softmax(plan.scale * sorted_q[:, first : first + rows_at_once] @ sorted_k.mT, dim=-1)
-            weights = torch.nn.functional.pad(weights, (0, key_blocks * size - length))
-            per_row = reduce(weights, "h n (j p) -> h n j", "sum", p=size)
-            blocks = slice(first // size, first // size + -(-per_row.shape[1] // size))
-            mass[entry, chosen, blocks] = run_means(per_row.mT, size).mT
-    return mass
-
-
 def best_selection(mass: Tensor, plan: Plan, sparsity: float) -> BlockSelection:
     """The selection of the most mass at a budget: the oracle that no selector of blocks can beat.
 
@@ -115,8 +78,8 @@ def best_selection(mass: Tensor, plan: Plan, sparsity: float) -> BlockSelection:
         plan: gives the sizes of the key blocks.
         sparsity: share of key blocks skipped, as in `BAAttConfig`.
     """
-    empty = rearrange(plan.key_stats.size == 0, "b j -> b 1 1 j")
-    return select_blocks(mass.masked_fill(empty, -math.inf), plan.key_stats.size, sparsity)
+    empty = rearrange(plan.key_summary.size == 0, "b j -> b 1 1 j")
+    return select_blocks(mass.masked_fill(empty, -math.inf), plan.key_summary.size, sparsity)
 
 
 def kept_mass(mass: Tensor, selection: BlockSelection) -> Tensor:
@@ -140,11 +103,6 @@ def summarise(shares: Tensor) -> Recall:
     return Recall(float(flat.mean()), float(below + (place % 1) * (flat[math.ceil(place)] - below)))
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows [H, L, D] of x [H, N, D] by index [H, L]."""
-    return x.gather(1, repeat(index, "h n -> h n d", d=x.shape[-1]))
-
-
 def run_means(x: Tensor, size: int) -> Tensor:
     """Means over runs of `size` along the last axis; the last run may be shorter."""
     whole = x.shape[-1] // size * size
@@ -152,10 +110,3 @@ def run_means(x: Tensor, size: int) -> Tensor:
     if whole < x.shape[-1]:
         parts.append(x[..., whole:].mean(dim=-1, keepdim=True))
     return torch.cat(parts, dim=-1)
-
-
-#: impl -> mass(q, k, plan)
-MASSES: dict[str, Callable[[Tensor, Tensor, Plan], Tensor]] = {
-    "reference": _block_mass_eagerly,
-    "triton": _block_mass_by_kernel,
-}

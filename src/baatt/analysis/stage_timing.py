@@ -27,9 +27,9 @@ def stage_functions(inputs: Inputs, plan: Plan, backend: Backend) -> dict[str, C
         plan: made from them.
         backend: of the implementation under test.
     """
-    arrange = functools.partial(backend.arrange, *inputs, plan.config, None)
+    arrange = functools.partial(backend.sort_blocks, *inputs, plan.config, None)
     score_and_select = functools.partial(
-        backend.choose_blocks, plan.query_stats, plan.key_stats, plan.config, plan.scale
+        backend.choose_blocks, plan.query_summary, plan.key_summary, plan.config, plan.scale
     )
     functions = arrange, score_and_select, attention_kernel(inputs, plan, backend)
     return dict(zip(STAGES, functions, strict=True))

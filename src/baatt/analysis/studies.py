@@ -16,7 +16,6 @@ from baatt.analysis.bound import deviation, pearson
 from baatt.analysis.capture import Capture, Heads
 from baatt.analysis.error import OutputError, output_error
 from baatt.analysis.oracle import block_mass, kept_mass, summarise
-from baatt.analysis.rivals import select_by
 from baatt.attention import attend, make_plan
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
@@ -81,7 +80,7 @@ def measure_recall(
 
     Args:
         configs: orders, blocks and beta to try; their sparsity is replaced.
-        scores: names in `baatt.analysis.rivals.RIVALS`.
+        scores: names in `baatt.scores.SCORES`.
         outputs: also attend and compare with dense attention, which takes most of the time.
         progress: called once for each layer and config.
     """
@@ -142,8 +141,7 @@ def _selections(
     mass = block_mass(q, k, plan)
     for sparsity, score in itertools.product(sparsities, scores):
         chosen = dataclasses.replace(config, sparsity=sparsity)
-        selected = plan._replace(config=chosen)
-        selected = selected._replace(selection=select_by(score, q, k, selected))
+        selected = make_plan(q, k, dataclasses.replace(chosen, score=score), scale=scale, impl="reference")
         yield chosen, score, selected, kept_mass(mass, selected.selection)
 
 
@@ -159,7 +157,7 @@ def _wide(heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _skipped(plan: Plan) -> float:
-    pairs = plan.selection.count.numel() * plan.key_stats.mean.shape[2]
+    pairs: int = plan.selection.count.numel() * plan.key_summary.size.shape[1]
     return 1 - int(plan.selection.count.sum()) / pairs
 
 

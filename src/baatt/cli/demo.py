@@ -82,7 +82,7 @@ class Meter:
                 plan = make_plan(q, k, self.config, key_mask=key_mask, impl=self.impl)
                 out = attend(q, k, v, plan, impl=self.impl)
                 kept = int(plan.selection.count.sum())
-                pairs = plan.selection.count.numel() * plan.key_stats.mean.shape[2]
+                pairs = plan.selection.count.numel() * plan.key_summary.size.shape[1]
             _synchronise(q)
             self.seconds[layer] += time.perf_counter() - started
             # Every call weighs the same, dense ones count as all pairs kept.
@@ -224,7 +224,7 @@ def outlined(plan: Plan, head: int) -> str:
     """How many block pairs of a head are kept."""
     kept, pairs = (
         int(plan.selection.count[0, head].sum()),
-        plan.selection.count[0, head].numel() * plan.key_stats.mean.shape[2],
+        plan.selection.count[0, head].numel() * plan.key_summary.size.shape[1],
     )
     return f"{kept} of {pairs} blocks kept"
 

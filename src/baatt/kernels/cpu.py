@@ -1,4 +1,4 @@
-"""CPU twins of `stages.pooling` and `stages.sparse`.
+"""CPU twins of `scores.covariance.summarise` and `stages.sparse`.
 
 Both go through the heads one by one, so what they need besides inputs and output is a fraction of one head, and what
 they compute for a batch entry cannot depend on the others. Attention takes the C kernel of `cpu_native`, or
@@ -13,11 +13,12 @@ from einops import rearrange
 from torch import Tensor
 
 from baatt.kernels import cpu_gather, cpu_native
-from baatt.types import BlockSelection, BlockStats, Partial, TokenOrder
+from baatt.types import BlockSelection, BlockStats, Partial, ScoreOptions, TokenOrder
 
 
-def pool_blocks(x: Tensor, order: TokenOrder, block_size: int) -> BlockStats:
+def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockStats:
     """Mean and population variance of each block of sorted tokens (E3); see `stages.pooling.pool_blocks`."""
+    block_size = options.block_size
     batch, heads, tokens, channels = x.shape
     blocks = -(-tokens // block_size)
     first = torch.arange(blocks) * block_size

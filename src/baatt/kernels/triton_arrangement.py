@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.types import Arrangement, BlockStats, TokenOrder
+from baatt.types import BlockStats, SortedBlocks, TokenOrder
 
 LONGEST = 4096
 #: Tokens per program where nothing is sorted.
@@ -52,7 +52,7 @@ class _Side(NamedTuple):
         return max(16, triton.next_power_of_2(self.segment))
 
 
-def arrange(
+def sort_blocks(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -62,7 +62,7 @@ def arrange(
     segment: int | None,
     key_mask: Tensor | None,
     block_size: int,
-) -> Arrangement:
+) -> SortedBlocks:
     """Order both sides (E2), and on the way copy the tokens in that order and take their blocks' moments (E3).
 
     Args:
@@ -74,7 +74,7 @@ def arrange(
         block_size: P.
 
     Returns:
-        Arrangement with sorted copies of k and, where given, v; attention gathers queries itself.
+        SortedBlocks with sorted copies of k and, where given, v; attention gathers queries itself.
     """
     queries, keys = _prepare(q, query_order, None, segment), _prepare(k, key_order, key_mask, segment)
     columns = max(16, triton.next_power_of_2(q.shape[-1]))
@@ -100,7 +100,7 @@ def arrange(
         v, sorted_v, *(k if v is None else v).stride(), *programs,
         BLOCK=block_size, CHANNELS=q.shape[-1], COLUMNS=slab, num_warps=GATHER_WARPS,
     )  # fmt: skip
-    return Arrangement(queries.order, query_stats, keys.order, key_stats, sorted_k, sorted_v)
+    return SortedBlocks(queries.order, query_stats, keys.order, key_stats, sorted_k, sorted_v)
 
 
 def permute(x: Tensor, order: TokenOrder) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention mass of every block pair on the GPU: the twin of `analysis.oracle.block_mass` (E1).
+"""Attention mass of every block pair on the GPU: the twin of `scores.exact.compare` (E1).
 
 Two launches a slab of query rows. The first multiplies once and keeps, of every row and run of keys, the log of the
 sum of exponentials; the second turns those into shares of the row, adds the runs of a block and averages its rows.
@@ -14,49 +14,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.triton_arrangement import permute
 from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _load_rows, _shared_memory
-from baatt.types import TokenOrder
+from baatt.types import ScoreOptions
 
 SLAB_SUMS = 128 * 2**20  # 512 MiB
 #: Runs of keys that the second launch reads at once.
 WIDTH = 32
 
 
-def block_mass(
-    q: Tensor, k: Tensor, query_order: TokenOrder, key_order: TokenOrder, *, block_size: int, scale: float
-) -> Tensor:
-    """Attention mass of every block pair, averaged over the queries of a block; see `analysis.oracle.block_mass`.
+def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Tensor:
+    """Attention mass of every block pair, averaged over the queries of a block; see `scores.exact.compare`.
 
     Args:
-        q: [B, H, N, D]; k: [B, G, M, D], any strides, in the original order, of one dtype that is not float64.
-        query_order: which row of q stands at each sorted place; every row counts, whatever its length says.
-        key_order: likewise of k; keys from its length on are not read.
-        block_size: P, a power of two from 16 to 128.
+        queries, keys: `scores.exact.BlockTokens`, any strides for queries, of one dtype that is not float64.
+        options: block_size, a power of two from 16 to 128.
         scale: s, the factor on q.k, of any sign.
 
     Returns:
-        [B, H, I, J] float32, each row sums to 1; 0 for a batch entry without keys.
+        [B, H, i, J] float32, each row sums to 1; 0 without queries or keys.
     """
-    batch, heads, queries, channels = q.shape
-    groups, keys = k.shape[1:3]
-    options = launch_options(q.dtype, channels, _shared_memory(q.device))
-    run = min(options["TILE"], block_size)
-    query_blocks, key_blocks, runs = (triton.cdiv(*x) for x in ((queries, block_size), (keys, block_size), (keys, run)))
-    sorted_k = permute(k, key_order)
-    order, length = query_order.index.contiguous(), key_order.length.contiguous()
+    q, k = queries.tokens, keys.tokens.contiguous()
+    batch, heads, query_blocks, block_size, channels = q.shape
+    groups, key_blocks = k.shape[1:3]
+    launch = launch_options(q.dtype, channels, _shared_memory(q.device))
+    run = min(launch["TILE"], block_size)
+    runs = key_blocks * (block_size // run)
+    query_size, key_size = queries.size.contiguous(), keys.size.contiguous()
     mass = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
-    slab = block_size * max(1, min(query_blocks, SLAB_SUMS // (batch * heads * runs * block_size)))
-    sums = torch.empty(batch, heads, runs, slab, dtype=torch.float32, device=q.device)
-    for first in range(0, queries, slab):
-        rows = min(queries - first, slab)
-        _sum_kernel[(triton.cdiv(rows, options["ROWS"]), batch * heads)](
-            q, *q.stride(), order, sorted_k, length, sums,
-            heads, heads // groups, queries, keys, runs, first, rows, slab, scale * math.log2(math.e),
-            CHANNELS=channels, RUN=run, **options,
+    blocks = max(1, min(query_blocks, SLAB_SUMS // (batch * heads * runs * block_size)))
+    sums = torch.empty(batch, heads, runs, blocks * block_size, dtype=torch.float32, device=q.device)
+    for first in range(0, query_blocks, blocks):
+        count = min(query_blocks - first, blocks)
+        _sum_kernel[(triton.cdiv(count * block_size, launch["ROWS"]), batch * heads)](
+            q, *q.stride(), k, key_size, sums, heads, heads // groups, key_blocks, runs, first, count * block_size,
+            blocks * block_size, scale * math.log2(math.e), CHANNELS=channels, BLOCK=block_size, RUN=run, **launch,
         )  # fmt: skip
-        _share_kernel[(triton.cdiv(rows, block_size), batch * heads)](
-            sums, length, mass, heads, query_blocks, key_blocks, runs, first // block_size, rows, slab,
+        _share_kernel[(count, batch * heads)](
+            sums, query_size, key_size, mass, heads, query_blocks, key_blocks, runs, first, blocks * block_size,
             BLOCK=block_size, RUN=run, WIDTH=WIDTH, num_warps=4,
         )  # fmt: skip
     return mass
@@ -84,20 +78,19 @@ def launch_options(dtype: torch.dtype, channels: int, shared_memory: int) -> dic
 
 @triton.jit
 def _sum_kernel(
-    q_ptr, stride_batch, stride_head, stride_token, stride_channel, order_ptr, k_ptr, length_ptr, sums_ptr,
-    heads, repeats, tokens, keys, runs, first_row, slab_rows, stride_sums, scale,
-    CHANNELS: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, stride_batch, stride_head, stride_block, stride_token, stride_channel, k_ptr, key_size_ptr, sums_ptr,
+    heads, repeats, key_blocks, runs, first_block, slab_rows, stride_sums, scale,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of the sum of 2^(scale * q.k) over every run of RUN keys, for ROWS rows."""
     head_entry = tl.program_id(1).to(tl.int64)
-    length = tl.load(length_ptr + head_entry // heads)
-    k_ptr += (head_entry // repeats) * keys * CHANNELS
+    length = _count_keys(key_size_ptr + head_entry // heads * key_blocks, key_blocks, BLOCK)
+    k_ptr += (head_entry // repeats) * key_blocks * BLOCK * CHANNELS
     q_ptr += head_entry // heads * stride_batch + head_entry % heads * stride_head
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = rows < slab_rows
-    order = tl.load(order_ptr + head_entry * tokens + first_row + rows, mask=present, other=0)
-    query_ptrs = q_ptr + order * stride_token
+    query_ptrs = q_ptr + (first_block + rows // BLOCK).to(tl.int64) * stride_block + rows % BLOCK * stride_token
     queries = _gather_rows(query_ptrs, present, 0, stride_channel, CHANNELS, DEPTH)
     # Rows side by side in memory: a step has one number of each to write.
     sums_ptrs = sums_ptr + head_entry * runs * stride_sums + rows[:, None]
@@ -124,30 +117,30 @@ def _sum_kernel(
 
 @triton.jit
 def _share_kernel(
-    sums_ptr, length_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block, slab_rows, stride_sums,
+    sums_ptr, query_size_ptr, key_size_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block, stride_sums,
     BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the runs of keys in the rows of one query block, added up by key block, averaged over the rows."""
     head_entry = tl.program_id(1).to(tl.int64)
-    length = tl.load(length_ptr + head_entry // heads).to(tl.int32)
+    block = first_block + tl.program_id(0)
+    length = _count_keys(key_size_ptr + head_entry // heads * key_blocks, key_blocks, BLOCK).to(tl.int32)
+    count = tl.load(query_size_ptr + head_entry // heads * query_blocks + block).to(tl.int32)
     filled = tl.cdiv(length, RUN)
-    first_row = tl.program_id(0) * BLOCK
-    rows = first_row + tl.arange(0, BLOCK)
-    sums_ptr += head_entry * runs * stride_sums
+    rows = tl.arange(0, BLOCK)
+    sums_ptr += head_entry * runs * stride_sums + tl.program_id(0) * BLOCK
     running_max = tl.full([BLOCK], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(0, filled, WIDTH):
-        sums = _load_sums(sums_ptr, first, filled, rows, slab_rows, stride_sums, WIDTH)
+        sums = _load_sums(sums_ptr, first, filled, rows, count, stride_sums, WIDTH)
         new_max = tl.maximum(running_max, tl.max(sums, axis=0))
         running_sum = running_sum * tl.exp2(running_max - new_max) + tl.sum(tl.exp2(sums - new_max[None, :]), axis=0)
         running_max = new_max
     divisor = tl.where(running_sum == 0, 1.0, running_sum)
-    count = tl.minimum(slab_rows - first_row, BLOCK).to(tl.float32)
-    mass_ptr += (head_entry * query_blocks + first_block + tl.program_id(0)) * key_blocks
+    mass_ptr += (head_entry * query_blocks + block) * key_blocks
     for first in range(0, key_blocks * (BLOCK // RUN), WIDTH):
-        sums = _load_sums(sums_ptr, first, filled, rows, slab_rows, stride_sums, WIDTH)
+        sums = _load_sums(sums_ptr, first, filled, rows, count, stride_sums, WIDTH)
         share = tl.sum(tl.exp2(sums - running_max[None, :]) / divisor[None, :], axis=1)
-        mass = tl.sum(tl.reshape(share, (WIDTH // (BLOCK // RUN), BLOCK // RUN)), axis=1) / count
+        mass = tl.sum(tl.reshape(share, (WIDTH // (BLOCK // RUN), BLOCK // RUN)), axis=1) / tl.maximum(count, 1)
         columns = first // (BLOCK // RUN) + tl.arange(0, WIDTH // (BLOCK // RUN))
         # A row that is not a number makes the blocks with keys so, not the others.
         mass = tl.where(columns < tl.cdiv(length, BLOCK), mass, 0.0)
@@ -155,9 +148,19 @@ def _share_kernel(
 
 
 @triton.jit
-def _load_sums(sums_ptr, first, filled, rows, slab_rows, stride_sums, WIDTH: tl.constexpr):
-    """Part [WIDTH, BLOCK] of the sums from run `first` on, -inf from run `filled` and row `slab_rows` on."""
+def _count_keys(size_ptr, key_blocks, BLOCK: tl.constexpr):
+    """Tokens of a batch entry, which stand in front: whole blocks and the one that is not."""
+    total = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, key_blocks, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        total += tl.load(size_ptr + columns, mask=columns < key_blocks, other=0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _load_sums(sums_ptr, first, filled, rows, count, stride_sums, WIDTH: tl.constexpr):
+    """Part [WIDTH, BLOCK] of the sums from run `first` on, -inf from run `filled` and row `count` on."""
     columns = first + tl.arange(0, WIDTH)
-    inside = (columns < filled)[:, None] & (rows < slab_rows)[None, :]
+    inside = (columns < filled)[:, None] & (rows < count)[None, :]
     offsets = columns[:, None].to(tl.int64) * stride_sums + rows[None, :]
     return tl.load(sums_ptr + offsets, mask=inside, other=float("-inf"))

@@ -1,4 +1,4 @@
-"""Scores and selection on the GPU: twins of `stages.scoring.covariance_score` and of `stages.selection`.
+"""Scores and selection on the GPU: twins of `scores.covariance`, of means, and of `stages.selection`.
 
 Scores exist for a slab of query blocks at a time, so memory is the result's [I, K] and a bounded slab of [I, J], never
 all of it. A kept list comes out ascending because it is cut from its row by a threshold and not sorted. Nothing waits
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.types import BlockSelection, BlockStats
+from baatt.types import BlockSelection, BlockStats, BlockSummary, ScoreOptions, take_blocks
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
 TILE = 64
@@ -24,36 +24,49 @@ FEW = 64  # programs, when smaller tiles for more of them are faster
 
 
 def choose_blocks(
-    query_stats: BlockStats, key_stats: BlockStats, score: Callable[[BlockStats, BlockStats], Tensor], sparsity: float
+    query_summary: BlockSummary,
+    key_summary: BlockSummary,
+    score: Callable[[BlockSummary, BlockSummary], Tensor],
+    sparsity: float,
 ) -> BlockSelection:
-    """Score every block pair and keep the K best of every row (E5, E7), ties to the lower id.
+    """Score every block pair and keep the K best of every row (E7), ties to the lower id.
 
     Args:
-        query_stats: of [B, H, I] blocks.
-        key_stats: of [B, G, J] blocks.
-        score: (query_stats, key_stats) -> [B, H, I, J], called with slabs of query blocks.
+        query_summary: of [B, H, I] blocks.
+        key_summary: of [B, G, J] blocks.
+        score: (query_summary, key_summary) -> [B, H, i, J], called with slabs of query blocks.
         sparsity: share of key blocks skipped.
 
     Returns:
         BlockSelection as `stages.selection.select_blocks`.
     """
-    batch, heads, query_blocks, _ = query_stats.mean.shape
-    key_blocks = key_stats.mean.shape[2]
+    size = key_summary.size
+    (batch, heads, query_blocks), key_blocks = query_summary[0].shape[:3], size.shape[1]
     capacity = max(1, math.ceil((1 - sparsity) * key_blocks))
-    index = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=key_stats.mean.device)
+    index = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=size.device)
     selection = BlockSelection(index, torch.empty(index.shape[:3], dtype=torch.int32, device=index.device))
     rows = max(1, min(query_blocks, SLAB_SCORES // (batch * heads * key_blocks)))
     for start in range(0, query_blocks, rows):
         slab = slice(start, start + rows)
-        part = BlockStats(query_stats.mean[:, :, slab], query_stats.variance[:, :, slab], query_stats.size[:, slab])
-        _select(score(part, key_stats).contiguous(), key_stats.size, sparsity, selection, start)
+        scores = score(take_blocks(query_summary, slab), key_summary)
+        _select(scores.float().contiguous(), size, sparsity, selection, start)
     return selection
 
 
-def covariance_score(query_stats: BlockStats, key_stats: BlockStats, *, scale: float, beta: float) -> Tensor:
-    """E4 and E5 in one kernel that makes the features as it multiplies; see `stages.scoring.covariance_score`."""
-    query_mean, query_variance = query_stats.mean, query_stats.variance
-    key_mean, key_variance = (x.contiguous() for x in (key_stats.mean, key_stats.variance))
+def compare(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+    """See `scores.covariance.compare`."""
+    return covariance_score(queries, keys, scale=scale, beta=options.beta)
+
+
+def compare_means(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+    """See `scores.simple.compare_means`."""
+    return covariance_score(queries, keys, scale=scale, beta=0)
+
+
+def covariance_score(queries: BlockStats, keys: BlockStats, *, scale: float, beta: float) -> Tensor:
+    """E4 and E5 in one kernel that makes the features as it multiplies; see `scores.covariance.covariance_score`."""
+    query_mean, query_variance = queries.mean, queries.variance
+    key_mean, key_variance = (x.contiguous() for x in (keys.mean, keys.variance))
     if query_mean.stride() != query_variance.stride() or query_mean.stride(-1) != 1:
         query_mean, query_variance = query_mean.contiguous(), query_variance.contiguous()
     batch, heads, query_blocks, channels = query_mean.shape
@@ -62,7 +75,7 @@ def covariance_score(query_stats: BlockStats, key_stats: BlockStats, *, scale: f
     tile = TILE if triton.cdiv(query_blocks, TILE) * triton.cdiv(key_blocks, TILE) * batch * heads > FEW else 16
     grid = (triton.cdiv(query_blocks, tile) * triton.cdiv(key_blocks, tile), batch * heads)
     _covariance_kernel[grid](
-        query_mean, query_variance, key_mean, key_variance, key_stats.size.contiguous(), scores,
+        query_mean, query_variance, key_mean, key_variance, keys.size.contiguous(), scores,
         *query_mean.stride()[:3], heads, groups, query_blocks, key_blocks, scale, beta * scale * scale,
         CHANNELS=channels, TILE=tile, DEPTH=32, COMPENSATE=beta != 0, PRECISION=_PRECISION, num_warps=4,
     )  # fmt: skip
@@ -143,7 +156,7 @@ def _select_kernel(
     list_start = head_entry * query_blocks + start + row
     tl.store(count_ptr + list_start, count)
     scores = tl.load(scores_ptr + (head_entry * rows + row) * key_blocks + columns, mask=inside, other=float("-inf"))
-    values = tl.where(inside, _ordered(scores), 0)
+    values = tl.where(filled, _ordered(scores), 0)  # an empty block is below all others
     # The largest threshold that at least `count` values reach, bit by bit.
     low = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)

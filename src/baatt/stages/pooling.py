@@ -22,19 +22,36 @@ def pool_blocks(x: Tensor, order: TokenOrder, block_size: int) -> BlockStats:
     Returns:
         BlockStats with mean and variance [B, H, L, D] in float32 (float64 for float64), size [B, L]; L = ceil(N / P).
     """
+    members, size = gather_blocks(x, order, block_size)
+    present = torch.arange(block_size, device=x.device) < rearrange(size, "b l -> b l 1")
+    divisor = rearrange(size.clamp(min=1), "b l -> b 1 l 1")
+    mean = members.sum(dim=-2) / divisor
+    centred = members - rearrange(mean, "b h l d -> b h l 1 d")
+    variance = torch.where(rearrange(present, "b l p -> b 1 l p 1"), centred, 0).square().sum(dim=-2) / divisor
+    return BlockStats(mean, variance, size)
+
+
+def gather_blocks(
+    x: Tensor, order: TokenOrder, block_size: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sorted tokens cut into blocks.
+
+    Args:
+        x: [B, H, N, D] in the original token order.
+        order: of x; tokens from its `length` on are masked.
+        block_size: P.
+        dtype: of the result; None = float32 (float64 for float64).
+
+    Returns:
+        Tokens [B, H, L, P, D], 0 where none is or it is masked; and size [B, L] int64, how many of each block are not.
+    """
     tokens, channels = x.shape[2], x.shape[3]
     blocks = -(-tokens // block_size)
     sorted_x = x.gather(2, repeat(order.index, "b h n -> b h n d", d=channels))
-    sorted_x = sorted_x.to(torch.promote_types(x.dtype, torch.float32))
+    sorted_x = sorted_x.to(torch.promote_types(x.dtype, torch.float32) if dtype is None else dtype)
     sorted_x = torch.nn.functional.pad(sorted_x, (0, 0, 0, blocks * block_size - tokens))
     present = torch.arange(blocks * block_size, device=x.device) < rearrange(order.length, "b -> b 1")
-    size = reduce(present.long(), "b (l p) -> b l", "sum", p=block_size)
-
-    members = rearrange(sorted_x, "b h (l p) d -> b h l p d", p=block_size)
-    present = rearrange(present, "b (l p) -> b 1 l p 1", p=block_size)
-    divisor = rearrange(size.clamp(min=1), "b l -> b 1 l 1")
     # where, not a product: 0 * NaN would let a masked token in.
-    mean = torch.where(present, members, 0).sum(dim=-2) / divisor
-    centred = members - rearrange(mean, "b h l d -> b h l 1 d")
-    variance = torch.where(present, centred, 0).square().sum(dim=-2) / divisor
-    return BlockStats(mean, variance, size)
+    sorted_x = torch.where(rearrange(present, "b n -> b 1 n 1"), sorted_x, 0)
+    size = reduce(present.long(), "b (l p) -> b l", "sum", p=block_size)
+    return rearrange(sorted_x, "b h (l p) d -> b h l p d", p=block_size), size

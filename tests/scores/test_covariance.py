@@ -1,11 +1,12 @@
-"""E4, E5, E6: block scores and their distribution."""
+"""E4 and E5: the score of BA-Att."""
 
 import math
 
 import pytest
 import torch
 
-from baatt.stages.scoring import SCORES, block_distribution, covariance_score
+from baatt.scores import SCORES
+from baatt.scores.covariance import compare, covariance_score, summarise
 from baatt.types import BlockStats
 from tests.naive import naive_score
 
@@ -63,12 +64,5 @@ def test_empty_key_blocks_score_minus_infinity():
     assert torch.isfinite(scores[1]).all()
 
 
-def test_distribution_is_the_softmax_and_zero_without_keys():
-    scores = torch.tensor([[0.0, math.log(3.0), -math.inf], [-math.inf, -math.inf, -math.inf]]).view(1, 1, 2, 3)
-    torch.testing.assert_close(
-        block_distribution(scores).view(2, 3), torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])
-    )
-
-
 def test_the_registry_holds_the_paper_s_score():
-    assert list(SCORES.items()) == [("covariance", covariance_score)]
+    assert SCORES["covariance"] == (summarise, compare, ("beta",))

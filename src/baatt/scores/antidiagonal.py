@@ -1,0 +1,49 @@
+"""XAttention's score: attention sampled along antidiagonals of stride x stride squares, summed per block pair.
+
+A block is remembered by all its tokens, in runs of `stride`. A run of queries meets a run of keys in reversed order;
+the sums of those products, divided by the stride, go through a softmax over all runs of keys.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from baatt.stages.pooling import gather_blocks
+from baatt.types import ScoreOptions, TokenOrder
+
+
+class TokenRuns(NamedTuple):
+    """tokens: [B, H, L, P, D] float32 (float64 for float64), 0 where masked; size: [B, L] int64."""
+
+    tokens: Tensor
+    size: Tensor
+
+
+def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, stride: int) -> TokenRuns:
+    """The tokens themselves.
+
+    Raises:
+        ValueError: a stride that does not divide the block size.
+    """
+    if options.block_size % stride:
+        raise ValueError(f"stride must divide block_size={options.block_size}, got {stride}")
+    return TokenRuns(*gather_blocks(x, order, options.block_size))
+
+
+def compare(queries: TokenRuns, keys: TokenRuns, options: ScoreOptions, scale: float, *, stride: int) -> Tensor:
+    """Sums of the sampled weights, [B, H, i, J]; head by head, which bounds the memory."""
+    heads, runs = queries.tokens.shape[1], options.block_size // stride
+    repeats = heads // keys.tokens.shape[1]
+    rows = rearrange(queries.tokens, "b h i (r s) d -> b h (i r) s d", s=stride).flip(3)
+    columns = rearrange(keys.tokens, "b g j (c s) d -> b g (j c) (s d)", s=stride)
+    first = torch.arange(runs, device=columns.device) * stride
+    absent = rearrange(first >= rearrange(keys.size, "b j -> b j 1"), "b j c -> b 1 (j c)")
+    scores = []
+    for head in range(heads):
+        logits = rearrange(rows[:, head], "b n s d -> b n (s d)") @ columns[:, head // repeats].mT * (scale / stride)
+        weights = logits.masked_fill(absent, -math.inf).softmax(-1).nan_to_num(0.0)
+        scores.append(reduce(weights, "b (i r) (j c) -> b i j", "sum", r=runs, c=runs))
+    return torch.stack(scores, dim=1)

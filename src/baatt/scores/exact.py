@@ -1,0 +1,58 @@
+"""The oracle: the exact attention mass of every block pair (E1), which needs dense attention.
+
+A block is remembered by all its tokens. What an ideal selector by mass would rank by, and what recall is measured
+against. Weights exist for a slab of query rows of one head at a time, so memory is never N x M.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor
+
+from baatt.stages.pooling import gather_blocks
+from baatt.types import ScoreOptions, TokenOrder
+
+#: Attention weights in memory at once: on a CPU, on a GPU.
+SLAB_WEIGHTS = (2**23, 2**28)
+
+
+class BlockTokens(NamedTuple):
+    """tokens: [B, H, L, P, D] in x's dtype, 0 where masked; size: [B, L] int64."""
+
+    tokens: Tensor
+    size: Tensor
+
+
+def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockTokens:
+    """The tokens themselves."""
+    return BlockTokens(*gather_blocks(x, order, options.block_size, x.dtype))
+
+
+def compare(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float) -> Tensor:
+    """Attention mass of every block pair, averaged over the queries of a block (E1).
+
+    Returns:
+        [B, H, i, J] float32 (float64 for float64), each row sums to 1; 0 for query blocks and key blocks without a
+        token, and for a batch entry without keys.
+    """
+    batch, heads, rows, size, _ = queries.tokens.shape
+    groups, blocks = keys.tokens.shape[1:3]
+    dtype = torch.promote_types(queries.tokens.dtype, torch.float32)
+    place = torch.arange(size, device=queries.size.device)
+    absent_keys = rearrange(place >= rearrange(keys.size, "b j -> b j 1"), "b j c -> b 1 (j c)")
+    present = rearrange(place < rearrange(queries.size, "b i -> b i 1"), "b i p -> b i p 1")
+    mass = torch.empty(batch, heads, rows, blocks, dtype=dtype, device=queries.tokens.device)
+    step = max(1, SLAB_WEIGHTS[queries.tokens.is_cuda] // (blocks * size * size))
+    for entry in range(batch):
+        for head in range(heads):
+            columns = rearrange(keys.tokens[entry, head * groups // heads], "j c d -> d (j c)").to(dtype)
+            for slab in (slice(first, first + step) for first in range(0, rows, step)):
+                logits = scale * rearrange(queries.tokens[entry, head, slab], "i p d -> (i p) d").to(dtype) @ columns
+                weights = logits.masked_fill(absent_keys[entry], -math.inf).softmax(-1)
+                shares = reduce(weights, "(i p) (j c) -> i p j", "sum", p=size, c=size)
+                counted = torch.where(present[entry, slab], shares, 0).sum(dim=1)
+                mass[entry, head, slab] = counted / rearrange(queries.size[entry, slab].clamp(min=1), "i -> i 1")
+    # Where there is no key the softmax is 0 / 0; a query that is not a number makes the blocks with keys so.
+    return mass.masked_fill(rearrange(keys.size == 0, "b j -> b 1 1 j"), 0)
