@@ -233,7 +233,7 @@ def test_the_defaults_are_ahead_of_no_sorting_wherever_both_were_measured(sparse
 
 
 def test_the_presets_are_measured_settings(sparse):
-    from baatt.cli.options import PRESETS
+    from baatt.config import PRESETS
 
     for preset, name in (("safe", SAFE), ("paper", PAPER)):
         one = sparse[name, "single_1"]

@@ -11,11 +11,12 @@ import pytest
 
 from baatt.assets import shipped_model
 from baatt.cli.main import build_parser
-from baatt.cli.options import PRESETS
-from baatt.config import BAAttConfig, Policy
+from baatt.cli.options import read_configs
+from baatt.config import PRESETS, BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell
 from baatt.evaluation.ruler_answers import RulerAnswer, checksums
 from baatt.evaluation.ruler_summary import make_averages, make_records
+from baatt.lab.options import given
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -30,12 +31,12 @@ def weights():
 def summary_of(arguments):
     """What `baatt evaluate ruler` would store: two samples of one task, sparse attention loses the second."""
     options = build_parser("evaluate").parse_args(arguments)
-    shares = [None, *(float(share) for share in options.sparsity.split(",") if float(share))]
+    shares = [None, *(config.sparsity for config in read_configs(options) if config.sparsity)]
     policy = PRESETS[options.preset].policy
     records = []
-    for length in map(int, options.lengths.split(",")):
+    for length in options.lengths:
         configs = [share and dataclasses.replace(BAAttConfig(), sparsity=share) for share in shares]
-        cells = [Cell("vt", length, config, options.score) for config in configs]
+        cells = [Cell("vt", length, config, options.score[0]) for config in configs]
         answers = [
             [
                 RulerAnswer("vt", length, n, {}, "", [], score, score, 0.5, 16, 4, 0.4, "c" * 40, "gpu")
@@ -90,13 +91,14 @@ def test_jobs_come_from_short_to_long_and_long_ones_are_split():
 def test_every_setting_is_told_with_options_that_the_command_knows(tmp_path, calls):
     ruler_grid.main([str(tmp_path), "--lengths", "4096,16384", "--gpus", "2", "--sparsity", "0.3,0.5"])
     dense, *jobs = calls.seen
-    assert (dense[0].sparsity, dense[0].lengths, dense[1], dense[2]) == ("0", "4096,16384", None, True)
+    assert [config.sparsity for config in read_configs(dense[0])] == [0]
+    assert (dense[0].lengths, *dense[1:]) == ([4096, 16384], None, True)
     assert len(jobs) == 8 + 2 * 8
     assert not any(several for _, _, several in jobs)
     assert {gpu for _, gpu, _ in jobs} <= {"0", "1"}
     assert len({options.store for options, _, _ in jobs}) == len(jobs)
     assert all((options.store / "rank1.jsonl").read_text() == "an answer\n" for options, _, _ in jobs)
-    assert {(options.preset, options.sort, options.score) for options, _, _ in jobs} == {
+    assert {(options.preset, given(options, BAAttConfig).get("sort"), *options.score) for options, _, _ in jobs} == {
         ("safe", None, "covariance"), ("paper", None, "covariance"),
         ("paper", "none", "covariance"), ("paper", "none", "mean"),
         ("paper", "none", "antidiagonal-8"), ("paper", "none", "covariance-16"), ("paper", "none", "oracle"),

@@ -34,10 +34,10 @@ def test_recall_and_bound(captured, tmp_path, capsys):
     assert stored["command"].startswith("baatt analyze recall")
     assert {"commit", "device", "versions", "about"} <= stored.keys()
     assert len(stored["records"]) == 2 * 2 * 2 * 2
-    assert "qk sorted in segments of 64" in capsys.readouterr().out
+    assert "k sorted in segments of 64" in capsys.readouterr().out
     files = ["--json", str(tmp_path / "bound.json"), "--plot", str(tmp_path / "bound.png")]
     assert main(["analyze", "bound", str(captured), *sizes, *files]) == 0
-    assert [one["sort"] for one in json.loads((tmp_path / "bound.json").read_text())["records"]] == ["none", "qk"]
+    assert [one["sort"] for one in json.loads((tmp_path / "bound.json").read_text())["records"]] == ["none", "k"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bound.json", "bound.png", "recall.json", "recall.png"]
 
 
@@ -45,8 +45,8 @@ def test_layers(captured, tmp_path, capsys):
     path = tmp_path / "layers.json"
     assert main(["analyze", "layers", str(captured), "--block-size", "16", "--segment", "64", "--json", str(path)]) == 0
     records = json.loads(path.read_text())["records"]
-    assert [(one["layer"], one["sort"]) for one in records] == [(1, "none"), (1, "qk"), (5, "none"), (5, "qk")]
-    assert "qk sorted in segments of 64" in capsys.readouterr().out
+    assert [(one["layer"], one["sort"]) for one in records] == [(1, "none"), (1, "k"), (5, "none"), (5, "k")]
+    assert "k sorted in segments of 64" in capsys.readouterr().out
 
 
 def test_maps(captured, tmp_path):
@@ -69,18 +69,18 @@ def test_document_of_a_task(tmp_path):
         (["recall", "nothing.safetensors"], "no such file: nothing.safetensors"),
         (["recall", "FILE", "--scores", "best"], "--scores must be of covariance,"),
         (["recall", "FILE", "--layers", "9"], "asked for [9]"),
-        (["recall", "FILE", "--layers", "a"], '--layers must be numbers by commas, got "a"'),
+        (["recall", "FILE", "--layers", "a"], "--layers must be numbers of layers by commas, got 'a'"),
         (["recall", "FILE", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
-        (["bound", "FILE", "--sort", "norm"], "sort must be one of"),
+        (["bound", "FILE", "--sort", "norm"], "--sort must be one of"),
         (["bound", "FILE", "--segment", "100"], "segment must be a positive multiple of block_size=128"),
-        (["bound", "FILE", "--json", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
+        (["bound", "FILE", "--json", "/nowhere/x"], "--json must lie in an existing folder"),
         (["bound", "FILE", "--device", "gpu"], "--device must be a device"),
-        (["maps", "FILE", "--html", "/nowhere/x"], "/nowhere/x must lie in an existing folder"),
+        (["maps", "FILE", "--html", "/nowhere/x"], "--html must lie in an existing folder"),
         (["layers", "FILE", "--plot", "x.png"], "--plot has nothing to draw here"),
         (["maps", "FILE"], "--plot FILE.png or --html FILE.html is required"),
         (["maps", "FILE", "--plot", "x.png"], "--layers must name one of the layers 1, 5"),
         (["maps", "FILE", "--plot", "x.png", "--layers", "1", "--head", "99"], "--head must be from 0 to 7, got 99"),
-        (["capture", "--layers", "7"], "--layers must be numbers from -6 to 5, got 7"),
+        (["capture", "--layers", "7"], "--layers must be numbers from -6 to 5, got (7,)"),
         (["capture", "--output", "/nowhere/x"], "--output must lie in an existing folder"),
         (["capture", "--prompt-file", "/nowhere/x"], "/nowhere/x"),
     ],

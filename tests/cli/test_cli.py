@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 
 import baatt
 from baatt.assets import shipped_model
-from baatt.cli.main import VERBS, main
+from baatt.cli.main import VERBS, build_parser, main
+from baatt.cli.options import read_configs, read_preset
+from baatt.config import PRESETS, BAAttConfig, Policy, Preset
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
@@ -72,12 +75,12 @@ def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> No
         (("generate", "--prompt-file", "/"), "cannot be read: Is a directory"),
         (("generate", "--prompt", "a", "--model", "/nowhere"), "/nowhere"),
         (("generate", "--prompt", "a", "--sparsity", "1"), r"sparsity must be in \[0, 1\), got 1.0"),
-        (("generate", "--prompt", "a", "--sparsity", "much"), "--sparsity: invalid float value: 'much'"),
+        (("generate", "--prompt", "a", "--sparsity", "much"), "--sparsity must be a number, got 'much'"),
         (("generate", "--prompt", "a", "--segment", "100"), "multiple of block_size=128, got 100"),
-        (("generate", "--prompt", "a", "--segment", "some"), 'number of tokens or "whole"'),
-        (("generate", "--prompt", "a", "--dense-layers", "first"), "layer numbers"),
-        (("generate", "--prompt", "a", "--dense-layers", "9"), "dense_layers must lie in"),
-        (("generate", "--prompt", "a", "--gen-length", "10"), "block_length must divide gen_length=10"),
+        (("generate", "--prompt", "a", "--segment", "some"), '--segment must be a whole number, or "whole"'),
+        (("generate", "--prompt", "a", "--dense-layers", "first"), "--dense-layers must be numbers of layers"),
+        (("generate", "--prompt", "a", "--dense-layers", "9"), "--dense-layers must lie in"),
+        (("generate", "--prompt", "a", "--gen-length", "10"), "--block-length must divide gen_length=10"),
         (("generate", "--prompt", "a", "--device", "abacus"), "--device must be a device"),
         (("demo", "--length", "10"), "length must hold the smallest"),
         (("demo", "--length", "10000000000"), "must fit into memory"),
@@ -128,7 +131,7 @@ def test_demo_calls_a_longer_number_wrong(
     before: str, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = draw_samples("niah_single_2", 640, 1, load_tokenizer(shipped_model()), seed=1)[0].values[0]
-    monkeypatch.setattr("baatt.cli.demo.decode", lambda *_: f"{before}{value}.")
+    monkeypatch.setattr("baatt.cli.demo.answer_text", lambda *_: f"{before}{value}.")
     assert main(["demo", "--task", "niah_single_2", "--length", "640", "--output", str(tmp_path / "demo.png")]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if re.search(r"\bright\b", line))
     assert re.findall(r"\b(yes|no)\b", row) == [verdict, verdict]
@@ -160,3 +163,36 @@ def test_help_says_what_the_verbs_say(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_package_runs_as_a_module():
     run = subprocess.run([sys.executable, "-m", "baatt", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout == f"baatt {baatt.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["demo"], ["generate", "--prompt", "a"], ["evaluate", "ruler"], ["ablate"], ["bench"],
+        *(["analyze", action, "capture.safetensors"] for action in ("recall", "maps", "bound", "layers")),
+    ],
+)  # fmt: skip
+def test_every_verb_has_the_same_defaults(argv: list[str]) -> None:
+    arguments = build_parser(argv[0]).parse_args(argv)
+    assert arguments.preset == "safe"
+    config, policy = read_preset(arguments)
+    assert replace(config, sparsity=0.5) == BAAttConfig.preset("safe") == BAAttConfig()
+    assert policy == Policy.preset("safe")
+    arguments = build_parser(argv[0]).parse_args([*argv, "--preset", "paper"])
+    assert replace(read_preset(arguments).config, sparsity=0.5) == BAAttConfig.preset("paper")
+
+
+def test_a_new_field_of_the_config_is_an_option_of_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Extended(BAAttConfig):
+        """Args:
+        representatives: tokens that stand for a block.
+        """
+
+        representatives: int = 16
+
+    presets = {name: Preset(Extended(**asdict(one.config)), one.policy) for name, one in PRESETS.items()}
+    monkeypatch.setattr("baatt.cli.options.PRESETS", presets)
+    for argv in (["demo"], ["generate", "--prompt", "a"], ["evaluate", "ruler"], ["ablate"], ["bench"]):
+        arguments = build_parser(argv[0]).parse_args([*argv, "--representatives", "4"])
+        assert read_configs(arguments)[0].representatives == 4

@@ -10,7 +10,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from baatt.cli import options
 from baatt.cli.main import main
 from baatt.cli.ruler_tables import AnswerBar, setting_name, settings_text, show_averages, show_length
 from baatt.config import BAAttConfig, Policy
@@ -18,6 +17,7 @@ from baatt.evaluation.ablation import Cell
 from baatt.evaluation.ruler_answers import RulerAnswer
 from baatt.evaluation.ruler_run import Work
 from baatt.evaluation.ruler_summary import make_averages, make_records
+from baatt.lab import loading
 from tests.evaluation.harness import tiny_folder
 
 SHORT = ["--gen-length", "32", "--block-length", "16", "--steps", "4", "--threshold", "none"]
@@ -169,7 +169,7 @@ def test_answers_that_are_there_are_counted_without_the_memory_to_give_them(mode
     assert main([*argv, "--count", "1"]) == 0
     before = (here / "ruler.json").read_text()
     (here / "ruler.json").unlink()
-    monkeypatch.setattr(options, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 0)
     assert main([*argv, "--count", "1"]) == 0
     assert json.loads((here / "ruler.json").read_text()) == json.loads(before)
     assert main([*argv, "--count", "2"]) == 2
@@ -208,22 +208,22 @@ def test_chat_questions_and_a_text_of_ones_own(model, here, capsys):
         (["--tasks", "qa_1", "--squad", "missing.json"], "missing.json must be a local copy of"),
         (["--essay", "missing"], "essay must be a file or a folder of .txt files, got missing, which does not exist"),
         (["--score", "best"], "--score must be of covariance,"),
-        (["--sparsity", "half"], '--sparsity must be numbers by commas, got "half"'),
+        (["--sparsity", "half"], "--sparsity must be a number, got 'half'"),
         (["--sparsity", "1"], "sparsity must be in [0, 1), got 1.0"),
-        (["--lengths", "4K"], '--lengths must be numbers by commas, got "4K"'),
-        (["--lengths", "0"], "--lengths must be positive, got 0"),
+        (["--lengths", "4k,x"], "--lengths must be positive numbers of tokens such as 4096,8K, got 'x'"),
+        (["--lengths", "0"], "--lengths must be positive numbers of tokens such as 4096,8K, got '0'"),
         (["--lengths", "200"], "length must hold the smallest niah_single_1 sample"),
         (["--lengths", "999999999"], "999999999 tokens must fit into memory"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--threshold", "2"], "threshold must be in [0, 1], got 2"),
-        (["--threshold", "x"], "argument --threshold: must be a probability or \"none\", got 'x'"),
+        (["--threshold", "x"], "--threshold must be a number, or \"none\", got 'x'"),
         (["--steps", "3"], "steps must be a multiple of gen_length / block_length = 2, got 3"),
-        (["--dense-layers", "2"], "--dense-layers must be numbers from -2 to 1, got (2,)"),
+        (["--dense-layers", "2"], "--dense-layers must lie in [-2, 2) for 2 layers, got 2"),
         (["--impl", "hopper"], "--impl hopper is refused"),
         (["--model", "missing"], "missing: no such folder"),
-        (["--json", "/nowhere/x.json"], "/nowhere/x.json must lie in an existing folder"),
+        (["--json", "/nowhere/x.json"], "--json must lie in an existing folder, /nowhere is none"),
         (["--json", "."], "--json must be a file, . is a folder"),
         (["--store", "/dev/null/x"], "--store must lie in a folder that can be written, /dev/null is none"),
     ],

@@ -94,8 +94,10 @@ def test_a_new_field_is_an_option_everywhere():
 
 
 def test_several_values_make_every_combination():
-    arguments = parse(["--sparsity", "0.5,0.9,0.5", "--sort", "none,qk"], BAAttConfig, many=("sparsity", "sort"))
+    many = {"sparsity": None, "sort": ["k", "q"]}
+    arguments = parse(["--sparsity", "0.5,0.9,0.5", "--sort", "none,qk"], BAAttConfig, many=many)
     assert given(arguments, BAAttConfig) == {"sparsity": [0.5, 0.9], "sort": ["none", "qk"]}
+    assert given(parse([], BAAttConfig, many=many), BAAttConfig) == {"sort": ["k", "q"]}
     found = variants(BAAttConfig(), given(arguments, BAAttConfig))
     assert [(one.sparsity, one.sort) for one in found] == [(0.5, "none"), (0.5, "qk"), (0.9, "none"), (0.9, "qk")]
     assert read_dials(["dense_layers=none,0,0+1", "dense_steps=0.5"], Policy) == {

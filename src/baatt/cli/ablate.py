@@ -23,49 +23,58 @@ from baatt.analysis.reports import commit_here, device_name, versions_here
 from baatt.analysis.rivals import RIVALS, rival_attention
 from baatt.analysis.studies import measure_recall
 from baatt.analysis.study_plots import draw_ablation, score_name
-from baatt.backend import IMPLS
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_model_options, check_folders, check_memory, load_model, read_layers
+from baatt.cli.options import (
+    add_model_options,
+    add_sparse_options,
+    at_least,
+    check_files,
+    lengths,
+    load_model,
+    names_of,
+    read_preset,
+)
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
 from baatt.evaluation.retrieval import Answer, SamplePool, answer
 from baatt.evaluation.ruler_answers import replace_sparse
+from baatt.lab.loading import check_memory
+from baatt.lab.options import read_dials
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.tasks import OFFLINE_TASKS
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.stages.dense import dense_attention
 
-DIALS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Grid, samples, model, output."""
     parser.add_argument(
         "--dial", action="append", default=[], metavar="NAME=VALUE,...",
-        help=f"values of a dial: {', '.join(DIALS)}; score also of {', '.join(RIVALS)}; segment also whole",
+        help=f"values of an option, such as beta=0,0.5 or segment=256,whole; score also of {', '.join(RIVALS)}",
     )  # fmt: skip
     parser.add_argument(
         "--tasks", default="niah_multikey_1", help="RULER tasks, by commas, or all: the eight needle tasks"
     )
-    parser.add_argument("--lengths", default="1024", help="tokens of document and answer, by commas (default: 1024)")
-    parser.add_argument("--count", type=int, default=20, help="samples per cell (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
     parser.add_argument(
-        "--dense-layers", type=read_layers, default="none", help='layers that stay dense, e.g. "0,1" (default: none)'
+        "--lengths", type=lengths, default=[1024], help="tokens of document and answer, by commas (default: 1024)"
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="prompts answered together (default: 1)")
-    parser.add_argument("--recall-samples", type=int, default=1, help="samples whose attention mass is measured")
+    parser.add_argument("--count", type=at_least(1), default=20, help="samples per cell (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="prompts answered together (default: 1)")
+    parser.add_argument(
+        "--recall-samples", type=at_least(0), default=1, help="samples whose attention mass is measured"
+    )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=at_least(0),
         default=0,
         help="processes that draw samples, about 70 ms each at 4096 tokens (default: 0)",
     )
     parser.add_argument("--json", type=Path, default=Path("ablation.json"), help="records (default: ablation.json)")
     parser.add_argument("--plot", type=Path, help="picture, a PNG")
     parser.add_argument("--draw", type=Path, metavar="FILE.json", help="only draw a stored file to --plot, run nothing")
-    parser.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
+    add_sparse_options(parser, without=("score",))
     add_model_options(parser)
 
 
@@ -74,19 +83,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.draw is not None:
         draw_stored(arguments)
         return
-    cells = read_cells(arguments)
-    check_folders(arguments.json, arguments.plot)
-    for name, least in (("count", 1), ("batch_size", 1), ("workers", 0), ("recall_samples", 0)):
-        if getattr(arguments, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    cells, policy = read_cells(arguments), read_preset(arguments).policy
+    check_files(arguments, "json", pictures=("plot",))
     commit = commit_here()  # of what is about to run
-    model, tokenizer = load_model(arguments)
-    policy = Policy(dense_layers=arguments.dense_layers)
-    count = model.config.n_layers
-    if any(not -count <= layer < count for layer in policy.dense_layers):
-        raise UsageError(f"--dense-layers must be numbers from {-count} to {count - 1}, got {policy.dense_layers}")
-    check_memory(model.config, arguments.batch_size * max(cell.length for cell in cells), arguments.device)
+    model, tokenizer = load_model(arguments, policy)
     device = torch.device(arguments.device)
+    check_memory(model.config, arguments.batch_size * max(cell.length for cell in cells), device)
     header = {
         "study": "ablation", "command": arguments.command, "commit": commit, "device": device_name(device),
         "versions": versions_here(device), "model": arguments.model.name if arguments.model else "needle-18m",
@@ -133,7 +135,7 @@ def draw_stored(arguments: argparse.Namespace) -> None:
     """The picture of `--draw`."""
     if arguments.plot is None:
         raise UsageError("--draw needs --plot FILE.png")
-    check_folders(arguments.plot)
+    check_files(arguments, pictures=("plot",))
     try:
         stored = json.loads(arguments.draw.read_text(encoding="utf-8"))
         draw(stored, stored["records"], arguments.plot)
@@ -158,32 +160,15 @@ def read_cells(arguments: argparse.Namespace) -> list[Cell]:
     tasks = list(NIAH_TASKS) if arguments.tasks == "all" else arguments.tasks.split(",")
     if unknown := [name for name in tasks if name not in OFFLINE_TASKS]:
         raise UsageError(f"--tasks must be of {','.join(OFFLINE_TASKS)}, got {','.join(unknown)}")
+    fields = {name: [value] for name, value in dataclasses.asdict(read_preset(arguments).config).items()}
+    scores = [text.removeprefix("score=") for text in arguments.dial if text.startswith("score=")]
+    fields |= read_dials([text for text in arguments.dial if not text.startswith("score=")], BAAttConfig)
     try:
-        lengths = [int(part) for part in arguments.lengths.split(",")]
-    except ValueError:
-        raise UsageError(f'--lengths must be numbers by commas, got "{arguments.lengths}"') from None
-    dials: dict[str, list[Any]] = {}
-    for text in arguments.dial:
-        name, equals, values = text.partition("=")
-        if name not in DIALS or not equals or name in dials:
-            raise UsageError(f'--dial must be NAME=VALUE,... once for each of {", ".join(DIALS)}, got "{text}"')
-        dials[name] = [read_value(name, value) for value in values.split(",")]
-    scores = dials.pop("score", ["covariance"])
-    if unknown := [name for name in scores if name not in RIVALS]:
-        raise UsageError(f"--dial score must be of {','.join(RIVALS)}, got {','.join(unknown)}")
-    return make_cells(tasks, lengths, dials, scores)
-
-
-def read_value(name: str, text: str) -> Any:
-    """A value of a dial from the command line."""
-    if name in ("sort", "score"):
-        return text
-    if name == "segment" and text == "whole":
-        return None
-    try:
-        return float(text) if name in ("sparsity", "beta") else int(text)
-    except ValueError:
-        raise UsageError(f'--dial {name} must be numbers, got "{text}"') from None
+        chosen = names_of(RIVALS)(",".join(scores) or fields["score"][0])
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--dial score {error}") from None
+    del fields["score"]
+    return make_cells(tasks, arguments.lengths, fields, chosen)
 
 
 def recall(

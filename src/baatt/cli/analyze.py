@@ -6,8 +6,7 @@ any model. The first two print a table and can store JSON and a picture, `maps` 
 
 import argparse
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,19 @@ from baatt.analysis.studies import measure_bound, measure_recall
 from baatt.analysis.study_plots import draw_bound, draw_recall, order_name
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_model_options, check_folders, read_device
+from baatt.cli.options import (
+    add_model_options,
+    add_sparse_options,
+    check_files,
+    layer_numbers,
+    names_of,
+    read_device,
+)
 from baatt.cli.readers import open_reader
-from baatt.config import BLOCK_SIZES, BAAttConfig
+from baatt.config import PRESETS, BAAttConfig
+from baatt.lab.options import given, variants
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.tasks import draw_samples
-from baatt.stages.sorting import ORDERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     capture.add_argument(
         "--output", type=Path, default=Path("capture.safetensors"), help="(default: capture.safetensors)"
     )
-    capture.add_argument("--layers", default="all", help='numbers like "0,2,-1", or "all" (default: all)')
+    capture.add_argument("--layers", type=layer_numbers, help="numbers like 0,2,-1 (default: all)")
     text = capture.add_mutually_exclusive_group()
     text.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text (default: a document of --task)")
     text.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
@@ -56,25 +62,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recall = _add_action(
         actions, "recall", "How much attention mass each score keeps at equal budgets, beside the oracle.", run_recall
     )
-    _add_study_options(recall, "none,qk")
-    recall.add_argument("--sparsity", default="0.3,0.5,0.7,0.9", help="by commas (default: 0.3,0.5,0.7,0.9)")
-    recall.add_argument("--beta", default="0.5", help="by commas (default: 0.5)")
-    recall.add_argument("--scores", default=",".join(RIVALS), help=f"by commas (default: {','.join(RIVALS)})")
+    _add_study_options(recall, {"sparsity": (0.3, 0.5, 0.7, 0.9), "beta": None}, ["score"])
+    recall.add_argument(
+        "--scores", type=names_of(RIVALS), default=list(RIVALS), help=f"by commas (default: {','.join(RIVALS)})"
+    )
     recall.add_argument("--no-outputs", action="store_true", help="skip the error of the output, which takes longest")
 
     maps = _add_action(actions, "maps", "Attention before and after sorting, kept blocks outlined (Fig. 5).", run_maps)
-    _add_study_options(maps, "none,qk")
-    maps.add_argument("--sparsity", type=float, default=0.5, help="of the outlined blocks (default: 0.5)")
+    _add_study_options(maps, {}, [])
     maps.add_argument("--head", type=int, help="query head of --plot (default: the one with most structure)")
     maps.add_argument("--html", type=Path, help="page of all layers and heads, one file for any browser")
 
     bound = _add_action(actions, "bound", "The error bound U against the true deviation (E9, Fig. 2).", run_bound)
-    _add_study_options(bound, "none,qk")
+    _add_study_options(bound, {}, ["sparsity", "score", "beta"])
 
     layers = _add_action(
         actions, "layers", "What an order does to each layer: norms, width of blocks, spread of attention.", run_layers
     )
-    _add_study_options(layers, "none,qk")
+    _add_study_options(layers, {}, ["sparsity", "score", "beta"])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -84,12 +89,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_capture(arguments: argparse.Namespace) -> None:
     """Run the model once, densely, and write the file."""
-    if not arguments.output.parent.is_dir():
-        raise UsageError(f"--output must lie in an existing folder, {arguments.output.parent} is none")
+    check_files(arguments, "output")
     reader = open_reader(arguments)
     count = reader.layers
-    layers = range(count) if arguments.layers == "all" else _numbers("--layers", arguments.layers, int)
-    if any(not -count <= layer < count for layer in layers):
+    if any(not -count <= layer < count for layer in arguments.layers or ()):
         raise UsageError(f"--layers must be numbers from {-count} to {count - 1}, got {arguments.layers}")
     if arguments.prompt_file is not None:
         text, source = arguments.prompt_file.read_text(encoding="utf-8"), str(arguments.prompt_file)
@@ -100,7 +103,7 @@ def run_capture(arguments: argparse.Namespace) -> None:
     if not ids:
         raise UsageError("the text must not be empty")
     # A layer that sees a window only, or is causal, makes no call that could be sparse: "all" leaves it out.
-    recorder = Recorder(None if arguments.layers == "all" else {layer % count for layer in layers})
+    recorder = Recorder(None if arguments.layers is None else {layer % count for layer in arguments.layers})
     reader.read(torch.tensor([ids], device=arguments.device), recorder)
     name = arguments.model.name if arguments.model else "needle-18m"
     about = {"model": name, "text": source, "tokens": str(len(ids)), "dtype": arguments.dtype}
@@ -118,13 +121,9 @@ def run_capture(arguments: argparse.Namespace) -> None:
 
 def run_recall(arguments: argparse.Namespace) -> None:
     """Table, JSON and picture of the recalls."""
-    scores = arguments.scores.split(",")
-    if unknown := [name for name in scores if name not in RIVALS]:
-        raise UsageError(f"--scores must be of {','.join(RIVALS)}, got {','.join(unknown)}")
-    sparsities, betas = (_numbers(f"--{name}", getattr(arguments, name), float) for name in ("sparsity", "beta"))
-    configs = _configs(arguments, betas)
-    for sparsity in sparsities:
-        BAAttConfig(sparsity=sparsity)  # refuses what is out of range before anything is measured
+    scores, found = arguments.scores, _configs(arguments)
+    sparsities = list(dict.fromkeys(config.sparsity for config in found))
+    configs = list(dict.fromkeys(dataclasses.replace(config, sparsity=sparsities[0]) for config in found))
     recorded = _read(arguments)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         step = _stepper(bar, len(recorded.layers) * len(configs))
@@ -145,7 +144,7 @@ def run_recall(arguments: argparse.Namespace) -> None:
 
 def run_bound(arguments: argparse.Namespace) -> None:
     """Table, JSON and picture of the bound."""
-    configs = _configs(arguments, [0.0])
+    configs = _configs(arguments)
     recorded = _read(arguments)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         records = measure_bound(recorded, configs, _stepper(bar, len(recorded.layers) * len(configs)))
@@ -163,7 +162,7 @@ def run_layers(arguments: argparse.Namespace) -> None:
     """A table per order, and JSON."""
     if arguments.plot is not None:
         raise UsageError("--plot has nothing to draw here: layers are a table")
-    configs = _configs(arguments, [0.0])
+    configs = _configs(arguments)
     recorded = _read(arguments)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         records = measure_layers(recorded, configs, _stepper(bar, len(recorded.layers) * len(configs)))
@@ -184,13 +183,13 @@ def run_maps(arguments: argparse.Namespace) -> None:
         raise UsageError("--plot FILE.png or --html FILE.html is required")
     if arguments.json is not None:
         raise UsageError("--json has nothing to hold here: maps are a picture")
-    check_folders(arguments.html)
-    configs = [dataclasses.replace(config, sparsity=arguments.sparsity) for config in _configs(arguments, [0.5])]
+    check_files(arguments, "html")
+    configs = _configs(arguments)
     recorded = _read(arguments)
     if arguments.plot is not None:
         _draw_one_head(arguments, recorded, configs)
     if arguments.html is not None:
-        title = f"{_title(recorded)}, sparsity {100 * arguments.sparsity:g} %"
+        title = f"{_title(recorded)}, sparsity {100 * configs[0].sparsity:g} %"
         with Progress(console=Console(stderr=True), transient=True) as bar:
             step = _stepper(bar, len(recorded.layers) * len(configs))
             page = maps_page(recorded, configs, lambda one: order_name(one.sort, one.segment), title, step)
@@ -212,7 +211,7 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
         )
         for plan in plans
     ]
-    caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {100 * arguments.sparsity:g} % sparsity"
+    caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {100 * configs[0].sparsity:g} % sparsity"
     draw_maps(panels, head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
 
@@ -239,39 +238,32 @@ def _add_action(
     return parser
 
 
-def _add_study_options(parser: argparse.ArgumentParser, sort: str) -> None:
+def _add_study_options(
+    parser: argparse.ArgumentParser, many: Mapping[str, Sequence[Any] | None], without: Collection[str]
+) -> None:
+    parser.description = f"{parser.description} Orders are none and the preset's where --sort is not given."
     parser.add_argument("capture", type=Path, help="file of `baatt analyze capture`")
-    parser.add_argument("--layers", help='numbers like "0,2" (default: all in the file)')
-    parser.add_argument("--sort", default=sort, help=f"of {','.join(ORDERS)}, by commas (default: {sort})")
-    parser.add_argument("--segment", default="1024", help='tokens per segment, or "whole", by commas (default: 1024)')
-    parser.add_argument("--block-size", type=int, choices=BLOCK_SIZES, default=128, help="(default: 128)")
+    parser.add_argument("--layers", type=layer_numbers, help="numbers like 0,2 (default: all in the file)")
+    add_sparse_options(
+        parser, many={"sort": None, "segment": None, **many}, without=without, dense_layers=False, impl=False
+    )
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" (default: cpu)')
     parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--plot", type=Path, help="picture, a PNG")
 
 
-def _configs(arguments: argparse.Namespace, betas: Sequence[float]) -> list[BAAttConfig]:
-    """Every order with every beta; an unsorted one does not depend on the segment."""
-    found: dict[BAAttConfig, None] = {}
-    for sort, segment, beta in itertools.product(arguments.sort.split(","), arguments.segment.split(","), betas):
-        length = None if segment == "whole" or sort == "none" else _numbers("--segment", segment, int)[0]
-        found[BAAttConfig(arguments.block_size, 0.5, sort, length, beta=beta)] = None
-    return list(found)
-
-
-def _numbers(option: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f'{option} must be numbers by commas, got "{text}"') from None
+def _configs(arguments: argparse.Namespace) -> list[BAAttConfig]:
+    """Every order with every other value; an unsorted one does not depend on the segment."""
+    base = PRESETS[arguments.preset].config
+    found = variants(base, {"sort": list(dict.fromkeys(["none", base.sort]))} | given(arguments, BAAttConfig))
+    return list(dict.fromkeys(dataclasses.replace(one, segment=None) if one.sort == "none" else one for one in found))
 
 
 def _read(arguments: argparse.Namespace) -> Capture:
-    check_folders(arguments.json, arguments.plot)
+    check_files(arguments, "json", pictures=("plot",))
     arguments.commit = commit_here()  # of what is about to run
     device = read_device(arguments.device)
-    layers = None if arguments.layers is None else _numbers("--layers", arguments.layers, int)
-    recorded = load_capture(arguments.capture, layers)
+    recorded = load_capture(arguments.capture, arguments.layers)
     moved = {layer: type(heads)(*(x.to(device) for x in heads)) for layer, heads in recorded.layers.items()}
     return recorded._replace(layers=moved)
 

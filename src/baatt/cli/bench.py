@@ -5,7 +5,6 @@ Prints a table per shape and can store a JSON file; `--sweep` goes through lengt
 """
 
 import argparse
-import importlib.util
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +27,9 @@ from baatt.analysis.benchmark import (
 from baatt.analysis.plots import draw_report, short_length
 from baatt.analysis.reports import Report, load_report, start_report, store_report
 from baatt.analysis.verification import VerificationError
-from baatt.backend import IMPLS
-from baatt.cli.dials import DTYPES, add_dial_options, changed_dials, free_bytes
 from baatt.cli.errors import UsageError
-from baatt.config import BAAttConfig
+from baatt.cli.options import add_sparse_options, check_files, lengths, names_of, read_configs, read_device
+from baatt.lab.loading import DTYPES, check_bytes
 
 DEFAULT_SHAPE = {"cuda": "1x32x32768x128", "cpu": "1x8x4096x64"}
 DEFAULT_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
@@ -43,20 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--what", choices=WHAT, default="operator", help="the whole call, or its attention alone")
     parser.add_argument("--shape", help="BxHxNxD, several by commas (default: 1x32x32768x128 on a GPU, 1x8x4096x64)")
     parser.add_argument("--heads-kv", type=int, help="G, key and value heads, dividing H (default: H)")
-    parser.add_argument("--sparsity", default="0.5,0.9", help="in [0, 1), several by commas (default: 0.5,0.9)")
     parser.add_argument(
-        "--against", help=f'of {",".join(BASELINES)}, or "none" (default: dense for the operator, none for the kernel)'
-    )
-    parser.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
+        "--against", type=names_of(BASELINES, {"none": ()}),
+        help=f'of {",".join(BASELINES)}, or "none" (default: dense for the operator, none for the kernel)',
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="(default: bfloat16 on a GPU, float32 on the CPU)")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
-    add_dial_options(parser.add_argument_group("dials of the method"))
+    add_sparse_options(parser, many={"sparsity": (0.5, 0.9)}, dense_layers=False)
     parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, allocate nothing")
     sweep = parser.add_argument_group("sweep over lengths")
     sweep.add_argument("--sweep", action="store_true", help="every length of --lengths with B, H, D of --shape")
-    sweep.add_argument("--lengths", help=f"numbers of tokens (default: {LENGTHS['cuda']}; on the CPU {LENGTHS['cpu']})")
+    usual = f"{LENGTHS['cuda']}; on the CPU {LENGTHS['cpu']}"
+    sweep.add_argument("--lengths", type=lengths, help=f"numbers of tokens (default: {usual})")
     sweep.add_argument("--plot", type=Path, default=Path("baatt-bench.png"), help="picture (default: baatt-bench.png)")
     sweep.add_argument("--no-plot", action="store_true", help="no picture")
     sweep.add_argument("--draw", type=Path, metavar="FILE.json", help="only draw a stored file, measure nothing")
@@ -66,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw, tell, or measure."""
     console = Console()
     if (arguments.sweep and not arguments.no_plot and not arguments.dry_run) or arguments.draw:
-        check_picture(arguments.plot)
+        check_files(arguments, pictures=("plot",))
     if arguments.draw:
         draw_report(load_report(arguments.draw), arguments.plot)
         console.print(f"Picture: {arguments.plot}", soft_wrap=True)
@@ -75,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         tell(console, cases)
         return
-    check_run(cases, arguments.json)
+    check_files(arguments, "json")
+    check_run(cases)
     first = cases[0]
     report = start_report(arguments.command, first.device, first.dtype)
     console.print(
@@ -119,13 +118,13 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
     dtype = DTYPES[arguments.dtype or DEFAULT_DTYPE[device]]
     shapes = [read_shape(text, arguments.heads_kv) for text in (arguments.shape or DEFAULT_SHAPE[device]).split(",")]
     if arguments.lengths and not arguments.sweep:
-        raise UsageError(f"--lengths needs --sweep, got --lengths {arguments.lengths} without it")
+        raise UsageError("--lengths needs --sweep, got --lengths without it")
     if arguments.sweep:
         if len(shapes) > 1:
             raise UsageError(f"--sweep needs one --shape, whose N it replaces, got {arguments.shape!r}")
-        lengths = [read_length(text) for text in (arguments.lengths or LENGTHS[device]).split(",")]
-        shapes = [shapes[0]._replace(tokens=length) for length in sorted(set(lengths))]
-    configs = [BAAttConfig(sparsity=one, **changed_dials(arguments)) for one in read_sparsities(arguments.sparsity)]
+        tokens = arguments.lengths or lengths(LENGTHS[device])
+        shapes = [shapes[0]._replace(tokens=length) for length in tokens]
+    configs = read_configs(arguments)
     against = read_against(arguments.against, arguments.what)
     return [
         Case(arguments.what, shape, config, dtype, torch.device(device), arguments.impl, against, arguments.seed)
@@ -146,66 +145,24 @@ def read_shape(text: str, groups: int | None) -> Shape:
     return Shape(batch, heads, groups, tokens, channels)
 
 
-def read_length(text: str) -> int:
-    """4096, or 4K, or 1M."""
-    units = {"K": 2**10, "M": 2**20}
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in units else (text, "")
-    if not (number.isascii() and number.isdigit() and int(number) > 0):
-        raise UsageError(f"--lengths must be positive numbers of tokens such as 4096,8K, got {text!r}")
-    return int(number) * units.get(unit, 1)
-
-
-def read_sparsities(text: str) -> list[float]:
-    """Numbers; their range is the config's business."""
-    try:
-        return list(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        raise UsageError(f"--sparsity must be numbers in [0, 1) separated by commas, got {text!r}") from None
-
-
-def read_against(text: str | None, what: str) -> tuple[str, ...]:
+def read_against(names: list[str] | None, what: str) -> tuple[str, ...]:
     """Names of baselines."""
-    if text is None:
+    if names is None:
         return ("dense",) if what == "operator" else ()
-    names = () if text == "none" else tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in BASELINES:
-            raise UsageError(f'--against must be of {",".join(BASELINES)} or "none", got {name!r}')
     if names and what == "kernel":
-        raise UsageError(f"--against applies to --what operator only: random lists have no baseline, got {text!r}")
-    return names
+        raise UsageError(f"--against applies to --what operator only: random lists have no baseline, got {names}")
+    return tuple(names)
 
 
-def check_picture(path: Path) -> None:
-    """Refuse a picture that could not be drawn before anything is measured."""
-    if not path.parent.is_dir():
-        raise UsageError(f"--plot must lie in an existing folder, {path.parent} is none")
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--plot must end in .png, got {path.name!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "the picture needs matplotlib: pip install 'baatt[plots]', or give --no-plot and draw the stored file "
-            "elsewhere with --draw"
-        )
-
-
-def check_run(cases: Sequence[Case], path: Path | None) -> None:
-    """Refuse what cannot run or be stored before anything is measured."""
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"--json must lie in an existing folder, {path.parent} is none")
-    device = cases[0].device
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda needs a GPU that PyTorch can use, and found none (--dry-run needs none)")
-    free = free_bytes(device)
+def check_run(cases: Sequence[Case]) -> None:
+    """Refuse what cannot run before anything is measured."""
     for case in cases:
+        read_device(case.device.type)
         try:
             resolve(case)
         except RuntimeError as error:
             raise UsageError(f"--impl {case.impl} is refused: {error}") from None
-        if (estimate := estimated_bytes(case)) > free:
-            raise UsageError(
-                f"{case.shape} must fit into memory: about {estimate / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-            )
+        check_bytes(str(case.shape), "it needs", estimated_bytes(case), case.device)
 
 
 def tell(console: Console, cases: Sequence[Case]) -> None:

@@ -6,7 +6,6 @@ with both answers and their times, and writes a picture of one early layer's att
 
 import argparse
 import dataclasses
-import importlib.util
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,16 +20,9 @@ from torch import Tensor
 
 from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
 from baatt.attention import attend, make_plan
-from baatt.cli.errors import UsageError
-from baatt.cli.options import (
-    Setting,
-    add_model_options,
-    add_sparse_options,
-    check_memory,
-    load_model,
-    read_setting,
-)
-from baatt.config import BAAttConfig, Policy
+from baatt.cli.options import add_model_options, add_sparse_options, check_files, load_model, read_preset
+from baatt.config import BAAttConfig, Policy, Preset
+from baatt.lab.loading import check_memory
 from baatt.lab.prompts import answer_text
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.sample import RulerSample
@@ -111,49 +103,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """The whole demo."""
     console = Console()
-    check_output(arguments.output)
-    setting = read_setting(arguments)
-    model, tokenizer = load_model(arguments)
-    check_memory(model.config, arguments.length, arguments.device)
+    check_files(arguments, pictures=("output",))
+    setting = read_preset(arguments)
+    model, tokenizer = load_model(arguments, setting.policy)
+    check_memory(model.config, arguments.length, torch.device(arguments.device))
     sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
     ids = tokenizer.encode(sample.prompt + sample.answer_prefix).ids
     console.print(f"[bold]Document[/bold] {arguments.task}, {len(ids)} tokens, {len(sample.prompt.split())} words")
     console.print(f"[bold]Question[/bold] {sample.prompt.rsplit(chr(10), 1)[1]}", highlight=False)
-    console.print(f"[bold]Setting[/bold]  {arguments.preset}: {setting.describe()}", highlight=False)
+    options = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(setting.config).items())
+    dense = ", ".join(map(str, setting.policy.dense_layers)) or "none"
+    console.print(f"[bold]Setting[/bold]  {arguments.preset}: {options}; dense layers: {dense}", highlight=False)
     if arguments.length > model.config.max_sequence_length:
         console.print(
             f"[yellow]The model was trained up to {model.config.max_sequence_length} tokens: beyond, times mean "
             "something, answers often do not.[/yellow]"
         )  # fmt: skip
     layers = range(model.config.n_layers)
-    dense_layers = {layer % len(layers) for layer in setting.policy.dense_layers}
+    dense_layers = setting.policy.check_layers(len(layers))
     drawn = next((layer for layer in layers if layer not in dense_layers), 0)
     prompt = torch.tensor([ids], device=arguments.device)
     warm_up(model, setting, arguments.impl)
     dense_meter, sparse_meter = Meter(None, arguments.impl), Meter(setting.config, arguments.impl, drawn)
-    dense = read(console, model, tokenizer, sample, prompt, None, dense_meter)
+    full = read(console, model, tokenizer, sample, prompt, None, dense_meter)
     sparse = read(console, model, tokenizer, sample, prompt, setting, sparse_meter)
-    console.print(table(sample, dense, sparse))
+    console.print(table(sample, full, sparse))
     if sparse_meter.drawn is not None:
         draw(*sparse_meter.drawn, setting, drawn, arguments.output)
         console.print(f"Attention map of layer {drawn}, kept blocks outlined: {arguments.output}")
 
 
-def check_output(path: Path) -> None:
-    """Refuse a picture that could not be written before a minute is spent on it.
-
-    Raises:
-        UsageError: no such folder, another format, or no matplotlib.
-    """
-    if not path.parent.is_dir():
-        raise UsageError(f"--output must lie in an existing folder, {path.parent} is none")
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--output must end in .png, got {path.name!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("the picture needs matplotlib: pip install 'baatt[plots]'")
-
-
-def warm_up(model: MaskedDiffusionLM, setting: Setting, impl: str) -> None:
+def warm_up(model: MaskedDiffusionLM, setting: Preset, impl: str) -> None:
     """One sparse call on a few tokens: building a kernel is not part of reading a document."""
     weight = next(model.parameters())
     q = torch.randn(1, model.config.n_heads, 256, model.config.head_size, device=weight.device, dtype=weight.dtype)
@@ -166,7 +146,7 @@ def read(
     tokenizer: Tokenizer,
     sample: RulerSample,
     prompt: Tensor,
-    setting: Setting | None,
+    setting: Preset | None,
     meter: Meter,
 ) -> Reading:
     """Answer the question once, with a progress bar."""
@@ -204,7 +184,7 @@ def table(sample: RulerSample, dense: Reading, sparse: Reading) -> Table:
     return out
 
 
-def draw(q: Tensor, k: Tensor, setting: Setting, layer: int, path: Path) -> None:
+def draw(q: Tensor, k: Tensor, setting: Preset, layer: int, path: Path) -> None:
     """The map in the tokens' own order and sorted by norm, each with the blocks BA-Att keeps in that order."""
     plain = make_plan(q, k, dataclasses.replace(setting.config, sort="none"), impl="reference")
     order = "qk" if setting.config.sort == "none" else setting.config.sort

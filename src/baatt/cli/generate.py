@@ -10,13 +10,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from baatt.cli.dials import DTYPES, free_bytes
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_model_options, add_sparse_options, check_memory, load_model, read_setting
+from baatt.cli.options import add_model_options, add_sparse_options, load_model, read_preset
 from baatt.config import Policy
+from baatt.lab.loading import DTYPES, check_bytes, check_memory
+from baatt.lab.options import add_options, chosen
 from baatt.lab.prompts import answer_text
-from baatt.models.config import ModelConfig
-from baatt.sampling import CACHES, REMASKING, SamplerConfig, StepInfo, generate
+from baatt.sampling import SamplerConfig, StepInfo, generate
+
+#: How a prompt is continued where the options say nothing else.
+USUAL = SamplerConfig(steps=64, gen_length=64, block_length=32)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,38 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt-file", type=Path, help='a UTF-8 file with the text, or "-" for standard input')
     parser.add_argument("--dense", action="store_true", help="full attention everywhere")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    sampler = parser.add_argument_group("sampler")
-    sampler.add_argument("--gen-length", type=int, default=64, help="tokens to generate (default: 64)")
-    sampler.add_argument("--block-length", type=int, default=32, help="tokens denoised together (default: 32)")
-    sampler.add_argument("--steps", type=int, default=64, help="denoising steps in all (default: 64)")
-    sampler.add_argument("--temperature", type=float, default=0.0, help="of Gumbel noise (default: 0)")
-    sampler.add_argument("--cfg-scale", type=float, default=0.0, help="classifier-free guidance (default: 0)")
-    sampler.add_argument("--remasking", choices=list(REMASKING), default="low_confidence")
-    sampler.add_argument("--threshold", type=float, help="fill every position surer than this at once")
-    sampler.add_argument(
-        "--cache", choices=list(CACHES), default="none",
-        help="what the later steps of a block take over from its first: nothing, the keys and values of everything "
-        "before the block, or of everything but the block; faster, and approximate (default: none)",
-    )  # fmt: skip
-    sampler.add_argument("--seed", type=int, default=0)
-    sampler.add_argument("--stop-at-eos", action="store_true", help="leave out the blocks after an end-of-text token")
+    add_options(parser.add_argument_group("sampler"), SamplerConfig, defaults=USUAL)
     add_model_options(parser)
     add_sparse_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation."""
-    config, policy = (None, Policy()) if arguments.dense else read_setting(arguments)
-    fields = [field.name for field in dataclasses.fields(SamplerConfig)]
-    sampler = SamplerConfig(**{name: getattr(arguments, name) for name in fields})
+    config, policy = (None, Policy()) if arguments.dense else read_preset(arguments)
+    sampler = chosen(arguments, USUAL)
     prompt = _read_prompt(arguments)
-    model, tokenizer = load_model(arguments)
+    model, tokenizer = load_model(arguments, policy)
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise UsageError("the prompt must not be empty")
-    check_memory(model.config, len(ids) + sampler.gen_length, arguments.device)
+    tokens, device = len(ids) + sampler.gen_length, torch.device(arguments.device)
+    check_memory(model.config, tokens, device)
     if sampler.cache != "none":
-        _check_cache(model.config, len(ids) + sampler.gen_length, sampler.cfg_scale > 0, arguments)
+        kept = 2 * model.config.n_layers * model.config.kv_heads * model.config.head_size * tokens
+        kept *= DTYPES[arguments.dtype].itemsize * (2 if sampler.cfg_scale > 0 else 1)
+        check_bytes(f"--cache {sampler.cache}", f"keys and values of {tokens} tokens need", kept, device)
     bar = Progress(
         TextColumn("denoising"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
@@ -85,17 +76,6 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stderr.write(
             f"{result.tokens_per_second:.1f} tokens/s: {result.filled} tokens in {result.seconds:.2f} s, "
             f"{result.full_evaluations} full and {result.cached_evaluations} cached model evaluations\n"
-        )
-
-
-def _check_cache(config: ModelConfig, tokens: int, guided: bool, arguments: argparse.Namespace) -> None:
-    """Refuse keys and values that cannot fit, before a minute is spent on the first pass."""
-    per_token = 2 * config.n_layers * config.kv_heads * config.head_size * DTYPES[arguments.dtype].itemsize
-    needed, free = per_token * tokens * (2 if guided else 1), free_bytes(torch.device(arguments.device))
-    if needed > free:
-        raise UsageError(
-            f"--cache {arguments.cache} must fit into memory: keys and values of {tokens} tokens need "
-            f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         )
 
 

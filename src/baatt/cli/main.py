@@ -5,6 +5,7 @@ What the caller can mend ends in one line on stderr and exit code 2; a defect of
 
 import argparse
 import importlib
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Errors in one line, like all others of this program."""
 
     def error(self, message: str) -> NoReturn:
+        # `argument --count: must be ...` begins like every other error, with the option.
+        message = re.sub(r"^argument (?:\S+/)?(\S+): (?=must )", r"\1 ", message)
         raise UsageError(f"{message} (try {self.prog} --help)")
 
 

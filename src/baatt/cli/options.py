@@ -1,67 +1,74 @@
-"""Options that several verbs share: which model, how sparse, and which of two measured settings.
+"""Options that several verbs share: which model, how sparse, in which files, and values by commas.
 
-A preset names dials and policy together; single options change one dial of it.
+A preset names config and policy together; single options change one field of them. Every verb begins with the preset
+"safe", so the same order, score and dense layers are everywhere the default.
 """
 
 import argparse
 import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
 
-from baatt import config
-from baatt.assets import shipped_model
 from baatt.backend import IMPLS, choose_backend
-from baatt.cli.dials import DTYPES, add_dial_options, changed_dials, free_bytes
 from baatt.cli.errors import UsageError
-from baatt.config import BAAttConfig, Policy
-from baatt.models.checkpoint import load_tokenizer
-from baatt.models.config import ModelConfig
-from baatt.models.llada import MaskedDiffusionLM
+from baatt.config import PRESETS, BAAttConfig, Policy, Preset
+from baatt.lab import loading
+from baatt.lab.options import add_options, chosen, given, variants
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from baatt.models.llada import MaskedDiffusionLM
+
+#: Suffixes of numbers of tokens.
+UNITS = {"K": 2**10, "M": 2**20}
 
 
-class Setting(NamedTuple):
-    """What of a model is sparse, and how."""
+def add_sparse_options(
+    parser: argparse.ArgumentParser,
+    *,
+    many: Mapping[str, Sequence[Any] | None] | None = None,
+    without: Collection[str] = (),
+    dense_layers: bool = True,
+    impl: bool = True,
+) -> None:
+    """--preset, an option for every field of `BAAttConfig`, --dense-layers, --impl.
 
-    config: BAAttConfig
-    policy: Policy
-
-    def describe(self) -> str:
-        """One line with every dial."""
-        dials = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(self.config).items())
-        dense = ", ".join(map(str, self.policy.dense_layers)) or "none"
-        return f"{dials}; dense layers: {dense}"
-
-
-PRESETS = {name: Setting(*preset) for name, preset in config.PRESETS.items()}
-
-
-def add_sparse_options(parser: argparse.ArgumentParser) -> None:
-    """--preset and one option per dial."""
+    Args:
+        many: fields that take several values by commas, as in `add_options`; read them by `read_configs`.
+        without: fields that become no option.
+        dense_layers, impl: False leaves the option out, where there is no model, or nothing to choose.
+    """
     group = parser.add_argument_group("sparse attention")
     group.add_argument(
         "--preset", choices=list(PRESETS), default="safe",
-        help="safe: keys sorted by norm in segments of 256, layers 0 and 1 dense; paper: queries and keys sorted in "
-        "segments of 1024, every layer sparse (default: safe)",
+        help="the options below, together; safe: keys sorted by norm in segments of 256, layers 0 and 1 dense; paper: "
+        "queries and keys sorted in segments of 1024, every layer sparse (default: safe)",
     )  # fmt: skip
-    group.add_argument("--sparsity", type=float, help="share of key blocks skipped per query block, in [0, 1)")
-    add_dial_options(group)
-    group.add_argument("--dense-layers", type=read_layers, help='layers that stay dense, e.g. "0,1,-1" or "none"')
-    group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
+    config = PRESETS["safe"].config
+    names = [field.name for field in dataclasses.fields(config) if field.name not in without]
+    add_options(group, type(config), only=names, many=many)
+    if dense_layers:
+        add_options(group, Policy, only=("dense_layers",))
+    if impl:
+        group.add_argument("--impl", choices=IMPLS, default="auto", help="implementation (default: auto)")
 
 
-def read_setting(arguments: argparse.Namespace) -> Setting:
-    """The preset with the dials that were given."""
+def read_preset(arguments: argparse.Namespace) -> Preset:
+    """The preset with what was given; of fields with several values the first."""
     preset = PRESETS[arguments.preset]
-    changed = changed_dials(arguments)
-    if arguments.sparsity is not None:
-        changed["sparsity"] = arguments.sparsity
-    policy = preset.policy
-    if arguments.dense_layers is not None:
-        policy = dataclasses.replace(policy, dense_layers=arguments.dense_layers)
-    return Setting(dataclasses.replace(preset.config, **changed), policy)
+    return Preset(read_configs(arguments)[0], chosen(arguments, preset.policy))
+
+
+def read_configs(arguments: argparse.Namespace) -> list[BAAttConfig]:
+    """The preset's config with every combination of what was given."""
+    base = PRESETS[arguments.preset].config
+    return variants(base, given(arguments, type(base)))
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -69,68 +76,112 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", type=Path, help="folder in LLaDA's layout (default: the model shipped with baatt)")
     group.add_argument("--device", default="cpu", help='where to run, e.g. "cpu" or "cuda" (default: cpu)')
-    group.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: float32)")
+    group.add_argument(
+        "--dtype", choices=list(loading.DTYPES), default="float32", help="of the weights (default: float32)"
+    )
 
 
-def read_device(text: str) -> torch.device:
+def read_device(name: str) -> torch.device:
     """What --device names.
 
     Raises:
         UsageError: no such device.
     """
     try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise UsageError(f'--device must be a device such as "cpu" or "cuda", got {text!r}') from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda needs a GPU that PyTorch can use, and found none")
-    return device
+        return loading.find_device(name)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[MaskedDiffusionLM, Tokenizer]:
-    """Model and tokenizer of the chosen folder, on the chosen device."""
-    folder = arguments.model or shipped_model()
+def load_model(arguments: argparse.Namespace, policy: Policy | None = None) -> "tuple[MaskedDiffusionLM, Tokenizer]":
+    """Model and tokenizer of the chosen folder, on the chosen device.
+
+    Raises:
+        UsageError: no such device, an implementation that does not run there, or dense layers that are not there.
+    """
     device = read_device(arguments.device)
     try:
         choose_backend(arguments.impl, device)
     except RuntimeError as error:
         raise UsageError(f"--impl {arguments.impl} is refused: {error}") from None
-    model = MaskedDiffusionLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype], device=device)
-    return model, load_tokenizer(folder)
-
-
-def check_memory(config: ModelConfig, tokens: int, device: str) -> None:
-    """Refuse a length whose activations cannot fit, before anything is allocated.
-
-    Raises:
-        UsageError: with the estimate and what is free.
-    """
-    # Widest moment of a layer in fp32: residual, q, k, v, their rotated and sorted copies, both halves of the MLP.
-    estimate = 4 * tokens * (10 * config.d_model + 3 * config.mlp_hidden_size)
-    free = free_bytes(torch.device(device))
-    if estimate > free:
-        raise UsageError(
-            f"{tokens} tokens must fit into memory: one layer needs about {estimate / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free"
-        )
-
-
-def check_folders(*paths: Path | None) -> None:
-    """Refuse a file that could not be written before a minute is spent on it.
-
-    Raises:
-        UsageError: no such folder.
-    """
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{path} must lie in an existing folder, {path.parent} is none")
-
-
-def read_layers(text: str) -> tuple[int, ...]:
-    """`none`, or numbers of layers by commas; a type for argparse."""
-    if text == "none":
-        return ()
+    model, tokenizer = loading.load_model(arguments.model, dtype=loading.DTYPES[arguments.dtype], device=device)
     try:
-        return tuple(int(layer) for layer in text.split(","))
+        (policy or Policy()).check_layers(model.config.n_layers)
+    except ValueError as error:
+        raise UsageError(str(error).replace("policy.dense_layers", "--dense-layers")) from None
+    return model, tokenizer
+
+
+def check_files(arguments: argparse.Namespace, *files: str, pictures: Collection[str] = ()) -> None:
+    """Refuse files that could not be written before a minute is spent on them.
+
+    Args:
+        files, pictures: names of the options, of which a picture must be a PNG and needs matplotlib.
+
+    Raises:
+        UsageError: a folder, one that cannot be written, another format, or no matplotlib.
+    """
+    for name in (*files, *pictures):
+        path: Path | None = getattr(arguments, name)
+        if path is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if not path.parent.is_dir():
+            raise UsageError(f"{flag} must lie in an existing folder, {path.parent} is none")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{flag} must lie in a folder that can be written, {path.parent} is none")
+        if path.is_dir():
+            raise UsageError(f"{flag} must be a file, {path} is a folder")
+        if name in pictures and path.suffix.lower() != ".png":
+            raise UsageError(f"{flag} must end in .png, got {path.name!r}")
+        if name in pictures and importlib.util.find_spec("matplotlib") is None:
+            raise UsageError(f"{flag}: the picture needs matplotlib: pip install 'baatt[plots]'")
+
+
+# Types for argparse.
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number with a lower limit."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return read
+
+
+def lengths(text: str) -> list[int]:
+    """Numbers of tokens by commas such as 1024,4K, each once, from short to long."""
+    found = []
+    for part in text.split(","):
+        number, unit = (part[:-1], part[-1].upper()) if part[-1:].upper() in UNITS else (part, "")
+        if not (number.isascii() and number.isdigit() and int(number) > 0):
+            raise argparse.ArgumentTypeError(f"must be positive numbers of tokens such as 4096,8K, got {part!r}")
+        found.append(int(number) * UNITS.get(unit, 1))
+    return sorted(set(found))
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of layers by commas; negative ones count from the last."""
+    try:
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f'must be layer numbers like "0,1,-1" or "none", got {text!r}') from None
+        raise argparse.ArgumentTypeError(f"must be numbers of layers by commas, got {text!r}") from None
+
+
+def names_of(known: Collection[str], groups: Mapping[str, Sequence[str]] | None = None) -> Callable[[str], list[str]]:
+    """Names by commas, each once, or the name of a group of them."""
+
+    def read(text: str) -> list[str]:
+        names = list((groups or {}).get(text, text.split(",")))
+        if any(name not in known for name in names):
+            raise argparse.ArgumentTypeError(f"must be of {','.join([*known, *(groups or {})])}, got {text!r}")
+        return list(dict.fromkeys(names))
+
+    return read

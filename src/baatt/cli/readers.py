@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from baatt.analysis.capture import Recorder
-from baatt.cli.dials import DTYPES
 from baatt.cli.errors import UsageError
-from baatt.cli.options import check_memory, load_model, read_device
+from baatt.cli.options import load_model, read_device
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.enable import enable
 from baatt.integrations.loading import load_transformers
+from baatt.lab.loading import DTYPES, check_memory
 from baatt.models.llada import MaskedDiffusionLM
 
 #: No sequence is as long, so that every call stays dense: a capture shows what the model itself computes.
@@ -36,7 +36,7 @@ class Reader:
     def read(self, ids: Tensor, recorder: Recorder) -> None:
         """Evaluate the model once on ids [1, N]; the recorder is shown every attention call."""
         if isinstance(self.model, MaskedDiffusionLM):
-            check_memory(self.model.config, ids.shape[1], str(ids.device))
+            check_memory(self.model.config, ids.shape[1], ids.device)
         with self._handle as handle, torch.inference_mode():
             handle.watch(recorder.keep)
             self.model(ids)

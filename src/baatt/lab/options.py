@@ -93,7 +93,7 @@ def add_options(
     cls: type,
     *,
     only: Collection[str] | None = None,
-    many: Collection[str] = (),
+    many: Mapping[str, Sequence[Any] | None] | None = None,
     defaults: object = None,
 ) -> None:
     """An option for every field: `block_size` becomes `--block-size`.
@@ -102,21 +102,26 @@ def add_options(
         group: a parser or one of its groups.
         cls: the dataclass.
         only: names of the fields that become options; None = all.
-        many: names of the fields that take several values by commas, which `given` returns as lists.
+        many: fields that take several values by commas, which `given` returns as lists; each with the list that counts
+            where nothing is given, None for no list.
         defaults: an instance of `cls` whose values the help names. What was not given stays out of the namespace, so
             that `chosen` can take it from a preset.
     """
     for name, option in options_of(cls).items():
         if only is not None and name not in only:
             continue
-        text = option.help + (", by commas" if name in many else "")
-        if defaults is not None:
+        several, usual = name in (many or {}), (many or {}).get(name)
+        text = option.help + (", by commas" if several else "")
+        if usual is not None:
+            text += f" (default: {','.join(map(option.spell, usual))})"
+        elif defaults is not None:
             text += f" (default: {option.spell(getattr(defaults, name))})"
-        keywords: dict[str, Any] = {"dest": f"{cls.__name__}.{name}", "default": argparse.SUPPRESS}
+        keywords: dict[str, Any] = {"dest": f"{cls.__name__}.{name}"}
+        keywords["default"] = argparse.SUPPRESS if usual is None else list(usual)
         if option.kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction if getattr(defaults, name, False) else "store_true"
         else:
-            keywords |= {"metavar": option.metavar, "type": _argument_type(option, name in many)}
+            keywords |= {"metavar": option.metavar, "type": _argument_type(option, several)}
         group.add_argument(option.flag, help=text.replace("%", "%%"), **keywords)
 
 
@@ -136,7 +141,7 @@ def chosen(arguments: argparse.Namespace, base: T) -> T:
 
 
 def variants(base: T, values: Mapping[str, Any]) -> list[T]:
-    """Every combination of values, each once; the last field changes fastest.
+    """Every combination of values, each once, in the order of the fields; the last one changes fastest.
 
     Args:
         base: holds the values of the other fields.
@@ -146,9 +151,10 @@ def variants(base: T, values: Mapping[str, Any]) -> list[T]:
         TypeError, ValueError: what the dataclass refuses, under the option's name.
     """
     options = options_of(type(base))
-    lists = [value if isinstance(value, list) else [value] for value in values.values()]
+    names = [name for name in options if name in values]
+    lists = [value if isinstance(value := values[name], list) else [value] for name in names]
     try:
-        combinations = [dict(zip(values, one, strict=True)) for one in itertools.product(*lists)]
+        combinations = [dict(zip(names, one, strict=True)) for one in itertools.product(*lists)]
         return list(dict.fromkeys(dataclasses.replace(base, **one) for one in combinations))  # type: ignore[type-var]
     except (TypeError, ValueError) as error:
         name, _, rest = str(error).partition(" ")

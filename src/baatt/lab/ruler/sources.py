@@ -8,7 +8,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -38,6 +38,9 @@ def punkt_sentences(text: str) -> list[str]:
         ) from error
 
 
+SENTENCES: dict[str, Callable[[str], list[str]]] = {"regex": split_sentences, "punkt": punkt_sentences}
+
+
 @dataclass(frozen=True)
 class Sources:
     """What the tasks are made of; the defaults are words and text that the shipped model never saw.
@@ -60,19 +63,18 @@ class Sources:
         ValueError: an unknown name. Files are looked at when they are used, or by `tasks.check_sources`.
     """
 
-    words: str = "heldout"
+    words: str = field(default="heldout", metadata={"choices": POOLS})
     english_words: Path | None = None
     essay: Path | None = None
     random_place: bool | None = None
-    sentences: str = "regex"
+    sentences: str = field(default="regex", metadata={"choices": SENTENCES})
     squad: Path | None = None
     hotpot: Path | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("english_words", "essay", "squad", "hotpot") and isinstance(value, str):
-                object.__setattr__(self, field.name, Path(value))
+        for name in ("english_words", "essay", "squad", "hotpot"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
         for name, known in (("words", POOLS), ("sentences", SENTENCES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
@@ -181,7 +183,6 @@ def read_word_list(path: Path) -> tuple[str, ...]:
     return tuple(sorted(set(words)))
 
 
-SENTENCES: dict[str, Callable[[str], list[str]]] = {"regex": split_sentences, "punkt": punkt_sentences}
 QUESTIONS: dict[str, tuple[Callable[[Path], QuestionSet], str]] = {
     "squad": (read_squad, SQUAD_FROM),
     "hotpot": (read_hotpot, HOTPOT_FROM),

@@ -1,0 +1,80 @@
+"""From the names a user gives to a device, a dtype and a model, and whether what is asked for fits into memory.
+
+For the command line and the adapters of harnesses alike. Errors begin with the bare name, `device` or `dtype`. What
+reads a model is imported when one is read: a machine that only times kernels has neither tokenizers nor safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from baatt.assets import shipped_model
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from baatt.models.config import ModelConfig
+    from baatt.models.llada import MaskedDiffusionLM
+
+#: What weights and inputs may be, by name.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of a name; None is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f'device must be a device such as "cpu" or "cuda:0", got {name!r}') from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} needs a GPU that PyTorch can use, and found none")
+    return device
+
+
+def load_model(
+    folder: Path | None, *, dtype: torch.dtype | None, device: torch.device
+) -> tuple[MaskedDiffusionLM, Tokenizer]:
+    """Model and tokenizer of a folder in LLaDA's layout, None for the shipped one; dtype None keeps the stored one."""
+    from baatt.models.checkpoint import load_tokenizer
+    from baatt.models.llada import MaskedDiffusionLM
+
+    folder = folder or shipped_model()
+    return MaskedDiffusionLM.from_pretrained(folder, dtype=dtype, device=device), load_tokenizer(folder)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that nobody uses, of a GPU or of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def check_bytes(what: str, needs: str, needed: int, device: torch.device) -> None:
+    """Refuse what cannot fit, before anything is allocated.
+
+    Raises:
+        ValueError: with the estimate and what is free.
+    """
+    if needed > (free := free_bytes(device)):
+        raise ValueError(
+            f"{what} must fit into memory: {needs} about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        )
+
+
+def check_memory(config: ModelConfig, tokens: int, device: torch.device) -> None:
+    """Refuse a length whose activations cannot fit.
+
+    Raises:
+        ValueError: as `check_bytes`.
+    """
+    # Widest moment of a layer in fp32: residual, q, k, v, their rotated and sorted copies, both halves of the MLP.
+    estimate = 4 * tokens * (10 * config.d_model + 3 * config.mlp_hidden_size)
+    check_bytes(f"{tokens} tokens", "one layer needs", estimate, device)
