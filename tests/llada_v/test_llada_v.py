@@ -214,8 +214,8 @@ class TestTokensOfAVideo:
     )
     def test_pooling(self, mode, expected):
         """Columns 0 1 2 3 4; bilinear takes the middles of three equal parts."""
-        columns = torch.arange(5.0).expand(1, 5, 5)[..., None]
-        pooled = POOLING[mode](columns, 2)[0, :, :, 0]
+        columns = torch.arange(5.0).expand(1, 1, 5, 5)
+        pooled = POOLING[mode](columns, 2)[0, 0]
         torch.testing.assert_close(pooled, torch.tensor([expected] * len(expected)))
 
     def test_of_the_model(self, model):

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from baatt.models.checkpoint import read_json
+
 #: Stands behind the final message while it is rendered; what follows it is cut off. No template trims it.
 END_OF_MESSAGE = "\ue000end of message\ue000"
 
@@ -75,7 +77,8 @@ def load_chat_templates(folder: str | Path) -> ChatTemplates:
         ValueError: tokenizer_config.json is broken or its `chat_template` is no template.
     """
     folder = Path(folder)
-    values = _read_config(folder / "tokenizer_config.json")
+    file = folder / "tokenizer_config.json"
+    values = read_json(file) if file.is_file() else {}
     stored = values.get("chat_template")
     if stored is None:
         templates = {}
@@ -89,18 +92,6 @@ def load_chat_templates(folder: str | Path) -> ChatTemplates:
         templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     texts = {name: _token_text(value) for name, value in values.items() if name.endswith("_token")}
     return ChatTemplates(templates, {name: text for name, text in texts.items() if text is not None})
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: must hold JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: must hold a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _token_text(value: object) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import SiglipVisionConfig
 
 from baatt.llada_v.visual_tokens import NEWLINES
-from baatt.models.config import ModelConfig, check_positive_integer
+from baatt.models.config import ModelConfig, check_implemented, check_positive_integer
 
 #: `<|mdm_mask|>`, which the published code writes as a number; a config.json may name another.
 MASK_TOKEN_ID = 126336
@@ -31,6 +31,11 @@ IMPLEMENTED: Mapping[str, tuple[object, ...]] = {
     "mm_use_im_start_end": (False, None),
     "mm_use_im_patch_token": (False, None),
     "add_faster_video": (False, None),
+}
+IMPLEMENTED_VISION: Mapping[str, tuple[object, ...]] = {
+    "model_type of the vision tower": ("siglip_vision_model",),
+    "hidden_act of the vision tower": ("gelu_pytorch_tanh",),
+    "num_channels of the vision tower": (3,),
 }
 #: Keys of config.json -> fields of `ModelConfig`.
 LANGUAGE_KEYS = {
@@ -120,10 +125,7 @@ class LLaDAVConfig(NamedTuple):
         missing = [name for name in (*LANGUAGE_KEYS, "image_aspect_ratio", "mm_projector_type") if name not in values]
         if missing:
             raise ValueError(f"a LLaDA-V config must have the keys {missing}")
-        for name in IMPLEMENTED.keys() & values.keys():
-            if values[name] not in IMPLEMENTED[name]:
-                accepted = " or ".join(repr(choice) for choice in IMPLEMENTED[name])
-                raise ValueError(f"{name} must be {accepted} (nothing else is implemented), got {values[name]!r}")
+        check_implemented(values, IMPLEMENTED)
         if "siglip" not in str(values.get("mm_vision_tower")).lower():
             raise ValueError(f"mm_vision_tower must name a SigLIP model, got {values.get('mm_vision_tower')!r}")
         if vision is None:
@@ -153,10 +155,7 @@ def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:
     """
     if values.get("model_type") in ("siglip", "siglip2"):
         values = values.get("vision_config") or {}
-    accepted = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-    for name, choice in accepted.items():
-        if values.get(name, choice) != choice:
-            raise ValueError(f"{name} of the vision tower must be {choice!r}, got {values[name]!r}")
+    check_implemented({f"{name} of the vision tower": value for name, value in values.items()}, IMPLEMENTED_VISION)
     sizes = {name: values.get(name, published) for name, published in VISION_SIZES.items()}
     for name, size in sizes.items():
         check_positive_integer(f"{name} of the vision tower", size)

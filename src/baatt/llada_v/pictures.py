@@ -121,12 +121,8 @@ def read_frames(path: str | Path, count: int) -> list["Image"]:
     try:
         with av.open(str(file)) as container:
             return _decode(container, count)
-    except (av.error.FFmpegError, IndexError, _UndecodableError) as error:
+    except (av.error.FFmpegError, LookupError) as error:
         raise ValueError(f"{path}: must be a video that can be decoded: {error}") from error
-
-
-class _UndecodableError(Exception):
-    """A container without what is needed."""
 
 
 def _decode(container: Any, count: int) -> list["Image"]:
@@ -137,7 +133,7 @@ def _decode(container: Any, count: int) -> list["Image"]:
     times = sorted(packet.pts for packet in packets)
     keys = sorted(packet.pts for packet in packets if packet.is_keyframe)
     if not times or not keys:
-        raise _UndecodableError("no frame with a time")
+        raise LookupError("no frame with a time")
     wanted = [times[index] for index in np.linspace(0, len(times) - 1, count, dtype=int)]
     found: dict[int, Image] = {}
     frames: Iterator[Any] = iter(())
@@ -149,7 +145,7 @@ def _decode(container: Any, count: int) -> list["Image"]:
             frames = container.decode(stream)
         frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= time), None)
         if frame is None:
-            raise _UndecodableError(f"no frame at {float(time * stream.time_base):.3f} s")
+            raise LookupError(f"no frame at {float(time * stream.time_base):.3f} s")
         found[time], reached = frame.to_image(), time
     return [found[time] for time in wanted]
 

@@ -48,7 +48,8 @@ def image_tokens(features: Tensor, grid: TileGrid, newline: Tensor, max_tiles: i
     height, width = tiles.shape[:2]
     excess = 0.0 if max_tiles is None else math.sqrt(height * width / (max_tiles * side**2))
     if excess > TOLERATED_EXCESS:
-        tiles = _resize(tiles[None], int(height // excess), int(width // excess))[0]
+        channels = rearrange(tiles, "h w D -> 1 D h w")
+        tiles = rearrange(_resize(channels, int(height // excess), int(width // excess)), "1 D h w -> h w D")
     return torch.cat((features[0], _rows_with_newlines(tiles[None], newline)))
 
 
@@ -61,7 +62,8 @@ def video_tokens(features: Tensor, newline: Tensor, *, stride: int, mode: str, n
         newlines: where the newline [D] goes, a name in `NEWLINES`.
     """
     side = _side(features)
-    frames = POOLING[mode](rearrange(features, "F (h w) D -> F h w D", h=side), stride)
+    channels = POOLING[mode](rearrange(features, "F (h w) D -> F D h w", h=side), stride)
+    frames = rearrange(channels, "F D h w -> F h w D")
     return NEWLINES[newlines](frames, newline)
 
 
@@ -83,25 +85,13 @@ def _without_margin(tiles: Tensor, width: int, height: int) -> Tensor:
     return tiles[:, margin : columns - margin]
 
 
-def _resize(frames: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear, [F, h, w, D] -> [F, height, width, D]."""
-    moved = rearrange(frames, "F h w D -> F D h w")
-    return rearrange(F.interpolate(moved, size=(height, width), mode="bilinear"), "F D h w -> F h w D")
+def _resize(channels: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(channels, size=(height, width), mode="bilinear")
 
 
-def pool_bilinear(frames: Tensor, stride: int) -> Tensor:
-    """Interpolate [F, h, w, D] to ceil(h / stride) x ceil(w / stride)."""
-    return _resize(frames, math.ceil(frames.shape[1] / stride), math.ceil(frames.shape[2] / stride))
-
-
-def pool_average(frames: Tensor, stride: int) -> Tensor:
-    """Mean of stride x stride patches; an incomplete row or column is dropped."""
-    return rearrange(F.avg_pool2d(rearrange(frames, "F h w D -> F D h w"), stride), "F D h w -> F h w D")
-
-
-def pool_max(frames: Tensor, stride: int) -> Tensor:
-    """Maximum of stride x stride patches; an incomplete row or column is dropped."""
-    return rearrange(F.max_pool2d(rearrange(frames, "F h w D -> F D h w"), stride), "F D h w -> F h w D")
+def pool_bilinear(channels: Tensor, stride: int) -> Tensor:
+    """Interpolate [F, D, h, w] to ceil(h / stride) x ceil(w / stride)."""
+    return _resize(channels, math.ceil(channels.shape[2] / stride), math.ceil(channels.shape[3] / stride))
 
 
 def _rows_with_newlines(frames: Tensor, newline: Tensor) -> Tensor:
@@ -125,10 +115,11 @@ def _no_newline(frames: Tensor, newline: Tensor) -> Tensor:
     return rearrange(frames, "F h w D -> (F h w) D")
 
 
+#: [F, D, h, w] and a stride -> [F, D, h / stride, w / stride]. The last two drop an incomplete row or column.
 POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
     "bilinear": pool_bilinear,
-    "average": pool_average,
-    "max": pool_max,
+    "average": F.avg_pool2d,
+    "max": F.max_pool2d,
 }
 
 #: By the names that `mm_newline_position` has in config.json.

@@ -30,7 +30,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: the folder or the file is missing.
         ValueError: the file is not a JSON object.
     """
-    return _read_json(_folder(path) / "config.json")
+    return read_json(_folder(path) / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; errors as `read_config`."""
+    try:
+        values = json.loads(_present(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: must hold JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: must hold a JSON object, got {type(values).__name__}")
+    return values
 
 
 def read_tensors(
@@ -158,16 +169,6 @@ def _present(file: Path) -> Path:
     return file
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_present(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: must hold JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
 def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -179,7 +180,7 @@ def _stored_weights(folder: Path) -> list[Path]:
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: those of the index, else the single file, else a complete set of shards."""
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{folder / INDEX_NAME}: must have a weight_map from tensor to file, got {weight_map!r}")
         names = sorted(set(weight_map.values()))

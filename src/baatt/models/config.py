@@ -72,8 +72,7 @@ class ModelConfig:
             check_positive_integer(name, getattr(self, name))
         check_positive_integer("n_kv_heads", self.kv_heads)
         check_positive_integer("embedding_size", self.logit_size)
-        for name in ("block_type", "layer_norm_type", "activation_type"):
-            _check_implemented(name, getattr(self, name))
+        check_implemented(vars(self), IMPLEMENTED)
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model must be a multiple of 2 * n_heads={2 * self.n_heads}, got {self.d_model}")
         if self.n_heads % self.kv_heads:
@@ -109,8 +108,7 @@ class ModelConfig:
             TypeError, ValueError: a key is missing, or asks for something that is not implemented.
         """
         values = resolve_rope_scaling(values)
-        for name in IMPLEMENTED.keys() & values.keys():
-            _check_implemented(name, values[name])
+        check_implemented(values, IMPLEMENTED)
         if values.get("include_bias") and values.get("bias_for_layer_norm") is None:
             raise ValueError("bias_for_layer_norm must be false when include_bias is true, got None")
         names = [field.name for field in dataclasses.fields(cls)]
@@ -131,18 +129,16 @@ class ModelConfig:
 
 
 def check_positive_integer(name: str, value: object) -> None:
-    """Refuse what is not a positive int.
-
-    Raises:
-        TypeError, ValueError: with the name, the requirement and what was given.
-    """
+    """Refuse what is not a positive int, with a TypeError or ValueError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
-def _check_implemented(name: str, value: object) -> None:
-    if value not in IMPLEMENTED[name]:
-        accepted = " or ".join(repr(choice) for choice in IMPLEMENTED[name])
-        raise ValueError(f"{name} must be {accepted} (nothing else is implemented), got {value!r}")
+def check_implemented(values: Mapping[str, Any], implemented: Mapping[str, tuple[object, ...]]) -> None:
+    """Refuse, with a ValueError, a key whose value is not one of those implemented; what is not there passes."""
+    for name in implemented.keys() & values.keys():
+        if values[name] not in implemented[name]:
+            accepted = " or ".join(repr(choice) for choice in implemented[name])
+            raise ValueError(f"{name} must be {accepted} (nothing else is implemented), got {values[name]!r}")

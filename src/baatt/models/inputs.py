@@ -1,7 +1,7 @@
 """What the forward of `MaskedDiffusionLM` refuses: tokens, masks and spans that do not fit one another or the cache.
 
-Reads shapes and dtypes only, never the values of a tensor, so that a check costs no wait for the device. Each message
-names the argument, what is required and what was given.
+Reads shapes and dtypes only, never the values of a tensor, so that a check costs no wait for the device. Each raises a
+ValueError or TypeError that names the argument, what is required and what was given.
 """
 
 import torch
@@ -11,11 +11,7 @@ from baatt.models.cache import KeyValueCache
 
 
 def check_part(input_ids: Tensor, cache: KeyValueCache | None, start: int, layers: int) -> None:
-    """Refuse tokens that are no batch of ids, or no part of the sequence that the cache holds.
-
-    Raises:
-        ValueError: with the argument, the requirement and what was given.
-    """
+    """Refuse tokens that are no batch of ids, or no part of the sequence that the cache holds."""
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids must be [B, N] int64, got {tuple(input_ids.shape)} {input_ids.dtype}")
     if cache is None:
@@ -29,11 +25,7 @@ def check_part(input_ids: Tensor, cache: KeyValueCache | None, start: int, layer
 
 
 def check_mask(attention_mask: Tensor | None, input_ids: Tensor, cache: KeyValueCache | None) -> None:
-    """Refuse a mask that is not one of the whole sequence.
-
-    Raises:
-        TypeError, ValueError: with the requirement and what was given.
-    """
+    """Refuse a mask that is not one of the whole sequence."""
     if attention_mask is None:
         return
     length = None if cache is None else cache.length
@@ -46,11 +38,7 @@ def check_mask(attention_mask: Tensor | None, input_ids: Tensor, cache: KeyValue
 
 
 def check_logits(first: int, stop: int | None, count: int) -> None:
-    """Refuse a span of logits outside of the given tokens.
-
-    Raises:
-        ValueError: with the requirement and what was given.
-    """
+    """Refuse a span of logits outside of the given tokens."""
     if not 0 <= first <= count:
         raise ValueError(f"logits_from must be in [0, N={count}], got {first}")
     if stop is not None and not first <= stop <= count:
