@@ -1,7 +1,7 @@
 """The GPU table of the README in one run: attention kernel and whole operator, verified, against dense and flex.
 
 `python benchmarks/gpu_bars.py --json FILE` goes through `CASES` and writes the file again after each, so that a killed
-run keeps what it has. One line per record. What is measured, and how, is `baatt.analysis.benchmark`.
+run keeps what it has. One line per record. What is measured, and how, is `baatt.lab.bench`.
 """
 
 import argparse
@@ -15,15 +15,13 @@ from pathlib import Path
 import torch
 from tables import RenderError, block, length_text, sizes_text, sparsity_text
 
-from baatt.analysis.benchmark import Case, Record, Shape, measure
-from baatt.analysis.plots import short_length
-from baatt.analysis.reports import start_report, store_report
-from baatt.analysis.verification import VerificationError
 from baatt.backend import IMPLS
 from baatt.config import BAAttConfig
+from baatt.lab.bench.benchmarks import measure, start_report
+from baatt.lab.bench.case import Case, Measurement, Shape
+from baatt.lab.bench.verification import VerificationError
 from baatt.lab.describe import order_name
-from baatt.lab.tables import Record as StoredRecord
-from baatt.lab.tables import error_of, gibibytes, percent, times
+from baatt.lab.tables import Record, error_of, gibibytes, percent, short_length, times
 
 AGAINST = ("cudnn", "flash", "flex")
 KERNEL = [(4096, 0.5), (32768, 0.0), (32768, 0.5), (32768, 0.9), (131072, 0.9)]
@@ -73,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def line(name: str, record: Record, seconds: float) -> str:
+def line(name: str, record: Measurement, seconds: float) -> str:
     """Everything that a bar asks for."""
     stages = ", ".join(f"{stage} {found:.3g}" for stage, found in record.stage_ms.items())
     share = "" if record.selection_share is None else f", not attention {record.selection_share:.1%}"
@@ -88,7 +86,7 @@ def line(name: str, record: Record, seconds: float) -> str:
     )
 
 
-def operator_table(record: StoredRecord) -> str:
+def operator_table(record: Record) -> str:
     """The operator against dense and block-sparse attention, a row per length and sparsity."""
     chosen = records_of(record, "operator")
     usual = sizes_text(chosen[0])
@@ -116,7 +114,7 @@ def operator_table(record: StoredRecord) -> str:
     return block(record, [*header, "error (limit)"], rows, caption)
 
 
-def compensation_table(record: StoredRecord) -> str:
+def compensation_table(record: Record) -> str:
     """By how much the operator is slower than with beta 0, a row per length and sparsity."""
     rows = [
         [length_text(one), str(one["shape"][1]), sparsity_text(one), f"{100 * one['compensation_cost']:+.1f} %"]
@@ -125,7 +123,7 @@ def compensation_table(record: StoredRecord) -> str:
     return block(record, ("length", "H", "sparsity", "slower by"), rows)
 
 
-def kernel_table(record: StoredRecord) -> str:
+def kernel_table(record: Record) -> str:
     """The attention kernel alone on random lists, a row per length, sparsity and D."""
     chosen, peak = records_of(record, "kernel"), record["matrix_peak_tflops"]
     rows = [
@@ -146,7 +144,7 @@ def kernel_table(record: StoredRecord) -> str:
     return block(record, ("length", "sparsity", "D", "TFLOP/s", "of the peak"), rows, caption)
 
 
-def records_of(record: StoredRecord, what: str) -> list[StoredRecord]:
+def records_of(record: Record, what: str) -> list[Record]:
     """The measurements of the operator or of its kernel."""
     chosen = [one for one in record["records"] if one["what"] == what]
     if not chosen:
@@ -159,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     first = CASES[arguments.cases[0]]
     command = shlex.join(["python", "benchmarks/gpu_bars.py", *(sys.argv[1:] if argv is None else argv)])
-    report = start_report(command, first.device, first.dtype)
-    sys.stdout.write(f"{report.device}: {report.matrix_peak_tflops:.0f} TFLOP/s, {report.memory_bandwidth:.3g} B/s\n")
+    report = start_report(command, first.device, first.dtype, arguments.json)
+    sys.stdout.write("{device}: {matrix_peak_tflops:.0f} TFLOP/s, {memory_bandwidth:.3g} B/s\n".format(**report.header))
     failures = 0
     for name in arguments.cases:
         case = CASES[name]
@@ -173,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failures += 1
             sys.stdout.write(f"{name}: FAILED, {type(error).__name__}: {error}\n")
             continue
-        report.records.append(record._asdict())
-        store_report(report, arguments.json)
+        report.add(record._asdict())
         sys.stdout.write(line(name, record, time.perf_counter() - started))
         sys.stdout.flush()
     return 1 if failures else 0

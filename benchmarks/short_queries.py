@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from tables import block, crossed
 
 from baatt import BAAttConfig, attend, ba_attention, make_plan
-from baatt.analysis.timing import captured, median_times
-from baatt.analysis.verification import require_verified, verify
+from baatt.lab.bench.timing import captured, median_times
+from baatt.lab.bench.verification import require_verified, verify
 from baatt.lab.records import RecordFile, provenance
 from baatt.lab.tables import Record, percent, short_length, times
 

@@ -21,15 +21,14 @@ import torch.distributed as dist
 from tables import block, length_text, sizes_text, sparsity_text
 from torch import Tensor
 
-from baatt.analysis.baselines import Inputs
-from baatt.analysis.benchmark import Case, Shape, make_inputs, resolve
-from baatt.analysis.reports import start_report, store_json
-from baatt.analysis.timing import SLEEP_CYCLES, synchronise
-from baatt.analysis.verification import VerificationError, require_verified, verify
 from baatt.attention import ba_attention, make_plan
 from baatt.backend import IMPLS
 from baatt.config import BAAttConfig
 from baatt.distributed import ulysses_attention
+from baatt.lab.bench.benchmarks import start_report
+from baatt.lab.bench.case import Case, Inputs, Shape, make_inputs, resolve
+from baatt.lab.bench.timing import SLEEP_CYCLES, synchronise
+from baatt.lab.bench.verification import VerificationError, require_verified, verify
 from baatt.lab.tables import Record, error_of
 
 ROUNDS = 15
@@ -52,7 +51,7 @@ class UlyssesRecord(NamedTuple):
     exchange_share: of ulysses_ms. speedup: single_ms / ulysses_ms; efficiency: that by the number of GPUs.
     sent_bytes: that one GPU sends to others in a call. sent_bytes_per_second: sent_bytes / all_to_all_ms.
     bit_equal: every part equals that of one GPU bit for bit; error, error_limit: of all parts against float64 with the
-    mask that one GPU chose, see `baatt.analysis.verification`; verified_blocks: [compared, all].
+    mask that one GPU chose, see `baatt.lab.bench.verification`; verified_blocks: [compared, all].
     """
 
     impl: str
@@ -312,13 +311,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["benchmarks/ulysses.py", *(sys.argv[1:] if argv is None else argv)])
     report = None
     if place.rank == 0:
-        report = start_report(
-            f"torchrun --nproc-per-node {place.size} {command}", place.device, getattr(torch, arguments.dtype)
-        )
-        versions = dict(report.versions)
+        command = f"torchrun --nproc-per-node {place.size} {command}"
+        report = start_report(command, place.device, getattr(torch, arguments.dtype), arguments.json)
         if place.device.type == "cuda":
-            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        report = report._replace(device=f"{place.size} x {report.device}", versions=versions)
+            report.header["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        report.header["device"] = f"{place.size} x {report.header['device']}"
+        report.header = {"study": "ulysses", "backend": dist.get_backend(), **report.header}
     failures = 0
     for case in cases(arguments, place.device):
         if place.device.type == "cuda":
@@ -330,8 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"FAILED: {error}\n" if place.rank == 0 else "")
             continue
         if report is not None:
-            report.records.append(record._asdict())
-            store_json({"study": "ulysses", "backend": dist.get_backend(), **report._asdict()}, arguments.json)
+            report.add(record._asdict())
             sys.stdout.write(line(record))
             sys.stdout.flush()
     dist.barrier()

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from baatt import BAAttConfig
-from baatt.analysis import timing
-from baatt.analysis.benchmark import Case, Shape
+from baatt.lab.bench import timing
+from baatt.lab.bench.case import Case, Shape
 
 PATH = Path(__file__).resolve().parents[1] / "benchmarks/gpu_bars.py"
 
 
 @pytest.fixture
 def bars(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("gpu_bars", PATH)
     assert spec is not None
     assert spec.loader is not None
@@ -44,8 +45,10 @@ def test_a_failing_case_leaves_the_others(bars, monkeypatch, tmp_path, capsys):
     cpu, shape = torch.device("cpu"), Shape(1, 2, 2, 100, 16)
     good = Case("operator", shape, config, torch.float32, cpu, against=("dense", "flex"))
     monkeypatch.setattr(bars, "CASES", {"bad": good._replace(device=torch.device("meta")), "good": good})
-    monkeypatch.setattr(bars, "start_report", lambda command, *_: real(command, cpu, torch.float32))
-    from baatt.analysis.reports import start_report as real
+    monkeypatch.setattr(
+        bars, "start_report", lambda command, device, dtype, path: real(command, cpu, torch.float32, path)
+    )
+    from baatt.lab.bench.benchmarks import start_report as real
 
     path = tmp_path / "bars.json"
     assert bars.main(["--json", str(path), "--impl", "cpu", "--cases", "bad,good", "--no-flex"]) == 1

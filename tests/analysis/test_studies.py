@@ -9,7 +9,7 @@ from baatt.analysis.capture import Capture, Heads
 from baatt.analysis.error import output_error
 from baatt.analysis.oracle import block_mass, kept_mass
 from baatt.analysis.studies import POINTS, measure_bound, measure_recall
-from baatt.analysis.study_plots import draw_bound, draw_recall
+from baatt.lab.plots import draw_bound, draw_recall
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from baatt.attention import make_plan
 from baatt.cli.main import main
 
 TOKENS, SIZE = 520, 32
-ORDERS = {"unsorted": ("none", None), "qk sorted in segments of 128": ("qk", 128)}
+ORDERS = {"unsorted": ("none", None), "qk in 128": ("qk", 128)}
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def test_recall_and_bound(captured, tmp_path, capsys):
     assert stored["command"].startswith("baatt analyze recall")
     assert {"commit", "device", "versions", "about"} <= stored.keys()
     assert len(stored["records"]) == 2 * 2 * 2 * 2
-    assert "k sorted in segments of 64" in capsys.readouterr().out
+    assert "k in 64" in capsys.readouterr().out
     files = ["--json", str(tmp_path / "bound.json"), "--plot", str(tmp_path / "bound.png")]
     assert main(["analyze", "bound", str(captured), *sizes, *files]) == 0
     assert [one["sort"] for one in json.loads((tmp_path / "bound.json").read_text())["records"]] == ["none", "k"]
@@ -46,7 +46,7 @@ def test_layers(captured, tmp_path, capsys):
     assert main(["analyze", "layers", str(captured), "--block-size", "16", "--segment", "64", "--json", str(path)]) == 0
     records = json.loads(path.read_text())["records"]
     assert [(one["layer"], one["sort"]) for one in records] == [(1, "none"), (1, "k"), (5, "none"), (5, "k")]
-    assert "k sorted in segments of 64" in capsys.readouterr().out
+    assert "k in 64" in capsys.readouterr().out
 
 
 def test_maps(captured, tmp_path):

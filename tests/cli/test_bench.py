@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from baatt.analysis import benchmark, timing
-from baatt.analysis.benchmark import Record
-from baatt.analysis.reports import Report
 from baatt.cli import bench
 from baatt.cli.main import main
+from baatt.lab.bench import operator, timing
+from baatt.lab.bench.benchmarks import REPORT
+from baatt.lab.bench.case import Measurement
 
 TINY = ["bench", "--device", "cpu", "--shape", "1x2x300x16", "--block-size", "16", "--segment", "64"]
 
@@ -43,12 +43,12 @@ def test_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert expected in printed
     assert "flash refused: it needs a GPU, got device 'cpu'" in printed
     stored = json.loads(path.read_text())
-    assert set(stored) == set(Report._fields)
+    assert set(stored) == {*REPORT, "records"}
     assert stored["command"].startswith("baatt bench --device cpu --shape 1x2x300x16")
     assert stored["matrix_peak_dtype"] == "float32"
     assert [one["sparsity"] for one in stored["records"]] == [0.5, 0.75]
     for one in stored["records"]:
-        assert set(one) == set(Record._fields)
+        assert set(one) == set(Measurement._fields)
         assert one["config"]["segment"] == 64
         assert list(one["speedup"]) == ["dense"]
 
@@ -66,13 +66,13 @@ def test_several_shapes_and_kernel(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_no_speed_up_without_verification(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    path, right = tmp_path / "bench.json", benchmark.ba_attention
+    path, right = tmp_path / "bench.json", operator.ba_attention
 
     def wrong(q, k, v, config, **options):
         out = right(q, k, v, config, **options)
         return out if config.sparsity == 0.5 else 1.5 * out
 
-    monkeypatch.setattr(benchmark, "ba_attention", wrong)
+    monkeypatch.setattr(operator, "ba_attention", wrong)
     assert main([*TINY, "--sparsity", "0.75", "--json", str(path)]) == 2
     captured = capsys.readouterr()
     assert "speed-up over" not in captured.out

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from baatt.lab.records import written_at_once
+
 FORMAT = "baatt-capture-1"
 
 
@@ -101,9 +103,8 @@ def save_capture(recorded: Capture, path: Path) -> None:
         for name, x in heads._asdict().items()
     }
     metadata = {"format": FORMAT, "scale": repr(recorded.scale), "about": json.dumps(dict(recorded.about))}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)
+    with written_at_once(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def load_capture(path: Path, layers: Sequence[int] | None = None) -> Capture:

@@ -1,7 +1,7 @@
 """Attention maps before and after sorting, with the kept blocks outlined (the paper's Fig. 5).
 
 In: q and k of one layer and head. Out: cell averages of the dense attention map in a given token order, and a PNG.
-Computed over slabs of query rows, so the whole map is never stored. matplotlib is imported only to draw.
+Computed over slabs of query rows, so the whole map is never stored.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from baatt.analysis.oracle import run_means
+from baatt.lab.plots import picture
 from baatt.plan import Plan
 
 CELLS = 256
@@ -61,45 +62,23 @@ def draw_maps(panels: list[Panel], head: int, caption: str, path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing (`pip install baatt[plots]`).
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+    with picture(path, caption, 1, len(panels), (7.2 * len(panels), 7.6)) as axes:
         from matplotlib.collections import PatchCollection
         from matplotlib.colors import LogNorm
         from matplotlib.patches import Rectangle
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'baatt[plots]'") from error
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(7.2 * len(panels), 7.6), layout="constrained")
-    norm = LogNorm(vmin=0.03, vmax=max(float(panel.mass.max()) for panel in panels))
-    image = None
-    for axis, panel in zip(axes, panels, strict=True):
-        plan, size = panel.plan, panel.plan.config.block_size
-        tokens = plan.query_order.index.shape[-1], int(plan.key_order.length[0])
-        image = axis.imshow(
-            panel.mass.numpy(), norm=norm, cmap="magma", interpolation="nearest", extent=(0, tokens[1], tokens[0], 0)
-        )
-        kept = plan.selection.index[0, head].tolist()
-        boxes = [
-            Rectangle(
-                (block * size, row * size),
-                min(size, tokens[1] - block * size),
-                min(size, tokens[0] - row * size),
-            )
-            for row, blocks in enumerate(kept)
-            for block in blocks[: int(plan.selection.count[0, head, row])]
-        ]
-        axis.add_collection(PatchCollection(boxes, facecolor="none", edgecolor="#35d0ff", linewidth=0.4, alpha=0.8))
-        axis.set(
-            title=panel.title,
-            xlabel="keys (in this order)",
-            ylabel="queries (in this order)",
-            xlim=(0, tokens[1]),
-            ylim=(tokens[0], 0),
-        )
-    if image is not None:
-        figure.colorbar(image, ax=axes, shrink=0.75, label="attention / uniform attention")
-    figure.suptitle(caption, fontsize=11)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+
+        norm = LogNorm(vmin=0.03, vmax=max(float(panel.mass.max()) for panel in panels))
+        for axis, panel in zip(axes[0], panels, strict=True):
+            plan, size = panel.plan, panel.plan.config.block_size
+            rows, columns = plan.query_order.index.shape[-1], int(plan.key_order.length[0])
+            extent = (0, columns, rows, 0)
+            image = axis.imshow(panel.mass.numpy(), norm=norm, cmap="magma", interpolation="nearest", extent=extent)
+            boxes = [
+                Rectangle((block * size, row * size), min(size, columns - block * size), min(size, rows - row * size))
+                for row, blocks in enumerate(plan.selection.index[0, head].tolist())
+                for block in blocks[: int(plan.selection.count[0, head, row])]
+            ]
+            axis.add_collection(PatchCollection(boxes, facecolor="none", edgecolor="#35d0ff", linewidth=0.4, alpha=0.8))
+            axis.set(title=panel.title, xlabel="keys (in this order)", ylabel="queries (in this order)")
+            axis.set(xlim=(0, columns), ylim=(rows, 0))
+        axes[0][0].figure.colorbar(image, ax=axes[0], shrink=0.75, label="attention / uniform attention")

@@ -19,10 +19,8 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from baatt.analysis.capture import Recorder
-from baatt.analysis.reports import commit_here, device_name, versions_here
 from baatt.analysis.rivals import RIVALS, rival_attention
 from baatt.analysis.studies import measure_recall
-from baatt.analysis.study_plots import draw_ablation, score_name
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
     add_model_options,
@@ -38,8 +36,11 @@ from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
 from baatt.evaluation.retrieval import Answer, SamplePool, answer
 from baatt.evaluation.ruler_answers import replace_sparse
+from baatt.lab.describe import score_name
 from baatt.lab.loading import check_memory
 from baatt.lab.options import read_dials
+from baatt.lab.plots import draw_accuracy
+from baatt.lab.records import commit_here, device_name, versions_here
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.tasks import OFFLINE_TASKS
@@ -146,7 +147,7 @@ def draw_stored(arguments: argparse.Namespace) -> None:
 def draw(header: Mapping[str, Any], records: list[dict[str, Any]], path: Path) -> None:
     """Accuracy over sparsity."""
     dense = ", ".join(map(str, header["dense_layers"])) or "none"
-    draw_ablation(records, f"{header['model']}, {header['count']} samples a cell, dense layers: {dense}", path)
+    draw_accuracy(records, f"{header['model']}, {header['count']} samples a cell, dense layers: {dense}", path)
     Console().print(f"Picture: {path}", soft_wrap=True)
 
 

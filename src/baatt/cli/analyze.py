@@ -6,23 +6,22 @@ any model. The first two print a table and can store JSON and a picture, `maps` 
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from baatt.analysis.capture import Capture, Recorder, load_capture, save_capture
 from baatt.analysis.layers import measure_layers
 from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
 from baatt.analysis.maps_page import maps_page
-from baatt.analysis.reports import commit_here, device_name, store_json, versions_here
 from baatt.analysis.rivals import RIVALS
 from baatt.analysis.studies import measure_bound, measure_recall
-from baatt.analysis.study_plots import draw_bound, draw_recall, order_name
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
@@ -35,9 +34,27 @@ from baatt.cli.options import (
 )
 from baatt.cli.readers import open_reader
 from baatt.config import PRESETS, BAAttConfig
+from baatt.lab.describe import order_name
 from baatt.lab.options import given, variants
+from baatt.lab.plots import draw_bound, draw_recall
+from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.tasks import draw_samples
+from baatt.lab.tables import Record, Table, percent, pivot
+
+
+class Study(NamedTuple):
+    """An action on a capture.
+
+    summary, title: in the help, and above the tables. measure: capture, configs, arguments, progress -> records.
+    tables: of the stored records. draw: records, caption, path -> a PNG; None where there is nothing to draw.
+    """
+
+    summary: str
+    title: str
+    measure: Callable[[Capture, Sequence[BAAttConfig], argparse.Namespace, Callable[[], None]], Sequence[Any]]
+    tables: Callable[[Sequence[Record]], list[Table]]
+    draw: Callable[[Sequence[Record], str, Path], None] | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,27 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(capture)
 
-    recall = _add_action(
-        actions, "recall", "How much attention mass each score keeps at equal budgets, beside the oracle.", run_recall
-    )
-    _add_study_options(recall, {"sparsity": (0.3, 0.5, 0.7, 0.9), "beta": None}, ["score"])
-    recall.add_argument(
+    studies = {name: _add_action(actions, name, study.summary, run_study) for name, study in STUDIES.items()}
+    _add_study_options(studies["recall"], {"sparsity": (0.3, 0.5, 0.7, 0.9), "beta": None}, ["score"])
+    studies["recall"].add_argument(
         "--scores", type=names_of(RIVALS), default=list(RIVALS), help=f"by commas (default: {','.join(RIVALS)})"
     )
-    recall.add_argument("--no-outputs", action="store_true", help="skip the error of the output, which takes longest")
+    studies["recall"].add_argument(
+        "--no-outputs", action="store_true", help="skip the error of the output, which takes longest"
+    )
+    for name in ("bound", "layers"):
+        _add_study_options(studies[name], {}, ["sparsity", "score", "beta"])
 
     maps = _add_action(actions, "maps", "Attention before and after sorting, kept blocks outlined (Fig. 5).", run_maps)
     _add_study_options(maps, {}, [])
     maps.add_argument("--head", type=int, help="query head of --plot (default: the one with most structure)")
     maps.add_argument("--html", type=Path, help="page of all layers and heads, one file for any browser")
-
-    bound = _add_action(actions, "bound", "The error bound U against the true deviation (E9, Fig. 2).", run_bound)
-    _add_study_options(bound, {}, ["sparsity", "score", "beta"])
-
-    layers = _add_action(
-        actions, "layers", "What an order does to each layer: norms, width of blocks, spread of attention.", run_layers
-    )
-    _add_study_options(layers, {}, ["sparsity", "score", "beta"])
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -119,62 +130,67 @@ def run_capture(arguments: argparse.Namespace) -> None:
     )
 
 
-def run_recall(arguments: argparse.Namespace) -> None:
-    """Table, JSON and picture of the recalls."""
-    scores, found = arguments.scores, _configs(arguments)
-    sparsities = list(dict.fromkeys(config.sparsity for config in found))
-    configs = list(dict.fromkeys(dataclasses.replace(config, sparsity=sparsities[0]) for config in found))
-    recorded = _read(arguments)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        step = _stepper(bar, len(recorded.layers) * len(configs))
-        records = measure_recall(recorded, configs, sparsities, scores, outputs=not arguments.no_outputs, progress=step)
-    whole = {(one.sort, one.segment, one.beta, one.sparsity, one.score): one for one in records if one.layer is None}
-    console = Console()
-    console.print(f"{_title(recorded)}: attention mass kept, mean (5th percentile)", soft_wrap=True)
-    for config in configs:
-        table = Table("sparsity", title=f"{order_name(config.sort, config.segment)}, beta {config.beta:g}")
-        for sparsity in sparsities:
-            table.add_column(f"{sparsity:g}", justify="right")
-        for score in scores:
-            row = [whole[config.sort, config.segment, config.beta, sparsity, score] for sparsity in sparsities]
-            table.add_row(score, *(f"{one.recall_mean:.3f} ({one.recall_p5:.3f})" for one in row))
-        console.print(table)
-    _finish(arguments, recorded, "recall", [one._asdict() for one in records], draw_recall)
+def _measure_recall(
+    capture: Capture, configs: Sequence[BAAttConfig], arguments: argparse.Namespace, step: Callable[[], None]
+) -> Sequence[Any]:
+    sparsities = list(dict.fromkeys(config.sparsity for config in configs))
+    orders = list(dict.fromkeys(dataclasses.replace(config, sparsity=sparsities[0]) for config in configs))
+    outputs = not arguments.no_outputs
+    return measure_recall(capture, orders, sparsities, arguments.scores, outputs=outputs, progress=step)
 
 
-def run_bound(arguments: argparse.Namespace) -> None:
-    """Table, JSON and picture of the bound."""
+def run_study(arguments: argparse.Namespace) -> None:
+    """Tables, JSON and picture of a study."""
+    study = STUDIES[arguments.action]
+    if arguments.plot is not None and study.draw is None:
+        raise UsageError(f"--plot has nothing to draw here: {arguments.action} are a table")
     configs = _configs(arguments)
-    recorded = _read(arguments)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        records = measure_bound(recorded, configs, _stepper(bar, len(recorded.layers) * len(configs)))
-    console = Console()
-    console.print(f"{_title(recorded)}: the bound U (E9) against the deviation of logits", soft_wrap=True)
-    columns = {
-        "R, largest": "correlation_largest", "R, mean": "correlation_mean", "mean U": "bound_mean",
-        "mean largest": "largest_mean", "mean deviation": "deviation_mean",
-    }  # fmt: skip
-    _print_layers(console, configs, records, columns)
-    _finish(arguments, recorded, "bound", [one._asdict() for one in records], draw_bound)
+    recorded, header = _read(arguments)
+    with _progress(len(recorded.layers) * len({order_name(vars(one)) for one in configs})) as step:
+        records = [one._asdict() for one in study.measure(recorded, configs, arguments, step)]
+    console = Console(soft_wrap=True)
+    console.print(f"{_title(recorded)}: {study.title}")
+    for table in study.tables(records):
+        console.print(table.rich())
+    if arguments.json is not None:
+        write_json({"study": arguments.action, **header, "records": records}, arguments.json)
+        console.print(f"Records: {arguments.json}")
+    if arguments.plot is not None and study.draw is not None:
+        study.draw(records, _title(recorded), arguments.plot)
+        console.print(f"Picture: {arguments.plot}")
 
 
-def run_layers(arguments: argparse.Namespace) -> None:
-    """A table per order, and JSON."""
-    if arguments.plot is not None:
-        raise UsageError("--plot has nothing to draw here: layers are a table")
-    configs = _configs(arguments)
-    recorded = _read(arguments)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        records = measure_layers(recorded, configs, _stepper(bar, len(recorded.layers) * len(configs)))
-    console = Console()
-    console.print(f"{_title(recorded)}: what an order does to each layer", soft_wrap=True)
-    columns = {
-        "norms of q vary": "query_norm_variation", "norms of k vary": "key_norm_variation",
-        "radius of q blocks": "query_radius", "radius of k blocks": "key_radius",
-        "blocks for 90 %": "blocks_for_most", "on diagonal": "on_diagonal",
-    }  # fmt: skip
-    _print_layers(console, configs, records, columns)
-    _finish(arguments, recorded, "layers", [one._asdict() for one in records], None)
+def recall_tables(records: Sequence[Record]) -> list[Table]:
+    """A table per order and beta: a row per score, a column per sparsity."""
+    tables: dict[str, list[Record]] = {}
+    for one in (one for one in records if one["layer"] is None):
+        tables.setdefault(f"{order_name(one)}, beta {one['beta']:g}", []).append(one)
+    found = []
+    for title, whole in tables.items():
+        grid = pivot(whole, lambda one: one["score"], lambda one: one["sparsity"])
+        rows = [
+            (score, *(f"{one['recall_mean']:.3f} ({one['recall_p5']:.3f})" for one in row.values()))
+            for score, row in grid.items()
+        ]
+        sparsities = dict.fromkeys(one["sparsity"] for one in whole)
+        found.append(Table(("sparsity", *(f"{sparsity:g}" for sparsity in sparsities)), rows, title=title))
+    return found
+
+
+def layer_tables(records: Sequence[Record], columns: Mapping[str, str]) -> list[Table]:
+    """A table per order with a row per layer; columns: title -> field of the records."""
+    return [
+        Table(
+            ("layer", *columns),
+            [
+                (str(one["layer"]), *(f"{one[field]:.3g}" for field in columns.values()))
+                for one in records
+                if order_name(one) == order
+            ],
+            title=order,
+        )
+        for order in dict.fromkeys(map(order_name, records))
+    ]
 
 
 def run_maps(arguments: argparse.Namespace) -> None:
@@ -185,14 +201,13 @@ def run_maps(arguments: argparse.Namespace) -> None:
         raise UsageError("--json has nothing to hold here: maps are a picture")
     check_files(arguments, "html")
     configs = _configs(arguments)
-    recorded = _read(arguments)
+    recorded, _ = _read(arguments)
     if arguments.plot is not None:
         _draw_one_head(arguments, recorded, configs)
     if arguments.html is not None:
-        title = f"{_title(recorded)}, sparsity {100 * configs[0].sparsity:g} %"
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            step = _stepper(bar, len(recorded.layers) * len(configs))
-            page = maps_page(recorded, configs, lambda one: order_name(one.sort, one.segment), title, step)
+        title = f"{_title(recorded)}, sparsity {percent(configs[0].sparsity)}"
+        with _progress(len(recorded.layers) * len(configs)) as step:
+            page = maps_page(recorded, configs, lambda one: order_name(vars(one)), title, step)
         arguments.html.write_text(page, encoding="utf-8")
         Console().print(f"Page: {arguments.html}, open it in a browser", soft_wrap=True)
 
@@ -206,28 +221,12 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     if not 0 <= head < heads.q.shape[1]:
         raise UsageError(f"--head must be from 0 to {heads.q.shape[1] - 1}, got {head}")
     panels = [
-        Panel(
-            attention_cells(heads.q, heads.k, plan, head).cpu(), plan, order_name(plan.config.sort, plan.config.segment)
-        )
+        Panel(attention_cells(heads.q, heads.k, plan, head).cpu(), plan, order_name(vars(plan.config)))
         for plan in plans
     ]
-    caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {100 * configs[0].sparsity:g} % sparsity"
+    caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {percent(configs[0].sparsity)} sparsity"
     draw_maps(panels, head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
-
-
-def _print_layers(
-    console: Console, configs: Sequence[BAAttConfig], records: Sequence[Any], columns: dict[str, str]
-) -> None:
-    """A table per order with a row per layer; columns: title -> field of the records."""
-    for config in configs:
-        table = Table("layer", title=order_name(config.sort, config.segment))
-        for name in columns:
-            table.add_column(name, justify="right")
-        for one in records:
-            if (one.sort, one.segment) == (config.sort, config.segment):
-                table.add_row(str(one.layer), *(f"{getattr(one, field):.3g}" for field in columns.values()))
-        console.print(table)
 
 
 def _add_action(
@@ -259,18 +258,21 @@ def _configs(arguments: argparse.Namespace) -> list[BAAttConfig]:
     return list(dict.fromkeys(dataclasses.replace(one, segment=None) if one.sort == "none" else one for one in found))
 
 
-def _read(arguments: argparse.Namespace) -> Capture:
+def _read(arguments: argparse.Namespace) -> tuple[Capture, dict[str, Any]]:
+    """The capture on the chosen device, and how to repeat what is about to run."""
     check_files(arguments, "json", pictures=("plot",))
-    arguments.commit = commit_here()  # of what is about to run
     device = read_device(arguments.device)
     recorded = load_capture(arguments.capture, arguments.layers)
     moved = {layer: type(heads)(*(x.to(device) for x in heads)) for layer, heads in recorded.layers.items()}
-    return recorded._replace(layers=moved)
+    return recorded._replace(layers=moved), provenance(arguments.command, device) | {"about": dict(recorded.about)}
 
 
-def _stepper(bar: Progress, total: int) -> Callable[[], None]:
-    task = bar.add_task("layers and orders", total=total)
-    return lambda: bar.advance(task)
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar; call what it gives after each layer and order."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("layers and orders", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _title(recorded: Capture) -> str:
@@ -279,22 +281,31 @@ def _title(recorded: Capture) -> str:
     return f"{name}, layers {', '.join(map(str, recorded.layers))}, {first.q.shape[2]} queries, {first.k.shape[2]} keys"
 
 
-def _finish(
-    arguments: argparse.Namespace,
-    recorded: Capture,
-    study: str,
-    records: list[dict[str, Any]],
-    draw: Callable[[list[dict[str, Any]], str, Path], None] | None,
-) -> None:
-    device = torch.device(arguments.device)
-    stored = {
-        "study": study, "command": arguments.command, "commit": arguments.commit, "device": device_name(device),
-        "versions": versions_here(device), "about": dict(recorded.about), "records": records,
-    }  # fmt: skip
-    console = Console()
-    if arguments.json is not None:
-        store_json(stored, arguments.json)
-        console.print(f"Records: {arguments.json}", soft_wrap=True)
-    if arguments.plot is not None and draw is not None:
-        draw(records, _title(recorded), arguments.plot)
-        console.print(f"Picture: {arguments.plot}", soft_wrap=True)
+#: Every action that measures something on a capture. A new one is a function that measures and an entry.
+STUDIES = {
+    "recall": Study(
+        "How much attention mass each score keeps at equal budgets, beside the oracle.",
+        "attention mass kept, mean (5th percentile)",
+        _measure_recall, recall_tables, draw_recall,
+    ),
+    "bound": Study(
+        "The error bound U against the true deviation (E9, Fig. 2).",
+        "the bound U (E9) against the deviation of logits",
+        lambda capture, configs, _, step: measure_bound(capture, configs, step),
+        partial(layer_tables, columns={
+            "R, largest": "correlation_largest", "R, mean": "correlation_mean", "mean U": "bound_mean",
+            "mean largest": "largest_mean", "mean deviation": "deviation_mean",
+        }),
+        draw_bound,
+    ),
+    "layers": Study(
+        "What an order does to each layer: norms, width of blocks, spread of attention.",
+        "what an order does to each layer",
+        lambda capture, configs, _, step: measure_layers(capture, configs, step),
+        partial(layer_tables, columns={
+            "norms of q vary": "query_norm_variation", "norms of k vary": "key_norm_variation",
+            "radius of q blocks": "query_radius", "radius of k blocks": "key_radius",
+            "blocks for 90 %": "blocks_for_most", "on diagonal": "on_diagonal",
+        }),
+    ),
+}  # fmt: skip

@@ -6,30 +6,23 @@ Prints a table per shape and can store a JSON file; `--sweep` goes through lengt
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from baatt.analysis.baselines import BASELINES
-from baatt.analysis.benchmark import (
-    WHAT,
-    Case,
-    Record,
-    Shape,
-    estimated_bytes,
-    measure,
-    resolve,
-    static_refusals,
-)
-from baatt.analysis.plots import draw_report, short_length
-from baatt.analysis.reports import Report, load_report, start_report, store_report
-from baatt.analysis.verification import VerificationError
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_sparse_options, check_files, lengths, names_of, read_configs, read_device
+from baatt.cli.options import add_sparse_options, at_least, check_files, lengths, names_of, read_configs, read_device
+from baatt.lab.bench.baselines import BASELINES, static_refusals
+from baatt.lab.bench.benchmarks import BENCHMARKS, REPORT, measure, start_report
+from baatt.lab.bench.case import Case, Measurement, Shape, estimated_bytes, resolve
+from baatt.lab.bench.roofline import draw_report
+from baatt.lab.bench.verification import VerificationError
 from baatt.lab.loading import DTYPES, check_bytes
+from baatt.lab.records import RecordFile, load_records, short_commit
+from baatt.lab.tables import Table, error_of, figures, gibibytes, mebibytes, percent, short_length, times
 
 DEFAULT_SHAPE = {"cuda": "1x32x32768x128", "cpu": "1x8x4096x64"}
 DEFAULT_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
@@ -38,7 +31,7 @@ LENGTHS = {"cuda": "4K,8K,16K,32K,64K,128K,256K", "cpu": "1K,2K,4K,8K,16K"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, against what, and where the results go."""
-    parser.add_argument("--what", choices=WHAT, default="operator", help="the whole call, or its attention alone")
+    parser.add_argument("--what", choices=list(BENCHMARKS), default="operator", help="(default: operator)")
     parser.add_argument("--shape", help="BxHxNxD, several by commas (default: 1x32x32768x128 on a GPU, 1x8x4096x64)")
     parser.add_argument("--heads-kv", type=int, help="G, key and value heads, dividing H (default: H)")
     parser.add_argument(
@@ -47,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="(default: bfloat16 on a GPU, float32 on the CPU)")
+    parser.add_argument("--threads", type=at_least(1), help="of the CPU (default: as PyTorch finds)")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
     add_sparse_options(parser, many={"sparsity": (0.5, 0.9)}, dense_layers=False)
     parser.add_argument("--json", type=Path, help="file for the records")
@@ -62,12 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draw, tell, or measure."""
-    console = Console()
-    if (arguments.sweep and not arguments.no_plot and not arguments.dry_run) or arguments.draw:
+    console = Console(soft_wrap=True, highlight=False)
+    drawn = arguments.sweep and not arguments.no_plot
+    if (drawn and not arguments.dry_run) or arguments.draw:
         check_files(arguments, pictures=("plot",))
     if arguments.draw:
-        draw_report(load_report(arguments.draw), arguments.plot)
-        console.print(f"Picture: {arguments.plot}", soft_wrap=True)
+        draw(console, load_records(arguments.draw, (*REPORT, "records"), "`baatt bench`"), arguments.plot)
         return
     cases = read_cases(arguments)
     if arguments.dry_run:
@@ -75,41 +69,49 @@ def run(arguments: argparse.Namespace) -> None:
         return
     check_files(arguments, "json")
     check_run(cases)
-    first = cases[0]
-    report = start_report(arguments.command, first.device, first.dtype)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    report = start_report(arguments.command, cases[0].device, cases[0].dtype, arguments.json)
     console.print(
-        f"{report.device}, commit {report.commit or 'unknown'}: {report.matrix_peak_dtype} matrix product "
-        f"{report.matrix_peak_tflops:,.3g} TFLOP/s, memory {report.memory_bandwidth / 1e9:,.0f} GB/s",
-        soft_wrap=True, highlight=False,
-    )  # fmt: skip
-    measure_all(console, cases, report, arguments.json)
-    if arguments.sweep and not arguments.no_plot:
-        draw_report(report._asdict(), arguments.plot)
-        console.print(f"Picture: {arguments.plot}", soft_wrap=True)
+        "{device}, commit {commit}: {matrix_peak_dtype} matrix product {matrix_peak_tflops:,.3g} TFLOP/s, memory "
+        "{gigabytes:,.0f} GB/s".format(
+            **report.header | {"commit": short_commit(report.header["commit"])},
+            gigabytes=report.header["memory_bandwidth"] / 1e9,
+        )
+    )
+    measure_all(console, cases, report)
+    if drawn:
+        draw(console, report.content, arguments.plot)
 
 
-def measure_all(console: Console, cases: Sequence[Case], report: Report, path: Path | None) -> None:
+def draw(console: Console, report: Mapping[str, Any], path: Path) -> None:
+    """The picture of a report."""
+    draw_report(report, path)
+    console.print(f"Picture: {path}")
+
+
+def measure_all(console: Console, cases: Sequence[Case], report: RecordFile) -> None:
     """Measure case by case, store after each, print a table per shape.
 
     Raises:
         UsageError: an output out of budget, a kernel that refuses, or memory that does not suffice.
     """
     for _, group in itertools.groupby(cases, key=lambda case: case.shape):
-        records: list[Record] = []
+        found: list[Measurement] = []
         try:
             for case in group:
                 with console.status(f"{case.what} {case.shape}, sparsity {case.config.sparsity:g}"):
-                    records.append(measure(case))
-                report.records.append(records[-1]._asdict())
-                if path is not None:
-                    store_report(report, path)
+                    found.append(measure(case))
+                report.add(found[-1]._asdict())
         except torch.OutOfMemoryError as error:
             raise UsageError(f"{case.shape} does not fit into memory: {error}") from error
         except VerificationError as error:
             raise UsageError(str(error)) from error
         finally:
-            if records:
-                show(console, records)
+            if found:
+                console.print(table(found).rich())
+                for line in dict.fromkeys(line for one in found for line in remarks(one)):
+                    console.print(line, markup=False)
 
 
 def read_cases(arguments: argparse.Namespace) -> list[Case]:
@@ -149,7 +151,7 @@ def read_against(names: list[str] | None, what: str) -> tuple[str, ...]:
     """Names of baselines."""
     if names is None:
         return ("dense",) if what == "operator" else ()
-    if names and what == "kernel":
+    if names and what != "operator":
         raise UsageError(f"--against applies to --what operator only: random lists have no baseline, got {names}")
     return tuple(names)
 
@@ -168,65 +170,59 @@ def check_run(cases: Sequence[Case]) -> None:
 def tell(console: Console, cases: Sequence[Case]) -> None:
     """What would be run."""
     first = cases[0]
-    title = f"{len(cases)} cases on {first.device.type}, {str(first.dtype).removeprefix('torch.')}: nothing was run"
-    out = Table("what", "shape", "sparsity", "impl", "memory, about", title=title, title_justify="left")
     unavailable = first.device.type == "cuda" and not torch.cuda.is_available()
-    for case in cases:
-        impl = case.impl if unavailable else _resolved(case)
-        memory = f"{estimated_bytes(case) / 2**30:.2f} GiB"
-        out.add_row(case.what, str(case.shape), f"{case.config.sparsity:g}", impl, memory)
-    console.print(out)
-    console.print(f"Against: {', '.join(first.against) or 'none'}", highlight=False)
+
+    def resolved(case: Case) -> str:
+        try:
+            return case.impl if unavailable else resolve(case).name
+        except RuntimeError as error:
+            return f"refused: {error}"
+
+    rows = [
+        (case.what, str(case.shape), f"{case.config.sparsity:g}", resolved(case), gibibytes(estimated_bytes(case)))
+        for case in cases
+    ]
+    title = f"{len(cases)} cases on {first.device.type}, {str(first.dtype).removeprefix('torch.')}: nothing was run"
+    console.print(Table(("what", "shape", "sparsity", "impl", "memory, about"), rows, title=title).rich())
+    console.print(f"Against: {', '.join(first.against) or 'none'}")
     if unavailable:
-        console.print(
-            "No GPU here to ask: what impl resolves to, or whether it is refused, is decided there.", soft_wrap=True
-        )
+        console.print("No GPU here to ask: what impl resolves to, or whether it is refused, is decided there.")
     for name, reason in static_refusals(first).items():
-        console.print(f"{name} will be refused: {reason}", soft_wrap=True, highlight=False)
+        console.print(f"{name} will be refused: {reason}")
 
 
-def _resolved(case: Case) -> str:
-    try:
-        return resolve(case).name
-    except RuntimeError as error:
-        return f"refused: {error}"
-
-
-def show(console: Console, records: Sequence[Record]) -> None:
-    """One table: a column per record of one shape, a row per figure."""
-    first = records[0]
+def table(found: Sequence[Measurement]) -> Table:
+    """A column per measurement of one shape, a row per figure."""
+    first = found[0]
     batch, heads, tokens, channels = first.shape
     graph = ", CUDA graphs" if first.graph else ""
     shape = Shape(batch, heads, first.groups, tokens, channels)
+    rows = [("block pairs skipped", *(percent(one.achieved_sparsity, 1) for one in found))]
+    for stage in dict.fromkeys(stage for one in found for stage in one.stage_ms):
+        rows.append((f"{stage.replace('_', ' ')}, ms", *(figures(one.stage_ms.get(stage)) for one in found)))
+    rows.append(("attention, TFLOP/s of kept pairs", *(figures(one.kept_tflops) for one in found)))
+    if first.compensation_cost is not None:
+        rows.append(("total, ms", *(figures(one.total_ms) for one in found)))
+        rows.append(("slower than with beta=0 by", *(percent(one.compensation_cost or 0, 1) for one in found)))
+        rows.append(("share outside of attention", *(percent(one.selection_share or 0, 1) for one in found)))
+    for name in dict.fromkeys(name for one in found for name in (*one.speedup, *one.refused)):
+        rows.append((f"{name}, ms", *(figures(one.baseline_ms.get(name)) for one in found)))
+        gained = (times(one.speedup[name]) if name in one.speedup else "refused" for one in found)
+        rows.append((f"speed-up over {name}", *gained))
+    rows.append(("peak memory beyond inputs", *(mebibytes(one.peak_memory_bytes) for one in found)))
+    rows.append(("beyond inputs / inputs", *(times(ratio(one)) for one in found)))
+    rows.append(("error (limit)", *(error_of(one.error, one.error_limit) for one in found)))
     title = f"{first.what} {first.impl}, {shape} ({short_length(tokens)} tokens), {first.dtype}{graph}"
-    out = Table("sparsity", *(f"{one.sparsity:g}" for one in records), title=title, title_justify="left")
-    out.add_row("block pairs skipped", *(f"{one.achieved_sparsity:.1%}" for one in records))
-    for stage in dict.fromkeys(stage for one in records for stage in one.stage_ms):
-        out.add_row(f"{stage.replace('_', ' ')}, ms", *(_number(one.stage_ms.get(stage)) for one in records))
-    out.add_row("attention, TFLOP/s of kept pairs", *(_number(one.kept_tflops) for one in records))
-    if first.what == "operator":
-        out.add_row("total, ms", *(_number(one.total_ms) for one in records), style="bold")
-        out.add_row("slower than with beta=0 by", *(f"{one.compensation_cost or 0:.1%}" for one in records))
-        out.add_row("share outside of attention", *(f"{one.selection_share or 0:.1%}" for one in records))
-    for name in dict.fromkeys(name for one in records for name in (*one.speedup, *one.refused)):
-        out.add_row(f"{name}, ms", *(_number(one.baseline_ms.get(name)) for one in records))
-        cells = (f"{one.speedup[name]:.2f}x" if name in one.speedup else "refused" for one in records)
-        out.add_row(f"speed-up over {name}", *cells, style="bold")
-    out.add_row("peak memory beyond inputs", *(_bytes(one.peak_memory_bytes) for one in records))
-    out.add_row("error (limit)", *(f"{one.error:.1e} ({one.error_limit:.1e})" for one in records))
-    console.print(out)
-    for line in dict.fromkeys(line for one in records for line in _remarks(one)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    strong = [row[0] for row in rows if row[0].startswith(("total", "speed-up"))]
+    return Table(("sparsity", *(f"{one.sparsity:g}" for one in found)), rows, title=title, strong=strong)
 
 
-def _remarks(one: Record) -> list[str]:
+def ratio(one: Measurement) -> float | None:
+    """Memory beyond the inputs over that of the inputs."""
+    return None if one.peak_memory_bytes is None else one.peak_memory_bytes / one.input_bytes
+
+
+def remarks(one: Measurement) -> list[str]:
+    """Baselines that did not run, or not as they should."""
     refused = [f"{name} refused: {reason}" for name, reason in one.refused.items()]
     return refused + [f"timed without a CUDA graph, {reason}" for reason in one.without_graph]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.1f}" if value >= 100 else f"{value:.3g}"
-
-
-def _bytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 2**20:,.0f} MiB"

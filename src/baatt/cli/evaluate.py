@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from baatt.analysis.reports import commit_here, device_name, versions_here
 from baatt.analysis.rivals import RIVALS, rival_attention
 from baatt.assets import shipped_model
 from baatt.cli.errors import UsageError
@@ -53,6 +52,7 @@ from baatt.lab.answers import AnswerStore
 from baatt.lab.loading import check_memory
 from baatt.lab.options import add_options, chosen
 from baatt.lab.ranks import Ranks, leave_process_group
+from baatt.lab.records import commit_here, device_name, versions_here
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import check_sources
 from baatt.sampling import SamplerConfig, WrapAttention

@@ -1,15 +1,17 @@
-"""A picture as a PNG: the shared frame of all drawers. matplotlib is imported only to draw.
+"""Pictures of what the laboratory found, as PNGs: recall, the bound, accuracy, and the frame that all drawers share.
 
-In: what to draw into. Out: a file. Knows nothing of what is drawn.
+In: records as stored. Out: a file. matplotlib is imported only to draw.
 """
 
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NEEDED = "drawing needs matplotlib: pip install 'baatt[plots]'"
+from baatt.lab.describe import order_name, score_name
+from baatt.lab.tables import Record
+
+Records = Sequence[Record]
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def picture(
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ImportError(NEEDED) from error
+        raise ImportError("drawing needs matplotlib: pip install 'baatt[plots]'") from error
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
     try:
         yield axes
@@ -40,23 +42,90 @@ def picture(
         pyplot.close(figure)
 
 
-def legend_below(axes: Any, columns: int) -> None:
+def draw_recall(records: Records, caption: str, path: Path) -> None:
+    """Mean (line) and 5th percentile (dashes) of the kept attention mass over sparsity, a panel per order."""
+
+    def panel_of(one: Record) -> str:
+        return f"{order_name(one)}, beta {one['beta']:g}"
+
+    whole = [one for one in records if one["layer"] is None]
+    panels = list(dict.fromkeys(map(panel_of, whole)))
+    with picture(path, caption, 1, len(panels), (max(7, 5.2 * len(panels)), 5.6), sharey=True) as axes:
+        for axis, panel in zip(axes[0], panels, strict=True):
+            for number, (score, line) in enumerate(_lines(whole, panel_of, panel, lambda one: one["score"]).items()):
+                points = sorted((one["achieved_sparsity"], one["recall_mean"], one["recall_p5"]) for one in line)
+                skipped, means, lows = zip(*points, strict=True)
+                axis.plot(skipped, means, "-o", color=f"C{number}", markersize=4, label=score)
+                axis.plot(skipped, lows, "--", color=f"C{number}", linewidth=1)
+            axis.set(title=panel, xlabel="block pairs skipped", ylim=(0, 1.02))
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel("attention mass kept: mean, dashed 5th percentile")
+        _legend_below(axes, 7)
+
+
+def draw_bound(records: Records, caption: str, path: Path) -> None:
+    """The paper's Fig. 2: U of E9 against the true largest deviation, a row per layer, a column per order."""
+    layers = list(dict.fromkeys(one["layer"] for one in records))
+    orders = list(dict.fromkeys(map(order_name, records)))
+    size = 4.4 * len(orders), 3.6 * len(layers)
+    with picture(path, caption, len(layers), len(orders), size, sharex="row", sharey="row") as axes:
+        for one in records:
+            axis = axes[layers.index(one["layer"])][orders.index(order_name(one))]
+            axis.plot(*zip(*one["points"], strict=True), ".", markersize=2, alpha=0.5)
+            title = f"layer {one['layer']}, {order_name(one)}\nR = {one['correlation_largest']:.3f}"
+            axis.set_title(title, fontsize=10)
+            axis.grid(alpha=0.3)
+        for row in axes:
+            row[0].set_ylabel("largest deviation of a logit")
+        for axis in axes[-1]:
+            axis.set_xlabel("bound U")
+
+
+def draw_accuracy(records: Records, caption: str, path: Path) -> None:
+    """Accuracy over sparsity with 95 % intervals, a line per order and score, a panel per task and length."""
+
+    def panel_of(one: Record) -> str:
+        return f"{one['task']}, {one['length']} tokens"
+
+    def line_of(one: Record) -> str:
+        return f"{order_name(one['config'])}, {score_name(one['config'])}" if one["config"] else "dense"
+
+    panels = list(dict.fromkeys(map(panel_of, records)))
+    width = max(9, 5.6 * len(panels))
+    with picture(path, caption, 1, len(panels), (width, 6.5), sharey=True) as axes:
+        for axis, panel in zip(axes[0], panels, strict=True):
+            lines = _lines(records, panel_of, panel, line_of)
+            for dense in lines.pop("dense", []):
+                axis.axhline(dense["accuracy"], color="0.4", label="dense")
+                axis.axhspan(dense["ci_low"], dense["ci_high"], color="0.4", alpha=0.15)
+            for number, (name, line) in enumerate(lines.items()):
+                line.sort(key=lambda one: one["config"]["sparsity"])
+                places, middle = zip(*((one["config"]["sparsity"], one["accuracy"]) for one in line), strict=True)
+                spread = (
+                    [max(0.0, one["accuracy"] - one["ci_low"]) for one in line],
+                    [max(0.0, one["ci_high"] - one["accuracy"]) for one in line],
+                )
+                color = f"C{number % 10}"
+                axis.errorbar(places, middle, spread, fmt="-o", color=color, markersize=4, capsize=3, label=name)
+            axis.set(title=panel, xlabel="sparsity", ylim=(-0.02, 1.02))
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel("RULER's score")
+        _legend_below(axes, int(width // 4.2))
+
+
+def _lines(
+    records: Records, panel_of: Callable[[Record], str], panel: str, line_of: Callable[[Record], str]
+) -> dict[str, list[Record]]:
+    """The records of a panel, by line."""
+    lines: dict[str, list[Record]] = {}
+    for one in records:
+        if panel_of(one) == panel:
+            lines.setdefault(line_of(one), []).append(one)
+    return lines
+
+
+def _legend_below(axes: Any, columns: int) -> None:
     """One legend below all panels, with the labels of the first."""
     handles, labels = axes[0][0].get_legend_handles_labels()
-    axes[0][0].figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False
-    )
-
-
-def check_picture(path: Path, option: str) -> None:
-    """Refuse a picture that could not be drawn before minutes are spent on it.
-
-    Raises:
-        ValueError: no such folder, another format, or no matplotlib.
-    """
-    if not path.parent.is_dir():
-        raise ValueError(f"{option} must lie in an existing folder, {path.parent} is none")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{option} must end in .png, got {path.name!r}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(NEEDED)
+    figure = axes[0][0].figure
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)

@@ -20,7 +20,7 @@ class Table(NamedTuple):
     """columns: headers, the first one's column is left-aligned; rows: a text for every column, or fewer.
 
     title, caption: above and below. strong: first cells of the rows to stand out. parted: number of the row above which
-    a line is drawn on the screen.
+    a line is drawn on the screen. text: the other columns hold words, which are left-aligned too on the screen.
     """
 
     columns: Sequence[str]
@@ -29,6 +29,7 @@ class Table(NamedTuple):
     title: str = ""
     strong: Collection[str] = ()
     parted: int | None = None
+    text: bool = False
 
     def markdown(self) -> str:
         """Title, table and caption, with an empty line between them."""
@@ -43,7 +44,7 @@ class Table(NamedTuple):
             title=self.title or None, caption=self.caption or None, title_justify="left", caption_justify="left"
         )
         for number, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if number else "left")
+            table.add_column(name, justify="right" if number and not self.text else "left")
         for number, row in enumerate(self.rows):
             if number == self.parted:
                 table.add_section()

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from baatt import BAAttConfig, attend, make_plan
-from baatt.analysis import baselines
-from baatt.analysis.baselines import BASELINES, Inputs, RefusedError, prepare_baseline
+from baatt.lab.bench import baselines
+from baatt.lab.bench.baselines import BASELINES, RefusedError, prepare_baseline
+from baatt.lab.bench.case import Inputs
 
 
 @pytest.fixture

@@ -1,28 +1,20 @@
 """Two panels from a stored benchmark: speed-up over length, and a roofline of the attention kernel.
 
-In: the JSON of a `baatt.analysis.reports.Report`. Out: a PNG. matplotlib is imported only to draw.
+In: the JSON of `baatt bench`. Out: a PNG.
 """
 
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Records = Sequence[Mapping[str, Any]]
+from baatt.lab.plots import Records, picture
+from baatt.lab.records import short_commit
+from baatt.lab.tables import Record, short_length
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2")
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 
 
-def short_length(tokens: int) -> str:
-    """4096 -> 4K, 1048576 -> 1M, 1000 -> 1000."""
-    for unit, name in ((2**20, "M"), (2**10, "K")):
-        if tokens >= unit and tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return str(tokens)
-
-
-def draw_report(report: Mapping[str, Any], path: Path) -> None:
+def draw_report(report: Record, path: Path) -> None:
     """Write both panels to a PNG.
 
     Raises:
@@ -32,23 +24,13 @@ def draw_report(report: Mapping[str, Any], path: Path) -> None:
     records = report["records"]
     if not records:
         raise ValueError("records must hold at least one measurement to be drawn, got none")
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'baatt[plots]'") from error
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 7), layout="constrained")
-    _draw_speedup(axes[0], [one for one in records if one["what"] == "operator"])
-    _draw_roofline(axes[1], records, report)
     first = records[0]
     heads = f"H{first['shape'][1]}" + ("" if first["groups"] == first["shape"][1] else f":{first['groups']}")
     sizes = f"B{first['shape'][0]} {heads} D{first['shape'][3]}, {first['dtype']}"
-    commit = re.sub(r"^(\w{10})\w*", r"\1", report["commit"] or "unknown")  # a mark such as `-dirty` stays
-    figure.suptitle(f"{report['device']}, {sizes}, torch {report['versions']['torch']}, commit {commit}", fontsize=11)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    where = f"torch {report['versions']['torch']}, commit {short_commit(report['commit'])}"
+    with picture(path, f"{report['device']}, {sizes}, {where}", 1, 2, (14, 7)) as axes:
+        _draw_speedup(axes[0][0], [one for one in records if one["what"] == "operator"])
+        _draw_roofline(axes[0][1], records, report)
 
 
 def _sparsities(records: Records) -> list[float]:
@@ -86,7 +68,7 @@ def _legend_below(axis: Any) -> None:
     axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
 
 
-def _draw_roofline(axis: Any, records: Records, report: Mapping[str, Any]) -> None:
+def _draw_roofline(axis: Any, records: Records, report: Record) -> None:
     from matplotlib.ticker import LogLocator
 
     peak, bandwidth = report["matrix_peak_tflops"], report["memory_bandwidth"]

@@ -1,18 +1,18 @@
 """Cases and records: what is counted, what is refused."""
 
 import json
-import math
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from baatt import BAAttConfig, make_plan
-from baatt.analysis import benchmark, reports, timing
-from baatt.analysis.benchmark import Case, Shape, estimated_bytes, kept_pairs, measure, random_plan, static_refusals
-from baatt.analysis.plots import draw_report, short_length
-from baatt.analysis.verification import VerificationError
+from baatt.lab.bench import kernel, operator, timing
+from baatt.lab.bench.baselines import static_refusals
+from baatt.lab.bench.benchmarks import measure
+from baatt.lab.bench.case import Case, Shape, estimated_bytes, kept_pairs
+from baatt.lab.bench.kernel import random_plan
+from baatt.lab.bench.roofline import draw_report
+from baatt.lab.bench.verification import VerificationError
 
 SMALL = Shape(1, 4, 2, 301, 16)
 
@@ -57,16 +57,18 @@ def test_kernel_record(impl, shape):
     assert record.error <= record.error_limit
 
 
-@pytest.mark.parametrize(("what", "name"), [("operator", "ba_attention"), ("kernel", "attention_kernel")])
-def test_a_wrong_output_is_not_timed(monkeypatch, what, name):
-    right = getattr(benchmark, name)
+@pytest.mark.parametrize(
+    ("what", "module", "name"), [("operator", operator, "ba_attention"), ("kernel", kernel, "attention_kernel")]
+)
+def test_a_wrong_output_is_not_timed(monkeypatch, what, module, name):
+    right = getattr(module, name)
 
     def wrong(*arguments, **options):
         found = right(*arguments, **options)
         return 1.01 * found if what == "operator" else lambda: found()._replace(out=1.01 * found().out)
 
-    monkeypatch.setattr(benchmark, name, wrong)
-    monkeypatch.setattr(benchmark, "median_times", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(module, name, wrong)
+    monkeypatch.setattr(module, "median_times", lambda *_: pytest.fail("timed"))
     with pytest.raises(VerificationError, match=rf"{what} cpu at 1x4:2x301x16, sparsity 0.5 must be within"):
         measure(case(what))
 
@@ -99,48 +101,10 @@ def test_static_refusals_and_estimates_need_no_gpu():
     assert 8 * 2**30 < estimated_bytes(on_gpu._replace(against=())) < estimated_bytes(on_gpu) < 60 * 2**30
 
 
-def test_commit_is_marked_or_read_from_a_file(monkeypatch, tmp_path):
-    commit = reports.commit_here()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
-    answers = {"ls-files": "", "rev-parse": "a" * 40, "status": " M file"}
-    monkeypatch.setattr(reports, "_git", lambda *command: answers[command[0]])
-    monkeypatch.chdir(tmp_path)
-    assert reports.commit_here() == "a" * 40 + "-dirty"
-    answers["status"] = ""
-    assert reports.commit_here() == "a" * 40
-    Path(".commit").write_text("b" * 40 + "\n")
-    answers["cat-file"] = ""
-    assert reports.commit_here() == "a" * 40, "a note that the history knows is older than its HEAD"
-    monkeypatch.setattr(reports, "_known", lambda commit: False)
-    assert reports.commit_here() == "b" * 40
-    Path(".commit").unlink()
-
-    def fail(*command):
-        raise subprocess.CalledProcessError(128, command)
-
-    monkeypatch.setattr(reports, "_git", fail)
-    assert reports.commit_here() is None
-    Path(".commit").write_text("b" * 40 + "\n")
-    assert reports.commit_here() == "b" * 40
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"records": []}'])
-def test_foreign_files_are_refused(tmp_path, text):
-    path = tmp_path / "file.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"file.json must hold"):
-        reports.load_report(path)
-
-
-def test_a_report_survives_storing(tmp_path):
-    report = reports.Report("command", None, "device", {"torch": "2"}, 1.0, "float32", 2.0, [])
-    reports.store_report(report, tmp_path / "file.json")
-    assert reports.load_report(tmp_path / "file.json") == report._asdict()
-    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+def test_a_report_without_measurements_is_not_drawn(tmp_path):
     with pytest.raises(ValueError, match="at least one measurement"):
-        draw_report(report._asdict(), tmp_path / "picture.png")
+        draw_report({"records": []}, tmp_path / "picture.png")
 
 
-def test_lengths_are_short():
-    assert [short_length(tokens) for tokens in (300, 1024, 1500, 2**18, 2**20)] == ["300", "1K", "1500", "256K", "1M"]
-    assert math.isclose(benchmark.scale_of(case()), 0.25)
+def test_scale_and_blocks_of_a_case():
+    assert (case().scale, case().blocks) == (0.25, 19)

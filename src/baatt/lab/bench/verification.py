@@ -62,8 +62,8 @@ def verify(q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor) -> Verifica
     return Verification(found, limit, batch * heads * len(chosen), batch * heads * blocks)
 
 
-def require_verified(name: str, found: Verification, factor: float = 1.0) -> None:
-    """Refuse an output beyond `factor` times the limit.
+def require_verified(name: str, found: Verification, factor: float = 1.0) -> Verification:
+    """The verification, unless the output is beyond `factor` times the limit.
 
     Raises:
         VerificationError: with name, error and limit.
@@ -74,6 +74,7 @@ def require_verified(name: str, found: Verification, factor: float = 1.0) -> Non
             f"{name} must be within a relative error of {limit:.2e} of float64 attention with the same mask, "
             f"got {found.error:.2e}: no speed-up is given"
         )
+    return found
 
 
 def kept_tokens(plan: Plan, entry: int, head: int, key_head: int, block: int) -> Tensor:

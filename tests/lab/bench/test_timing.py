@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from baatt.analysis import timing
-from baatt.analysis.memory import peak_bytes
+from baatt.lab.bench import timing
+from baatt.lab.bench.memory import peak_bytes
 
 CPU = torch.device("cpu")
 

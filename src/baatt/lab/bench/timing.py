@@ -24,7 +24,7 @@ COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 2**28}
 
 
 def median_times(
-    functions: Mapping[str, Callable[[], Any]], device: torch.device, least: int = ROUNDS
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, least: int = ROUNDS, *, graph: bool = False
 ) -> dict[str, float]:
     """Median milliseconds of one call of each function, which take turns.
 
@@ -32,10 +32,13 @@ def median_times(
         functions: what to call, by name.
         device: where they work; the type decides how time is taken.
         least: timed calls of each; more where that takes less than 0.3 s.
+        graph: time replays of a CUDA graph of each.
 
     Returns:
         Milliseconds by name.
     """
+    if graph:
+        functions = {name: captured(function, device) for name, function in functions.items()}
     for function in functions.values():
         warm_up(function, device)
     one_round = _gpu_round if device.type == "cuda" else _cpu_round

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from baatt import BAAttConfig, attend, make_plan
-from baatt.analysis import verification
-from baatt.analysis.verification import VerificationError, kept_tokens, require_verified, verify
+from baatt.lab.bench import verification
+from baatt.lab.bench.verification import VerificationError, kept_tokens, require_verified, verify
 
 
 def example(dtype, block_size=16, tokens=301):

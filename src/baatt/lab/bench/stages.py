@@ -1,6 +1,6 @@
 """The operator taken apart: one function per stage, with everything it needs at hand, and the attention kernel alone.
 
-The only file here that knows how a `Backend` is put together; `benchmark` times what it returns.
+The only file here that knows how a `Backend` is put together; benchmarks time what it returns.
 """
 
 import functools
@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from baatt.analysis.baselines import Inputs, sort_tokens
 from baatt.backend import Backend
+from baatt.lab.bench.baselines import sort_tokens
+from baatt.lab.bench.case import Inputs
 from baatt.plan import Plan
 from baatt.types import Partial
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from baatt.analysis.verification import VerificationError, require_verified, verify
+from baatt.lab.bench.case import Case, Inputs
+from baatt.lab.bench.verification import VerificationError, require_verified, verify
 from baatt.plan import Plan
 from baatt.types import TokenOrder
 
@@ -23,14 +24,6 @@ HALF = (torch.bfloat16, torch.float16)
 
 class RefusedError(Exception):
     """A baseline that cannot run, with the reason."""
-
-
-class Inputs(NamedTuple):
-    """q: [B, H, N, D]; k, v: [B, G, N, D]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
 
 
 class Baseline(NamedTuple):
@@ -57,6 +50,12 @@ def prepare_baseline(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Any]
     except Exception as error:  # kernels and compilers raise whatever they like, and that is the reason
         raise RefusedError(f"{type(error).__name__}: {first_line(error)}") from error
     return function
+
+
+def static_refusals(case: Case) -> dict[str, str]:
+    """Baselines that are known not to run, without running anything."""
+    reasons = {name: BASELINES[name].refusal(case.device.type, case.dtype) for name in case.against}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def first_line(error: Exception) -> str:
