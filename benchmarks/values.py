@@ -53,6 +53,14 @@ def every_value(read: Read, setting: str, task: str | None = None) -> str:
     return _answers(read, "accuracy", setting, task)
 
 
+def operator_gain(read: Read, length: str, sparsity: str, baseline: str) -> str:
+    """Times as fast as dense attention, of gpu_bars.py: `operator_gain 131072 90% cudnn`."""
+    for one in read("gpu_operator_h200")["records"]:
+        if (one["what"], one["shape"][2], one["sparsity"]) == ("operator", int(length), _share(sparsity)):
+            return f"{one['speedup'][baseline]:.1f}"
+    raise LookupError(f"gpu_operator_h200 has no operator at {length} tokens and {sparsity}")
+
+
 def decoding_rate(read: Read, cache: str, attention: str) -> str:
     """Tokens per second without a threshold: `decoding_rate dual sparse`."""
     return f"{_rate(read, cache, attention):.0f}"
@@ -116,12 +124,14 @@ def _rate(read: Read, cache: str, attention: str) -> float:
     raise LookupError(f"decoding_h200 has no {cache} {attention} without a threshold")
 
 
+#: By the first word between the marks.
 VALUES: dict[str, Callable[..., str]] = {
     "score": ruler_score,
     "loss": ruler_loss,
     "lowest": lowest_score,
     "word_for_word": word_for_word,
     "every_value": every_value,
+    "operator_gain": operator_gain,
     "decoding_rate": decoding_rate,
     "decoding_gain": decoding_gain,
 }
