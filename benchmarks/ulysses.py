@@ -6,6 +6,7 @@ process. The file is written again after each record. `--device cpu` runs small 
 """
 
 import argparse
+import dataclasses
 import os
 import random
 import shlex
@@ -160,7 +161,7 @@ def measure(case: Case, place: Place, rounds: int) -> UlyssesRecord:
         groups=groups,
         dtype=str(case.dtype).removeprefix("torch."),
         sparsity=case.config.sparsity,
-        config=vars(case.config),
+        config=dataclasses.asdict(case.config),
         gpus=place.size,
         **{f"{name}_ms": milliseconds for name, milliseconds in times.items()},
         exchange_share=times["exchange"] / times["ulysses"],
