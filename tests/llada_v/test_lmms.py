@@ -18,7 +18,7 @@ from PIL import Image
 from baatt import BAAttConfig, Policy
 from baatt.lab.options import read_options
 from baatt.llada_v.conversation import conversation, prompt_ids
-from baatt.llada_v.settings import PUBLISHED, ModelArguments, TaskSetting, read_setting
+from baatt.llada_v.settings import PUBLISHED, LLaDAVArguments, TaskSetting, read_setting
 from tests.llada_v.folder import tensors, tokenizer, write_folder
 
 NAME = "baatt.llada_v.lmms"
@@ -143,7 +143,7 @@ class TestSettings:
         ],
     )
     def test_published(self, task, expected):
-        assert read_setting(task, {"until": ["\n\n"], "max_new_tokens": 16}, ModelArguments("x")) == expected
+        assert read_setting(task, {"until": ["\n\n"], "max_new_tokens": 16}, LLaDAVArguments("x")) == expected
 
     def test_every_task_of_the_published_script_is_there(self):
         names = {
@@ -154,7 +154,7 @@ class TestSettings:
         assert names <= set(PUBLISHED)
 
     def test_arguments_win_over_gen_kwargs_and_those_over_the_task(self):
-        arguments = ModelArguments("x", gen_length=8, think_mode="none")
+        arguments = LLaDAVArguments("x", gen_length=8, think_mode="none")
         gen_kwargs = {"gen_length": 4, "block_length": 4, "stopping_criteria": ["."]}
         assert read_setting("videomme", gen_kwargs, arguments) == TaskSetting(8, 4, 2, "none", (".",))
 
@@ -162,15 +162,15 @@ class TestSettings:
         with pytest.raises(
             ValueError, match="pope has no published setting for LLaDA-V: give block_length, gen_steps in"
         ):
-            read_setting("pope", {"gen_length": 4}, ModelArguments("x"))
+            read_setting("pope", {"gen_length": 4}, LLaDAVArguments("x"))
         given = {"gen_length": 4, "block_length": 2, "gen_steps": 4}
-        assert read_setting("pope", given, ModelArguments("x")) == TaskSetting(4, 2, 4, "no_think")
+        assert read_setting("pope", given, LLaDAVArguments("x")) == TaskSetting(4, 2, 4, "no_think")
 
     def test_refusals(self):
         with pytest.raises(ValueError, match=r"gen_kwargs of mme must be among .*, got \['beams'\]"):
-            read_setting("mme", {"beams": 1}, ModelArguments("x"))
+            read_setting("mme", {"beams": 1}, LLaDAVArguments("x"))
         with pytest.raises(ValueError, match=r"think_mode must be one of \['no_think', 'think', 'none'\], got 'hard'"):
-            read_setting("mme", {"think_mode": "hard"}, ModelArguments("x"))
+            read_setting("mme", {"think_mode": "hard"}, LLaDAVArguments("x"))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -188,7 +188,7 @@ class TestSettings:
     )
     def test_arguments_that_make_no_sense(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            read_options(ModelArguments, {"pretrained": "x", **arguments})
+            read_options(LLaDAVArguments, {"pretrained": "x", **arguments})
 
     @pytest.mark.parametrize(
         ("arguments", "config", "policy"),
@@ -209,7 +209,7 @@ class TestSettings:
         ],
     )
     def test_dials(self, arguments, config, policy):
-        read = read_options(ModelArguments, {"pretrained": "x", **arguments})
+        read = read_options(LLaDAVArguments, {"pretrained": "x", **arguments})
         assert (read.sparse, read.policy) == (config, policy)
 
 

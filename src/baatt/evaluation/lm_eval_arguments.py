@@ -1,24 +1,18 @@
 """The `--model_args` of the lm-evaluation-harness model `baatt_llada`: names and texts in, checked settings out.
 
-Everything that an answer depends on is in `ModelArguments.settings()`, which is stored with the results. An unknown
-name is refused. Knows nothing of the harness itself.
+`read_options(ModelArguments, given)` of `baatt.lab.options` reads them. Everything that an answer depends on is in
+`ModelArguments.settings()`, which is stored with the results. Knows nothing of the harness itself.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from baatt.config import BAAttConfig, Policy
+from baatt.lab.loading import DTYPES
 from baatt.lab.prompts import TRUNCATIONS
-from baatt.sampling import SamplerConfig
-
-DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DIALS = ("sparsity", "block_size", "sort", "segment", "score", "beta")
-POLICY = ("dense_layers", "dense_steps", "min_length", "min_queries")
+from baatt.sampling import CACHES, REMASKING, SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,8 @@ class Sampling:
     steps: int | None = None
     threshold: float | None = None
     cfg_scale: float = 0.0
-    remasking: str = "low_confidence"
-    cache: str = "none"
+    remasking: str = field(default="low_confidence", metadata={"choices": REMASKING})
+    cache: str = field(default="none", metadata={"choices": CACHES})
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,7 +61,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """Checked model arguments.
+    """Checked model arguments; the fields of `sampling`, `sparse` and `policy` are arguments like the others.
 
     Args:
         pretrained: folder in LLaDA's layout, with a tokenizer.json.
@@ -80,27 +74,27 @@ class ModelArguments:
         is_check_greedy: say of a scored continuation whether it is what the model would generate, one token a step.
         save_dir: folder where answers are kept to resume from; None keeps none.
         sampling: of generated answers.
-        sparse: dials of BA-Att; None is dense attention.
+        sparse: BA-Att; None, where no sparsity is given, is dense attention.
         policy: what stays dense nevertheless.
         impl: as `ba_attention`.
     """
 
     pretrained: str
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata={"choices": ("auto", *DTYPES)})
     device: str | None = None
     batch_size: int = 1
     max_length: int | None = None
-    truncation: str = "left"
+    truncation: str = field(default="left", metadata={"choices": TRUNCATIONS})
     mc_num: int = 128
     is_check_greedy: bool = False
     save_dir: str | None = None
     impl: str = "auto"
     sampling: Sampling = field(default_factory=Sampling)
-    sparse: BAAttConfig | None = None
-    policy: Policy = field(default_factory=Policy)
+    sparse: BAAttConfig | None = field(default=None, metadata={"needs": "sparsity"})
+    policy: Policy = field(default_factory=Policy, metadata={"needs": "sparsity"})
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("truncation", TRUNCATIONS)):
+        for name, choices in (("dtype", ("auto", *DTYPES)), ("truncation", TRUNCATIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "mc_num"):
@@ -116,52 +110,6 @@ class ModelArguments:
         del values["save_dir"], values["device"]
         values["policy"]["dense_layers"] = list(self.policy.dense_layers)
         return values
-
-
-def read_model_arguments(values: Mapping[str, Any]) -> ModelArguments:
-    """Check model arguments as the harness hands them over.
-
-    `dense_layers` is written `0+1+-1`, since a comma ends an argument; `segment=whole` sorts the whole sequence.
-
-    Raises:
-        TypeError, ValueError: an unknown name, a missing `pretrained`, a dial of BA-Att without `sparsity`, or a value
-            that its setting refuses.
-    """
-    plain = [x.name for x in dataclasses.fields(ModelArguments) if x.name not in ("sampling", "sparse", "policy")]
-    sampling = [x.name for x in dataclasses.fields(Sampling)]
-    known = [*plain, *sampling, *DIALS, *POLICY]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"model_args must be among {', '.join(known)}; got {', '.join(unknown)}")
-    if not values.get("pretrained"):
-        raise ValueError("model_args must have pretrained=FOLDER, got none")
-    given = {name: value for name, value in values.items() if value is not None}
-    given |= {name: str(given[name]) for name in ("pretrained", "save_dir") if name in given}
-    dials = {name: given[name] for name in DIALS if name in given}
-    policy = {name: given[name] for name in POLICY if name in given}
-    if (dials or policy) and "sparsity" not in dials:
-        raise ValueError(f"model_args must have sparsity beside {', '.join([*dials, *policy])}, got none")
-    if dials.get("segment") == "whole":
-        dials["segment"] = None
-    if "dense_layers" in policy:
-        policy["dense_layers"] = _read_layers(policy["dense_layers"])
-    return ModelArguments(
-        **{name: given[name] for name in plain if name in given},
-        sampling=Sampling(**{name: given[name] for name in sampling if name in given}),
-        sparse=BAAttConfig(**dials) if dials else None,
-        policy=Policy(**policy),
-    )
-
-
-def _read_layers(value: object) -> tuple[int, ...]:
-    """Layers as `0+1+-1`, a number, or a list of numbers; "none" for none."""
-    parts = value.split("+") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    if parts == ["none"]:
-        return ()
-    try:
-        return tuple(int(str(layer)) for layer in parts)
-    except ValueError:
-        raise ValueError(f"dense_layers must be numbers joined by +, such as 0+1+-1, got {value!r}") from None
 
 
 def _check_positive(name: str, value: object) -> None:

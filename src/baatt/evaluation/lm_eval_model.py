@@ -19,12 +19,13 @@ from baatt.attention import ba_attention
 from baatt.evaluation.attention_count import AttentionCount
 from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.likelihood import log_likelihood, rolling_windows
-from baatt.evaluation.lm_eval_arguments import DTYPES, Sampling, read_model_arguments
+from baatt.evaluation.lm_eval_arguments import ModelArguments, Sampling
 from baatt.evaluation.lm_eval_requests import Generation, read_generation
 from baatt.lab.answers import AnswerStore, folder_state, request_key
+from baatt.lab.loading import DTYPES, load_model
+from baatt.lab.options import read_options
 from baatt.lab.prompts import end_tokens, fit_prompt, pad_left
 from baatt.lab.ranks import Ranks
-from baatt.models import MaskedDiffusionLM, load_tokenizer
 from baatt.sampling import generate, layer_attention
 
 try:
@@ -60,13 +61,13 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
 
     def __init__(self, **model_args: Any) -> None:
         super().__init__()
-        self.arguments = read_model_arguments(model_args)
+        self.arguments = read_options(ModelArguments, model_args)
         self._processes = Ranks()
         self._rank, self._world_size = self._processes.rank, self._processes.size
         self._device = self._processes.device(self.arguments.device)
         folder = Path(self.arguments.pretrained).expanduser()
-        self._model = MaskedDiffusionLM.from_pretrained(folder, dtype=DTYPES[self.arguments.dtype], device=self._device)
-        self._tokenizer = load_tokenizer(folder)
+        dtype = DTYPES.get(self.arguments.dtype)  # None for "auto"
+        self._model, self._tokenizer = load_model(folder, dtype=dtype, device=self._device)
         self._tokenizer.no_truncation()  # a length stored in tokenizer.json must not cut a prompt unseen
         self._tokenizer.no_padding()
         self._chat = load_chat_templates(folder)

@@ -13,6 +13,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from torch import Tensor
 
+from baatt.lab.loading import DTYPES
 from baatt.lab.options import read_options
 from baatt.llada_v.conversation import (
     MASK,
@@ -27,7 +28,7 @@ from baatt.llada_v.conversation import (
 from baatt.llada_v.model import VisualDiffusionLM
 from baatt.llada_v.pictures import read_frames
 from baatt.llada_v.prompt import PicturePrompt
-from baatt.llada_v.settings import DTYPES, ModelArguments, TaskSetting, read_setting
+from baatt.llada_v.settings import LLaDAVArguments, TaskSetting, read_setting
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig, generate
 
@@ -44,7 +45,7 @@ class _Visual(NamedTuple):
 class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
     """LLaDA-V with dense attention or BA-Att in its language model; one request at a time.
 
-    Its arguments, as --model_args gives them, are the fields of `ModelArguments`, `BAAttConfig` and `Policy`.
+    Its arguments, as --model_args gives them, are the fields of `LLaDAVArguments`, `BAAttConfig` and `Policy`.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: an argument that is unknown or out of range, or a folder that does not
@@ -55,7 +56,7 @@ class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
 
     def __init__(self, pretrained: str, **given: Any) -> None:
         super().__init__()
-        arguments = read_options(ModelArguments, {"pretrained": pretrained, **given})
+        arguments = read_options(LLaDAVArguments, {"pretrained": pretrained, **given})
         self.arguments = arguments
         self._device = self._place(arguments.device)
         self._model = VisualDiffusionLM.from_pretrained(

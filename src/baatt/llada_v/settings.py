@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from baatt.config import BAAttConfig, Policy
+from baatt.lab.loading import DTYPES
 from baatt.llada_v.conversation import THINK_MODES
 from baatt.llada_v.visual_tokens import POOLING
 from baatt.models.config import check_positive_integer
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ NOT_OBEYED = ("until", "max_new_tokens", "top_p", "num_beams", "image_aspect_rat
 
 
 @dataclass(frozen=True)
-class ModelArguments:
+class LLaDAVArguments:
     """What --model_args may hold, besides the fields of `BAAttConfig` and `Policy`.
 
     Args:
@@ -100,7 +97,7 @@ class ModelArguments:
         check_positive_integer("max_frames_num", self.max_frames_num)
 
 
-def read_setting(task: str, gen_kwargs: Mapping[str, Any], arguments: ModelArguments) -> TaskSetting:
+def read_setting(task: str, gen_kwargs: Mapping[str, Any], arguments: LLaDAVArguments) -> TaskSetting:
     """The published setting of a task, changed by --gen_kwargs, changed by --model_args.
 
     Raises:
