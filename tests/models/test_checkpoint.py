@@ -154,7 +154,7 @@ def test_reads_the_real_layout(tmp_path: Path, shards: int, index: bool) -> None
     assert torch.equal(logits_of(model), logits_of(expected))
 
 
-def test_dtype_and_class_method(tmp_path: Path) -> None:
+def test_dtype(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m")
     model = load(str(folder), dtype=torch.float64, device=torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}

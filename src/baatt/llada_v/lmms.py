@@ -81,19 +81,11 @@ class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not there: LLaDA-V's own evaluation scores answers, not likelihoods.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refused with a NotImplementedError: LLaDA-V's own evaluation scores answers, not likelihoods."""
         raise NotImplementedError(f"{MODEL_ID} answers generate_until tasks only, this one asks for loglikelihood")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not there.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refused with a NotImplementedError."""
         raise NotImplementedError(f"{MODEL_ID} answers generate_until tasks only, this one has several rounds")
 
     @property
