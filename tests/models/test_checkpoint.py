@@ -15,67 +15,12 @@ from torch import Tensor
 
 from baatt.models import MaskedDiffusionLM, ModelConfig, load_tokenizer
 from baatt.models.rope import ntk_base
+from tests.models.test_config import REAL
 
-CONFIG = {  # LLaDA-8B's config.json with small sizes
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": 32,
-    "embedding_dropout": 0.0,
-    "embedding_size": 72,
-    "eos_token_id": 65,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": 66,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": 48,
-    "mlp_ratio": 4,
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": 4,
-    "n_kv_heads": 4,
-    "n_layers": 2,
-    "pad_token_id": 65,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "transformers_version": "4.46.3",
-    "use_cache": False,
-    "vocab_size": 70,
-    "weight_tying": False,
-}
-#: What differs in the real LLaDA-8B-Base, LLaDA-8B-Instruct and LLaDA-1.5.
-LLADA_8B = {
-    "d_model": 4096,
-    "embedding_size": 126464,
-    "eos_token_id": 126081,
-    "mask_token_id": 126336,
-    "mlp_hidden_size": 12288,
-    "n_heads": 32,
-    "n_kv_heads": 32,
-    "n_layers": 32,
-    "pad_token_id": 126081,
-    "vocab_size": 126464,
+CONFIG = {
+    **REAL,
+    **{"d_model": 32, "embedding_size": 72, "eos_token_id": 65, "mask_token_id": 66, "mlp_hidden_size": 48},
+    **{"n_heads": 4, "n_kv_heads": 4, "n_layers": 2, "pad_token_id": 65, "vocab_size": 70},
 }
 #: UltraLLaDA has LLaDA's keys, two shards, and its longer base in `rope_theta`; the number is an example.
 ULTRA = {"rope_theta": 2.8e8, "max_sequence_length": 131072, "torch_dtype": "bfloat16"}
@@ -221,7 +166,7 @@ def test_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
 def test_the_real_sizes() -> None:
     """Names and sizes of LLaDA-8B: 291 tensors as in its index, 16.03 GB in bfloat16 as on the hub."""
     with torch.device("meta"):
-        model = MaskedDiffusionLM(ModelConfig.from_dict({**CONFIG, **LLADA_8B}))
+        model = MaskedDiffusionLM(ModelConfig.from_dict(REAL))
     state = model.state_dict()
     assert len(state) == 291
     assert sum(tensor.numel() for tensor in state.values()) == 8_015_581_184
