@@ -14,11 +14,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
 from baatt import BAAttConfig
-from baatt.analysis.capture import Capture, Heads, save_capture
-from baatt.analysis.maps import attention_cells
-from baatt.analysis.maps_page import PAGE_CELLS
 from baatt.attention import make_plan
 from baatt.cli.main import main
+from baatt.lab.capture import Capture, Heads, save_capture
+from baatt.lab.maps import attention_cells
+from baatt.lab.maps_page import PAGE_CELLS
 
 TOKENS, SIZE = 520, 32
 ORDERS = {"unsorted": ("none", None), "qk in 128": ("qk", 128)}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from baatt.analysis.capture import load_capture
 from baatt.cli.main import main
+from baatt.lab.capture import load_capture
 
 
 @pytest.fixture(scope="module")

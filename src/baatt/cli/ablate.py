@@ -18,9 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from baatt.analysis.capture import Recorder
 from baatt.analysis.rivals import RIVALS, rival_attention
-from baatt.analysis.studies import measure_recall
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
     add_model_options,
@@ -36,10 +34,12 @@ from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
 from baatt.evaluation.retrieval import Answer, SamplePool, answer
 from baatt.evaluation.ruler_answers import replace_sparse
+from baatt.lab.capture import Recorder
 from baatt.lab.describe import score_name
 from baatt.lab.loading import check_memory
 from baatt.lab.options import read_dials
 from baatt.lab.plots import draw_accuracy
+from baatt.lab.recall import measure_recall
 from baatt.lab.records import commit_here, device_name, versions_here
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.sample import RulerSample
@@ -191,7 +191,7 @@ def recall(
         found = recorder.result(model.config.head_size**-0.5, {})
         moved = {layer: type(heads)(*(x.to(device) for x in heads)) for layer, heads in found.layers.items()}
         whole = measure_recall(
-            found._replace(layers=moved), [config], [config.sparsity], [cell.score], outputs=False
+            found._replace(layers=moved), [dataclasses.replace(config, score=cell.score)], outputs=False
         )[-1]  # fmt: skip
         means.append(whole.recall_mean)
         lows.append(whole.recall_p5)

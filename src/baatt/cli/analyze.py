@@ -16,12 +16,6 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from baatt.analysis.capture import Capture, Recorder, load_capture, save_capture
-from baatt.analysis.layers import measure_layers
-from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
-from baatt.analysis.maps_page import maps_page
-from baatt.analysis.rivals import RIVALS
-from baatt.analysis.studies import measure_bound, measure_recall
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
@@ -34,13 +28,20 @@ from baatt.cli.options import (
 )
 from baatt.cli.readers import open_reader
 from baatt.config import PRESETS, BAAttConfig
+from baatt.lab.bound import measure_bound
+from baatt.lab.capture import Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
+from baatt.lab.layers import measure_layers
+from baatt.lab.maps import Panel, attention_cells, draw_maps, most_structured_head
+from baatt.lab.maps_page import maps_page
 from baatt.lab.options import given, variants
 from baatt.lab.plots import draw_bound, draw_recall
+from baatt.lab.recall import measure_recall
 from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.lab.tables import Record, Table, percent, pivot
+from baatt.scores import SCORES
 
 
 class Study(NamedTuple):
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     studies = {name: _add_action(actions, name, study.summary, run_study) for name, study in STUDIES.items()}
     _add_study_options(studies["recall"], {"sparsity": (0.3, 0.5, 0.7, 0.9), "beta": None}, ["score"])
     studies["recall"].add_argument(
-        "--scores", type=names_of(RIVALS), default=list(RIVALS), help=f"by commas (default: {','.join(RIVALS)})"
+        "--scores", type=names_of(SCORES), default=list(SCORES), help=f"by commas (default: {','.join(SCORES)})"
     )
     studies["recall"].add_argument(
         "--no-outputs", action="store_true", help="skip the error of the output, which takes longest"
@@ -130,23 +131,18 @@ def run_capture(arguments: argparse.Namespace) -> None:
     )
 
 
-def _measure_recall(
-    capture: Capture, configs: Sequence[BAAttConfig], arguments: argparse.Namespace, step: Callable[[], None]
-) -> Sequence[Any]:
-    sparsities = list(dict.fromkeys(config.sparsity for config in configs))
-    orders = list(dict.fromkeys(dataclasses.replace(config, sparsity=sparsities[0]) for config in configs))
-    outputs = not arguments.no_outputs
-    return measure_recall(capture, orders, sparsities, arguments.scores, outputs=outputs, progress=step)
-
-
 def run_study(arguments: argparse.Namespace) -> None:
     """Tables, JSON and picture of a study."""
     study = STUDIES[arguments.action]
     if arguments.plot is not None and study.draw is None:
         raise UsageError(f"--plot has nothing to draw here: {arguments.action} are a table")
-    configs = _configs(arguments)
+    configs = [
+        dataclasses.replace(config, score=score)
+        for config in _configs(arguments)
+        for score in getattr(arguments, "scores", [config.score])
+    ]
     recorded, header = _read(arguments)
-    with _progress(len(recorded.layers) * len({order_name(vars(one)) for one in configs})) as step:
+    with _progress(len(recorded.layers) * len(configs)) as step:
         records = [one._asdict() for one in study.measure(recorded, configs, arguments, step)]
     console = Console(soft_wrap=True)
     console.print(f"{_title(recorded)}: {study.title}")
@@ -269,9 +265,9 @@ def _read(arguments: argparse.Namespace) -> tuple[Capture, dict[str, Any]]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar; call what it gives after each layer and order."""
+    """A bar; call what it gives after each layer and config."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("layers and orders", total=total)
+        task = bar.add_task("layers and settings", total=total)
         yield lambda: bar.advance(task)
 
 
@@ -286,7 +282,11 @@ STUDIES = {
     "recall": Study(
         "How much attention mass each score keeps at equal budgets, beside the oracle.",
         "attention mass kept, mean (5th percentile)",
-        _measure_recall, recall_tables, draw_recall,
+        lambda capture, configs, arguments, step: measure_recall(
+            capture, configs, outputs=not arguments.no_outputs, progress=step
+        ),
+        recall_tables,
+        draw_recall,
     ),
     "bound": Study(
         "The error bound U against the true deviation (E9, Fig. 2).",

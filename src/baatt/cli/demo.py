@@ -18,11 +18,11 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from baatt.analysis.maps import Panel, attention_cells, draw_maps, most_structured_head
 from baatt.attention import attend, make_plan
 from baatt.cli.options import add_model_options, add_sparse_options, check_files, load_model, read_preset
 from baatt.config import BAAttConfig, Policy, Preset
 from baatt.lab.loading import check_memory
+from baatt.lab.maps import Panel, attention_cells, draw_maps, most_structured_head
 from baatt.lab.prompts import answer_text
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.sample import RulerSample

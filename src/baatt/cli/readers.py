@@ -12,12 +12,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from baatt.analysis.capture import Recorder
 from baatt.cli.errors import UsageError
 from baatt.cli.options import load_model, read_device
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.enable import enable
 from baatt.integrations.loading import load_transformers
+from baatt.lab.capture import Recorder
 from baatt.lab.loading import DTYPES, check_memory
 from baatt.models.llada import MaskedDiffusionLM
 

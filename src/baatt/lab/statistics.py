@@ -1,6 +1,7 @@
 """Intervals for accuracies measured on a finite number of samples, and the test of two measured on the same ones.
 
-Wilson and McNemar are for samples that are right or wrong, the bootstrap for scores in between.
+Wilson and McNemar are for samples that are right or wrong, the bootstrap for scores in between. Pearson's correlation
+is of tensors.
 """
 
 import math
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 NORMAL_QUANTILE = 1.959963984540054  # two-sided 95 %
 
@@ -75,3 +77,20 @@ def bootstrap_interval(scores: Sequence[float], *, resamples: int = 10_000, seed
     ]
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return Interval(float(low), float(high))
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Correlation of two tensors of one shape over all places where both are finite.
+
+    Raises:
+        ValueError: fewer than two such places, or one side constant there.
+    """
+    usable = x.isfinite() & y.isfinite()
+    first, second = x[usable].double(), y[usable].double()
+    if first.numel() < 2:
+        raise ValueError(f"a correlation needs at least two finite pairs, got {first.numel()}")
+    first, second = first - first.mean(), second - second.mean()
+    spread = float(first.norm() * second.norm())
+    if spread == 0:
+        raise ValueError("a correlation needs values that differ, got a constant")
+    return float(first @ second) / spread

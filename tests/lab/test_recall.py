@@ -1,15 +1,17 @@
 """The studies of a capture: every combination once, numbers those of the parts they are made of."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from baatt import BAAttConfig, ba_attention, make_plan
-from baatt.analysis.bound import deviation, pearson
-from baatt.analysis.capture import Capture, Heads
-from baatt.analysis.error import output_error
 from baatt.analysis.oracle import block_mass, kept_mass
-from baatt.analysis.studies import POINTS, measure_bound, measure_recall
+from baatt.lab.bound import POINTS, deviation, measure_bound
+from baatt.lab.capture import Capture, Heads
 from baatt.lab.plots import draw_bound, draw_recall
+from baatt.lab.recall import measure_recall, output_error
+from baatt.lab.statistics import pearson
 
 
 @pytest.fixture
@@ -24,10 +26,14 @@ CONFIGS = [BAAttConfig(16, 0.5, "none", None, beta=0.5), BAAttConfig(16, 0.5, "q
 
 def test_recall(recorded, tmp_path):
     steps = []
-    records = measure_recall(
-        recorded, CONFIGS, [0.5, 0.8], ["covariance", "oracle"], progress=lambda: steps.append(1)
-    )  # fmt: skip
-    assert len(steps) == 4
+    configs = [
+        dataclasses.replace(config, sparsity=sparsity, score=score)
+        for config in CONFIGS
+        for sparsity in (0.5, 0.8)
+        for score in ("covariance", "oracle")
+    ]
+    records = measure_recall(recorded, configs, progress=lambda: steps.append(1))
+    assert len(steps) == 2 * len(configs)
     assert len(records) == 2 * 2 * 2 * 2 + 2 * 2 * 2
     by_key = {(one.layer, one.sort, one.sparsity, one.score): one for one in records}
     assert len(by_key) == len(records)
@@ -47,7 +53,7 @@ def test_recall(recorded, tmp_path):
     layers = [by_key[layer, "none", 0.5, "covariance"] for layer in (0, 3)]
     assert whole.recall_mean == pytest.approx(sum(one.recall_mean for one in layers) / 2)
     assert whole.relative_l2 == pytest.approx(sum(one.relative_l2 for one in layers) / 2)
-    quick = measure_recall(recorded, CONFIGS[:1], [0.5], ["mean"], outputs=False)
+    quick = measure_recall(recorded, [dataclasses.replace(CONFIGS[0], score="mean")], outputs=False)
     assert all(one.relative_l1 is None for one in quick)
     draw_recall([one._asdict() for one in records], "caption", tmp_path / "recall.png")
     assert (tmp_path / "recall.png").stat().st_size > 10_000
@@ -66,3 +72,14 @@ def test_bound(recorded, tmp_path):
     assert len(one.points) == min(POINTS, one.pairs)
     draw_bound([one._asdict() for one in records], "caption", tmp_path / "bound.png")
     assert (tmp_path / "bound.png").stat().st_size > 10_000
+
+
+def test_errors_of_an_output():
+    dense = torch.tensor([[[[3.0, 4.0], [0.0, 0.0]]]])
+    assert output_error(dense, dense) == pytest.approx((0, 0, 1))
+    found = torch.tensor([[[[3.0, -4.0], [0.0, 0.0]]]])
+    assert output_error(found, dense) == pytest.approx((8 / 7, 8 / 5, (-7 / 25 + 1) / 2))
+    with pytest.raises(ValueError, match="found must have the shape"):
+        output_error(found[..., :1], dense)
+    with pytest.raises(ValueError, match="must not be zero everywhere"):
+        output_error(found, torch.zeros_like(dense))

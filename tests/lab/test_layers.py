@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from baatt import BAAttConfig
-from baatt.analysis.capture import Capture, Heads
-from baatt.analysis.layers import measure_layers
+from baatt.lab.capture import Capture, Heads
+from baatt.lab.layers import measure_layers
 
 TOKENS, CHANNELS = 256, 16
 

@@ -1,19 +1,49 @@
 """The paper's error bound (E9): how far a logit can be from the logit of its block means, and how far it is.
 
-In: q and k of a layer and a `Plan`. Out: the bound U and the true largest deviation of every block pair, and their
-correlation (the paper's Fig. 2). Walks over pairs of blocks slab by slab. Knows nothing of scores or selections.
+In: q and k of a layer and a `Plan`, or a `Capture`. Out: the bound U and the true largest deviation of every block
+pair, and their correlation (the paper's Fig. 2). Walks over pairs of blocks slab by slab. Knows nothing of scores.
 """
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from baatt.attention import make_plan
+from baatt.config import BAAttConfig
+from baatt.lab.capture import Capture
+from baatt.lab.statistics import pearson
 from baatt.plan import Plan
 from baatt.stages.pooling import gather_blocks, pool_blocks
 from baatt.types import TokenOrder
+
+#: Points of a scatter plot that are kept, of any number measured.
+POINTS = 250
+
+
+class BoundRecord(NamedTuple):
+    """The bound U against the truth in one layer and order, over all pairs of blocks.
+
+    correlation_largest, correlation_mean: Pearson's R of U with the largest and the mean deviation of a logit from its
+    block logit; bound_mean, largest_mean, deviation_mean: of all three; points: [U, largest deviation] of some pairs,
+    evenly spread over the list of all.
+    """
+
+    layer: int
+    sort: str
+    segment: int | None
+    block_size: int
+    pairs: int
+    correlation_largest: float
+    correlation_mean: float
+    bound_mean: float
+    largest_mean: float
+    deviation_mean: float
+    points: list[list[float]]
 
 
 class Deviation(NamedTuple):
@@ -32,6 +62,29 @@ class Extent(NamedTuple):
 
     radius: Tensor
     norm: Tensor
+
+
+def measure_bound(
+    capture: Capture, configs: Sequence[BAAttConfig], progress: Callable[[], None] | None = None
+) -> list[BoundRecord]:
+    """U of E9 and the true deviations for every layer and order (the paper's Fig. 2)."""
+    records = []
+    for (layer, heads), config in itertools.product(capture.layers.items(), configs):
+        q, k, _ = heads.widened()
+        found = deviation(q, k, make_plan(q, k, config, scale=capture.scale, impl="reference"))
+        flat = [x.flatten()[x.flatten().isfinite()] for x in found]
+        points = torch.stack([flat[0], flat[1]], dim=1)[:: max(1, len(flat[0]) // POINTS)]
+        bound_mean, largest_mean, deviation_mean = (float(x.mean()) for x in flat)
+        records.append(
+            BoundRecord(
+                layer, config.sort, config.segment, config.block_size, len(flat[0]),
+                pearson(flat[0], flat[1]), pearson(flat[0], flat[2]), bound_mean, largest_mean, deviation_mean,
+                [[round(float(value), 5) for value in point] for point in points],
+            )
+        )  # fmt: skip
+        if progress is not None:
+            progress()
+    return records
 
 
 def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
@@ -75,23 +128,6 @@ def extents(q: Tensor, k: Tensor, plan: Plan) -> tuple[Extent, Extent]:
     sides = (q, plan.query_order), (k, plan.key_order)
     queries, keys = (_extent(*_members(x, order, plan.config.block_size)) for x, order in sides)
     return queries, keys
-
-
-def pearson(x: Tensor, y: Tensor) -> float:
-    """Correlation of two tensors of one shape over all places where both are finite.
-
-    Raises:
-        ValueError: fewer than two such places, or one side constant there.
-    """
-    usable = x.isfinite() & y.isfinite()
-    first, second = x[usable].double(), y[usable].double()
-    if first.numel() < 2:
-        raise ValueError(f"a correlation needs at least two finite pairs, got {first.numel()}")
-    first, second = first - first.mean(), second - second.mean()
-    spread = float(first.norm() * second.norm())
-    if spread == 0:
-        raise ValueError("a correlation needs values that differ, got a constant")
-    return float(first @ second) / spread
 
 
 def _members(x: Tensor, order: TokenOrder, size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from baatt.analysis.bound import deviation, pearson
+from baatt.lab.bound import deviation
+from baatt.lab.statistics import pearson
 from tests.analysis.test_oracle import case
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from baatt.analysis.capture import Capture
-from baatt.analysis.maps import attention_cells, most_structured_head
 from baatt.analysis.oracle import block_mass, kept_mass
 from baatt.attention import make_plan
 from baatt.config import BAAttConfig
+from baatt.lab.capture import Capture
+from baatt.lab.maps import attention_cells, most_structured_head
 from baatt.plan import Plan
 
 #: Columns of a map at most: 128 KiB of page for three orders of one head.
@@ -61,7 +61,7 @@ def maps_page(
         "first": [first_layer, most_structured_head(q, k, plan)], "block_size": configs[0].block_size,
         "low": DARKEST, "high": brightest, "maps": maps,
     }  # fmt: skip
-    template = files("baatt.analysis").joinpath("maps_page.html").read_text(encoding="utf-8")
+    template = files("baatt.lab").joinpath("maps_page.html").read_text(encoding="utf-8")
     return template.replace("__DATA__", json.dumps(data).replace("<", "\\u003c"))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +27,10 @@ class Heads(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+
+    def widened(self) -> "Heads":
+        """At least float32, so that what is measured is the selection and not the rounding."""
+        return Heads(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in self))
 
 
 class Capture(NamedTuple):

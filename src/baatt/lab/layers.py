@@ -11,11 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from baatt.analysis.bound import extents
-from baatt.analysis.capture import Capture
 from baatt.analysis.oracle import block_mass
 from baatt.attention import make_plan
 from baatt.config import BAAttConfig
+from baatt.lab.bound import extents
+from baatt.lab.capture import Capture
 from baatt.plan import Plan
 
 #: Share of a query block's attention mass that counts as all that matters.
@@ -49,7 +49,7 @@ def measure_layers(
     """All layers of a capture in all orders."""
     records = []
     for layer, heads in capture.layers.items():
-        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in heads[:2])
+        q, k, _ = heads.widened()
         for config in configs:
             plan = make_plan(q, k, config, scale=capture.scale, impl="reference")
             mass = block_mass(q, k, plan)

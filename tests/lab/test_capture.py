@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from baatt.analysis.capture import FORMAT, Capture, Heads, Recorder, load_capture, save_capture
+from baatt.lab.capture import FORMAT, Capture, Heads, Recorder, load_capture, save_capture
 
 
 def heads(seed=0, groups=2):
