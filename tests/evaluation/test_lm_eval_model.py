@@ -312,7 +312,7 @@ def test_refused(make, module, folder, tmp_path):
         make(sparsity=0.5, dense_layers=7)
     with pytest.raises(ValueError, match="impl must be one of"):
         make(sparsity=0.5, impl="fastest")
-    with pytest.raises(ValueError, match="device must be one such as"):
+    with pytest.raises(ValueError, match="device must be a device such as"):
         make(device="tpu-7")
     with pytest.raises(ValueError, match=r"dense_steps must be 0 for a likelihood, which has no steps, got 0\.2"):
         make(sparsity=0.5, dense_steps=0.2).loglikelihood([request("a", " b")])

@@ -36,7 +36,7 @@ def test_alone(monkeypatch):
     leave_process_group()
     assert alone.device("cpu") == torch.device("cpu")
     assert alone.device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
-    with pytest.raises(ValueError, match='device must be one such as "cpu" or "cuda:0", got \'tpu-7\''):
+    with pytest.raises(ValueError, match='device must be a device such as "cpu" or "cuda:0", got \'tpu-7\''):
         alone.device("tpu-7")
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from baatt.lab.loading import find_device
+
 #: Ranks of an evaluation finish hours apart when some have the long documents; ten minutes, the default, would end it.
 PATIENCE = timedelta(days=2)
 
@@ -48,15 +50,8 @@ class Ranks:
         Raises:
             ValueError: no device of that name, or no GPU where one is named.
         """
-        try:
-            device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError:
-            raise ValueError(f'device must be one such as "cpu" or "cuda:0", got {name!r}') from None
-        if device.type != "cuda":
-            return device
-        if not torch.cuda.is_available():
-            raise ValueError(f"device must be one that PyTorch can use, and there is no GPU for {name!r}")
-        if self.size > 1:
+        device = find_device(name)
+        if device.type == "cuda" and self.size > 1:
             device = torch.device("cuda", self._local_rank)
             torch.cuda.set_device(device)
         return device
