@@ -23,6 +23,7 @@ from torch import Tensor
 
 from baatt import BAAttConfig, Policy
 from baatt.assets import shipped_model
+from baatt.integrations.enable import enable
 from baatt.lab.describe import layers_name, order_name
 from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.records import provenance, write_json
@@ -59,7 +60,8 @@ class Bench(NamedTuple):
         """One batch; `changes` of the sampler."""
         sampler = dataclasses.replace(self.sampler, cache=setting.cache, threshold=setting.threshold, **changes)
         sparse = self.sparse if setting.attention == "sparse" else None
-        return generate(self.model, ids, mask, sampler, sparse=sparse, policy=self.policy, impl=self.impl)
+        with enable(self.model, sparse, self.policy, impl=self.impl) as handle:
+            return generate(self.model, ids, mask, sampler, on_step=handle.at_step)
 
 
 @dataclasses.dataclass

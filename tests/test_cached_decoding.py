@@ -17,12 +17,13 @@ from baatt.assets import shipped_model
 from baatt.cli.main import main
 from baatt.config import Policy
 from baatt.evaluation.retrieval import answer
+from baatt.integrations.enable import enable
+from baatt.integrations.handle import Handle
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate
 from baatt.sampling.caching import Span
-from baatt.stages.dense import AttentionFunction, dense_attention
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]
@@ -211,9 +212,26 @@ EXACT = [
 ]
 
 
-def run(model: MaskedDiffusionLM, cache: str, case: dict[str, Any], **options: Any) -> SampleResult:
+def run(
+    model: MaskedDiffusionLM, cache: str, case: dict[str, Any], sparse: BAAttConfig | None = None, **options: Any
+) -> SampleResult:
     prompts = [make_prompt(length, seed=length) for length in LENGTHS]
-    return generate(model, *padded(prompts), SamplerConfig(**case, cache=cache), **options)
+    return run_sparse(model, prompts, SamplerConfig(**case, cache=cache), sparse, **options)
+
+
+def run_sparse(
+    model: MaskedDiffusionLM,
+    prompts: list[list[int]],
+    config: SamplerConfig,
+    sparse: BAAttConfig | None,
+    policy: Policy | None = None,
+    watch: "Watch | None" = None,
+) -> SampleResult:
+    with enable(model, sparse, policy, impl="reference") as handle:
+        if watch is not None:
+            watch.handle = handle
+            handle.watch(watch)
+        return generate(model, *padded(prompts), config, on_step=handle.at_step)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +241,8 @@ def run(model: MaskedDiffusionLM, cache: str, case: dict[str, Any], **options: A
 @pytest.mark.parametrize("changes", EXACT, ids=str)
 def test_one_step_a_block_is_exact(changes: dict[str, Any], cache: str, sparse: BAAttConfig | None) -> None:
     model, case = make_model(), {"steps": 3, "gen_length": 12, "block_length": 4, **changes}
-    expected = run(model, "none", case, sparse=sparse, impl="reference")
-    result = run(model, cache, case, sparse=sparse, impl="reference")
+    expected = run(model, "none", case, sparse=sparse)
+    result = run(model, cache, case, sparse=sparse)
     assert torch.equal(result.tokens, expected.tokens)
     assert torch.equal(result.unmasked_at, expected.unmasked_at)
     assert (result.full_evaluations, result.cached_evaluations) == (expected.steps, 0)
@@ -262,19 +280,24 @@ SPARSE = BAAttConfig(block_size=16, sparsity=0.5, segment=None)
 class Watch:
     """What every attention call is given: (layer, dense?, queries, keys, rows)."""
 
+    handle: Handle
+
     def __init__(self) -> None:
-        self.calls: list[tuple[int, bool, int, int, int]] = []
+        self.seen: list[tuple[int, int, int, int, int]] = []  # with the number of sparse calls before
 
-    def wrap(self, layer: int, function: AttentionFunction) -> AttentionFunction:
-        def call(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
-            assert q.shape[1] == 4
-            assert k.shape == v.shape
-            assert k.shape[:2] == (len(q), 2)
-            assert key_mask is None or key_mask.shape == (len(q), k.shape[2])
-            self.calls.append((layer, function is dense_attention, q.shape[2], k.shape[2], len(q)))
-            return function(q, k, v, key_mask=key_mask)
+    def __call__(self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, _: float) -> None:
+        assert layer is not None
+        assert q.shape[1] == 4
+        assert k.shape == v.shape
+        assert k.shape[:2] == (len(q), 2)
+        assert key_mask is None or key_mask.shape == (len(q), k.shape[2])
+        self.seen.append((layer, self.handle.sparse_calls, q.shape[2], k.shape[2], len(q)))
 
-        return call
+    @property
+    def calls(self) -> list[tuple[int, bool, int, int, int]]:
+        """Dense is what did not add to the sparse calls."""
+        after = [*(sparse for _, sparse, *_ in self.seen[1:]), self.handle.sparse_calls]
+        return [(layer, before == now, *sizes) for (layer, before, *sizes), now in zip(self.seen, after, strict=True)]
 
 
 @pytest.mark.parametrize(("cache", "queries"), [("prefix", [12, 12, 6, 6]), ("dual", [6, 6, 6, 6])])
@@ -284,7 +307,7 @@ def test_the_policy_decides_from_how_many_queries_a_cached_step_is_sparse(
 ) -> None:
     watch, policy = Watch(), Policy(min_queries=least, dense_layers=(1,))
     case = {"steps": 6, "gen_length": 12, "block_length": 6}
-    run(make_model(), cache, case, sparse=SPARSE, policy=policy, impl="reference", wrap_attention=watch.wrap)
+    run(make_model(), cache, case, sparse=SPARSE, policy=policy, watch=watch)
     expected = []
     for step in range(6):
         count = 23 if step % 3 == 0 else queries[step // 3 * 2 + step % 3 - 1]
@@ -297,7 +320,7 @@ def test_first_steps_and_short_sequences_stay_dense_with_a_cache() -> None:
     case = {"steps": 6, "gen_length": 12, "block_length": 6}
     for policy, sparse_calls in ((Policy(dense_steps=0.5), 3), (Policy(min_length=24), 0), (Policy(min_length=23), 6)):
         watch = Watch()
-        run(make_model(), "dual", case, sparse=SPARSE, policy=policy, impl="reference", wrap_attention=watch.wrap)
+        run(make_model(), "dual", case, sparse=SPARSE, policy=policy, watch=watch)
         assert sum(not dense for _, dense, *_ in watch.calls) == sparse_calls
 
 
@@ -306,9 +329,7 @@ def test_zero_sparsity_equals_dense(cache: str) -> None:
     model, exact = make_model(), BAAttConfig(block_size=16, sparsity=0.0, segment=None, sort="qk")
     prompts = [make_prompt(length, seed=length) for length in (50, 37)]
     config = SamplerConfig(steps=12, gen_length=24, block_length=12, cache=cache)
-    sparse = generate(
-        model, *padded(prompts), config, sparse=exact, policy=Policy(min_queries=0), impl="reference"
-    )  # fmt: skip
+    sparse = run_sparse(model, prompts, config, exact, Policy(min_queries=0))
     assert torch.equal(sparse.tokens, generate(model, *padded(prompts), config).tokens)
 
 
@@ -317,10 +338,7 @@ def test_sparse_cached_steps_use_the_whole_cache() -> None:
     model, watch = make_model(), Watch()
     prompts = [make_prompt(length, seed=length) for length in (50, 37)]
     config = SamplerConfig(steps=12, gen_length=24, block_length=12, cache="dual")
-    sparse = generate(
-        model, *padded(prompts), config, sparse=SPARSE, policy=Policy(min_queries=0), impl="reference",
-        wrap_attention=watch.wrap,
-    )  # fmt: skip
+    sparse = run_sparse(model, prompts, config, SPARSE, Policy(min_queries=0), watch)
     assert {call[1:4] for call in watch.calls} == {(False, 74, 74), (False, 12, 74)}
     assert not torch.equal(sparse.tokens, generate(model, *padded(prompts), config).tokens)
 
@@ -332,7 +350,7 @@ def test_sparse_cached_steps_use_the_whole_cache() -> None:
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_rows_that_are_done_are_left_out_of_the_cache(cache: str, cfg_scale: float) -> None:
     watch, case = Watch(), {"steps": 12, "gen_length": 12, "block_length": 6, "threshold": 0.3, "cfg_scale": cfg_scale}
-    result = run(make_model(), cache, case, wrap_attention=watch.wrap)
+    result = run(make_model(), cache, case, watch=watch)
     halves = 2 if cfg_scale else 1
     last = torch.stack([result.unmasked_at[:, :6].amax(dim=1), result.unmasked_at[:, 6:].amax(dim=1)])
     expected = [
@@ -407,8 +425,9 @@ def test_unknown_cache_is_refused(name: Any) -> None:
 
 def test_an_enabled_model_is_sparse_in_full_passes_and_dense_in_short_cached_ones() -> None:
     model, case = make_model(), {"steps": 6, "gen_length": 12, "block_length": 6}
-    with baatt.enable(model, SPARSE, impl="reference") as handle:
-        run(model, "dual", case)
+    prompts = [make_prompt(length, seed=length) for length in LENGTHS]
+    with baatt.enable(model, SPARSE) as handle:
+        generate(model, *padded(prompts), SamplerConfig(**case, cache="dual"))
     assert handle.sparse_calls == 2 * 3
     assert handle.reasons == {"policy: fewer queries than min_queries=1024, of more keys": 4 * 3}
 

@@ -1,9 +1,8 @@
 """The sampler against a hand-written one, with models whose logits are known, and with a small real model."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +11,9 @@ from torch import Tensor
 
 from baatt import BAAttConfig
 from baatt.config import Policy
+from baatt.integrations.enable import enable
 from baatt.models import MaskedDiffusionLM, ModelConfig
-from baatt.sampling import REMASKING, SamplerConfig, SampleResult, StepInfo, generate, layer_attention
-from baatt.sampling.routing import sparse_attention
-from baatt.stages.dense import AttentionFunction, dense_attention
+from baatt.sampling import REMASKING, SamplerConfig, SampleResult, StepInfo, generate
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]
@@ -42,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 def make_model(seed: int = 0) -> MaskedDiffusionLM:
     torch.manual_seed(seed)
-    model = MaskedDiffusionLM(CONFIG).double()
+    model = MaskedDiffusionLM(CONFIG).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -71,15 +69,8 @@ class Known:
         self.evaluated: list[list[int]] = []
 
     def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        attention: Sequence[AttentionFunction],
-        logits_from: int,
-        logits_to: int,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, logits_from: int, logits_to: int
     ) -> Tensor:
-        assert len(attention) == CONFIG.n_layers
         self.inputs.append(input_ids.clone())
         self.masks.append(attention_mask)
         self.spans.append((logits_from, logits_to))
@@ -411,65 +402,26 @@ def test_inputs_are_not_changed_and_mask_ids_in_the_prompt_stay() -> None:
 SPARSE = BAAttConfig(block_size=16, sparsity=0.5, segment=None)
 
 
-def pattern(
-    policy: Policy, *, step: int = 0, total: int = 10, length: int = 100, layers: int = 4, queries: int | None = None
-) -> str:
-    functions = layer_attention(
-        SPARSE, policy, layers=layers, step=step, total_steps=total, length=length, impl="reference", queries=queries
-    )
-    for function in functions:
-        if function is not dense_attention:
-            assert isinstance(function, functools.partial)
-            assert function.func is sparse_attention
-            assert function.keywords == {"config": SPARSE, "impl": "reference"}
-    return "".join("d" if function is dense_attention else "s" for function in functions)
-
-
-def test_layer_attention_follows_the_policy() -> None:
-    assert pattern(Policy()) == "ssss"
-    assert pattern(Policy(dense_layers=(0, -1))) == "dssd"
-    assert pattern(Policy(dense_layers=(-4, 2, 2))) == "dsds"
-    assert [pattern(Policy(dense_steps=0.25), step=step) for step in range(4)] == ["dddd", "dddd", "dddd", "ssss"]
-    assert pattern(Policy(dense_steps=1.0), step=9) == "dddd"
-    assert pattern(Policy(dense_steps=0.0), step=0) == "ssss"
-    assert pattern(Policy(min_length=100), length=99) == "dddd"
-    assert pattern(Policy(min_length=100), length=100) == "ssss"
-    assert pattern(Policy(min_queries=60), queries=59) == "dddd"
-    assert pattern(Policy(min_queries=60), queries=60) == "ssss"
-    assert pattern(Policy(min_queries=200), queries=100) == "ssss"  # as many queries as keys
-    assert pattern(Policy(min_queries=200)) == "ssss"
-    dense = layer_attention(None, Policy(), layers=2, step=0, total_steps=1, length=9, impl="auto")
-    assert dense == [dense_attention] * 2
-
-
-@pytest.mark.parametrize("layer", [4, -5])
-def test_layer_attention_refuses_unknown_layers(layer: int) -> None:
-    with pytest.raises(ValueError, match=rf"policy.dense_layers must lie in \[-4, 4\) for 4 layers, got {layer}"):
-        pattern(Policy(dense_layers=(layer,)))
-
-
 def test_sparse_run_is_sparse_where_the_policy_says() -> None:
     model, prompt = make_model(), make_prompt(2, 90)
     mask = torch.ones(2, 90, dtype=torch.bool)
     mask[0, :33] = False
     config = SamplerConfig(steps=4, gen_length=8, block_length=4)
-    seen: list[tuple[int, bool, bool]] = []
+    keys: list[Tensor] = []
+    after: list[dict[int | None, tuple[int, int]]] = []
 
-    def wrap(layer: int, function: AttentionFunction) -> AttentionFunction:
-        def call(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
-            assert q.shape == (2, 4, 98, 8)
-            out = function(q, k, v, key_mask=key_mask)
-            exact = dense_attention(q, k, v, key_mask=key_mask)
-            seen.append((layer, function is dense_attention, torch.allclose(out, exact)))
-            return out
-
-        return call
+    def progress(info: StepInfo) -> None:
+        after.append({layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()})
 
     policy = Policy(dense_layers=(1,), dense_steps=0.5)
-    result = generate(model, prompt, mask, config, sparse=SPARSE, policy=policy, impl="reference", wrap_attention=wrap)
+    with enable(model, SPARSE, policy, impl="reference") as handle:
+        handle.watch(lambda layer, q, k, *_: keys.append(k))
+        result = generate(model, prompt, mask, config, on_step=handle.at_step, progress=progress)
     assert result.tokens.shape == (2, 8)
-    dense = [(layer, True, True) for layer in range(3)]
-    assert seen == [*dense, *dense, *[(0, False, False), (1, True, True), (2, False, False)] * 2]
+    assert {k.shape for k in keys} == {(2, 2, 98, 8)}
+    assert after[:2] == [dict.fromkeys(range(3), (0, steps)) for steps in (1, 2)]
+    assert after[3] == {0: (2, 2), 1: (0, 4), 2: (2, 2)}
+    assert not torch.equal(result.tokens, generate(model, prompt, mask, config).tokens)
 
 
 def test_zero_sparsity_equals_dense() -> None:
@@ -478,7 +430,8 @@ def test_zero_sparsity_equals_dense() -> None:
     mask[1, :9] = False
     config = SamplerConfig(steps=8, gen_length=8, block_length=8)
     exact = BAAttConfig(block_size=16, sparsity=0.0, segment=None)
-    sparse = generate(model, prompt, mask, config, sparse=exact, impl="reference")
+    with enable(model, exact, impl="reference") as handle:
+        sparse = generate(model, prompt, mask, config, on_step=handle.at_step)
     assert torch.equal(sparse.tokens, generate(model, prompt, mask, config).tokens)
 
 
@@ -496,16 +449,20 @@ def test_progress_reports_every_evaluation() -> None:
     assert torch.equal(infos[-1].tokens, tokens)
 
 
+def test_every_evaluation_is_announced() -> None:
+    model, prompt, _ = known([[0.95, 0.2, 0.92, 0.93, 0.99, 0.94]])
+    told: list[tuple[int, int, int]] = []
+    config = SamplerConfig(steps=6, gen_length=6, block_length=3, threshold=0.9)
+    generate(model, prompt, config=config, on_step=lambda *step: told.append((*step, len(model.inputs))))
+    assert told == [(0, 6, 0), (1, 6, 1), (3, 6, 2)]
+
+
 def test_runs_in_inference_mode() -> None:
     modes: list[bool] = []
-
-    def wrap(layer: int, function: AttentionFunction) -> AttentionFunction:
-        modes.append(torch.is_inference_mode_enabled())
-        return function
-
-    config = SamplerConfig(steps=1, gen_length=2, block_length=2)
-    result = generate(make_model().train(), make_prompt(1, 3), config=config, wrap_attention=wrap)
-    assert modes == [True] * 3
+    model = make_model().train()
+    model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    result = generate(model, make_prompt(1, 3), config=SamplerConfig(steps=1, gen_length=2, block_length=2))
+    assert modes == [True]
     assert not result.tokens.is_inference()
     assert not result.unmasked_at.is_inference()
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import baatt
+from baatt import BAAttConfig, Policy
 from baatt.evaluation.likelihood import draw_masks, log_likelihood, request_seed, rolling_windows
 from baatt.models import MaskedDiffusionLM, ModelConfig
-from baatt.stages.dense import dense_attention
 
 CPU = torch.device("cpu")
 MASK = 1
@@ -31,7 +32,7 @@ class Recorder:
         self.logits = probabilities.log()  # [N, V]
         self.shown: list[torch.Tensor] = []
 
-    def __call__(self, tokens, *, attention, logits_from):
+    def __call__(self, tokens, *, logits_from):
         self.shown.append(tokens)
         return self.logits[logits_from:].expand(len(tokens), -1, -1)
 
@@ -122,15 +123,13 @@ def test_one_token_and_no_context():
     assert log_likelihood(model, [], [12], device=CPU) == pytest.approx(exact, rel=1e-6)
 
 
-def test_attention_is_handed_on():
-    calls = []
-
-    def attention(q, k, v, /, *, key_mask):
-        calls.append(q.shape)
-        return dense_attention(q, k, v, key_mask=key_mask)
-
-    log_likelihood(tiny_model(), CONTEXT, ANSWER[:1], device=CPU, attention=[attention, dense_attention])
-    assert calls == [(1, 2, 5, 8)]
+def test_an_enabled_model_is_sparse():
+    model, calls = tiny_model(), []
+    with baatt.enable(model, BAAttConfig(block_size=16, sparsity=0.0), Policy(dense_layers=(1,))) as handle:
+        handle.watch(lambda layer, q, *_: calls.append((layer, q.shape)))
+        log_likelihood(model, CONTEXT, ANSWER[:1], device=CPU)
+    assert calls == [(0, (1, 2, 5, 8)), (1, (1, 2, 5, 8))]
+    assert (handle.sparse_calls, handle.dense_calls) == (1, 1)
 
 
 @pytest.mark.parametrize(

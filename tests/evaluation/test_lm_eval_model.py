@@ -15,8 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.likelihood import log_likelihood
 from baatt.evaluation.lm_eval_arguments import Sampling
+from baatt.integrations.enable import enable
 from baatt.models import MaskedDiffusionLM
-from baatt.sampling import SamplerConfig, generate, layer_attention
+from baatt.sampling import SamplerConfig, generate
 from tests.evaluation.harness import adapter, request, tiny_folder
 
 RULER = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 30, "until": []}
@@ -52,11 +53,13 @@ def make(module: Any, folder: Path) -> Any:
     return build
 
 
-def by_hand(folder: Path, lm: Any, prompt: str, tokens: int, steps: int, **options: Any) -> str:
+def by_hand(folder: Path, lm: Any, prompt: str, tokens: int, steps: int, sparse: Any = None, policy: Any = None) -> str:
     """An answer from `generate` alone."""
     model = MaskedDiffusionLM.from_pretrained(folder)
     sampler = SamplerConfig(steps=steps, gen_length=-(-tokens // 8) * 8, block_length=8, stop_at_eos=True)
-    row = generate(model, torch.tensor([lm.tok_encode(prompt)]), None, sampler, **options).tokens[0].tolist()[:tokens]
+    with enable(model, sparse, policy) as handle:
+        ids = torch.tensor([lm.tok_encode(prompt)])
+        row = generate(model, ids, None, sampler, on_step=handle.at_step).tokens[0].tolist()[:tokens]
     row = row[: row.index(0)] if 0 in row else row
     return str(lm._tokenizer.decode(row))
 
@@ -154,13 +157,9 @@ def test_likelihood_with_sparse_attention(make, folder):
     [(score, _)] = lm.loglikelihood([request(FILLER * 2, " and back again")])
     [(dense, _)] = make(mc_num=4).loglikelihood([request(FILLER * 2, " and back again")])
     whole, before = lm.tok_encode(FILLER * 2 + " and back again"), len(lm.tok_encode((FILLER * 2).rstrip()))
-    functions = layer_attention(
-        lm.arguments.sparse, Policy(), layers=2, step=0, total_steps=1, length=len(whole), impl="auto"
-    )  # fmt: skip
-    expected = log_likelihood(
-        MaskedDiffusionLM.from_pretrained(folder), whole[:before], whole[before:], device=torch.device("cpu"),
-        draws=4, attention=functions,
-    )  # fmt: skip
+    model = MaskedDiffusionLM.from_pretrained(folder)
+    with enable(model, lm.arguments.sparse):
+        expected = log_likelihood(model, whole[:before], whole[before:], device=torch.device("cpu"), draws=4)
     assert score == pytest.approx(expected)
     assert score != pytest.approx(dense, rel=1e-4)
     assert lm.get_model_info()["sparse_attention_calls"] > 0

@@ -1,7 +1,6 @@
 """A run of RULER on a tiny random model: keys, answers, samples drawn ahead, what is open, and the summary."""
 
 import dataclasses
-import functools
 import json
 import shutil
 from contextlib import closing
@@ -9,12 +8,11 @@ from contextlib import closing
 import pytest
 import torch
 
-from baatt.attention import ba_attention
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, make_cells
 from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.retrieval import answer
-from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, checksums, replace_sparse, source_digest
+from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, checksums, source_digest
 from baatt.evaluation.ruler_run import (
     answer_work,
     check_questions,
@@ -77,12 +75,12 @@ def cells_of(*tasks, length=512):
     return make_cells(tasks, [length], DIALS, ["covariance"])
 
 
-def run(respondent, store, cells, numbers=range(3), workers=0, replacement=lambda cell: None):
+def run(respondent, store, cells, numbers=range(3), workers=0):
     """Answers of every cell, and how many of each cell were asked."""
     asked = []
     works = open_work(cells, numbers, respondent.setup, store)
     with closing(draw_ahead(works, respondent, workers)) as drawn:
-        answer_work(works, drawn, respondent, store, replacement, lambda cell, count: asked.append((cell, count)))
+        answer_work(works, drawn, respondent, store, lambda cell, count: asked.append((cell, count)))
     return gather_answers(cells, numbers, respondent.setup, store, Ranks()), asked
 
 
@@ -171,21 +169,19 @@ def test_answers_are_those_of_retrieval(make, batch_size):
     assert len({one.text for answers in found for one in answers}) > 1
 
 
-def test_another_score_takes_the_place_of_sparse_layers(make):
-    respondent, calls = make(), []
+def test_another_score_is_that_of_the_operator(make):
+    respondent = make()
     (_, cell, _) = cells_of("niah_single_1")
-
-    def rival(q, k, v, /, *, key_mask=None):
-        calls.append(q.shape)
-        return ba_attention(q, k, v, cell.config, key_mask=key_mask)
-
-    replacement = functools.partial(replace_sparse, rival)
-    (own,), _ = run(respondent, AnswerStore(None), [cell], range(1))
-    (other,), _ = run(respondent, AnswerStore(None), [cell], range(1), replacement=lambda _: replacement)
-    assert [one._replace(seconds=0) for one in own] == [one._replace(seconds=0) for one in other]
-    assert len(calls) == 2 * own[0].evaluations
-    respondent.warm_up(cell, replacement)
-    assert len(calls) == 2 * own[0].evaluations + 2
+    cell = cell._replace(score="oracle")
+    (found,), _ = run(respondent, AnswerStore(None), [cell], range(1))
+    (sample,) = draw_samples("niah_single_1", 512, 1, respondent.tokenizer, seed=1)
+    (expected,) = answer(
+        respondent.model, respondent.tokenizer, [sample], sampler=SAMPLER, policy=respondent.setup.policy,
+        sparse=dataclasses.replace(cell.config, score="oracle"),
+    )  # fmt: skip
+    assert found[0].text == expected.text
+    assert found[0].setting["score"] == "oracle"
+    respondent.warm_up(cell)
 
 
 def test_chat(make):
@@ -225,9 +221,9 @@ def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match=r"length must hold the smallest vt sample \(\d+ tokens\), got 512"):
         make().check("vt", 512)
     with pytest.raises(ValueError, match=r"dense_layers must lie in \[-3, 3\)"):
-        make(policy=Policy(dense_layers=(3,))).warm_up(cells_of("vt")[1], None)
+        make(policy=Policy(dense_layers=(3,))).warm_up(cells_of("vt")[1])
     with pytest.raises(RuntimeError, match="impl='hopper' cannot run"):
-        make(impl="hopper").warm_up(cells_of("vt")[1], None)
+        make(impl="hopper").warm_up(cells_of("vt")[1])
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

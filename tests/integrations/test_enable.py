@@ -9,10 +9,11 @@ import torch
 import baatt
 from baatt import BAAttConfig, Policy
 from baatt.integrations.handle import NoSparseAttentionWarning
-from baatt.integrations.steps import StepClock
+from baatt.integrations.progress import DenoisingProgress
 from baatt.models import MaskedDiffusionLM
 from baatt.models.config import ModelConfig
 from baatt.sampling import SamplerConfig, generate
+from baatt.stages.dense import dense_attention
 
 MASK = 63
 ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
@@ -126,7 +127,7 @@ def test_refusals(model):
     baatt.enable(model, HALF).disable()  # a refusal leaves nothing attached
     with pytest.raises(ValueError, match=r"known kind: .*ModernBERT.*; got torch.nn.modules.linear.Linear"):
         baatt.enable(torch.nn.Linear(2, 2).eval(), HALF)
-    with pytest.raises(TypeError, match="config must be a BAAttConfig, got float"):
+    with pytest.raises(TypeError, match="config must be a BAAttConfig or None, got float"):
         baatt.enable(model, 0.5)
     with pytest.raises(TypeError, match="policy must be a Policy or None, got dict"):
         baatt.enable(model, HALF, {})
@@ -177,12 +178,47 @@ def test_a_loop_may_tell_its_step(model, tokens):
     assert (handle.sparse_calls, handle.dense_calls) == (6, 6)
 
 
-def test_the_sampler_s_own_sparse_setting_stays(model):
-    prompt = torch.randint(0, 60, (1, 40), generator=torch.Generator().manual_seed(2))
-    with warnings.catch_warnings(), baatt.enable(model, HALF) as handle:
-        warnings.simplefilter("ignore")
-        generate(model, prompt, None, SamplerConfig(steps=2, gen_length=32, block_length=32), sparse=ALL_BLOCKS)
-    assert handle.sparse_calls == 0
+def test_attention_that_a_forward_asks_for_stays(model, tokens):
+    def own(q, k, v, /, *, key_mask):
+        return dense_attention(q, k, v, key_mask=key_mask)
+
+    with baatt.enable(model, HALF) as handle, torch.no_grad():
+        model(tokens, attention=[own, dense_attention, own])
+    assert {layer: calls.sparse for layer, calls in handle.layers.items()} == {1: 1}
+
+
+def test_without_a_config_everything_is_dense_and_counted(model, tokens):
+    expected = run(model, tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with baatt.enable(model, None) as handle:
+            assert torch.equal(run(model, tokens), expected)
+    assert handle.reasons == {"policy: dense attention everywhere": 3}
+    assert (handle.sparse_calls, handle.sparsity) == (0, 0.0)
+
+
+def pattern(model, policy, *, step=0, total=10, keys=70, queries=None):
+    """Of every layer, whether a call is dense or sparse."""
+    q, k = torch.randn(1, 4, queries or keys, 8), torch.randn(1, 2, keys, 8)
+    with warnings.catch_warnings(), baatt.enable(model, HALF, policy) as handle:
+        handle.at_step(step, total)
+        for layer in range(3):
+            handle.attention(q, k, k, layer=layer)
+    return "".join("s" if handle.layers[layer].sparse else "d" for layer in range(3))
+
+
+def test_the_policy_decides_by_layer_step_and_length(model):
+    assert pattern(model, Policy()) == "sss"
+    assert pattern(model, Policy(dense_layers=(0, -1))) == "dsd"
+    assert pattern(model, Policy(dense_layers=(-3, 2, 2))) == "dsd"
+    assert [pattern(model, Policy(dense_steps=0.25), step=step) for step in range(4)] == ["ddd", "ddd", "ddd", "sss"]
+    assert pattern(model, Policy(dense_steps=1.0), step=9) == "ddd"
+    assert pattern(model, Policy(dense_steps=0.0), step=0) == "sss"
+    assert pattern(model, Policy(dense_steps=0.07), step=7, total=100) == "ddd"  # 0.07 * 100 is above 7
+    assert pattern(model, Policy(min_length=70), keys=69) == "ddd"
+    assert pattern(model, Policy(min_length=70), keys=70) == "sss"
+    assert pattern(model, Policy(min_queries=60), queries=59) == "ddd"
+    assert pattern(model, Policy(min_queries=200), queries=70) == "sss"  # as many queries as keys
 
 
 def test_a_permutation_before_the_blocks_changes_nothing_when_all_are_kept(model, tokens):
@@ -224,12 +260,12 @@ def test_cached_steps_leave_the_step_as_it_is(model):
 
 
 def test_rows_that_leave_the_batch_are_no_new_loop():
-    clock = StepClock(mask_token_id=MASK)
+    progress = DenoisingProgress(mask_token_id=MASK)
     shares = []
     for masked in ((8, 8), (2, 6), (4,), (2,), (8, 8)):
         rows = [[MASK] * count + [0] * (10 - count) for count in masked]
-        clock.read_tokens(torch.tensor(rows))
-        shares.append(clock.share)
+        progress.read_tokens(torch.tensor(rows))
+        shares.append(progress.share)
     assert shares == [0.0, 0.75, 0.5, 0.75, 0.0]
 
 

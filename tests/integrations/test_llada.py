@@ -337,20 +337,20 @@ def test_cached_passes_leave_the_step_as_it_is(model, tokens):
         past = model(tokens, use_cache=True).past_key_values
         tokens[:, 40:60] = 1
         model(tokens[:, 60:], past_key_values=[tuple(x[:, :, :60] for x in layer) for layer in past])
-        assert handle.clock.share == 0.0
+        assert handle.progress.share == 0.0
         model(input_ids=tokens)
-        assert handle.clock.share == pytest.approx(2 / 3)
+        assert handle.progress.share == pytest.approx(2 / 3)
         model(inputs_embeds=torch.randn(2, 70, 32))
     assert counts(handle) == (6, 6)
 
 
 def test_the_mask_token(model):
     with baatt.enable(model, HALF) as handle:
-        assert handle.clock.mask_token_id == MASK
+        assert handle.progress.mask_token_id == MASK
     for config in (model.config._replace(mask_token_id=None), None):
         model.config = config
         with baatt.enable(model, HALF) as handle:
-            assert handle.clock.mask_token_id == 126336
+            assert handle.progress.mask_token_id == 126336
 
 
 def test_layers(model, tokens):

@@ -228,7 +228,7 @@ def test_first_steps_by_the_tokens_that_are_masked(dream, guided):
     expected = denoise(dream, prompt, 32, 8, guided=guided)
     with baatt.enable(dream, ALL_BLOCKS, Policy(dense_steps=0.25)) as handle:
         assert torch.equal(denoise(dream, prompt, 32, 8, guided=guided), expected)
-    assert handle.clock.mask_token_id == MASK
+    assert handle.progress.mask_token_id == MASK
     assert (handle.sparse_calls, handle.reasons) == (6 * 3, {"policy: one of the first steps": 2 * 3})
 
 

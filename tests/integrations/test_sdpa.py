@@ -265,7 +265,7 @@ def test_contexts_nest(qkv):
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match="config must be a BAAttConfig, got float"), sparse_sdpa(0.5):
+    with pytest.raises(TypeError, match="config must be a BAAttConfig or None, got float"), sparse_sdpa(0.5):
         pass
     with pytest.raises(TypeError, match="policy must be a Policy or None, got dict"), sparse_sdpa(HALF, policy={}):
         pass

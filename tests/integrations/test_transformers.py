@@ -747,12 +747,12 @@ def test_steps_are_read_from_masked_tokens_without_a_cache():
             run(model, now)
         assert (handle.sparse_calls, handle.dense_calls) == (4, 4)
         assert handle.reasons == {"policy: one of the first steps": 4}
-        share = handle.clock.share
+        share = handle.progress.share
         cache = transformers.DynamicCache()
         run(model, now[:, -5:], past_key_values=[torch.zeros(1)])  # a part of the sequence, with a filled cache
-        assert handle.clock.share == share
+        assert handle.progress.share == share
         run(model, ids.fill_(MASK), past_key_values=cache)  # an empty one: a new loop
-        assert handle.clock.share == 0
+        assert handle.progress.share == 0
     model = stub()
     with baatt.enable(model, HALF, Policy(dense_steps=0.5)) as unknown:
         run(model, ids)
@@ -812,9 +812,9 @@ def test_register_refuses(registered):
             adapter.register("somebody_s")
     finally:
         del ALL_ATTENTION_FUNCTIONS._global_mapping["somebody_s"]
-    with pytest.raises(TypeError, match="config must be a BAAttConfig, got float"):
+    with pytest.raises(TypeError, match="config must be a BAAttConfig or None, got float"):
         adapter.register("ba_att", 0.5)
-    with pytest.raises(TypeError, match="policy must be a Policy, got dict"):
+    with pytest.raises(TypeError, match="policy must be a Policy or None, got dict"):
         adapter.register("ba_att", ALL_BLOCKS, {})
     with pytest.raises(TypeError, match="name must be a str, got int"):
         adapter.register(3)

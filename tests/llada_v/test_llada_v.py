@@ -348,7 +348,8 @@ class TestAnswers:
         prompt = prompt_of(model)
         dense = generate(prompt, prompt.ids, None, SIX_STEPS)
         config = BAAttConfig(block_size=16, sparsity=sparsity, segment=64)
-        sparse = generate(prompt, prompt.ids, None, SIX_STEPS, sparse=config)
+        with baatt.enable(model, config) as handle:
+            sparse = generate(prompt, prompt.ids, None, SIX_STEPS, on_step=handle.at_step)
         same = torch.equal(dense.tokens, sparse.tokens) and torch.equal(dense.unmasked_at, sparse.unmasked_at)
         assert same == (sparsity == 0)
 
@@ -357,19 +358,11 @@ class TestAnswers:
         prompt = prompt_of(model)
         tokens = torch.cat((prompt.ids, torch.full((1, 4), model.config.mask_token_id)), dim=1)
         config = BAAttConfig(block_size=16, sparsity=0.6, segment=64)
-        one = {"steps": 1, "gen_length": 4, "block_length": 4}
-        seen = []
-
-        def watch(layer, function):
-            seen.append(function)
-            return function
-
-        generate(prompt, prompt.ids, None, SamplerConfig(**one), sparse=config, policy=Policy(dense_layers=(0,)),
-                 wrap_attention=watch)  # fmt: skip
-        assert seen[0] is not seen[1]
         length = prompt.ids.shape[1]
         dense = prompt(tokens, logits_from=length, logits_to=length + 4)
-        sparse = prompt(tokens, attention=seen, logits_from=length, logits_to=length + 4)
+        with baatt.enable(model, config, Policy(dense_layers=(0,))) as handle:
+            sparse = prompt(tokens, logits_from=length, logits_to=length + 4)
+        assert [calls.sparse for calls in handle.layers.values()] == [0] + [1] * (len(handle.layers) - 1)
         assert dense.shape == sparse.shape == (1, 4, VOCABULARY)
         assert not torch.allclose(dense, sparse)
 

@@ -114,14 +114,15 @@ def ask(
 
 @pytest.fixture
 def prompts(module, monkeypatch) -> list[Any]:
-    """Every prompt that reaches the sampler, with the arguments of the call."""
+    """Every prompt that reaches the sampler, with its arguments and the handle that makes the model sparse."""
     seen = []
 
-    def generate(prompt, ids, mask, sampler, **options):
+    def generate(prompt, ids, mask, sampler, *, on_step):
+        handle = on_step.__self__
         seen.append(
-            SimpleNamespace(ids=ids[0].tolist(), visual=prompt.visual, sampler=sampler, prompt=prompt, **options)
+            SimpleNamespace(ids=ids[0].tolist(), visual=prompt.visual, sampler=sampler, prompt=prompt, handle=handle)
         )
-        return original(prompt, ids, mask, sampler, **options)
+        return original(prompt, ids, mask, sampler, on_step=on_step)
 
     original = module.generate
     monkeypatch.setattr(module, "generate", generate)
@@ -225,7 +226,7 @@ class TestRequests:
         assert seen.ids == [*text[:place], *range(-1, -1 - len(seen.visual), -1), *text[place + 1 :]]
         assert (seen.sampler.steps, seen.sampler.gen_length, seen.sampler.block_length) == (2, 2, 2)
         assert (seen.sampler.temperature, seen.sampler.cfg_scale, seen.sampler.remasking) == (0, 0, "low_confidence")
-        assert (seen.sparse, seen.policy, seen.impl) == (None, Policy(), "auto")
+        assert set(seen.handle.reasons) == {"policy: dense attention everywhere"}
 
     def test_several_images(self, module, folder, prompts):
         model = load(module, folder)
@@ -265,9 +266,11 @@ class TestRequests:
         sparse = ask(load(module, folder, ",sparsity=0.5,impl=reference"), **long)
         assert dense == exact
         assert isinstance(sparse, str)
-        assert prompts[1].sparse == BAAttConfig(sparsity=0, sort="k", segment=256)
-        assert prompts[1].policy == Policy(dense_layers=(0,))
-        assert (prompts[2].sparse.sparsity, prompts[2].impl) == (0.5, "reference")
+        handles = [seen.handle for seen in prompts]
+        assert handles[1].config == BAAttConfig(sparsity=0, sort="k", segment=256)
+        assert handles[1].policy == Policy(dense_layers=(0,))
+        assert (handles[2].config.sparsity, handles[2].impl) == (0.5, "reference")
+        assert [handle.sparse_calls > 0 for handle in handles] == [False, True, True]
 
     def test_answers_repeat(self, module, folder):
         model = load(module, folder)

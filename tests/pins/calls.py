@@ -11,14 +11,11 @@ from torch import Tensor
 
 import baatt
 from baatt import BAAttConfig, attend, ba_attention, make_plan
-from baatt.analysis.rivals import rival_attention
 from baatt.config import Policy
-from baatt.evaluation.attention_count import AttentionCount
 from baatt.kernels import cpu_native
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.plan import Plan
 from baatt.sampling import SamplerConfig, StepInfo, generate
-from baatt.stages.dense import AttentionFunction, dense_attention
 from baatt.types import BlockSelection
 
 #: The scores that were pinned; "antidiagonal" and "exact" are second names of two of them.
@@ -80,23 +77,15 @@ def sample(
     impl: str,
 ) -> Sampled:
     """A generation, dense where `sparse` is None; its score is a name in `SCORES`."""
-    dials = dict(sparse or {})
-    score = dials.pop("score", "covariance")
-    config = None if sparse is None else BAAttConfig(**dials)
-    count, calls = AttentionCount(config), []
-
-    def wrap(layer: int, function: AttentionFunction) -> AttentionFunction:
-        other = config is not None and score != "covariance" and function is not dense_attention
-        return count.wrap(layer, rival_attention(score, config, impl) if other else function)
+    config = None if sparse is None else BAAttConfig(**sparse)
+    calls: list[tuple[int, int, int]] = []
 
     def progress(info: StepInfo) -> None:
-        calls.append((info.step, count.sparse_calls, count.dense_calls))
+        calls.append((info.step, handle.sparse_calls, handle.dense_calls))
 
-    result = generate(
-        model, prompt, mask, SamplerConfig(**sampler), sparse=config, policy=Policy(**policy), impl=impl,
-        wrap_attention=wrap, progress=progress,
-    )  # fmt: skip
-    counts = count.sparse_calls, count.dense_calls, count.sparsity
+    with baatt.enable(model, config, Policy(**policy), impl=impl) as handle:
+        result = generate(model, prompt, mask, SamplerConfig(**sampler), on_step=handle.at_step, progress=progress)
+    counts = handle.sparse_calls, handle.dense_calls, handle.sparsity
     return Sampled(result.tokens, result.unmasked_at, result.steps, result.cached_evaluations, *counts, calls)
 
 

@@ -6,7 +6,6 @@ cut goes on with its file. Scores other than the operator's own are put in place
 
 import argparse
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from baatt.analysis.rivals import RIVALS, rival_attention
+from baatt.analysis.rivals import RIVALS
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
     add_model_options,
@@ -33,7 +32,6 @@ from baatt.cli.options import (
 from baatt.config import BAAttConfig, Policy
 from baatt.evaluation.ablation import Cell, Store, make_cells, run_grid
 from baatt.evaluation.retrieval import Answer, SamplePool, answer
-from baatt.evaluation.ruler_answers import replace_sparse
 from baatt.lab.capture import Recorder
 from baatt.lab.describe import score_name
 from baatt.lab.loading import check_memory
@@ -108,13 +106,9 @@ def run(arguments: argparse.Namespace) -> None:
         task = bar.add_task("cells", total=len(cells))
 
         def ask(cell: Cell) -> list[Answer]:
-            wrap = None
-            if cell.config is not None and cell.score != "covariance":
-                sparse = rival_attention(cell.score, cell.config, arguments.impl)
-                wrap = functools.partial(replace_sparse, sparse)
             return answer(
-                model, tokenizer, pool.samples(cell.task, cell.length), sparse=cell.config, policy=policy,
-                impl=arguments.impl, wrap_attention=wrap, batch_size=arguments.batch_size,
+                model, tokenizer, pool.samples(cell.task, cell.length), sparse=cell.sparse, policy=policy,
+                impl=arguments.impl, batch_size=arguments.batch_size,
             )  # fmt: skip
 
         def measure(cell: Cell) -> Mapping[str, Any]:

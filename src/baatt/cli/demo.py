@@ -6,8 +6,6 @@ with both answers and their times, and writes a picture of one early layer's att
 
 import argparse
 import dataclasses
-import time
-from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +18,8 @@ from torch import Tensor
 
 from baatt.attention import attend, make_plan
 from baatt.cli.options import add_model_options, add_sparse_options, check_files, load_model, read_preset
-from baatt.config import BAAttConfig, Policy, Preset
+from baatt.config import Policy, Preset
+from baatt.integrations.enable import enable
 from baatt.lab.loading import check_memory
 from baatt.lab.maps import Panel, attention_cells, draw_maps, most_structured_head
 from baatt.lab.prompts import answer_text
@@ -31,14 +30,13 @@ from baatt.lab.ruler.tasks import draw_samples
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.plan import Plan
 from baatt.sampling import SamplerConfig, StepInfo, generate
-from baatt.stages.dense import AttentionFunction, dense_attention
 
 # At most eight model evaluations, so that a document beyond the trained length, where no token is sure, still ends.
 DEMO_SAMPLER = SamplerConfig(steps=8, gen_length=64, block_length=32, threshold=0.9)
 
 
 class Reading(NamedTuple):
-    """One run over the document: what was answered and what it cost."""
+    """One run over the document: what was answered, what it cost, and q and k of the layer that is drawn."""
 
     text: str
     right: bool
@@ -46,48 +44,16 @@ class Reading(NamedTuple):
     seconds: float
     attention_seconds: float
     sparsity: float
+    drawn: tuple[Tensor, Tensor]
 
 
-class Meter:
-    """Stands between model and attention: times every call and counts the kept block pairs.
+class Question(NamedTuple):
+    """What both runs are asked."""
 
-    Keeps q and k of the layer that is drawn, from the first step, when the answer is still masked.
-    """
-
-    def __init__(self, config: BAAttConfig | None, impl: str, drawn_layer: int | None = None) -> None:
-        self.config, self.impl, self.drawn_layer = config, impl, drawn_layer
-        self.seconds: dict[int, float] = defaultdict(float)
-        self.kept, self.calls = 0.0, 0
-        self.drawn: tuple[Tensor, Tensor] | None = None
-
-    def wrap(self, layer: int, function: AttentionFunction) -> AttentionFunction:
-        """The function that runs instead of `function` in `layer`."""
-
-        def metered(q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
-            if layer == self.drawn_layer and self.drawn is None:
-                self.drawn = q, k
-            _synchronise(q)
-            started = time.perf_counter()
-            if function is dense_attention or self.config is None:
-                out, kept, pairs = function(q, k, v, key_mask=key_mask), 1, 1
-            else:
-                plan = make_plan(q, k, self.config, key_mask=key_mask, impl=self.impl)
-                out = attend(q, k, v, plan, impl=self.impl)
-                kept = int(plan.selection.count.sum())
-                pairs = plan.selection.count.numel() * plan.key_summary.size.shape[1]
-            _synchronise(q)
-            self.seconds[layer] += time.perf_counter() - started
-            # Every call weighs the same, dense ones count as all pairs kept.
-            self.kept += kept / pairs
-            self.calls += 1
-            return out
-
-        return metered
-
-    @property
-    def sparsity(self) -> float:
-        """Share of block pairs skipped, over all layers and steps."""
-        return 1 - self.kept / self.calls
+    sample: RulerSample
+    prompt: Tensor  # [1, N]
+    drawn_layer: int
+    impl: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,18 +85,16 @@ def run(arguments: argparse.Namespace) -> None:
             f"[yellow]The model was trained up to {model.config.max_sequence_length} tokens: beyond, times mean "
             "something, answers often do not.[/yellow]"
         )  # fmt: skip
-    layers = range(model.config.n_layers)
-    dense_layers = setting.policy.check_layers(len(layers))
-    drawn = next((layer for layer in layers if layer not in dense_layers), 0)
+    dense_layers = setting.policy.check_layers(model.config.n_layers)
+    drawn = next((layer for layer in range(model.config.n_layers) if layer not in dense_layers), 0)
     prompt = torch.tensor([ids], device=arguments.device)
     warm_up(model, setting, arguments.impl)
-    dense_meter, sparse_meter = Meter(None, arguments.impl), Meter(setting.config, arguments.impl, drawn)
-    full = read(console, model, tokenizer, sample, prompt, None, dense_meter)
-    sparse = read(console, model, tokenizer, sample, prompt, setting, sparse_meter)
+    question = Question(sample, prompt, drawn, arguments.impl)
+    full = read(console, model, tokenizer, question, None)
+    sparse = read(console, model, tokenizer, question, setting)
     console.print(table(sample, full, sparse))
-    if sparse_meter.drawn is not None:
-        draw(*sparse_meter.drawn, setting, drawn, arguments.output)
-        console.print(f"Attention map of layer {drawn}, kept blocks outlined: {arguments.output}")
+    draw(*sparse.drawn, setting, drawn, arguments.output)
+    console.print(f"Attention map of layer {drawn}, kept blocks outlined: {arguments.output}")
 
 
 def warm_up(model: MaskedDiffusionLM, setting: Preset, impl: str) -> None:
@@ -144,28 +108,33 @@ def read(
     console: Console,
     model: MaskedDiffusionLM,
     tokenizer: Tokenizer,
-    sample: RulerSample,
-    prompt: Tensor,
+    question: Question,
     setting: Preset | None,
-    meter: Meter,
 ) -> Reading:
-    """Answer the question once, with a progress bar."""
+    """Answer the question once, with a progress bar. What is drawn is of the first step, when the answer is masked."""
     name = "full attention" if setting is None else "BA-Att"
     config, policy = (None, Policy()) if setting is None else setting
+    drawn: list[tuple[Tensor, Tensor]] = []
     columns = (TextColumn(f"{name:15}"), BarColumn(), TextColumn("{task.completed} of {task.total} tokens"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=DEMO_SAMPLER.gen_length)
 
+        def watch(layer: int | None, q: Tensor, k: Tensor, *_: object) -> None:
+            if layer == question.drawn_layer and not drawn:
+                drawn.append((q, k))
+
         def progress(info: StepInfo) -> None:
             bar.update(task, completed=DEMO_SAMPLER.gen_length - info.masked_remaining)
 
-        result = generate(
-            model, prompt, None, DEMO_SAMPLER, sparse=config, policy=policy, impl=meter.impl,
-            wrap_attention=meter.wrap, progress=progress,
-        )  # fmt: skip
+        with enable(model, config, policy, impl=question.impl) as handle:
+            handle.watch(watch)
+            handle.is_timed = True
+            result = generate(
+                model, question.prompt, None, DEMO_SAMPLER, on_step=handle.at_step, progress=progress
+            )  # fmt: skip
     text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
-    right = whole_share(text, sample.values) == 1
-    return Reading(text.strip(), right, result.steps, result.seconds, sum(meter.seconds.values()), meter.sparsity)
+    right = whole_share(text, question.sample.values) == 1
+    return Reading(text.strip(), right, result.steps, result.seconds, handle.seconds, handle.sparsity, drawn[0])
 
 
 def table(sample: RulerSample, dense: Reading, sparse: Reading) -> Table:
@@ -207,8 +176,3 @@ def outlined(plan: Plan, head: int) -> str:
         plan.selection.count[0, head].numel() * plan.key_summary.size.shape[1],
     )
     return f"{kept} of {pairs} blocks kept"
-
-
-def _synchronise(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)

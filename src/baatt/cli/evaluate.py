@@ -6,7 +6,6 @@ accelerate starts share the samples; the first of them prints the tables and wri
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from baatt.analysis.rivals import RIVALS, rival_attention
+from baatt.analysis.rivals import RIVALS
 from baatt.assets import shipped_model
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
@@ -36,7 +35,7 @@ from baatt.config import Policy, Preset
 from baatt.evaluation.ablation import Cell, make_cells
 from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.retrieval import RETRIEVAL_SAMPLER
-from baatt.evaluation.ruler_answers import Respondent, RulerSetup, checksums, replace_sparse
+from baatt.evaluation.ruler_answers import Respondent, RulerSetup, checksums
 from baatt.evaluation.ruler_run import (
     Work,
     answer_work,
@@ -55,7 +54,7 @@ from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.records import commit_here, device_name, versions_here
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import check_sources
-from baatt.sampling import SamplerConfig, WrapAttention
+from baatt.sampling import SamplerConfig
 
 #: RULER is answered greedily: the sampler's options, and where they begin. A task uses what RULER lets it write.
 SAMPLER = ("gen_length", "block_length", "steps", "threshold", "remasking", "cache")
@@ -156,12 +155,6 @@ def ask(
     Raises:
         UsageError: a length that does not fit into memory, or an implementation that cannot do this model's work.
     """
-
-    def replacement(cell: Cell) -> WrapAttention | None:
-        if cell.config is None or cell.score == "covariance":
-            return None
-        return functools.partial(replace_sparse, rival_attention(cell.score, cell.config, arguments.impl))
-
     if works:  # answers of a larger machine can be counted on a small one
         tokens = respondent.setup.batch_size * max(work.length for work in works)
         check_memory(respondent.model.config, tokens, torch.device(arguments.device))
@@ -169,14 +162,14 @@ def ask(
         respondent.check(work.task, work.length)
     try:
         for cell in {(cell.config, cell.score): cell for work in works for cell, _ in work.cells}.values():
-            respondent.warm_up(cell, replacement(cell))
+            respondent.warm_up(cell)
     except RuntimeError as error:
         raise UsageError(f"--impl {arguments.impl} cannot run this model: {error}") from None
     with (
         closing(draw_ahead(works, respondent, arguments.workers)) as drawn,
         AnswerBar(works, Console(stderr=True), shown=processes.rank == 0) as bar,
     ):
-        answer_work(works, drawn, respondent, store, replacement, bar.advance)
+        answer_work(works, drawn, respondent, store, bar.advance)
 
 
 def read_cells(arguments: argparse.Namespace, sources: Sources) -> list[Cell]:

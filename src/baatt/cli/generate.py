@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, load_model, read_preset
 from baatt.config import Policy
+from baatt.integrations.enable import enable
 from baatt.lab.loading import DTYPES, check_bytes, check_memory
 from baatt.lab.options import add_options, chosen
 from baatt.lab.prompts import answer_text
@@ -59,10 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
         def progress(info: StepInfo) -> None:
             bar.update(task, completed=info.step + 1)
 
-        result = generate(
-            model, torch.tensor([ids], device=arguments.device), None, sampler,
-            sparse=config, policy=policy, impl=arguments.impl, progress=progress,
-        )  # fmt: skip
+        with enable(model, config, policy, impl=arguments.impl) as handle:
+            prompt_ids = torch.tensor([ids], device=arguments.device)
+            result = generate(model, prompt_ids, None, sampler, on_step=handle.at_step, progress=progress)
     text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
     record = {
         "text": text, "prompt_tokens": len(ids), "generated_tokens": result.tokens[0].tolist(),

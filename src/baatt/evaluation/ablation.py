@@ -1,7 +1,7 @@
 """A grid of dials against the accuracy on needle tasks: cells, their records, and a file that a later run goes on with.
 
 In: model, samples and cells. Out: a record per cell with Wilson intervals and McNemar's test against dense attention on
-the same samples. How a score other than the operator's own is put in place is handed in. Does not print or draw.
+the same samples. Does not print or draw.
 """
 
 import dataclasses
@@ -20,12 +20,17 @@ STUDY = "ablation"
 
 
 class Cell(NamedTuple):
-    """What one cell of the grid runs: config None is dense attention, `score` may be one of `baatt.analysis.rivals`."""
+    """What one cell of the grid runs: config None is dense attention, `score` a name in `baatt.scores.SCORES`."""
 
     task: str
     length: int
     config: BAAttConfig | None
     score: str
+
+    @property
+    def sparse(self) -> BAAttConfig | None:
+        """The config with the score that is used, None for dense attention."""
+        return None if self.config is None else dataclasses.replace(self.config, score=self.score)
 
     @property
     def dials(self) -> dict[str, Any]:

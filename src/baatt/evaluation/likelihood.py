@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baatt.sampling import DenoisingModel
-from baatt.stages.dense import AttentionFunction, dense_attention
 
 
 class MaskDraws(NamedTuple):
@@ -59,19 +58,18 @@ def log_likelihood(
     batch_size: int = 1,
     seed: int = 0,
     cfg_scale: float = 0.0,
-    attention: AttentionFunction | Sequence[AttentionFunction] = dense_attention,
 ) -> float:
     """Estimate of log p(answer | context) in nats.
 
     Args:
-        model: a `MaskedDiffusionLM` on `device`, or anything called like one that has its `config`.
+        model: a `MaskedDiffusionLM` on `device`, or anything called like one that has its `config`; `baatt.enable`
+            makes it sparse.
         context: ids before the answer; may be empty.
         answer: ids to score.
         draws: masks per estimate; LLaDA's evaluation takes 128.
         batch_size: masks evaluated together.
         seed: with the ids, fixes the draws.
         cfg_scale: weight of classifier-free guidance, as `SamplerConfig`.
-        attention: as `MaskedDiffusionLM.forward`.
 
     Raises:
         ValueError: an empty answer, or numbers below 1.
@@ -86,7 +84,7 @@ def log_likelihood(
     total = 0.0
     for first in range(0, len(drawn.masks), batch_size):
         masks, counts = (x[first : first + batch_size] for x in drawn)
-        losses = _masked_losses(model, row, len(context), masks.to(device), cfg_scale, attention)
+        losses = _masked_losses(model, row, len(context), masks.to(device), cfg_scale)
         total += float((losses.double().cpu() * counts).sum())
     return -total / draws
 
@@ -116,14 +114,7 @@ def rolling_windows(ids: Sequence[int], window: int) -> list[tuple[list[int], li
     return windows
 
 
-def _masked_losses(
-    model: DenoisingModel,
-    row: Tensor,
-    prompt_length: int,
-    masks: Tensor,
-    cfg_scale: float,
-    attention: AttentionFunction | Sequence[AttentionFunction],
-) -> Tensor:
+def _masked_losses(model: DenoisingModel, row: Tensor, prompt_length: int, masks: Tensor, cfg_scale: float) -> Tensor:
     """L / l times the summed cross-entropy of the masked tokens, for every mask: [R] fp32."""
     mask_token = model.config.mask_token_id
     answer = row[prompt_length:].expand_as(masks)
@@ -133,7 +124,7 @@ def _masked_losses(
         blind = tokens.clone()
         blind[:, :prompt_length] = mask_token
         tokens = torch.cat((tokens, blind))
-    logits: Tensor = model(tokens, attention=attention, logits_from=prompt_length)
+    logits: Tensor = model(tokens, logits_from=prompt_length)
     if cfg_scale > 0:
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + (cfg_scale + 1) * (conditional - unconditional)

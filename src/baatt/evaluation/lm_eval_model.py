@@ -16,17 +16,17 @@ from torch import Tensor
 
 from baatt import __version__
 from baatt.attention import ba_attention
-from baatt.evaluation.attention_count import AttentionCount
 from baatt.evaluation.chat import load_chat_templates
 from baatt.evaluation.likelihood import log_likelihood, rolling_windows
 from baatt.evaluation.lm_eval_arguments import ModelArguments, Sampling
 from baatt.evaluation.lm_eval_requests import Generation, read_generation
+from baatt.integrations.enable import enable
 from baatt.lab.answers import AnswerStore, folder_state, request_key
 from baatt.lab.loading import DTYPES, load_model
 from baatt.lab.options import read_options
 from baatt.lab.prompts import end_tokens, fit_prompt, pad_left
 from baatt.lab.ranks import Ranks
-from baatt.sampling import generate, layer_attention
+from baatt.sampling import generate
 
 try:
     from lm_eval.api.model import LM
@@ -75,7 +75,9 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         self._ends = end_tokens(self._tokenizer, self._model.config.eos_token_id, self._chat.special_tokens)
         self._store = AnswerStore(None if not self.arguments.save_dir else Path(self.arguments.save_dir), self._rank)
         self._identity = [self.arguments.settings(), folder_state(folder)]
-        self._count = AttentionCount(self.arguments.sparse)
+        self._handle = enable(
+            self._model, self.arguments.sparse, self.arguments.policy, impl=self.arguments.impl
+        )  # fmt: skip
         self._truncated = 0
         self._check_attention()
         logger.info("baatt_llada: %s", self.arguments.settings())
@@ -173,20 +175,20 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness stores beside the results: every setting, and how sparse attention was in this process."""
-        count = self._count
+        handle = self._handle
         info = {
             "baatt_version": __version__,
             "baatt_settings": self.arguments.settings(),
             "model_num_parameters": sum(parameter.numel() for parameter in self._model.parameters()),
             "model_dtype": str(next(self._model.parameters()).dtype).removeprefix("torch."),
             "max_length": self.max_length,
-            "sparse_attention_calls": count.sparse_calls,
-            "dense_attention_calls": count.dense_calls,
-            "achieved_sparsity": round(count.sparsity, 4) if count.sparse_calls + count.dense_calls else None,
+            "sparse_attention_calls": handle.sparse_calls,
+            "dense_attention_calls": handle.dense_calls,
+            "achieved_sparsity": round(handle.sparsity, 4) if handle.sparse_calls + handle.dense_calls else None,
             "truncated_prompts": self._truncated,
         }
         logger.info("baatt_llada: %s", info)
-        if self.arguments.sparse is not None and count.dense_calls and not count.sparse_calls:
+        if self.arguments.sparse is not None and handle.dense_calls and not handle.sparse_calls:
             logger.warning(
                 "no attention call was sparse: dense_layers, dense_steps, min_length or min_queries forbid it"
             )
@@ -207,12 +209,8 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
     # How it is answered.
 
     def _check_attention(self) -> None:
-        """Refuse layers and implementations that would fail after an hour of dense steps."""
+        """Refuse an implementation that would fail after an hour of dense steps."""
         arguments, config = self.arguments, self._model.config
-        layer_attention(
-            arguments.sparse, arguments.policy, layers=config.n_layers, step=0, total_steps=1, length=0,
-            impl=arguments.impl,
-        )  # fmt: skip
         if arguments.sparse is not None:
             dtype = next(self._model.parameters()).dtype
             x = torch.zeros(1, config.n_heads, 256, config.head_size, device=self._device, dtype=dtype)
@@ -243,8 +241,7 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         rows = [self._fit(job.ids, sampler.gen_length) for job in batch]
         ids, mask = pad_left(rows, model.config.pad_token_id or 0)
         result = generate(
-            model, ids.to(self._device), mask.to(self._device), sampler, sparse=arguments.sparse,
-            policy=arguments.policy, impl=arguments.impl, wrap_attention=self._count.wrap,
+            model, ids.to(self._device), mask.to(self._device), sampler, on_step=self._handle.at_step
         )  # fmt: skip
         return [
             job.generation.cut(tokens, self._tokenizer, self._ends)
@@ -252,20 +249,14 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         ]
 
     def _score(self, context: list[int], continuation: list[int]) -> float:
-        arguments, config = self.arguments, self._model.config
+        arguments = self.arguments
         if arguments.policy.dense_steps > 0:
             raise ValueError(
                 f"dense_steps must be 0 for a likelihood, which has no steps, got {arguments.policy.dense_steps}"
             )
-        length = len(context) + len(continuation)
-        functions = layer_attention(
-            arguments.sparse, arguments.policy, layers=config.n_layers, step=0, total_steps=1, length=length,
-            impl=arguments.impl,
-        )  # fmt: skip
         return log_likelihood(
             self._model, context, continuation, device=self._device, draws=arguments.mc_num,
             batch_size=arguments.batch_size, seed=arguments.sampling.seed, cfg_scale=arguments.sampling.cfg_scale,
-            attention=[self._count.wrap(layer, function) for layer, function in enumerate(functions)],
         )  # fmt: skip
 
     def _is_greedy(self, context: list[int], continuation: list[int]) -> bool:
@@ -276,10 +267,8 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         sampler = Sampling(gen_length=length, block_length=length, cfg_scale=arguments.sampling.cfg_scale).config(
             length
         )
-        result = generate(
-            self._model, torch.tensor([context], device=self._device), None, sampler, sparse=arguments.sparse,
-            policy=arguments.policy, impl=arguments.impl, wrap_attention=self._count.wrap,
-        )  # fmt: skip
+        prompt = torch.tensor([context], device=self._device)
+        result = generate(self._model, prompt, None, sampler, on_step=self._handle.at_step)
         return bool(result.tokens[0].tolist() == continuation)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:

@@ -15,13 +15,14 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from baatt.config import BAAttConfig, Policy
+from baatt.integrations.enable import enable
 from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.scoring import METRICS
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.models.llada import MaskedDiffusionLM
-from baatt.sampling import SamplerConfig, WrapAttention, generate
+from baatt.sampling import SamplerConfig, generate
 
 # A token is filled as soon as the model is this sure of it; blocks of 32 as in Fast-dLLM.
 RETRIEVAL_SAMPLER = SamplerConfig(steps=32, gen_length=128, block_length=32, threshold=0.9, stop_at_eos=True)
@@ -98,11 +99,10 @@ def answer(
     sparse: BAAttConfig | None = None,
     policy: Policy = Policy(),  # noqa: B008  (frozen)
     impl: str = "auto",
-    wrap_attention: WrapAttention | None = None,
     batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answers in the order of the samples; `progress` is told how many are done. The rest as `generate`.
+    """Answers in the order of the samples; `progress` is told how many are done. The rest as `generate` and `enable`.
 
     Of the sampler's `gen_length` as many blocks are generated as the tasks of a batch let a model write, with the same
     steps a block; an answer is cut at its own task's number of tokens.
@@ -115,10 +115,9 @@ def answer(
         batch = samples[first : first + batch_size]
         ids, mask = pad_left([row.ids for row in encoded[first : first + batch_size]], pad)
         started = time.perf_counter()
-        result = generate(
-            model, ids.to(device), mask.to(device), shortened(sampler, max(one.answer_tokens for one in batch)),
-            sparse=sparse, policy=policy, impl=impl, wrap_attention=wrap_attention,
-        )  # fmt: skip
+        short = shortened(sampler, max(one.answer_tokens for one in batch))
+        with enable(model, sparse, policy, impl=impl) as handle:
+            result = generate(model, ids.to(device), mask.to(device), short, on_step=handle.at_step)
         seconds = (time.perf_counter() - started) / len(batch)
         for sample, tokens in zip(batch, result.tokens.tolist(), strict=True):
             text = answer_text(tokenizer, tokens[: sample.answer_tokens], {model.config.eos_token_id})

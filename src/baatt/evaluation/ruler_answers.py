@@ -2,7 +2,7 @@
 
 In: a model, its tokenizer and chat template, a `RulerSetup`, numbered samples of a cell (task, length, dials). Out: a
 `RulerAnswer` each, and the key it is kept by, which names everything it depends on. Knows nothing of stores, processes
-and tables; what replaces the operator's own score is handed in.
+and tables.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from baatt import __version__
 from baatt.config import Policy
 from baatt.evaluation.ablation import Cell
-from baatt.evaluation.attention_count import AttentionCount
 from baatt.evaluation.chat import ChatTemplates
 from baatt.evaluation.lm_eval_requests import Generation
 from baatt.evaluation.retrieval import shortened
+from baatt.integrations.enable import enable
 from baatt.lab.answers import request_key
 from baatt.lab.prompts import end_tokens, pad_left
 from baatt.lab.ruler.sample import RulerSample
@@ -31,8 +31,7 @@ from baatt.lab.ruler.scoring import METRICS, WHOLE_METRICS
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import draw, find_task
 from baatt.models.llada import MaskedDiffusionLM
-from baatt.sampling import SamplerConfig, WrapAttention, generate
-from baatt.stages.dense import AttentionFunction, dense_attention
+from baatt.sampling import SamplerConfig, generate
 
 #: Prompt of the first evaluation of every setting, which is not timed: long enough for several blocks.
 WARM_UP_TOKENS = 512
@@ -152,7 +151,7 @@ class Respondent:
         if tokens > length:
             raise ValueError(f"{task} with its chat template must have at most {length} tokens, got {tokens}")
 
-    def warm_up(self, cell: Cell, replace: WrapAttention | None) -> None:
+    def warm_up(self, cell: Cell) -> None:
         """Evaluate the model once as in a cell: what cannot run fails now, and no answer's time has a kernel's build.
 
         Raises:
@@ -161,32 +160,21 @@ class Respondent:
         """
         block = self.setup.sampler.block_length
         prompt = torch.zeros(1, WARM_UP_TOKENS, dtype=torch.int64, device=self._device)
-        generate(
-            self.model, prompt, None, dataclasses.replace(self.setup.sampler, gen_length=block, steps=1),
-            sparse=cell.config, policy=self.setup.policy, impl=self.setup.impl, wrap_attention=replace,
-        )  # fmt: skip
+        sampler = dataclasses.replace(self.setup.sampler, gen_length=block, steps=1)
+        with enable(self.model, cell.sparse, self.setup.policy, impl=self.setup.impl) as handle:
+            generate(self.model, prompt, None, sampler, on_step=handle.at_step)
 
-    def answer(
-        self, cell: Cell, batch: Sequence[tuple[int, RulerSample]], replace: WrapAttention | None
-    ) -> list[RulerAnswer]:
-        """Answer numbered samples of a cell together.
-
-        Args:
-            replace: puts something in place of the attention of sparse layers, such as `replace_sparse`.
-        """
-        setup, count = self.setup, AttentionCount(cell.config)
-
-        def wrap(layer: int, function: AttentionFunction) -> AttentionFunction:
-            return count.wrap(layer, function if replace is None else replace(layer, function))
-
+    def answer(self, cell: Cell, batch: Sequence[tuple[int, RulerSample]]) -> list[RulerAnswer]:
+        """Answer numbered samples of a cell together."""
+        setup = self.setup
         rows = [self.ids(sample.prompt, sample.answer_prefix, chat=setup.chat) for _, sample in batch]
         ids, mask = pad_left(rows, self.model.config.pad_token_id or 0)
         sampler = shortened(setup.sampler, max(sample.answer_tokens for _, sample in batch))
         started = time.perf_counter()
-        result = generate(
-            self.model, ids.to(self._device), mask.to(self._device), sampler, sparse=cell.config, policy=setup.policy,
-            impl=setup.impl, wrap_attention=wrap,
-        )  # fmt: skip
+        with enable(self.model, cell.sparse, setup.policy, impl=setup.impl) as handle:
+            result = generate(
+                self.model, ids.to(self._device), mask.to(self._device), sampler, on_step=handle.at_step
+            )  # fmt: skip
         seconds = (time.perf_counter() - started) / len(batch)
         filled = (result.unmasked_at >= 0).sum(dim=1).tolist()
         setting = {} if cell.config is None else cell.dials | {"dense_layers": list(setup.policy.dense_layers)}
@@ -196,7 +184,7 @@ class Respondent:
             score, whole = (metrics[sample.metric](text, sample.values) for metrics in (METRICS, WHOLE_METRICS))
             answers.append(RulerAnswer(
                 cell.task, cell.length, number, setting, text, list(sample.values), score, whole, seconds, positions,
-                result.steps, count.sparsity, **self._stamp,
+                result.steps, handle.sparsity, **self._stamp,
             ))  # fmt: skip
         return answers
 
@@ -256,8 +244,3 @@ def draw_numbers(
         number: draw(found, length, number, tokenizer, seed=seed, sources=sources, reserve=reserve)
         for number in numbers
     }
-
-
-def replace_sparse(sparse: AttentionFunction, layer: int, function: AttentionFunction) -> AttentionFunction:
-    """Another function for the sparse layers, none for the dense ones: a `WrapAttention` once `sparse` is bound."""
-    return function if function is dense_attention else sparse

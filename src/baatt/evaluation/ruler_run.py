@@ -21,7 +21,6 @@ from baatt.lab.ranks import Ranks
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import TASKS
-from baatt.sampling import WrapAttention
 
 #: Places whose samples are drawn ahead of their use; all at once would not fit into memory at 128K tokens.
 PLACES_AHEAD = 2
@@ -121,23 +120,21 @@ def answer_work(
     drawn: Iterable[Mapping[int, RulerSample]],
     respondent: Respondent,
     store: AnswerStore,
-    replacement: Callable[[Cell], WrapAttention | None],
     progress: Callable[[Cell, int], None],
 ) -> None:
     """Ask everything that is open and keep the answers.
 
     Args:
         drawn: the samples of every work, of `draw_ahead`.
-        replacement: see `Respondent.answer`, for a cell.
         progress: told after every batch how many samples of which cell it had.
     """
     size = respondent.setup.batch_size
     for work, samples in zip(works, drawn, strict=True):
         for cell, numbers in work.cells:
-            keys, replace = respondent.setup.keys(cell, numbers), replacement(cell)
+            keys = respondent.setup.keys(cell, numbers)
             for first in range(0, len(numbers), size):
                 batch = [(number, samples[number]) for number in numbers[first : first + size]]
-                for answer in respondent.answer(cell, batch, replace):
+                for answer in respondent.answer(cell, batch):
                     store.put(keys[answer.number], answer._asdict())
                 progress(cell, len(batch))
 

@@ -1,6 +1,6 @@
 """Transformers of diffusers and pipelines around them; a pipeline around a language model goes to that model's adapter.
 
-Every self-attention layer gets a stand-in for its processor that says which layer runs. The call then arrives as a
+Every self-attention layer gets a proxy for its processor that says which layer runs. The call then arrives as a
 backend of diffusers' dispatch, or through `SparseSDPA` from processors that call SDPA themselves (CogVideoX, SD3) and
 where the dispatch has changed. The backend is a member of diffusers' closed enum, one a handle, which no list shows: so
 two pipelines share nothing, and cross-attention, text encoders and the VAE stay as they are. In a compiled graph the
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baatt.integrations.diffusers_route import Route, parameters, uncompiled
+from baatt.integrations.diffusers_route import DiffusersRoute, parameters, uncompiled
 from baatt.integrations.enable import Attachment, find_adapter
 from baatt.integrations.handle import Handle
-from baatt.integrations.steps import StepClock
+from baatt.integrations.progress import DenoisingProgress
 
 #: Paths of attention over text alone, before it meets the latents: short, and no layer of the denoiser.
 TEXT_ONLY = re.compile("text|txt|token_refiner|perceiver")
@@ -59,7 +59,7 @@ def roots(model: Any) -> list[nn.Module]:
 
 
 def attach(model: Any, handle: Handle) -> Attachment:
-    """Put a stand-in in the place of the processor of every self-attention layer.
+    """Put a proxy in the place of the processor of every self-attention layer.
 
     Raises:
         ValueError: ring attention, two transformers of different depth, or an order that puts the text elsewhere.
@@ -71,8 +71,8 @@ def attach(model: Any, handle: Handle) -> Attachment:
     counts = {1 + max(number for number, _ in layers) for layers in found}
     if len(counts) > 1:
         raise ValueError(f"transformer and transformer_2 must have equally many layers, got {sorted(counts)}")
-    route = Route(handle, lambda: getattr(model, "scheduler", None))
-    handle.clock = StepClock(schedule=route.timesteps)
+    route = DiffusersRoute(handle, lambda: getattr(model, "scheduler", None))
+    handle.progress = DenoisingProgress(schedule=route.timesteps)
     with ExitStack() as undo:
         undo.callback(route.take_order(transformers[0]))
         undo.callback(route.register())
@@ -80,15 +80,15 @@ def attach(model: Any, handle: Handle) -> Attachment:
             undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
         formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
         for number, attention in (layer for layers in found for layer in layers):
-            undo.callback(_stand_in(attention, number, route, formers))
+            undo.callback(_put_proxy(attention, number, route, formers))
         read_step = functools.partial(route.read_step, parameters(transformers[0]))
         return Attachment(counts.pop(), undo.pop_all().close, read_step)
 
 
-class _StandIn:
+class ProcessorProxy:
     """Calls a processor and says before which layer it is. Attributes are the processor's own, to read and to write."""
 
-    def __init__(self, processor: Any, route: Route, layer: Tensor, former: Any) -> None:
+    def __init__(self, processor: Any, route: DiffusersRoute, layer: Tensor, former: Any) -> None:
         self.__dict__.update(processor=processor, route=route, layer=layer, former=former)
 
     def __getattr__(self, name: str) -> Any:
@@ -101,8 +101,8 @@ class _StandIn:
 
 
 @functools.cache
-def _stand_in_for(kind: type) -> type[_StandIn]:
-    """The stand-in of a class of processors, with the signature of its call: attention layers drop other arguments."""
+def _proxy_class(kind: type) -> type[ProcessorProxy]:
+    """The proxy of a class of processors, with the signature of its call: attention layers drop other arguments."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         processor, route = self.processor, self.route
@@ -116,10 +116,10 @@ def _stand_in_for(kind: type) -> type[_StandIn]:
         finally:
             route.layer = None
 
-    return type(f"StandIn{kind.__name__}", (_StandIn,), {"__call__": functools.wraps(kind.__call__)(call)})
+    return type(f"Proxy{kind.__name__}", (ProcessorProxy,), {"__call__": functools.wraps(kind.__call__)(call)})
 
 
-def _stand_in(attention: Any, number: int, route: Route, formers: dict[int, Any]) -> Callable[[], None]:
+def _put_proxy(attention: Any, number: int, route: DiffusersRoute, formers: dict[int, Any]) -> Callable[[], None]:
     """Replace the processor of an attention layer; returns what puts it back."""
     processor = attention.processor
     _refuse_ring(processor)
@@ -132,15 +132,15 @@ def _stand_in(attention: Any, number: int, route: Route, formers: dict[int, Any]
     )
     former = formers.setdefault(id(processor), getattr(processor, "_attention_backend", None))
     kind: Any = type(processor)
-    stand_in = _stand_in_for(kind)(processor, route, torch.tensor(number), former)
-    place["processor"] = stand_in
+    proxy = _proxy_class(kind)(processor, route, torch.tensor(number), former)
+    place["processor"] = proxy
     if sets_backend:
         processor._attention_backend = route.member
 
     def undo() -> None:
         if sets_backend and own.get("_attention_backend") is route.member:
             own.pop("_attention_backend") if backend is absent else own.update(_attention_backend=backend)
-        if place.get("processor") is stand_in:
+        if place.get("processor") is proxy:
             place.pop("processor") if before is absent else place.update(processor=before)
 
     return undo
@@ -180,7 +180,7 @@ def _attach_to_language_model(pipeline: Any, handle: Handle) -> Attachment:
     attachment = find_adapter(pipeline.model).attach(pipeline.model, handle)
     mask_token_id = getattr(pipeline, "mask_token_id", None)
     if mask_token_id is not None:
-        handle.clock.mask_token_id = mask_token_id
+        handle.progress.mask_token_id = mask_token_id
     return attachment
 
 

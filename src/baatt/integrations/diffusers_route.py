@@ -7,18 +7,17 @@ a call.
 
 import importlib
 import inspect
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from baatt.integrations.handle import Handle, needs_gradients
-from baatt.integrations.sdpa import SdpaCall, SdpaRoute, SparseSDPA
-from baatt.integrations.steps import TRAINING_TIMESTEPS
+from baatt.integrations.handle import GRADIENTS, Handle, needs_gradients
+from baatt.integrations.progress import TRAINING_TIMESTEPS
+from baatt.integrations.routed import SdpaCall, into_graph
+from baatt.integrations.sdpa import Route, SparseSDPA
 from baatt.integrations.video import VideoTiles
 
 #: Names under which a forward takes the timestep.
@@ -28,10 +27,8 @@ TEXT_BEFORE = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
 #: What diffusers keeps its backends in.
 TABLES = ("_backends", "_constraints", "_supported_arg_names")
 
-_routes: "weakref.WeakValueDictionary[int, Route]" = weakref.WeakValueDictionary()
 
-
-class Route(SdpaRoute):
+class DiffusersRoute(Route):
     """Brings the attention calls of all layers of a handle to it, with what the calls themselves do not tell.
 
     Args:
@@ -45,9 +42,8 @@ class Route(SdpaRoute):
         # Of the processor that runs: its layer [] int64, and the backend that it had.
         self.layer: Tensor | None = None
         self.former: Any = None
-        # Of the forward that runs: whether it is traced, and then its frames, rows and columns, [3] int64.
-        self.is_traced = False
-        self.grid: Tensor | None = None
+        # Of a forward that is traced: its frames, rows and columns, [3] int64, or nothing, [0].
+        self.traced: list[Tensor] = []
         # A `VideoTiles` that came without a grid.
         self.tiles: VideoTiles | None = None
         # diffusers' dispatch and our member of its enum.
@@ -55,7 +51,6 @@ class Route(SdpaRoute):
         self.member: Any = None
         self.mode = SparseSDPA(handle)
         self.mode.route = self
-        _routes[handle.number] = self
 
     # What a forward tells.
 
@@ -80,19 +75,18 @@ class Route(SdpaRoute):
         Raises:
             ValueError: `VideoTiles` without a grid, for latents that do not show theirs.
         """
-        self.is_traced = torch.compiler.is_compiling()
+        is_traced = torch.compiler.is_compiling()
+        grid = None if self.tiles is None else latent_grid(module, args, kwargs)
+        # Traced code must not change the order: the graph does when it runs.
+        self.traced = [torch.tensor(grid or (), dtype=torch.int64, device="cpu")] if is_traced else []
         if self.tiles is None:
             return
-        grid = latent_grid(module, args, kwargs)
         if grid is None and self.tiles.grid is None:
             raise ValueError(
                 f"order must have a grid for {type(module).__name__}, whose latents do not show theirs: "
                 "set VideoTiles.grid to the numbers of frames, rows and columns"
             )
-        self.grid = None
-        if grid is not None and self.is_traced:  # traced code must not change the order: the graph does when it runs
-            self.grid = torch.tensor(grid, device="cpu")
-        elif grid is not None:
+        if grid is not None and not is_traced:
             self.tiles.grid = grid
 
     def timesteps(self) -> Any:
@@ -100,13 +94,13 @@ class Route(SdpaRoute):
         return getattr(self.scheduler(), "timesteps", None)
 
     def read_step(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell the clock: from the scheduler's own count where it has one, else from the timestep of the forward."""
+        """Tell the progress: from the scheduler's own count where it has one, else from the timestep of the forward."""
         if self._read_scheduler(at_start=None):
             return
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         timestep = next((given[name] for name in TIMESTEPS if given.get(name) is not None), None)
         if timestep is not None:
-            self.handle.clock.read_timestep(training_timestep(timestep, self.timesteps()))
+            self.handle.progress.read_timestep(training_timestep(timestep, self.timesteps()))
 
     def _read_scheduler(self, at_start: int | None) -> bool:
         """Take the scheduler's index, `at_start` while it has none; whether there was one."""
@@ -116,7 +110,7 @@ class Route(SdpaRoute):
             index = at_start
         if index is None or timesteps is None or not 0 <= index < len(timesteps):
             return False  # past the end: the loop is over, and this forward belongs to none
-        self.handle.clock.share = index / len(timesteps)
+        self.handle.progress.share = index / len(timesteps)
         return True
 
     # What a call goes through.
@@ -130,33 +124,26 @@ class Route(SdpaRoute):
         is_cross: bool | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """`SdpaRoute.attention`, with the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
+        """`Route.attention`, with the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
         if not torch.compiler.is_compiling():
             number = None if self.layer is None else int(self.layer)
             return super().attention(call, dense, layer=number, is_cross=is_cross, key_mask=key_mask)
-        q, k, v, mask = call[:4]
+        q, k, v = call[:3]
         if self.layer is None or call.is_causal or call.dropout_p > 0 or v.shape != k.shape or needs_gradients(q, k, v):
             return dense()
-        routed: Tensor = torch.ops.baatt.routed_layer_attention(
-            q, k, v, mask, call.scale, self.layer, self.grid, self.is_traced, self.handle.number
-        )
-        return routed
+        return into_graph(self.number, call, None, is_cross, [self.layer, *self.traced])
 
-    def compiled(self, call: SdpaCall, layer: int, grid: Tensor | None, is_traced: bool) -> Tensor:
-        """A call of a compiled graph, when the graph runs."""
-        if self.tiles is not None and grid is not None:
-            frames, rows, columns = grid.tolist()
-            self.tiles.grid = (frames, rows, columns)
-        clock = self.handle.clock
-        if is_traced and self.handle.policy.dense_steps > 0 and not clock.told:
-            # No hook has run. Before its first step a scheduler has no index.
-            self._read_scheduler(at_start=getattr(self.scheduler(), "begin_index", None) or 0)
-        q, k, v, mask = call[:4]
-
-        def dense() -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa)
-
-        return super().attention(call, dense, layer=layer, is_cross=None).to(q.dtype).contiguous()
+    def decide(self, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]) -> Tensor:
+        """A call of a compiled graph, when the graph runs; told: the layer [], then the grid of a traced forward."""
+        number, *traced = told
+        for grid in traced:
+            if self.tiles is not None and len(grid):
+                frames, rows, columns = grid.tolist()
+                self.tiles.grid = (frames, rows, columns)
+            if self.handle.policy.dense_steps > 0 and not self.handle.progress.told:
+                # No hook has run. Before its first step a scheduler has no index.
+                self._read_scheduler(at_start=getattr(self.scheduler(), "begin_index", None) or 0)
+        return super().decide(call, int(number), is_cross, ())
 
     # The backend.
 
@@ -198,7 +185,7 @@ class Route(SdpaRoute):
         if _parallel_config is None:
             return self._local(None, *call)
         if needs_gradients(query, key, value):
-            self.handle.count_dense(int(self.layer), "gradients are asked for: call the model under torch.no_grad()")
+            self.handle.count_dense(int(self.layer), GRADIENTS)
             return self._native(call, _parallel_config)
         gathered: Tensor = self.dispatch._templated_context_parallel_attention(
             *call, False, forward_op=self._local, backward_op=_no_backward, _parallel_config=_parallel_config
@@ -225,38 +212,6 @@ class Route(SdpaRoute):
         """What the processor would have called."""
         out: Tensor = self.dispatch.dispatch_attention_fn(*call, backend=self.former, parallel_config=parallel_config)
         return out
-
-
-@torch.library.custom_op("baatt::routed_layer_attention", mutates_args=())
-def _routed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    layer: Tensor,
-    grid: Tensor | None,
-    is_traced: bool,
-    handle: int,
-) -> Tensor:
-    """`Route.attention` as one node of a compiled graph."""
-    call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return _routes[handle].compiled(call, int(layer), grid, is_traced)
-
-
-@_routed.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    layer: Tensor,
-    grid: Tensor | None,
-    is_traced: bool,
-    handle: int,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 def _no_backward(*_: Any, **__: Any) -> Any:

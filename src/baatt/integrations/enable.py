@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from baatt.backend import IMPLS
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.handle import BY_POLICY, Handle, NoSparseAttentionWarning, TokenPermutation
 
@@ -34,7 +33,7 @@ class Attachment(NamedTuple):
     """What an adapter did.
 
     layers: how many, which `Policy.dense_layers` counts. undo: puts everything back. read_step: given (args, kwargs) of
-    a forward of a root before it runs, tells `handle.clock` the denoising step; None where the model is not told it.
+    a forward of a root before it runs, tells `handle.progress` the denoising step; None where the model is not told it.
     """
 
     layers: int
@@ -57,7 +56,7 @@ class Adapter(Protocol):
 
 def enable(
     model: Any,
-    config: BAAttConfig,
+    config: BAAttConfig | None,
     policy: Policy | None = None,
     *,
     impl: str = "auto",
@@ -71,7 +70,7 @@ def enable(
 
     Args:
         model: an nn.Module in evaluation mode, or a diffusers pipeline.
-        config: the method's dials.
+        config: the method's dials; None leaves every call dense and counts it, for comparison.
         policy: what stays dense; None = `Policy()`, nothing but cross-attention and short cached blocks.
         impl: as `ba_attention`.
         order: (N, device) -> permutation [N] of the tokens before they are cut into blocks, or None for a length that
@@ -85,12 +84,7 @@ def enable(
         ValueError: a model that no adapter knows, that is attached to already, in training mode, or without the layers
             that the policy names.
     """
-    if not isinstance(config, BAAttConfig):
-        raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
-    if policy is not None and not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    handle = Handle(config, policy, impl=impl, order=order)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped: its graphs see the change
     adapter = find_adapter(model)
     roots = adapter.roots(model)
@@ -99,14 +93,12 @@ def enable(
         raise ValueError("model must not be attached to already: disable the handle of the earlier enable first")
     if any(root.training for root in roots):
         raise ValueError("model must be in evaluation mode, got training mode: call model.eval() first")
-    handle = Handle(config, Policy() if policy is None else policy, impl=impl, order=order)
     attachment = adapter.attach(model, handle)
     try:
-        _check_layers(handle.policy, attachment.layers)
+        handle.set_layers(attachment.layers)
     except ValueError:
         attachment.undo()
         raise
-    handle.layer_count = attachment.layers
     watches = [_Watch(root, handle, attachment) for root in roots]
     _attached.update(dict.fromkeys(modules, handle))
 
@@ -141,12 +133,6 @@ def find_adapter(model: Any) -> Adapter:
     )
 
 
-def _check_layers(policy: Policy, layers: int) -> None:
-    for layer in policy.dense_layers:
-        if not -layers <= layer < layers:
-            raise ValueError(f"policy.dense_layers must lie in [{-layers}, {layers}) for {layers} layers, got {layer}")
-
-
 class _Watch:
     """Hooks around every forward of a model: tells the adapter before, and warns after one without a sparse call."""
 
@@ -164,7 +150,7 @@ class _Watch:
         if torch.compiler.is_compiling():
             return
         self.before = self.handle.sparse_calls, sum(self.policy_calls().values())
-        if self.read_step is not None and self.handle.policy.dense_steps > 0 and not self.handle.clock.told:
+        if self.read_step is not None and self.handle.policy.dense_steps > 0 and not self.handle.progress.told:
             self.read_step(args, kwargs)
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -5,20 +5,20 @@ brings the calls here and knows the library they come from; this file knows none
 is one opaque operator that runs eagerly, so steps and counts stay right there and nothing is compiled again for them.
 """
 
-import itertools
 import math
-import weakref
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from baatt.attention import ba_attention
-from baatt.backend import Workload, choose_backend
+from baatt.backend import IMPLS, Workload, choose_backend
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.steps import StepClock
+from baatt.integrations.progress import DenoisingProgress
+from baatt.integrations.routed import SdpaCall, into_graph, take_number
 from baatt.stages.dense import dense_attention
 
 #: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
@@ -29,9 +29,7 @@ Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float], N
 
 #: Reasons that a policy asked for: a forward without a sparse call is no surprise then.
 BY_POLICY = "policy: "
-
-_numbers = itertools.count()
-_handles: "weakref.WeakValueDictionary[int, Handle]" = weakref.WeakValueDictionary()
+GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
 
 
 class NoSparseAttentionWarning(UserWarning):
@@ -52,28 +50,37 @@ class Handle:
     Args:
         config, policy, impl: as `enable`.
         order: how tokens are permuted before they are cut into blocks; None leaves them.
-        clock: where the denoising step comes from.
+
+    Attributes:
+        progress: where the denoising step comes from. layer_count: layers of the model, once they are known.
+        is_timed: whether `seconds` sums the time of all calls, for which every call waits for the device.
+
+    Raises:
+        TypeError, ValueError: arguments of a wrong type, or an unknown `impl`.
     """
 
     def __init__(
         self,
-        config: BAAttConfig,
-        policy: Policy,
+        config: BAAttConfig | None,
+        policy: Policy | None = None,
         *,
         impl: str = "auto",
         order: TokenPermutation | None = None,
-        clock: StepClock | None = None,
     ) -> None:
-        self.config, self.policy, self.impl, self.order = config, policy, impl, order
-        self.clock = StepClock() if clock is None else clock
+        check_setting(config, policy, impl)
+        self._is_sparse = config is not None
+        self.config = config or BAAttConfig(sparsity=0.0)
+        self.policy, self.impl, self.order = policy or Policy(), impl, order
+        self.progress = DenoisingProgress()
         self.layer_count: int | None = None
-        self.number = next(_numbers)
+        self._dense_layers = frozenset(self.policy.dense_layers)
+        self.number = take_number(self)
         self._sparse: Counter[int | None] = Counter()
         self._dense: dict[int | None, Counter[str]] = {}
         self._pairs = self._kept_pairs = 0.0
+        self.is_timed, self.seconds = False, 0.0
         self._undo: Callable[[], None] | None = None
         self._watcher: Watcher | None = None
-        _handles[self.number] = self
 
     # What a user reads.
 
@@ -126,7 +133,7 @@ class Handle:
         """Start counting anew."""
         self._sparse.clear()
         self._dense.clear()
-        self._pairs = self._kept_pairs = 0.0
+        self._pairs = self._kept_pairs = self.seconds = 0.0
 
     def at_step(self, step: int, total: int) -> None:
         """Say which denoising step is about to run, from 0; for loops whose model is not told itself.
@@ -134,7 +141,7 @@ class Handle:
         Raises:
             ValueError: a step outside [0, total).
         """
-        self.clock.set(step, total)
+        self.progress.set(step, total)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Show every call, before it is decided, to a function that must not change its tensors; None ends it."""
@@ -153,6 +160,14 @@ class Handle:
         self.disable()
 
     # What an adapter calls.
+
+    def set_layers(self, count: int) -> None:
+        """Say how many layers the model has.
+
+        Raises:
+            ValueError: the policy names a layer that it does not have.
+        """
+        self._dense_layers, self.layer_count = self.policy.check_layers(count), count
 
     def on_disable(self, undo: Callable[[], None]) -> None:
         """What `disable` runs."""
@@ -183,21 +198,30 @@ class Handle:
         Returns:
             [B, H, N, D].
         """
+        refusal = None
         if needs_gradients(q, k, v):
-            self.count_dense(layer, "gradients are asked for: call the model under torch.no_grad()")
+            refusal = GRADIENTS
+        elif v.shape != k.shape:  # before the operator, whose result has the shape of q
+            refusal = "values of another shape than keys"
+        if refusal is not None:
+            self.count_dense(layer, refusal)
             return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
-        if v.shape != k.shape:  # before the operator, whose result has the shape of q
-            self.count_dense(layer, "values of another shape than keys")
-            return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
-        is_cross = q.shape[2] != k.shape[2] if is_cross is None else is_cross
         if torch.compiler.is_compiling():
-            routed: Tensor = torch.ops.baatt.routed_attention(
-                q, k, v, key_mask, scale, -1 if layer is None else layer, is_cross, self.number
-            )
-            return routed
-        return self.route(q, k, v, key_mask, scale, layer, is_cross, dense)
+            return into_graph(self.number, SdpaCall(q, k, v, key_mask, scale=scale), layer, is_cross)
+        if not self.is_timed:
+            return self._route(q, k, v, key_mask, scale, layer, is_cross, dense)
+        _wait(q.device)
+        started = time.perf_counter()
+        out = self._route(q, k, v, key_mask, scale, layer, is_cross, dense)
+        _wait(q.device)
+        self.seconds += time.perf_counter() - started
+        return out
 
-    def route(
+    def decide(self, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]) -> Tensor:
+        """A call of a compiled graph, with a key mask, when the graph runs."""
+        return self._route(*call[:4], call.scale, layer, is_cross)
+
+    def _route(
         self,
         q: Tensor,
         k: Tensor,
@@ -205,21 +229,22 @@ class Handle:
         key_mask: Tensor | None,
         scale: float | None,
         layer: int | None,
-        is_cross: bool,
+        is_cross: bool | None,
         dense: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """`attention` outside of a traced graph."""
+        is_cross = q.shape[2] != k.shape[2] if is_cross is None else is_cross
         if self._watcher is not None:
             self._watcher(layer, q, k, v, key_mask, q.shape[3] ** -0.5 if scale is None else scale)
-        refusal = self._refusal(q, k, v, scale, layer, is_cross)
-        blocks = math.ceil(k.shape[2] / self.config.block_size)
-        pairs = q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / self.config.block_size) * blocks
+        config, refusal = self.config, self._refusal(q, k, v, scale, layer, is_cross)
+        blocks = math.ceil(k.shape[2] / config.block_size)
+        pairs = q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / config.block_size) * blocks
         self._pairs += pairs
         if refusal is not None:
             self._kept_pairs += pairs
             self.count_dense(layer, refusal)
             return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
-        self._kept_pairs += pairs * max(1, math.ceil((1 - self.config.sparsity) * blocks)) / blocks
+        self._kept_pairs += pairs * config.kept_blocks(blocks) / blocks
         self._sparse[layer] += 1
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
         is_whole = not is_cross and q.shape[2] == k.shape[2]
@@ -228,10 +253,10 @@ class Handle:
         if self.order is not None and q.shape[2] == k.shape[2]:
             permutation = self.order(q.shape[2], q.device)
         if permutation is None:
-            return ba_attention(q, k, v, self.config, **masks, scale=scale, impl=self.impl)
+            return ba_attention(q, k, v, config, **masks, scale=scale, impl=self.impl)
         masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}
         q, k, v = (x[:, :, permutation] for x in (q, k, v))
-        permuted = ba_attention(q, k, v, self.config, **masks, scale=scale, impl=self.impl)
+        permuted = ba_attention(q, k, v, config, **masks, scale=scale, impl=self.impl)
         out = torch.empty_like(permuted)
         out[:, :, permutation] = permuted
         return out
@@ -247,14 +272,17 @@ class Handle:
         """Why a call stays dense, or None."""
         scale = q.shape[3] ** -0.5 if scale is None else scale
         policy, queries, keys = self.policy, q.shape[2], k.shape[2]
+        if not self._is_sparse:
+            return BY_POLICY + "dense attention everywhere"
         if policy.only_self_attention and is_cross:
             return BY_POLICY + "cross-attention"
-        if layer is not None and layer in self._dense_layers():
+        if layer is not None and layer in self._dense_layers:
             return f"{BY_POLICY}dense layer {layer}"
         if policy.dense_steps > 0:
-            if self.clock.share is None:
+            is_first = self.progress.is_among_first(policy.dense_steps)
+            if is_first is None:
                 return "the denoising step is not known: call handle.at_step(step, total) in the loop"
-            if self.clock.share < policy.dense_steps:
+            if is_first:
                 return f"{BY_POLICY}one of the first steps"
         if len({x.dtype for x in (q, k, v)}) > 1:
             return "queries, keys and values of different dtypes"
@@ -268,10 +296,15 @@ class Handle:
             return f"{BY_POLICY}fewer queries than min_queries={policy.min_queries}, of more keys"
         return None
 
-    def _dense_layers(self) -> set[int]:
-        """Layers that stay dense, negative numbers resolved."""
-        count = self.layer_count
-        return {layer if count is None else layer % count for layer in self.policy.dense_layers}
+
+def check_setting(config: BAAttConfig | None, policy: Policy | None, impl: str) -> None:
+    """Raises TypeError or ValueError for dials, a policy or an implementation that are none."""
+    if not isinstance(config, BAAttConfig | None):
+        raise TypeError(f"config must be a BAAttConfig or None, got {type(config).__name__}")
+    if not isinstance(policy, Policy | None):
+        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
@@ -279,35 +312,6 @@ def needs_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-# A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them.
-_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
-
-
-@torch.library.custom_op("baatt::routed_attention", mutates_args=(), tags=_TAGS)
-def _routed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    scale: float | None,
-    layer: int,
-    is_cross: bool,
-    handle: int,
-) -> Tensor:
-    """`Handle.route` as one node of a compiled graph; layer -1: not known."""
-    found = _handles[handle].route(q, k, v, key_mask, scale, None if layer < 0 else layer, is_cross)
-    return found.contiguous()
-
-
-@_routed.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    scale: float | None,
-    layer: int,
-    is_cross: bool,
-    handle: int,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from baatt.integrations.enable import Attachment
 from baatt.integrations.handle import Handle
 from baatt.integrations.masks import NO_MASK
-from baatt.integrations.sdpa import Current, SdpaCall, SdpaRoute
+from baatt.integrations.routed import SdpaCall
+from baatt.integrations.sdpa import Current, Route
 
 METHOD = "_scaled_dot_product_attention"
 
@@ -42,8 +43,8 @@ def attach(model: nn.Module, handle: Handle) -> Attachment:
     """Override the method on every block, and `forward` where the padding mask passes."""
     blocks = [module for module in model.modules() if _is_block(module)]
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    handle.clock.mask_token_id = MASK_TOKEN_ID if mask_token_id is None else mask_token_id
-    route, given = SdpaRoute(handle), Current[Tensor | None](None)
+    handle.progress.mask_token_id = MASK_TOKEN_ID if mask_token_id is None else mask_token_id
+    route, given = Route(handle), Current[Tensor | None](None)
     with ExitStack() as undo:
         for layer, block in zip(layer_numbers(blocks, "layer_id"), blocks, strict=True):
             undo.callback(override(block, METHOD, _routed(route, given, layer, getattr(block, METHOD))))
@@ -96,13 +97,13 @@ def argument(forward: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...
 
 
 def token_reader(module: nn.Module, handle: Handle) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-    """Tells the clock of a handle the step by the tokens that a forward gets, unless it gets a part of them only."""
+    """Tells the progress of a handle the step by the tokens that a forward gets, unless it gets a part of them only."""
     tokens, past = argument(module.forward, "input_ids"), argument(module.forward, "past_key_values")
 
     def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found = tokens(args, kwargs)
         if found is not None and past(args, kwargs) is None:
-            handle.clock.read_tokens(found)
+            handle.progress.read_tokens(found)
 
     return read_step
 
@@ -113,7 +114,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _routed(
-    route: SdpaRoute, given: Current[Tensor | None], layer: int, native: Callable[..., Tensor]
+    route: Route, given: Current[Tensor | None], layer: int, native: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     """The method of one block."""
 

@@ -29,7 +29,7 @@ def attach(model: Any, handle: Handle) -> Attachment:
     """Put the handle in place of dense attention at every forward of the language model."""
     model = _language(model)
     layers = model.config.n_layers
-    handle.clock.mask_token_id = model.config.mask_token_id
+    handle.progress.mask_token_id = model.config.mask_token_id
     routed = [functools.partial(_routed, handle, layer) for layer in range(layers)]
 
     def choose(
@@ -45,7 +45,7 @@ def attach(model: Any, handle: Handle) -> Attachment:
     def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("cache")
         if cache is None or cache.length is None:  # a cached step shows a part of the tokens, which says nothing
-            handle.clock.read_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+            handle.progress.read_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
 
     undo: Callable[[], None] = model.register_forward_pre_hook(choose, with_kwargs=True).remove
     return Attachment(layers, undo, read_step)

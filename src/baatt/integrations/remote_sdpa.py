@@ -52,7 +52,7 @@ def attach(model: nn.Module, handle: Handle) -> Attachment:
     watch = _LayerWatch(handle)
     mode = SparseSDPA(handle, layer=watch.ask, is_cross=False)
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    handle.clock.mask_token_id = mask_token_id
+    handle.progress.mask_token_id = mask_token_id
     with ExitStack() as undo:
         for number, layer in zip(layer_numbers(layers, "layer_idx"), layers, strict=True):
             start = functools.partial(watch.start, number)

@@ -6,40 +6,22 @@ the context. Misses the fused path of `nn.MultiheadAttention` and code that call
 """
 
 import dataclasses
-import itertools
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from baatt.backend import IMPLS
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import Handle, needs_gradients
+from baatt.integrations.handle import Handle, check_setting, needs_gradients
 from baatt.integrations.masks import KeyMask, KeyMaskReader
+from baatt.integrations.routed import SdpaCall, into_graph, take_number
 
 T = TypeVar("T")
-
-_numbers = itertools.count()
-_routes: "weakref.WeakValueDictionary[int, SdpaRoute]" = weakref.WeakValueDictionary()
-
-
-class SdpaCall(NamedTuple):
-    """The arguments of `scaled_dot_product_attention` by its own names."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
 
 
 class Current(Generic[T]):
@@ -63,7 +45,7 @@ class Current(Generic[T]):
         return value
 
 
-class SdpaRoute:
+class Route:
     """Brings calls with the arguments of `scaled_dot_product_attention` to a handle.
 
     Args:
@@ -74,8 +56,7 @@ class SdpaRoute:
     def __init__(self, handle: Handle, key_mask: Callable[[Tensor | None, int, int], KeyMask] | None = None) -> None:
         self.handle = handle
         self.key_mask = KeyMaskReader() if key_mask is None else key_mask
-        self.number = next(_numbers)
-        _routes[self.number] = self
+        self.number = take_number(self)
 
     def attention(
         self,
@@ -101,11 +82,7 @@ class SdpaRoute:
             if torch.compiler.is_compiling():
                 if needs_gradients(q, k, v, mask):
                     return dense()
-                crosses = q.shape[2] != k.shape[2] if is_cross is None else is_cross
-                routed: Tensor = torch.ops.baatt.routed_masked_attention(
-                    q, k, v, mask, call.scale, -1 if layer is None else layer, crosses, self.number
-                )
-                return routed
+                return into_graph(self.number, call._replace(query=q, key=k, value=v, attn_mask=mask), layer, is_cross)
             found = self.key_mask(mask, k.shape[0], k.shape[2])
             if found.refusal is not None:
                 self.handle.count_dense(layer, found.refusal)
@@ -116,6 +93,15 @@ class SdpaRoute:
             dense=dense if mask is not None or key_mask is None else None,
         )  # fmt: skip
 
+    def decide(self, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]) -> Tensor:
+        """A call of a compiled graph, when the graph runs."""
+        q, k, v, mask = call[:4]
+
+        def dense() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa)
+
+        return Route.attention(self, call, dense, layer=layer, is_cross=is_cross)
+
 
 class SparseSDPA(TorchFunctionMode):
     """Sends calls of `scaled_dot_product_attention` to a handle.
@@ -124,7 +110,7 @@ class SparseSDPA(TorchFunctionMode):
         handle: decides and counts.
         layer: number of the layer that is running, or None; asked at every call.
         is_cross: as `Handle.attention`; None tells by the numbers of queries and keys.
-        key_mask: as `SdpaRoute`.
+        key_mask: as `Route`.
     """
 
     def __init__(
@@ -137,7 +123,7 @@ class SparseSDPA(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.layer, self.is_cross = layer, is_cross
-        self.route = SdpaRoute(handle, key_mask)
+        self.route = Route(handle, key_mask)
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -171,12 +157,7 @@ def sparse_sdpa(
     Raises:
         TypeError, ValueError: arguments that do not fit, or a policy that names layers.
     """
-    if not isinstance(config, BAAttConfig):
-        raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
-    if policy is not None and not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    check_setting(config, policy, impl)
     policy = Policy() if policy is None else policy
     if policy.dense_layers:
         raise ValueError(
@@ -224,38 +205,3 @@ def _under_autocast(call: SdpaCall) -> tuple[Tensor, Tensor, Tensor, Tensor | No
     if mask is not None and mask.dtype not in (torch.bool, torch.float64):
         mask = mask.to(dtype)
     return q, k, v, mask
-
-
-@torch.library.custom_op("baatt::routed_masked_attention", mutates_args=())
-def _routed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float | None,
-    layer: int,
-    is_cross: bool,
-    route: int,
-) -> Tensor:
-    """`SdpaRoute.attention` of a call with a mask as one node of a compiled graph; layer -1: not known."""
-
-    def dense() -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-    found = _routes[route]
-    call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=True)
-    return found.attention(call, dense, layer=None if layer < 0 else layer, is_cross=is_cross).contiguous()
-
-
-@_routed.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    scale: float | None,
-    layer: int,
-    is_cross: bool,
-    route: int,
-) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)

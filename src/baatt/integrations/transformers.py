@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from baatt.backend import IMPLS
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.enable import Attachment
-from baatt.integrations.handle import Handle
+from baatt.integrations.handle import Handle, check_setting
 from baatt.integrations.masks import KeyMask, as_key_mask
 
 #: Parts of a name that transformers reads a meaning into.
@@ -72,13 +71,10 @@ def register(
         ValueError: a name that means something to transformers or is registered by somebody else, an unknown `impl`, or
             a layer counted from the last, which is another one in every model.
     """
-    config = BAAttConfig() if config is None else config
-    policy = Policy() if policy is None else policy
-    for argument, value, kind in (("name", name, str), ("config", config, BAAttConfig), ("policy", policy, Policy)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{argument} must be a {kind.__name__}, got {type(value).__name__}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+    check_setting(config, policy, impl)
+    config, policy = config or BAAttConfig(), policy or Policy()
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
     if not name or name == _ENABLED_NAME or any(part in name for part in SPECIAL_NAMES):
         parts = ", ".join(map(repr, SPECIAL_NAMES))
         raise ValueError(f"name must not be empty, {_ENABLED_NAME!r} or contain one of {parts}, got {name!r}")
@@ -145,15 +141,15 @@ def attach(model: Any, handle: Handle) -> Attachment:
         if not _enabled:
             _remove(_ENABLED_NAME)
 
-    clock = handle.clock
-    clock.mask_token_id = getattr(model.config, "mask_token_id", None)
+    progress = handle.progress
+    progress.mask_token_id = getattr(model.config, "mask_token_id", None)
 
     def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         # With a filled cache (`past_key_values` in older versions) the tokens are a part of the sequence.
         is_part = any(_is_filled(kwargs.get(name)) for name in ("past_key_values", "cache"))
-        if clock.mask_token_id is not None and isinstance(tokens, Tensor) and not is_part:
-            clock.read_tokens(tokens)
+        if progress.mask_token_id is not None and isinstance(tokens, Tensor) and not is_part:
+            progress.read_tokens(tokens)
 
     return Attachment(_layer_count(model, places), undo, read_step)
 

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from baatt.backend import IMPLS
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import Handle
+from baatt.integrations.handle import Handle, check_setting
 from baatt.integrations.masks import NO_MASK, KeyMask, as_key_mask
-from baatt.integrations.steps import StepClock
+from baatt.integrations.progress import DenoisingProgress
 
 CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
 POLICY_KEYS = ("dense_steps", "min_length", "min_queries", "only_self_attention")
@@ -83,7 +82,7 @@ class SparseAttention:
                 raise ValueError(f"{name} must have shape [B, N, H, D], got {tuple(x.shape)}")
         q, k, v = (rearrange(x, "B N H D -> B H N D") for x in (query, key, value))
         handle = self._handle(read_settings(params))
-        handle.clock = read_clock(params) if handle.policy.dense_steps > 0 else StepClock()
+        handle.progress = read_progress(params) if handle.policy.dense_steps > 0 else DenoisingProgress()
         mask, found = read_mask(params, k)
         refusal = "causal attention" if is_causal else found.refusal
         if refusal is not None:
@@ -119,20 +118,19 @@ def read_settings(params: Mapping[str, Any]) -> Settings:
         if name not in known and name not in ENGINE_KEYS and isinstance(value, bool | int | float | str):
             raise ValueError(f"params must hold settings among {', '.join(known)}, got {name}={value!r}")
     impl = params.get("impl", "auto")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
     config = BAAttConfig(**{name: params[name] for name in CONFIG_KEYS if name in params})
     policy = Policy(**{name: params[name] for name in POLICY_KEYS if name in params})
+    check_setting(config, policy, impl)
     return Settings(config, policy, impl)
 
 
-def read_clock(params: Mapping[str, Any]) -> StepClock:
+def read_progress(params: Mapping[str, Any]) -> DenoisingProgress:
     """How far the loop is, by its least advanced sample; told nothing where the engine does not say."""
-    clock = StepClock()
+    progress = DenoisingProgress()
     if "denoise_step_idx" in params and "total_denoise_steps" in params:
         steps, totals = (_numbers(params[name]) for name in ("denoise_step_idx", "total_denoise_steps"))
-        clock.set(*min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1]))
-    return clock
+        progress.set(*min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1]))
+    return progress
 
 
 def read_mask(params: Mapping[str, Any], k: Tensor) -> tuple[Tensor | None, KeyMask]:

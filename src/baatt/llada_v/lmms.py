@@ -13,6 +13,7 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from torch import Tensor
 
+from baatt.integrations.enable import enable
 from baatt.lab.loading import DTYPES
 from baatt.lab.options import read_options
 from baatt.llada_v.conversation import (
@@ -123,15 +124,8 @@ class LLaDAV(lmms):  # type: ignore[misc]  # lmms-eval has no types
         self._report(task, setting, len(ids))
         rules = answer_rules(self.tokenizer, self.model.config.logit_size, setting.stops)
         prompt = PicturePrompt(self.model.language, ids, visual.tokens, stops=rules.stops, forbidden=rules.forbidden)
-        result = generate(
-            prompt,
-            prompt.ids,
-            None,
-            sampler,
-            sparse=self.arguments.sparse,
-            policy=self.arguments.policy,
-            impl=self.arguments.impl,
-        )
+        with enable(self.model, self.arguments.sparse, self.arguments.policy, impl=self.arguments.impl) as handle:
+            result = generate(prompt, prompt.ids, None, sampler, on_step=handle.at_step)
         return answer_text(result.tokens[0].tolist(), rules.stops, self.tokenizer)
 
     def _see(self, visuals: Sequence[Any]) -> _Visual:

@@ -41,7 +41,7 @@ class VisualEmbedding(nn.Embedding):
 class PicturePrompt:
     """What the sampler calls: the language model with the pictures of one prompt, and the rules of an answer.
 
-    `generate(prompt, prompt.ids, None, config, sparse=...)`. As in the published code some tokens never occur, and once
+    `generate(prompt, prompt.ids, None, config)`. As in the published code some tokens never occur, and once
     a stop sequence stands in the answer nothing behind it is filled before everything in front of it; then the model is
     not evaluated any more.
 

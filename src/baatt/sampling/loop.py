@@ -5,23 +5,15 @@ Knows nothing of text, tokenizers or how attention is computed.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from baatt.config import BAAttConfig, Policy
 from baatt.sampling.caching import CACHES, Span
 from baatt.sampling.config import SamplerConfig
-from baatt.sampling.routing import layer_attention
 from baatt.sampling.run import BlockCache, DenoisingModel, Run, denoise, start_run
-from baatt.stages.dense import AttentionFunction
-
-WrapAttention = Callable[[int, AttentionFunction], AttentionFunction]
-
-#: (step, how many tokens are evaluated) -> attention of every layer.
-Route = Callable[[int, int], Sequence[AttentionFunction]]
 
 
 class StepInfo(NamedTuple):
@@ -67,10 +59,7 @@ def generate(
     attention_mask: Tensor | None = None,
     config: SamplerConfig = SamplerConfig(),  # noqa: B008  (frozen)
     *,
-    sparse: BAAttConfig | None = None,
-    policy: Policy = Policy(),  # noqa: B008  (frozen)
-    impl: str = "auto",
-    wrap_attention: WrapAttention | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     progress: Callable[[StepInfo], None] | None = None,
 ) -> SampleResult:
     """Continue prompts by `config.gen_length` tokens.
@@ -79,10 +68,8 @@ def generate(
         model: a `MaskedDiffusionLM`, or anything called like one that has its `config`.
         prompt_ids: [B, N] int64 on the model's device; prompts of unequal length are padded on the left.
         attention_mask: [B, N] bool or 0/1 ints, True = real token; None = all real.
-        sparse: dials of BA-Att for the calls that `policy` does not keep dense; None = dense everywhere. Steps against
-            a cache have few queries over many keys, which `policy.min_queries` keeps dense unless they are enough.
-        impl: as `ba_attention`.
-        wrap_attention: called with (layer, function) at every step; what it returns is used instead of the function.
+        on_step: called with (step, total_steps) before every model evaluation: `handle.at_step` of `baatt.enable`,
+            which makes a model sparse.
         progress: called after every model evaluation.
 
     Returns:
@@ -91,8 +78,8 @@ def generate(
         evaluated.
 
     Raises:
-        TypeError, ValueError: prompt or mask of a wrong shape or dtype, a policy that does not fit the model, or
-            `stop_at_eos` for a model without an end-of-text token.
+        TypeError, ValueError: prompt or mask of a wrong shape or dtype, or `stop_at_eos` for a model without an
+            end-of-text token.
     """
     started = time.perf_counter()
     _check_prompt(prompt_ids, attention_mask)
@@ -101,14 +88,9 @@ def generate(
         raise ValueError("stop_at_eos must be False for a model whose config has no eos_token_id, got True")
     run = start_run(model, prompt_ids, attention_mask, config)
 
-    def route(step: int, queries: int) -> Sequence[AttentionFunction]:
-        functions = layer_attention(
-            sparse, policy, layers=model.config.n_layers, step=step, total_steps=config.steps, length=run.length,
-            impl=impl, queries=queries,
-        )  # fmt: skip
-        if wrap_attention is None:
-            return functions
-        return [wrap_attention(layer, function) for layer, function in enumerate(functions)]
+    def begin(step: int) -> None:
+        if on_step is not None:
+            on_step(step, config.steps)
 
     def report(step: int) -> None:
         if progress is None:
@@ -122,7 +104,7 @@ def generate(
     for block in range(config.blocks):
         if config.stop_at_eos and end is not None:
             run.finish_rows(block, end)
-        taken = _fill_block(run, block, route, report)
+        taken = _fill_block(run, block, begin, report)
         steps += taken
         full += min(taken, 1) if config.cache != "none" else taken
     if run.tokens.is_cuda:
@@ -133,7 +115,7 @@ def generate(
     return SampleResult(tokens, steps, seconds, unmasked_at, steps - full)
 
 
-def _fill_block(run: Run, block: int, route: Route, report: Callable[[int], None]) -> int:
+def _fill_block(run: Run, block: int, begin: Callable[[int], None], report: Callable[[int], None]) -> int:
     """All steps of a block; returns how many it took. The first one fills the cache for the others."""
     config, everything = run.config, Span(0, run.length)
     later = CACHES[config.cache](run.span(block), run.length)
@@ -149,13 +131,14 @@ def _fill_block(run: Run, block: int, route: Route, report: Callable[[int], None
             kept.keep(rows, run.tokens.device)
         span = everything if inner == 0 else later
         step = block * config.steps_per_block + inner
-        functions, cache = route(step, span.stop - span.start), None if kept is None else kept.cache
+        cache = None if kept is None else kept.cache
+        begin(step)
         if len(rows) == run.tokens.shape[0]:
-            denoise(run, step, span, functions, cache)
+            denoise(run, step, span, cache)
         else:
             chosen = torch.tensor(rows, device=run.tokens.device)
             some = run.rows(chosen)
-            denoise(some, step, span, functions, cache)
+            denoise(some, step, span, cache)
             run.tokens[chosen], run.unmasked_at[chosen] = some.tokens, some.unmasked_at
         report(step)
     return config.steps_per_block

@@ -1,6 +1,6 @@
 """One generation under way, and one step of it: predict the block, choose positions, fill them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,7 +11,6 @@ from baatt.models.config import ModelConfig
 from baatt.sampling.caching import Span
 from baatt.sampling.config import SamplerConfig
 from baatt.sampling.filling import choose, guess
-from baatt.stages.dense import AttentionFunction
 
 
 class DenoisingModel(Protocol):
@@ -102,13 +101,11 @@ def start_run(model: DenoisingModel, prompt_ids: Tensor, attention_mask: Tensor 
     )
 
 
-def denoise(
-    run: Run, step: int, span: Span, functions: Sequence[AttentionFunction], cache: KeyValueCache | None
-) -> None:
+def denoise(run: Run, step: int, span: Span, cache: KeyValueCache | None) -> None:
     """One step: evaluate a span that holds the step's block, choose positions of the block, fill them."""
     block, inner = divmod(step, run.config.steps_per_block)
     masked = run.masked(block)
-    logits = _predict(run, block, span, functions, cache)
+    logits = _predict(run, block, span, cache)
     guesses, confidence = guess(logits, masked, run.model.config, run.config, run.generator)
     chosen = choose(confidence, masked, inner, run.config)
     place = run.span(block)
@@ -117,9 +114,7 @@ def denoise(
     run.unmasked_at[:, place.start - run.prompt_length : place.stop - run.prompt_length].masked_fill_(chosen, step)
 
 
-def _predict(
-    run: Run, block: int, span: Span, functions: Sequence[AttentionFunction], cache: KeyValueCache | None
-) -> Tensor:
+def _predict(run: Run, block: int, span: Span, cache: KeyValueCache | None) -> Tensor:
     """Logits [B, block_length, V] fp64 of a block, guided away from the model's guess without a prompt."""
     scale, place = run.config.cfg_scale, run.span(block)
     tokens, padding = run.tokens[:, slice(*span)], run.padding
@@ -130,7 +125,7 @@ def _predict(
         padding = None if padding is None else torch.cat((padding, padding))
     held = {} if cache is None else {"cache": cache, "start": span.start}
     wanted = {"logits_from": place.start - span.start, "logits_to": place.stop - span.start}
-    logits: Tensor = run.model(tokens, padding, attention=functions, **wanted, **held)
+    logits: Tensor = run.model(tokens, padding, **wanted, **held)
     logits = logits.double()
     if scale == 0:
         return logits

@@ -13,7 +13,7 @@ from torch import Tensor
 TRAINING_TIMESTEPS = 1000
 
 
-class StepClock:
+class DenoisingProgress:
     """share: of the denoising steps that are done, in [0, 1); None while nothing has told.
 
     Args:
@@ -25,11 +25,28 @@ class StepClock:
     def __init__(
         self, schedule: Callable[[], Sequence[float] | Tensor | None] | None = None, mask_token_id: int | None = None
     ) -> None:
-        self.share: float | None = None
+        self._done: float | None = None
+        self._total = 1
         self.told = False
         self.mask_token_id = mask_token_id
         self._schedule = schedule
         self._length = self._rows = self._masked = self._most_masked = 0
+
+    @property
+    def share(self) -> float | None:
+        """Of the steps that are done."""
+        return None if self._done is None else self._done / self._total
+
+    @share.setter
+    def share(self, share: float | None) -> None:
+        self._done, self._total = share, 1
+
+    def is_among_first(self, fraction: float) -> bool | None:
+        """Whether the step lies in the first `fraction` of all; None while nothing has told.
+
+        A told step is compared with the product `fraction * total`: a quotient would round some steps to another side.
+        """
+        return None if self._done is None else self._done < fraction * self._total
 
     def set(self, step: int, total: int) -> None:
         """Step `step`, from 0, of `total` is about to run: what a loop says counts until it says something else.
@@ -39,7 +56,7 @@ class StepClock:
         """
         if not 0 <= step < total:
             raise ValueError(f"step must be in [0, total={total}), got {step}")
-        self.share, self.told = step / total, True
+        self._done, self._total, self.told = step, total, True
 
     def read_timestep(self, timestep: Any) -> None:
         """From a diffusion transformer's `timestep`, a number or a tensor, of which the largest counts."""
