@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from baatt.scores import SCORES
 from baatt.stages.sorting import ORDERS
+from baatt.types import kept_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -76,7 +77,7 @@ class BAAttConfig:
 
     def kept_blocks(self, key_blocks: int) -> int:
         """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
-        return max(1, math.ceil((1 - self.sparsity) * key_blocks))
+        return kept_blocks(self.sparsity, key_blocks)
 
     def __post_init__(self) -> None:
         if not _is_integer(self.block_size):

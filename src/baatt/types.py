@@ -4,6 +4,7 @@ Axis legend, used everywhere: B batch, H query heads, G key/value heads, N queri
 P block size, I = ceil(N / P) query blocks, J = ceil(M / P) key blocks, K kept key blocks per query block.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -97,6 +98,11 @@ class BlockSelection(NamedTuple):
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     count: Tensor  # type: ignore[assignment]
+
+
+def kept_blocks(sparsity: float, key_blocks: int) -> int:
+    """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
+    return max(1, math.ceil((1 - sparsity) * key_blocks))
 
 
 class Partial(NamedTuple):

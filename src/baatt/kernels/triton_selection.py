@@ -5,7 +5,6 @@ all of it. A kept list comes out ascending because it is cut from its row by a t
 for the device, and neither rounding nor ties depend on the batch.
 """
 
-import math
 import struct
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.types import BlockSelection, BlockStats, BlockSummary, ScoreOptions, take_blocks
+from baatt.types import BlockSelection, BlockStats, BlockSummary, ScoreOptions, kept_blocks, take_blocks
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
 TILE = 64
@@ -42,7 +41,7 @@ def choose_blocks(
     """
     size = key_summary.size
     (batch, heads, query_blocks), key_blocks = query_summary[0].shape[:3], size.shape[1]
-    capacity = max(1, math.ceil((1 - sparsity) * key_blocks))
+    capacity = kept_blocks(sparsity, key_blocks)
     index = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=size.device)
     selection = BlockSelection(index, torch.empty(index.shape[:3], dtype=torch.int32, device=index.device))
     rows = max(1, min(query_blocks, SLAB_SCORES // (batch * heads * key_blocks)))

@@ -4,13 +4,11 @@ In: scores [B, H, I, J]. Out: a `BlockSelection`. The number kept follows from t
 that hold a token, per batch entry, so padding changes nothing. Never waits for the device.
 """
 
-import math
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from baatt.types import BlockSelection
+from baatt.types import BlockSelection, kept_blocks
 
 
 def select_blocks(scores: Tensor, key_block_size: Tensor, sparsity: float) -> BlockSelection:
@@ -28,7 +26,7 @@ def select_blocks(scores: Tensor, key_block_size: Tensor, sparsity: float) -> Bl
         BlockSelection with index [B, H, I, K] and count [B, H, I] int32.
     """
     _, heads, query_blocks, key_blocks = scores.shape
-    capacity = max(1, math.ceil((1 - sparsity) * key_blocks))
+    capacity = kept_blocks(sparsity, key_blocks)
     available = (key_block_size > 0).sum(-1)
     # The same float64 product as above, so that an entry without padding keeps exactly `capacity` blocks.
     count = ((1 - sparsity) * available.double()).ceil().long().clamp(min=1).minimum(available)
