@@ -1,8 +1,8 @@
 """Tokens per second and accuracy of decoding: caches x dense or sparse attention x confidence threshold, on needles.
 
-`python benchmarks/decoding.py --json FILE` draws samples of a needle task, checks every setting, then lets all of them
-answer every batch in turns, in random order, and keeps sums. Checked: one step a block gives the same tokens with and
-without a cache; no mask token and no unused id is left; every position was filled. Writes the file after every batch.
+`python benchmarks/decoding.py --json FILE` checks every setting on the first batch, then asks the runner of
+`baatt evaluate ruler` for the batches of all settings in random order. Checked: one step a block gives the same tokens
+with and without a cache; no mask token and no unused id is left; every position was filled. Writes after every batch.
 """
 
 import argparse
@@ -12,87 +12,58 @@ import itertools
 import random
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tables import block, crossed
-from tokenizers import Tokenizer
-from torch import Tensor
 
-from baatt import BAAttConfig, Policy
 from baatt.assets import shipped_model
-from baatt.integrations.enable import enable
+from baatt.config import PRESETS, BAAttConfig, Policy
+from baatt.lab.answers import AnswerStore
 from baatt.lab.describe import layers_name, order_name
-from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.records import provenance, write_json
-from baatt.lab.ruler.scoring import whole_share
-from baatt.lab.ruler.tasks import draw_samples
+from baatt.lab.ruler.cells import Cell
+from baatt.lab.ruler.model import RulerAnswer, RulerModel, RulerSetup
+from baatt.lab.ruler.run import answer_work, draw_ahead, open_work
+from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.statistics import wilson_interval
 from baatt.lab.tables import Record, percent
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
-from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate
+from baatt.sampling import CACHES, SamplerConfig, SampleResult
 
 ATTENTIONS = ("dense", "sparse")
 
 
-class Setting(NamedTuple):
-    """One way to decode."""
-
-    cache: str
-    attention: str
-    threshold: float | None
-
-
-class Bench(NamedTuple):
-    """What all settings share."""
-
-    model: MaskedDiffusionLM
-    tokenizer: Tokenizer
-    sampler: SamplerConfig
-    sparse: BAAttConfig
-    policy: Policy
-    impl: str
-
-    def decode(self, setting: Setting, ids: Tensor, mask: Tensor, **changes: Any) -> SampleResult:
-        """One batch; `changes` of the sampler."""
-        sampler = dataclasses.replace(self.sampler, cache=setting.cache, threshold=setting.threshold, **changes)
-        sparse = self.sparse if setting.attention == "sparse" else None
-        with enable(self.model, sparse, self.policy, impl=self.impl) as handle:
-            return generate(self.model, ids, mask, sampler, on_step=handle.at_step)
+def make_cells(arguments: argparse.Namespace, length: int) -> list[Cell]:
+    """Every combination of cache, attention and threshold."""
+    kinds = {"dense": (None, Policy()), "sparse": read_sparse(arguments)}
+    return [
+        change(Cell(arguments.task, length, *kinds[kind], read_sampler(arguments)), cache=cache, threshold=threshold)
+        for cache, kind, threshold in itertools.product(arguments.caches, arguments.attention, arguments.thresholds)
+    ]
 
 
-@dataclasses.dataclass
-class Sums:
-    """What a setting has done so far.
+def read_sampler(arguments: argparse.Namespace) -> SamplerConfig:
+    """The sampler of all settings, without cache and threshold."""
+    steps = arguments.gen_length if arguments.steps is None else arguments.steps
+    return SamplerConfig(steps=steps, gen_length=arguments.gen_length, block_length=arguments.block_length)
 
-    agreed: rows with the tokens of the same setting without a cache. filled: positions; text_tokens: those before the
-    first end-of-text token.
-    """
 
-    samples: int = 0
-    right: int = 0
-    agreed: int = 0
-    filled: int = 0
-    text_tokens: int = 0
-    full_evaluations: int = 0
-    cached_evaluations: int = 0
-    seconds: float = 0.0
+def read_sparse(arguments: argparse.Namespace) -> tuple[BAAttConfig, Policy]:
+    """Sparse attention as in the preset `safe`."""
+    safe = PRESETS["safe"]
+    return (
+        dataclasses.replace(safe.config, sparsity=arguments.sparsity),
+        dataclasses.replace(safe.policy, min_queries=arguments.min_queries),
+    )
 
-    def add(self, result: SampleResult, right: int, end: int | None, uncached: SampleResult | None) -> None:
-        """One batch, of which `right` answers are right."""
-        self.samples += len(result.tokens)
-        self.right += right
-        if uncached is not None:
-            self.agreed += int((result.tokens == uncached.tokens).all(dim=1).sum())
-        self.filled += result.filled
-        rows = result.tokens.tolist()
-        self.text_tokens += sum(row.index(end) if end in row else len(row) for row in rows)
-        self.full_evaluations += result.full_evaluations
-        self.cached_evaluations += result.cached_evaluations
-        self.seconds += result.seconds
+
+def change(cell: Cell, **changes: Any) -> Cell:
+    """A cell with another sampler."""
+    return cell._replace(sampler=dataclasses.replace(cell.sampler, **changes))
 
 
 def check(result: SampleResult, model: MaskedDiffusionLM) -> None:
@@ -104,51 +75,71 @@ def check(result: SampleResult, model: MaskedDiffusionLM) -> None:
         raise RuntimeError("a position was never filled")
 
 
-def verify_and_warm_up(bench: Bench, settings: Sequence[Setting], ids: Tensor, mask: Tensor) -> None:
-    """Check every setting on one batch, with one step a block and with two; raises RuntimeError."""
-    blocks = bench.sampler.blocks
-    for setting in settings:
-        result = bench.decode(setting, ids, mask, steps=blocks)
-        exact = bench.decode(setting._replace(cache="none"), ids, mask, steps=blocks)
-        check(result, bench.model)
+def verify_and_warm_up(asked: RulerModel, cells: Sequence[Cell], samples: Sequence[RulerSample]) -> None:
+    """Check every setting on one batch, with one step a block and with two, and as it is timed; raises RuntimeError."""
+    ids, mask = asked.prompts(samples)
+    for cell in cells:
+        blocks = cell.sampler.blocks
+        result, _ = asked.generate(change(cell, steps=blocks), ids, mask)
+        exact, _ = asked.generate(change(cell, steps=blocks, cache="none"), ids, mask)
+        check(result, asked.model)
         if not torch.equal(result.tokens, exact.tokens):
-            raise RuntimeError(f"{setting}: one step a block must give the tokens of decoding without a cache")
-        check(bench.decode(setting, ids, mask, steps=2 * blocks), bench.model)
+            raise RuntimeError(f"{cell}: one step a block must give the tokens of decoding without a cache")
+        for checked in (change(cell, steps=2 * blocks), cell):
+            check(asked.generate(checked, ids, mask)[0], asked.model)
+
+
+def make_records(
+    cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]], batch_size: int
+) -> list[dict[str, Any]]:
+    """What is stored of every setting that has answers.
+
+    agreed: answers with the text of the same setting without a cache. filled: positions; text_tokens: those before the
+    end of text. speedup: over the slowest kind, no cache, dense and without threshold.
+    """
+    found = {cell: some for cell, some in zip(cells, answers, strict=True) if some}
+    seconds = {cell: sum(one.seconds for one in some) for cell, some in found.items()}
+    rates = {cell: sum(one.tokens for one in some) / seconds[cell] for cell, some in found.items()}
+    records = []
+    for cell, some in found.items():
+        uncached = found.get(change(cell, cache="none"))
+        slowest = rates.get(Cell(cell.task, cell.length, sampler=change(cell, cache="none", threshold=None).sampler))
+        right, text_tokens = sum(one.whole == 1 for one in some), sum(one.text_tokens for one in some)
+        batches = [one for one in some if one.number % batch_size == 0]  # all answers of one name its evaluations
+        cached = sum(one.cached_evaluations for one in batches)
+        records.append({
+            "task": cell.task, "length": cell.length, "cache": cell.sampler.cache,
+            "attention": "dense" if cell.config is None else "sparse", "threshold": cell.sampler.threshold,
+            "samples": len(some), "right": right,
+            "agreed": uncached and sum(a.text == b.text for a, b in zip(some, uncached, strict=False)),
+            "filled": sum(one.tokens for one in some), "text_tokens": text_tokens,
+            "full_evaluations": sum(one.evaluations for one in batches) - cached, "cached_evaluations": cached,
+            "seconds": seconds[cell], "accuracy": right / len(some), "interval": wilson_interval(right, len(some)),
+            "tokens_per_second": rates[cell], "text_tokens_per_second": text_tokens / seconds[cell],
+            "speedup": slowest and rates[cell] / slowest,
+        })  # fmt: skip
+    return records
 
 
 def measure(
-    bench: Bench, settings: Sequence[Setting], task: str, length: int, count: int, batch_size: int, seed: int
-) -> Iterator[list[dict[str, Any]]]:
-    """The records of a length after every batch."""
-    device, config = next(bench.model.parameters()).device, bench.model.config
-    samples = draw_samples(task, length, count, bench.tokenizer, seed=seed)
-    encoded = [row.ids for row in bench.tokenizer.encode_batch([one.prompt + one.answer_prefix for one in samples])]
-    shuffle, sums = random.Random(seed), {setting: Sums() for setting in settings}
-    for first in range(0, count, batch_size):
-        batch = samples[first : first + batch_size]
-        ids, mask = (x.to(device) for x in pad_left(encoded[first : first + batch_size], config.pad_token_id or 0))
-        if first == 0:
-            verify_and_warm_up(bench, settings, ids, mask)
-        results = {one: bench.decode(one, ids, mask) for one in shuffle.sample(list(settings), len(settings))}
-        for setting, result in results.items():
-            check(result, bench.model)
-            texts = [answer_text(bench.tokenizer, row, {config.eos_token_id}) for row in result.tokens.tolist()]
-            right = sum(whole_share(text, one.values) == 1 for text, one in zip(texts, batch, strict=True))
-            sums[setting].add(result, right, config.eos_token_id, results.get(setting._replace(cache="none")))
-        yield [record(setting, one, task, length, sums) for setting, one in sums.items()]
+    asked: RulerModel, cells: Sequence[Cell], arguments: argparse.Namespace, report: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The records of one length; the file is written after every batch."""
+    store, numbers = AnswerStore(None), range(arguments.count)
+    works = open_work(cells, numbers, asked.setup, store)
+    (samples,) = draw_ahead([works[0]._replace(cells=((cells[0], numbers[: arguments.batch_size]),))], asked, 0)
+    verify_and_warm_up(asked, cells, list(samples.values()))
 
+    def records() -> list[dict[str, Any]]:
+        keys = [asked.setup.keys(cell, numbers).values() for cell in cells]
+        answers = [[RulerAnswer(**store[key]) for key in some if key in store] for some in keys]
+        return make_records(cells, answers, arguments.batch_size)
 
-def record(setting: Setting, one: Sums, task: str, length: int, sums: dict[Setting, Sums]) -> dict[str, Any]:
-    """What is stored of a setting. speedup: over the slowest kind, no cache, dense and without threshold."""
-    rate = one.filled / one.seconds
-    slowest = sums.get(Setting("none", "dense", None))
-    return {
-        "task": task, "length": length, **setting._asdict(), **dataclasses.asdict(one),
-        "agreed": one.agreed if setting._replace(cache="none") in sums else None,
-        "accuracy": one.right / one.samples, "interval": wilson_interval(one.right, one.samples),
-        "tokens_per_second": rate, "text_tokens_per_second": one.text_tokens / one.seconds,
-        "speedup": None if slowest is None else rate / (slowest.filled / slowest.seconds),
-    }  # fmt: skip
+    def keep(cell: Cell, count: int) -> None:
+        write_json({**report, "records": [*report["records"], *records()]}, arguments.json)
+
+    answer_work(works, asked, store, watch=keep, shuffle=random.Random(arguments.seed))
+    return records()
 
 
 def summary(one: dict[str, Any]) -> str:
@@ -226,29 +217,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(argv)
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    steps = arguments.gen_length if arguments.steps is None else arguments.steps
-    bench = Bench(
-        MaskedDiffusionLM.from_pretrained(arguments.model, dtype=dtype, device=device),
-        load_tokenizer(arguments.model),
-        SamplerConfig(steps=steps, gen_length=arguments.gen_length, block_length=arguments.block_length),
-        BAAttConfig(sparsity=arguments.sparsity),
-        Policy(dense_layers=(0, 1), min_queries=arguments.min_queries),  # the preset `safe` of the command line
-        arguments.impl,
-    )
-    settings = [Setting(*one) for one in itertools.product(arguments.caches, arguments.attention, arguments.thresholds)]
     command = shlex.join(["python", "benchmarks/decoding.py", *(sys.argv[1:] if argv is None else argv)])
-    report: dict[str, Any] = {
-        "study": "decoding", **provenance(command, device),
+    report = {"study": "decoding", **provenance(command, device)}
+    model = MaskedDiffusionLM.from_pretrained(arguments.model, dtype=dtype, device=device)
+    setup = RulerSetup(seed=arguments.seed, impl=arguments.impl, batch_size=arguments.batch_size)
+    asked = RulerModel(model, load_tokenizer(arguments.model), setup)
+    config, policy = read_sparse(arguments)
+    report |= {
         "model": arguments.model.name, "dtype": str(dtype).removeprefix("torch."), "batch_size": arguments.batch_size,
-        "sampler": dataclasses.asdict(bench.sampler), "sparse": dataclasses.asdict(bench.sparse),
-        "policy": dataclasses.asdict(bench.policy), "records": [],
+        "sampler": dataclasses.asdict(read_sampler(arguments)), "sparse": dataclasses.asdict(config),
+        "policy": dataclasses.asdict(policy), "records": [],
     }  # fmt: skip
     for length in arguments.lengths:
-        before, records = report["records"], []
-        options = (arguments.task, length, arguments.count, arguments.batch_size, arguments.seed)
-        for records in measure(bench, settings, *options):
-            write_json(report | {"records": [*before, *records]}, arguments.json)
-        report["records"] = [*before, *records]
+        records = measure(asked, make_cells(arguments, length), arguments, report)
+        report["records"] += records
         sys.stdout.write("".join(f"{summary(one)}\n" for one in records))
         sys.stdout.flush()
 

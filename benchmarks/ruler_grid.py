@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baatt.assets import shipped_model
-from baatt.evaluation.ruler_answers import checksums
-from baatt.evaluation.ruler_summary import make_averages
+from baatt.lab.records import write_json
+from baatt.lab.ruler.model import checksums, weights_of
+from baatt.lab.ruler.summary import make_averages
 
 SETTINGS = {
     "dense": (),
@@ -76,8 +77,7 @@ class Grid:
         self.answers: Path = arguments.folder / "answers"
         self.deadline = time.monotonic() + arguments.seconds
         self.unfinished: set[str] = set()
-        sums = checksums(arguments.model or shipped_model())
-        self.weights = " ".join(sum_ for name, sum_ in sums.items() if name.endswith(".safetensors"))
+        self.weights = weights_of(checksums(arguments.model or shipped_model()))
 
     def command(self, setting: str, lengths: str, sparsity: str, store: Path, summary: Path) -> list[str]:
         """The arguments of `baatt`."""
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = shlex.join(["python", "benchmarks/ruler_grid.py", *(sys.argv[1:] if argv is None else argv)])
         run = {name: first[name] for name in ("commit", "device", "versions")}
         joined = {"study": "ruler grid", "command": command, **run, "settings": settings}
-        (arguments.folder / "grid.json").write_text(json.dumps(joined) + "\n", encoding="utf-8")
+        write_json(joined, arguments.folder / "grid.json", indent=None)
     if grid.unfinished:
         sys.exit(f"not finished: {', '.join(sorted(grid.unfinished))}; the same command goes on")
 

@@ -16,9 +16,10 @@ from baatt import BAAttConfig
 from baatt.assets import shipped_model
 from baatt.cli.main import main
 from baatt.config import Policy
-from baatt.evaluation.retrieval import answer
 from baatt.integrations.enable import enable
 from baatt.integrations.handle import Handle
+from baatt.lab.ruler.cells import Cell
+from baatt.lab.ruler.model import RulerModel
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
@@ -479,7 +480,6 @@ def test_needles_are_found_with_every_cache() -> None:
     samples = [draw_samples(task, 1024, 1, tokenizer)[0] for task in ("niah_single_2", "niah_multikey_2")]
     sampler = SamplerConfig(steps=32, gen_length=32, block_length=16, threshold=0.9, stop_at_eos=True)
     for cache in CACHES:
-        answers = answer(
-            model, tokenizer, samples, sampler=dataclasses.replace(sampler, cache=cache), batch_size=2
-        )  # fmt: skip
+        cell = Cell("any", 1024, sampler=dataclasses.replace(sampler, cache=cache))
+        answers = RulerModel(model, tokenizer).answer(cell, list(enumerate(samples)))
         assert [one.exact for one in answers] == [True, True]

@@ -1,6 +1,5 @@
 """The grid of RULER: which jobs there are, what `baatt` is told, what stays of a run that was cut."""
 
-import dataclasses
 import json
 import shlex
 import subprocess
@@ -10,13 +9,11 @@ from pathlib import Path
 import pytest
 
 from baatt.assets import shipped_model
+from baatt.cli.evaluate import read_cells
 from baatt.cli.main import build_parser
-from baatt.cli.options import read_configs
-from baatt.config import PRESETS, BAAttConfig, Policy
-from baatt.evaluation.ablation import Cell
-from baatt.evaluation.ruler_answers import RulerAnswer, checksums
-from baatt.evaluation.ruler_summary import make_averages, make_records
-from baatt.lab.options import given
+from baatt.lab.ruler.model import RulerAnswer, checksums, weights_of
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.summary import make_averages, make_records
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -25,26 +22,22 @@ import ruler_grid  # noqa: E402
 
 
 def weights():
-    return " ".join(sum_ for name, sum_ in checksums(shipped_model()).items() if name.endswith(".safetensors"))
+    return weights_of(checksums(shipped_model()))
 
 
 def summary_of(arguments):
     """What `baatt evaluate ruler` would store: two samples of one task, sparse attention loses the second."""
     options = build_parser("evaluate").parse_args(arguments)
-    shares = [None, *(config.sparsity for config in read_configs(options) if config.sparsity)]
-    policy = PRESETS[options.preset].policy
-    records = []
-    for length in options.lengths:
-        configs = [share and dataclasses.replace(BAAttConfig(), sparsity=share) for share in shares]
-        cells = [Cell("vt", length, config, options.score[0]) for config in configs]
-        answers = [
-            [
-                RulerAnswer("vt", length, n, {}, "", [], score, score, 0.5, 16, 4, 0.4, "c" * 40, "gpu")
-                for n, score in enumerate([1.0, 1.0 - (cell.config.sparsity if cell.config else 0)])
-            ]
-            for cell in cells
+    options.tasks = "vt"
+    cells = read_cells(options, Sources())
+    answers = [
+        [
+            RulerAnswer("vt", cell.length, n, {}, "", [], score, score, 0.5, 16, 4, 0.4, "c" * 40, "gpu")
+            for n, score in enumerate([1.0, 1.0 - (cell.config.sparsity if cell.config else 0)])
         ]
-        records += make_records(cells, answers, policy if options.preset == "safe" else Policy())
+        for cell in cells
+    ]
+    records = make_records(cells, answers)
     return {
         "study": "ruler", "command": shlex.join(["baatt", *arguments]), "commit": "d" * 40, "device": "gpu",
         "versions": {"torch": "2"}, "processes": 1, "model": "needle-18m", "weights": weights(), "count": 2,
@@ -91,17 +84,21 @@ def test_jobs_come_from_short_to_long_and_long_ones_are_split():
 def test_every_setting_is_told_with_options_that_the_command_knows(tmp_path, calls):
     ruler_grid.main([str(tmp_path), "--lengths", "4096,16384", "--gpus", "2", "--sparsity", "0.3,0.5"])
     dense, *jobs = calls.seen
-    assert [config.sparsity for config in read_configs(dense[0])] == [0]
-    assert (dense[0].lengths, *dense[1:]) == ([4096, 16384], None, True)
+    assert [(cell.length, cell.config) for cell in read_cells(dense[0], Sources())[::11]] == [
+        (4096, None),
+        (16384, None),
+    ]
+    assert dense[1:] == (None, True)
     assert len(jobs) == 8 + 2 * 8
     assert not any(several for _, _, several in jobs)
     assert {gpu for _, gpu, _ in jobs} <= {"0", "1"}
     assert len({options.store for options, _, _ in jobs}) == len(jobs)
     assert all((options.store / "rank1.jsonl").read_text() == "an answer\n" for options, _, _ in jobs)
-    assert {(options.preset, given(options, BAAttConfig).get("sort"), *options.score) for options, _, _ in jobs} == {
-        ("safe", None, "covariance"), ("paper", None, "covariance"),
-        ("paper", "none", "covariance"), ("paper", "none", "mean"),
-        ("paper", "none", "antidiagonal-8"), ("paper", "none", "covariance-16"), ("paper", "none", "oracle"),
+    cells = [read_cells(options, Sources())[1] for options, _, _ in jobs]
+    assert {(cell.config.sort, cell.config.score, cell.config.beta, cell.policy.dense_layers) for cell in cells} == {
+        ("k", "covariance", 0.5, (0, 1)), ("qk", "covariance", 0.5, ()), ("k", "covariance", 0.5, ()),
+        ("none", "covariance", 0.5, ()), ("none", "mean", 0.0, ()), ("none", "antidiagonal-8", 0.0, ()),
+        ("none", "covariance-16", 0.5, ()), ("none", "oracle", 0.0, ()),
     }  # fmt: skip
 
 

@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import ruler_tables
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.ablation import Cell
-from baatt.evaluation.ruler_answers import RulerAnswer
-from baatt.evaluation.ruler_summary import make_averages, make_records
+from baatt.lab.ruler.cells import Cell
+from baatt.lab.ruler.model import RulerAnswer
+from baatt.lab.ruler.summary import make_averages, make_records
 
 SCORES = {
     ("niah_single_1", None): [1.0] * 4,
@@ -23,7 +23,7 @@ SCORES = {
 
 def summary(lengths, device="here"):
     cells = [
-        Cell(task, length, None if sparsity is None else BAAttConfig(sparsity=sparsity), "covariance")
+        Cell(task, length, sparsity and BAAttConfig(sparsity=sparsity), Policy(dense_layers=(0,)))
         for length in lengths
         for task, sparsity in SCORES
     ]
@@ -34,7 +34,7 @@ def summary(lengths, device="here"):
         ]
         for cell in cells
     ]
-    records = make_records(cells, answers, Policy(dense_layers=(0,)))
+    records = make_records(cells, answers)
     return {
         "study": "ruler", "command": "baatt evaluate ruler", "commit": "d" * 40, "device": "here",
         "versions": {"torch": "2"}, "model": "m", "dtype": "bfloat16", "seed": 42, "count": 4, "batch_size": 8,

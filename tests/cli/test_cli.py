@@ -168,7 +168,7 @@ def test_the_package_runs_as_a_module():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["demo"], ["generate", "--prompt", "a"], ["evaluate", "ruler"], ["ablate"], ["bench"],
+        ["demo"], ["generate", "--prompt", "a"], ["evaluate", "ruler"], ["bench"],
         *(["analyze", action, "capture.safetensors"] for action in ("recall", "maps", "bound", "layers")),
     ],
 )  # fmt: skip
@@ -193,6 +193,6 @@ def test_a_new_field_of_the_config_is_an_option_of_every_verb(monkeypatch: pytes
 
     presets = {name: Preset(Extended(**asdict(one.config)), one.policy) for name, one in PRESETS.items()}
     monkeypatch.setattr("baatt.cli.options.PRESETS", presets)
-    for argv in (["demo"], ["generate", "--prompt", "a"], ["evaluate", "ruler"], ["ablate"], ["bench"]):
+    for argv in (["demo"], ["generate", "--prompt", "a"], ["evaluate", "ruler"], ["bench"]):
         arguments = build_parser(argv[0]).parse_args([*argv, "--representatives", "4"])
         assert read_configs(arguments)[0].representatives == 4

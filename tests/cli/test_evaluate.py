@@ -5,19 +5,22 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from baatt.cli.main import main
-from baatt.cli.ruler_tables import AnswerBar, setting_name, settings_text, show_averages, show_length
+from baatt.cli.main import main, replace_alias
+from baatt.cli.ruler_report import AnswerBar, setting_names, show_averages, show_length
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.ablation import Cell
-from baatt.evaluation.ruler_answers import RulerAnswer
-from baatt.evaluation.ruler_run import Work
-from baatt.evaluation.ruler_summary import make_averages, make_records
 from baatt.lab import loading
+from baatt.lab.describe import settings_text
+from baatt.lab.options import variants
+from baatt.lab.ruler.cells import Cell, make_cells
+from baatt.lab.ruler.model import RulerAnswer
+from baatt.lab.ruler.run import Work
+from baatt.lab.ruler.summary import make_averages, make_records
 from tests.evaluation.harness import tiny_folder
 
 SHORT = ["--gen-length", "32", "--block-length", "16", "--steps", "4", "--threshold", "none"]
@@ -68,12 +71,12 @@ def test_a_run_its_summary_and_what_a_later_run_reuses(model, here, capsys):
     assert stored["sources"]["words"] == "heldout"
     assert (stored["sampler"]["steps"], stored["sampler"]["threshold"]) == (4, None)
     assert re.fullmatch("[0-9a-f]{16}", stored["weights"])
-    places = [(one["length"], one["task"], setting_name(one["config"])) for one in stored["records"]]
+    places = [(one["length"], one["task"], one["config"].get("sparsity")) for one in stored["records"]]
     assert places == [
         (length, task, name)
         for length in (512, 700)
         for task in ("niah_single_1", "niah_multivalue")
-        for name in ("dense", "50 %")
+        for name in (None, 0.5)
     ]
     assert stored["records"][1]["config"] == {
         "block_size": 16, "sparsity": 0.5, "sort": "k", "segment": 64, "score": "covariance", "beta": 0.5,
@@ -86,12 +89,13 @@ def test_a_run_its_summary_and_what_a_later_run_reuses(model, here, capsys):
     more = command(model, "--sparsity", "0,0.5,0.75", "--score", "covariance,oracle", "--store", "first.answers")
     assert main([*more, "--json", "second.json"]) == 0
     error = capsys.readouterr().err
-    assert "512 niah_single_1 75 %: 1/36 answers" in error
+    assert "512 niah_single_1 beta 0.5, 75 %: 1/36 answers" in error
     assert "dense" not in error.replace("--dense-layers", "")
     second = json.loads((here / "second.json").read_text())
-    names = [setting_name(each["config"]) for each in second["averages"]]
-    assert names == ["dense", "50 %", "75 %", "50 % oracle", "75 % oracle"]
-    kept = [one for one in second["records"] if setting_name(one["config"]) in ("dense", "50 %")]
+    names = ["dense", "beta 0.5, 50 %", "beta 0.5, 75 %", "oracle, 50 %", "oracle, 75 %"]
+    assert setting_names(second["averages"]) == names
+    asked_before = [one["config"] for one in stored["records"]]
+    kept = [one for one in second["records"] if one["config"] in asked_before]
     assert kept == stored["records"]
     assert all(one["config"]["beta"] == 0 for one in second["records"] if one["config"].get("score") == "oracle")
 
@@ -200,6 +204,62 @@ def test_chat_questions_and_a_text_of_ones_own(model, here, capsys):
     assert "count must be at most 3, the questions that qa_1 has, got 4" in capsys.readouterr().err
 
 
+def test_a_grid_its_attention_mass_and_its_picture(here, capsys):
+    grid = ["--dial", "block_size=16", "--dial", "segment=64", "--dial", "sort=none,qk"]
+    grid += ["--dial", "score=covariance,oracle", "--dense-layers", "none", "--recall-samples", "1"]
+    argv = ["evaluate", "ruler", "--tasks", "niah_multikey_1", "--lengths", "512", "--count", "1", *grid]
+    assert main([*argv, "--json", "grid.json", "--plot", "grid.png"]) == 0
+    stored = json.loads((here / "grid.json").read_text())
+    assert [one["config"].get("score") for one in stored["records"]] == [None, *["covariance", "oracle"] * 2]
+    dense, *sparse = stored["records"]
+    assert (dense["accuracy"], "recall_mean" in dense) == (1, False)
+    recalls = {(one["config"]["sort"], one["config"]["score"]): one["recall_mean"] for one in sparse}
+    assert recalls["none", "oracle"] > recalls["none", "covariance"] > 0.5
+    names = ["dense", "unsorted, beta 0.5, 50 %", "unsorted, oracle, 50 %", "qk in 64, beta 0.5, 50 %"]
+    assert setting_names(stored["averages"]) == [*names, "qk in 64, oracle, 50 %"]
+    assert re.search(rf"attention mass kept +│ +- │ +{sparse[0]['recall_mean']:.3f} │", capsys.readouterr().out)
+    assert (here / "grid.png").stat().st_size > 10_000
+    assert main(["evaluate", "ruler", "--draw", "grid.json", "--plot", "again.png"]) == 0
+    assert (here / "again.png").read_bytes() == (here / "grid.png").read_bytes()
+    assert main([*argv, "--json", "grid.json"]) == 0  # nothing is asked again
+    assert json.loads((here / "grid.json").read_text())["records"] == stored["records"]
+
+
+def test_a_grid_of_samplers_and_dense_layers(model, here, capsys):
+    argv = ["evaluate", "ruler", "--model", model, *SHORT, *DIALS, "--tasks", "niah_single_1", "--lengths", "512"]
+    assert main([*argv, "--count", "1", "--dial", "cache=none,dual", "--dial", "dense_layers=none,0"]) == 0
+    stored = json.loads((here / "ruler.json").read_text())
+    assert setting_names(stored["averages"]) == [
+        f"{name}, cache {cache}"
+        for cache in ("none", "dual")
+        for name in ("dense", "50 %, dense layers none", "50 %, dense layers 0")
+    ]
+    out = capsys.readouterr().out
+    assert "setting" in out  # many settings are rows
+    assert "dense layers 0, cache dual" in out
+
+
+@pytest.mark.parametrize("name", ["ablation_beta_h200", "ablation_score_h200", "ruler_needle-18m"])
+def test_files_of_earlier_versions_are_drawn(name, here):
+    stored = Path(__file__).resolve().parents[2] / "benchmarks/results" / f"{name}.json"
+    assert main(["evaluate", "ruler", "--draw", str(stored), "--plot", "old.png"]) == 0
+    assert (here / "old.png").stat().st_size > 10_000
+
+
+def test_the_old_verb_says_what_it_is_now(model, here, capsys):
+    argv = ["ablate", "--model", model, *SHORT, "--lengths", "512", "--count", "1", "--dial", "beta=0,0.5"]
+    assert main([*argv, "--tasks", "niah_single_1", "--dense-layers", "0"]) == 0
+    said = capsys.readouterr().err.splitlines()[0]
+    runs = "baatt evaluate ruler --tasks niah_multikey_1 --lengths 1024 --count 20 --seed 0 "
+    assert said.startswith(f"baatt: ablate is an old name that goes with the next release, this runs: {runs}")
+    stored = json.loads((here / "ablation.json").read_text())
+    assert stored["command"].startswith(runs)
+    assert (stored["seed"], stored["count"], stored["dense_layers"]) == (0, 1, [0])
+    assert [one["config"].get("beta") for one in stored["records"]] == [None, 0, 0.5]
+    assert replace_alias(["ablate", "--tasks", "all"])[-2:] == ["--tasks", "needles"]
+    assert replace_alias(["demo", "--task", "all"]) == ["demo", "--task", "all"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -207,9 +267,21 @@ def test_chat_questions_and_a_text_of_ones_own(model, here, capsys):
         (["--tasks", "qa_2"], "tasks must have their data sets: qa_2 needs hotpot, got none"),
         (["--tasks", "qa_1", "--squad", "missing.json"], "missing.json must be a local copy of"),
         (["--essay", "missing"], "essay must be a file or a folder of .txt files, got missing, which does not exist"),
-        (["--score", "best"], "--score must be of covariance,"),
+        (["--score", "best"], "--score must be one of ['covariance',"),
         (["--sparsity", "half"], "--sparsity must be a number, got 'half'"),
-        (["--sparsity", "1"], "sparsity must be in [0, 1), got 1.0"),
+        (["--sparsity", "1"], "--sparsity must be in [0, 1), got 1.0"),
+        (["--dial", "gamma=1"], "--dial must be NAME=VALUE,... once for each of block_size,"),
+        (["--dial", "beta"], "--dial must be NAME=VALUE,..."),
+        (["--dial", "beta=0", "--dial", "beta=1"], "--dial must be NAME=VALUE,... once"),
+        (["--dial", "beta=x"], "--dial beta must be a number, got 'x'"),
+        (["--dial", "beta=-1"], "--beta must be at least 0"),
+        (["--dial", "score=best"], "--dial score must be one of ['covariance',"),
+        (["--dial", "cache=all"], "--dial cache must be one of ['none',"),
+        (["--dial", "dense_layers=0+9"], "--dense-layers must lie in [-2, 2)"),
+        (["--draw", "x.json"], "--draw needs --plot FILE.png"),
+        (["--draw", "x.json", "--plot", "x.png"], "x.json"),
+        (["--plot", "x.jpg"], "--plot must end in .png, got 'x.jpg'"),
+        (["--recall-samples", "-1"], "--recall-samples must be at least 0, got -1"),
         (["--lengths", "4k,x"], "--lengths must be positive numbers of tokens such as 4096,8K, got 'x'"),
         (["--lengths", "0"], "--lengths must be positive numbers of tokens such as 4096,8K, got '0'"),
         (["--lengths", "200"], "length must hold the smallest niah_single_1 sample"),
@@ -220,7 +292,7 @@ def test_chat_questions_and_a_text_of_ones_own(model, here, capsys):
         (["--threshold", "2"], "threshold must be in [0, 1], got 2"),
         (["--threshold", "x"], "--threshold must be a number, or \"none\", got 'x'"),
         (["--steps", "3"], "steps must be a multiple of gen_length / block_length = 2, got 3"),
-        (["--dense-layers", "2"], "--dense-layers must lie in [-2, 2) for 2 layers, got 2"),
+        (["--dense-layers", "2"], "--dense-layers must lie in [-2, 2)"),
         (["--impl", "hopper"], "--impl hopper is refused"),
         (["--model", "missing"], "missing: no such folder"),
         (["--json", "/nowhere/x.json"], "--json must lie in an existing folder, /nowhere is none"),
@@ -241,7 +313,7 @@ def test_refusals(argv, message, model, here, capsys):
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-CONFIGS = (None, BAAttConfig(sparsity=0.5), BAAttConfig(sparsity=0.7, beta=0.0))
+CONFIGS = (BAAttConfig(sparsity=0.5), BAAttConfig(sparsity=0.7, score="oracle"))
 HEADER = {
     "model": "m", "dtype": "float32", "batch_size": 1, "chat": False, "dense_layers": [0, 1],
     "sampler": {"steps": 32, "gen_length": 128, "block_length": 32, "threshold": 0.9, "cache": "none"},
@@ -250,26 +322,21 @@ SCORES = {"a": [[1.0] * 4, [1.0, 1.0, 0.0, 0.0], [1.0] * 4], "b": [[0.5] * 4, [0
 
 
 def summary(lengths=(512,), configs=CONFIGS):
-    cells = [
-        Cell(task, length, config, "dense" if config is None else "covariance" if config.beta else "oracle")
-        for length in lengths
-        for task in SCORES
-        for config in configs
-    ]
+    cells = make_cells(list(SCORES), lengths, configs, [Policy(dense_layers=(0, 1))])
     answers = [
         [
             RulerAnswer(cell.task, cell.length, number, {}, "", [], score, score, 0.5, 16, 4, 0.4, "c", "here")
-            for number, score in enumerate(SCORES[cell.task][CONFIGS.index(cell.config)])
+            for number, score in enumerate(SCORES[cell.task][[0, 0.5, 0.7].index(cell.options.get("sparsity", 0))])
         ]
         for cell in cells
     ]
-    records = make_records(cells, answers, Policy(dense_layers=(0, 1)))
+    records = make_records(cells, answers)
     return records, make_averages(records)
 
 
 def lines_of(table):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(table)
+    console.print(table.rich())
     found = [re.sub(r"[┃│]", "|", line).strip() for line in console.export_text().splitlines()]
     return [re.sub(r" +", " ", line) for line in found if line and line[0] not in "┏┡├└"]
 
@@ -278,7 +345,7 @@ def test_the_table_of_a_length():
     records, averages = summary()
     assert lines_of(show_length(HEADER, records, averages, 512)) == [
         "RULER at 512 tokens, m, 4 samples a task",
-        "| task | dense | 50 % | 70 % oracle |",
+        "| task | dense | beta 0.5, 50 % | oracle, 70 % |",
         "| a | 100.0 [51.0-100.0] | 50.0 [15.0-85.0] | 100.0 [51.0-100.0] |",
         "| | | 2 lost, 0 won, p 0.5 | 0 lost, 0 won, p 1 |",
         "| b | 50.0 [50.0-50.0] | 37.5 [0.0-75.0] | 25.0 [25.0-25.0] |",
@@ -300,8 +367,8 @@ def test_the_table_of_averages():
         "Average, 2 of 13 tasks",
         "| setting | 512 | 1024 | mean | wAvg (inc) | wAvg (dec) |",
         "| dense | 75.0 | 75.0 | 75.0 | 75.0 | 75.0 |",
-        "| 50 % | 43.8 | 43.8 | 43.8 | 43.8 | 43.8 |",
-        "| 70 % oracle | 62.5 | 62.5 | 62.5 | 62.5 | 62.5 |",
+        "| beta 0.5, 50 % | 43.8 | 43.8 | 43.8 | 43.8 | 43.8 |",
+        "| oracle, 70 % | 62.5 | 62.5 | 62.5 | 62.5 | 62.5 |",
     ]
 
 
@@ -309,16 +376,16 @@ def test_the_settings_in_words():
     text = (
         "Answers: 32 steps for 128 tokens in blocks of 32, threshold 0.9, cache none, batches of 1; weights in float32."
     )
-    assert settings_text(HEADER, summary(configs=[None])[0]) == text
-    sparse = "Sparse: k sorted in 256, beta 0.5, blocks of 128, layers that stay dense: 0, 1."
+    assert settings_text(HEADER, summary(configs=[])[0]) == text
+    sparse = "Sparse: k in 256, beta 0.5, blocks of 128, layers that stay dense: 0, 1."
     assert settings_text(HEADER, summary()[0]) == f"{text}\n{sparse}"
 
 
 def test_the_bar_counts_tokens(monkeypatch):
-    cells = [Cell("a", length, None, "dense") for length in (512, 1024)]
+    cells = [Cell("a", length) for length in (512, 1024)]
     works = [Work("a", cell.length, ((cell, (0, 1)),)) for cell in cells]
     lines, clock = [], iter([0.0, 10.0, 20.0])
-    monkeypatch.setattr("baatt.cli.ruler_tables.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("baatt.cli.ruler_report.time.monotonic", lambda: next(clock))
     with open("/dev/null", "w") as nowhere:  # noqa: PTH123
         console = Console(file=nowhere)
         monkeypatch.setattr(console, "print", lambda text, **_: lines.append(text))
@@ -327,3 +394,13 @@ def test_the_bar_counts_tokens(monkeypatch):
             bar.advance(cells[0], 1)
             bar.advance(cells[1], 1)
     assert lines == ["512 a dense: 1/4 answers, 0:00:50 left", "1024 a dense: 3/4 answers, 0:00:10 left"]
+
+
+def test_settings_have_different_names():
+    configs = variants(BAAttConfig(), {"score": ["covariance", "covariance-8", "oracle"], "beta": [0.0, 0.5]})
+    cells = make_cells(["a"], [512], configs)
+    names = setting_names([{"config": cell.options, "dense_layers": []} for cell in cells])
+    assert names == [
+        "dense", "beta 0, 50 %", "beta 0.5, 50 %", "covariance-8, 50 %, beta 0", "covariance-8, 50 %, beta 0.5",
+        "oracle, 50 %",
+    ]  # fmt: skip

@@ -52,6 +52,9 @@ def test_how_samples_are_answered():
     )
     assert describe.settings_text(HEADER, [{"config": {}}]) == text
     sparse = "Sparse: k in 256, beta 0.5, blocks of 128, layers that stay dense: 0, 1."
-    assert describe.settings_text(HEADER, [{"config": {}}, {"config": CONFIG}]) == f"{text}\n{sparse}"
+    records = [{"config": {}, "dense_layers": []}, {"config": CONFIG, "dense_layers": [0, 1]}]
+    assert describe.settings_text(HEADER, records) == f"{text}\n{sparse}"
+    records.append({"config": CONFIG | {"sort": "none", "beta": 0.0}, "dense_layers": []})
+    assert describe.settings_text(HEADER, records) == f"{text}\nSparse: blocks of 128."
     random = HEADER["sampler"] | {"threshold": None, "remasking": "random"}
     assert "in blocks of 16, random, no threshold" in describe.settings_text(HEADER | {"sampler": random}, [])

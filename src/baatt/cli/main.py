@@ -5,6 +5,7 @@ What the caller can mend ends in one line on stderr and exit code 2; a defect of
 
 import argparse
 import importlib
+import itertools
 import re
 import shlex
 import sys
@@ -18,11 +19,16 @@ from baatt.cli.errors import UsageError
 VERBS = {
     "demo": "Read a fresh 4K-token document and answer from it, once with full attention and once with BA-Att.",
     "generate": "Continue a prompt with a masked-diffusion language model, sparse or dense.",
-    "ablate": "Try every combination of some dials on a task: accuracy beside dense attention, attention mass kept.",
     "evaluate": "Score a model on a benchmark, sparse beside dense attention; a run that was cut goes on where it was.",
     "analyze": "Take the method apart on a real input: record a model's attention, then measure recall and bound.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
     "doctor": "What is installed, which devices there are, and which implementation would run and why.",
+}
+
+#: Old verb -> what it is now, with its own defaults, which anything given after it overrides; kept for one release.
+ALIASES = {
+    "ablate": "evaluate ruler --tasks niah_multikey_1 --lengths 1024 --count 20 --seed 0 --steps 32 --recall-samples 1 "
+    "--json ablation.json"
 }
 
 
@@ -52,9 +58,21 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def replace_alias(argv: Sequence[str]) -> Sequence[str]:
+    """The arguments with an old verb replaced, which is said on stderr."""
+    if not argv or argv[0] not in ALIASES:
+        return argv
+    # "all" were the needle tasks.
+    given = ["needles" if pair == ("--tasks", "all") else pair[1] for pair in itertools.pairwise(argv)]
+    replaced = [*ALIASES[argv[0]].split(), *given]
+    runs = shlex.join(["baatt", *replaced])
+    print(f"baatt: {argv[0]} is an old name that goes with the next release, this runs: {runs}", file=sys.stderr)  # noqa: T201
+    return replaced
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = replace_alias(sys.argv[1:] if argv is None else argv)
     try:
         arguments = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
         arguments.command = shlex.join(["baatt", *argv])

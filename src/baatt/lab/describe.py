@@ -51,6 +51,25 @@ def setting_name(config: Config, among: Sequence[Config] = ()) -> str:
     return ", ".join(part for part in (order, score, percent(config["sparsity"]), blocks) if part)
 
 
+def differences(one: Config, among: Sequence[Config]) -> list[str]:
+    """What `setting_name` does not tell: `beta 0` of other scores, `dense layers 0`, `cache dual`, where it differs.
+
+    Args:
+        one: a record or average of `baatt evaluate ruler`. among: all of its run.
+    """
+    config, sparse = one["config"], [other for other in among if other["config"]]
+    parts = []
+    betas = {other["config"]["beta"] for other in sparse if config and other["config"]["score"] == config["score"]}
+    if len(betas) > 1 and config["score"] != "covariance":
+        parts.append(f"beta {config['beta']:g}")
+    if config and len({tuple(other["dense_layers"]) for other in sparse}) > 1:
+        parts.append(f"dense layers {layers_name(one['dense_layers'])}")
+    for name, value in one.get("sampler", {}).items():
+        if len({other["sampler"][name] for other in among}) > 1:
+            parts.append(f"{name} {value}")
+    return parts
+
+
 def selection_name(config: Config, dense_layers: Sequence[int]) -> str:
     """`BA-Att, k in 256, layers 0 and 1 dense`: how blocks are selected, whatever the sparsity.
 
@@ -84,13 +103,16 @@ def settings_text(header: Config, records: Sequence[Config]) -> str:
         f"Answers: {sampler_text(header['sampler'])}, batches of {header['batch_size']}{chat}; weights in "
         f"{header['dtype']}."
     )
-    sparse = [one["config"] for one in records if one["config"]]
-    if not sparse:
-        return text
-    first = sparse[0]
-    betas = [f"{score_name(one)}, " for one in sparse if one["score"] == "covariance"]
-    options = f"{order_name(first)}, {''.join(betas[:1])}blocks of {first['block_size']}"
-    return f"{text}\nSparse: {options}, layers that stay dense: {layers_name(header['dense_layers'])}."
+    sparse = [one for one in records if one["config"]]
+    configs = [one["config"] for one in sparse]
+    columns = (
+        [order_name(one) for one in configs],
+        [score_name(one) for one in configs if one["score"] == "covariance"],
+        [f"blocks of {one['block_size']}" for one in configs],
+        [f"layers that stay dense: {layers_name(one['dense_layers'])}" for one in sparse],
+    )
+    shared = [values[0] for values in columns if len(set(values)) == 1]
+    return f"{text}\nSparse: {', '.join(shared)}." if shared else text
 
 
 def sampler_text(sampler: Config) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from baatt.lab.describe import order_name, score_name
+from baatt.lab.describe import differences, order_name, score_name
 from baatt.lab.tables import Record
 
 Records = Sequence[Record]
@@ -88,7 +88,9 @@ def draw_accuracy(records: Records, caption: str, path: Path) -> None:
         return f"{one['task']}, {one['length']} tokens"
 
     def line_of(one: Record) -> str:
-        return f"{order_name(one['config'])}, {score_name(one['config'])}" if one["config"] else "dense"
+        if not one["config"]:
+            return "dense"
+        return ", ".join([order_name(one["config"]), score_name(one["config"]), *differences(one, records)])
 
     panels = list(dict.fromkeys(map(panel_of, records)))
     width = max(9, 5.6 * len(panels))
@@ -96,7 +98,7 @@ def draw_accuracy(records: Records, caption: str, path: Path) -> None:
         for axis, panel in zip(axes[0], panels, strict=True):
             lines = _lines(records, panel_of, panel, line_of)
             for dense in lines.pop("dense", []):
-                axis.axhline(dense["accuracy"], color="0.4", label="dense")
+                axis.axhline(dense["accuracy"], color="0.4", label=", ".join(["dense", *differences(dense, records)]))
                 axis.axhspan(dense["ci_low"], dense["ci_high"], color="0.4", alpha=0.15)
             for number, (name, line) in enumerate(lines.items()):
                 line.sort(key=lambda one: one["config"]["sparsity"])

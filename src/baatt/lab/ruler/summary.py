@@ -5,16 +5,16 @@ In: the answers of cells, dense attention's on the same samples beside them. Out
 share of four values found, bootstrap intervals of the mean and of the paired difference.
 """
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from baatt.config import Policy
-from baatt.evaluation.ablation import Cell
-from baatt.evaluation.ruler_answers import RulerAnswer
+from baatt.lab.ruler.cells import Cell
+from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.scoring import averages
 from baatt.lab.statistics import Interval, bootstrap_interval, mcnemar_p, wilson_interval
 
@@ -22,34 +22,43 @@ STUDY = "ruler"
 Record = dict[str, Any]
 
 
-def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]], policy: Policy) -> list[Record]:
+def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]]) -> list[Record]:
     """The record of every cell.
 
-    task, length, config ({} for dense attention), dense_layers, n: what was asked. accuracy: mean of RULER's score,
-    with ci_low and ci_high; accuracy_whole: the same where only whole words count; dense_accuracy, and the fields of
-    `compare`: against dense attention on the same samples. sparsity_achieved: share of block pairs skipped, calls that
-    stay dense included. seconds_per_answer, tokens_per_second: of one process. scores, scores_whole: per sample.
-    commits, devices: of the runs that asked.
+    task, length, config ({} for dense attention), dense_layers, n: what was asked; sampler: only where cells differ in
+    it. accuracy: mean of RULER's score, with ci_low and ci_high; accuracy_whole: the same where only whole words count;
+    accuracy_exact: share of answers that are the expected text word for word, None where an earlier version kept them;
+    dense_accuracy, and the fields of `compare`: against dense attention on the same samples. sparsity_achieved: share
+    of block pairs skipped, calls that stay dense included. recall_mean, recall_p5: of the attention mass kept in sparse
+    layers, means over samples, where it was measured. seconds_per_answer, tokens_per_second: of one process.
+    scores, scores_whole: per sample. commits, devices: of the runs that asked.
 
     Args:
-        cells: for each task and length dense attention before the others, as `make_cells` has them.
+        cells: for each task, length and sampler dense attention before the others, as `make_cells` has them.
         answers: of each cell, for the same numbers in the same order at every cell of a task and length.
     """
-    dense: dict[tuple[str, int], list[float]] = {}
+    several = len({cell.sampler for cell in cells}) > 1
+    dense: dict[Cell, list[float]] = {}
     records = []
     for cell, found in zip(cells, answers, strict=True):
+        place = Cell(cell.task, cell.length, sampler=cell.sampler)
         scores, whole = [one.score for one in found], [one.whole for one in found]
         if cell.config is None:
-            dense[cell.task, cell.length] = scores
-        beside = dense[cell.task, cell.length]
+            dense[place] = scores
         low, high = score_interval(scores)
+        recalls = [one.recall for one in found if one.recall is not None]
         seconds, count = sum(one.seconds for one in found), len(found)
         records.append({
-            "study": STUDY, "task": cell.task, "length": cell.length, "config": cell.dials,
-            "dense_layers": [] if cell.config is None else list(policy.dense_layers), "n": count,
+            "study": STUDY, "task": cell.task, "length": cell.length, "config": cell.options,
+            "dense_layers": cell.dense_layers, "n": count,
+            **({"sampler": dataclasses.asdict(cell.sampler)} if several else {}),
             "accuracy": sum(scores) / count, "ci_low": low, "ci_high": high, "accuracy_whole": sum(whole) / count,
-            "dense_accuracy": sum(beside) / count, **compare(beside, scores),
-            "sparsity_achieved": sum(one.sparsity for one in found) / count, "seconds_per_answer": seconds / count,
+            "accuracy_exact": _mean([one.exact for one in found]),
+            "dense_accuracy": sum(dense[place]) / count, **compare(dense[place], scores),
+            "sparsity_achieved": sum(one.sparsity for one in found) / count,
+            **({f"recall_{name}": _mean(values) for name, values in zip(("mean", "p5"), zip(*recalls, strict=True),
+               strict=True)} if recalls else {}),
+            "seconds_per_answer": seconds / count,
             "tokens_per_second": sum(one.tokens for one in found) / seconds,
             "evaluations_per_answer": sum(one.evaluations for one in found) / count,
             "scores": scores, "scores_whole": whole,
@@ -57,6 +66,11 @@ def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]]
             "devices": list(dict.fromkeys(one.device for one in found)),
         })  # fmt: skip
     return records
+
+
+def setting_of(record: Mapping[str, Any]) -> Record:
+    """What two records of one setting share: config, dense layers, and the sampler where it is not that of the run."""
+    return {name: record[name] for name in ("config", "dense_layers", "sampler") if name in record}
 
 
 def make_averages(records: Sequence[Record]) -> list[Record]:
@@ -70,17 +84,16 @@ def make_averages(records: Sequence[Record]) -> list[Record]:
     """
     settings: dict[str, list[Record]] = {}
     for one in records:
-        settings.setdefault(json.dumps([one["config"], one["dense_layers"]]), []).append(one)
-    dense = [one for one in records if not one["config"]]
+        settings.setdefault(json.dumps(setting_of(one)), []).append(one)
     found = []
     for members in settings.values():
         by_length: dict[int, dict[str, float]] = {}
         for one in members:
             by_length.setdefault(one["length"], {})[one["task"]] = one["accuracy"]
         over = averages(by_length)
+        dense = [one for one in records if not one["config"] and one.get("sampler") == members[0].get("sampler")]
         found.append({
-            "config": members[0]["config"], "dense_layers": members[0]["dense_layers"],
-            "tasks": list(by_length[min(by_length)]),
+            **setting_of(members[0]), "tasks": list(by_length[min(by_length)]),
             "by_length": [_average_at(length, members, dense) for length in over.by_length],
             "mean": over.mean, "rising": over.rising, "falling": over.falling,
         })  # fmt: skip
@@ -149,3 +162,9 @@ def compare(dense: Sequence[float], sparse: Sequence[float]) -> Record:
 def is_right_or_wrong(scores: Sequence[float]) -> bool:
     """Whether every score is 0 or 1."""
     return all(score in (0, 1) for score in scores)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if there is a value that is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

@@ -2,40 +2,45 @@
 
 import dataclasses
 import json
+import random
 import shutil
-from contextlib import closing
 
 import pytest
 import torch
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.ablation import Cell, make_cells
 from baatt.evaluation.chat import load_chat_templates
-from baatt.evaluation.retrieval import answer
-from baatt.evaluation.ruler_answers import Respondent, RulerAnswer, RulerSetup, checksums, source_digest
-from baatt.evaluation.ruler_run import (
+from baatt.integrations.enable import enable
+from baatt.lab.answers import AnswerStore
+from baatt.lab.options import variants
+from baatt.lab.prompts import answer_text, pad_left
+from baatt.lab.ranks import Ranks
+from baatt.lab.ruler.cells import Cell, check_questions, choose_tasks, make_cells
+from baatt.lab.ruler.model import RulerAnswer, RulerModel, RulerSetup, checksums, shortened, source_digest
+from baatt.lab.ruler.run import (
+    RECALL,
     answer_work,
-    check_questions,
-    choose_tasks,
     draw_ahead,
     gather_answers,
+    measure_recalls,
     open_work,
+    prepare,
     same_everywhere,
 )
-from baatt.evaluation.ruler_summary import average_interval, compare, make_averages, make_records, score_interval
-from baatt.lab.answers import AnswerStore
-from baatt.lab.ranks import Ranks
+from baatt.lab.ruler.scoring import METRICS
 from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.summary import average_interval, compare, make_averages, make_records, score_interval
 from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples
 from baatt.lab.statistics import bootstrap_interval, mcnemar_p, wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
-from baatt.sampling import SamplerConfig
+from baatt.sampling import SamplerConfig, generate
 from tests.evaluation.harness import tiny_folder
 
 SAMPLER = SamplerConfig(steps=8, gen_length=32, block_length=16, stop_at_eos=True)
 STAMP = {"commit": "c" * 40, "device": "here"}
-DIALS = {"block_size": [16], "segment": [64], "sparsity": [0.5, 0.75]}
+POLICY = Policy(dense_layers=(0,))
+CONFIGS = variants(BAAttConfig(block_size=16, segment=64), {"sparsity": [0.5, 0.75]})
 SQUAD = {
     "data": [
         {
@@ -58,30 +63,31 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setup(folder):
-    return RulerSetup(checksums(folder), "float32", 1, Sources(), SAMPLER, Policy(dense_layers=(0,)))
+    return RulerSetup(checksums(folder), seed=1)
 
 
 @pytest.fixture
 def make(folder, setup):
-    def respondent(**changes):
+    def asked(**changes):
         model, tokenizer = MaskedDiffusionLM.from_pretrained(folder), load_tokenizer(folder)
         changed = dataclasses.replace(setup, **changes)
-        return Respondent(model, tokenizer, changed, load_chat_templates(folder), STAMP)
+        return RulerModel(model, tokenizer, changed, load_chat_templates(folder), STAMP)
 
-    return respondent
-
-
-def cells_of(*tasks, length=512):
-    return make_cells(tasks, [length], DIALS, ["covariance"])
+    return asked
 
 
-def run(respondent, store, cells, numbers=range(3), workers=0):
+def cells_of(*tasks, length=512, policy=POLICY):
+    return make_cells(tasks, [length], CONFIGS, [policy], [SAMPLER])
+
+
+def run(model, store, cells, numbers=range(3), workers=0, shuffle=None):
     """Answers of every cell, and how many of each cell were asked."""
     asked = []
-    works = open_work(cells, numbers, respondent.setup, store)
-    with closing(draw_ahead(works, respondent, workers)) as drawn:
-        answer_work(works, drawn, respondent, store, lambda cell, count: asked.append((cell, count)))
-    return gather_answers(cells, numbers, respondent.setup, store, Ranks()), asked
+    works = open_work(cells, numbers, model.setup, store)
+    answer_work(
+        works, model, store, workers=workers, watch=lambda cell, count: asked.append((cell, count)), shuffle=shuffle
+    )
+    return gather_answers(cells, numbers, model.setup, store, Ranks()), asked
 
 
 # --- what an answer depends on ---------------------------------------------------------------------------------------
@@ -94,15 +100,16 @@ def test_keys(setup):
     assert {number: key for number, key in setup.keys(sparse, range(9)).items() if number < 3} == keys
     changes = [
         {"files": {"model.safetensors": "other"}}, {"dtype": "bfloat16"}, {"seed": 2}, {"batch_size": 2},
-        {"sources": Sources(words="full")}, {"sampler": dataclasses.replace(SAMPLER, threshold=0.9)}, {"chat": True},
+        {"sources": Sources(words="full")}, {"chat": True}, {"impl": "reference"},
     ]  # fmt: skip
-    for_sparse = [{"policy": Policy()}, {"impl": "reference"}]
-    for change in changes + for_sparse:
+    for change in changes:
         changed = dataclasses.replace(setup, **change)
         assert changed.keys(sparse, [0]) != setup.keys(sparse, [0]), change
-        assert (changed.keys(dense, [0]) == setup.keys(dense, [0])) == (change in for_sparse)
+        assert (changed.keys(dense, [0]) == setup.keys(dense, [0])) == ("impl" in change)
     cells = [dense, sparse, sparser, *cells_of("niah_single_1", length=700), *cells_of("niah_single_2")]
-    cells.append(sparse._replace(score="oracle"))
+    cells.append(sparse._replace(config=dataclasses.replace(sparse.config, score="oracle")))
+    cells.append(sparse._replace(policy=Policy()))
+    cells += [cell._replace(sampler=dataclasses.replace(SAMPLER, threshold=0.9)) for cell in (dense, sparse)]
     assert len({setup.keys(cell, [0])[0] for cell in cells}) == len(cells)
 
 
@@ -125,6 +132,42 @@ def test_a_source_counts_where_it_is_used(tmp_path):
     assert source_digest("vt", a) == source_digest("vt", with_squad) != source_digest("qa_1", with_squad)
 
 
+def test_cells_that_would_run_the_same_are_kept_once():
+    values = {"score": ["covariance", "covariance-8", "oracle"], "beta": [0.0, 0.5], "sort": ["none", "qk"]}
+    configs = variants(BAAttConfig(), values | {"segment": [256, None]})
+    cells = make_cells(["a", "b"], [512], configs)
+    # beta counts for the scores that read it, the segment where something is sorted.
+    assert len(cells) == len(set(cells)) == 2 * (1 + 2 * 2 * (1 + 2) + (1 + 2))
+    assert cells[0] == Cell("a", 512)
+    assert cells[0].options == {}
+    assert {cell.task for cell in cells[:16]} == {"a"}
+    assert cells[1].options == {**cells[1].options, "score": "covariance", "segment": None, "beta": 0.0}
+    assert {cell.options["beta"] for cell in cells[1:] if cell.options.get("score") == "covariance-8"} == {0.0, 0.5}
+    assert {cell.options["beta"] for cell in cells[1:] if cell.options.get("score") == "oracle"} == {0.0}
+
+
+def test_every_sampler_has_dense_attention_of_its_own():
+    samplers = variants(SAMPLER, {"cache": ["none", "dual"]})
+    policies = variants(Policy(), {"dense_layers": [(), (0,)]})
+    cells = make_cells(["a"], [512], [BAAttConfig()], policies, samplers)
+    assert [(cell.sampler.cache, cell.config is None, cell.dense_layers) for cell in cells] == [
+        (cache, *rest) for cache in ("none", "dual") for rest in ((True, []), (False, []), (False, [0]))
+    ]
+    scores = [[1.0], [0.0], [1.0], [0.0], [1.0], [0.0]]
+    records = make_records(cells, [made(each) for each in scores])
+    assert [one["dense_accuracy"] for one in records] == [1, 1, 1, 0, 0, 0]
+    assert [one["sampler"]["cache"] for one in records] == ["none"] * 3 + ["dual"] * 3
+    averages = [one["by_length"][0] for one in make_averages(records)]
+    assert [(one["accuracy"], one["dense_accuracy"]) for one in averages] == [
+        (1, 1),
+        (0, 1),
+        (1, 1),
+        (0, 0),
+        (1, 0),
+        (0, 0),
+    ]
+
+
 def test_tasks(tmp_path):
     assert choose_tasks("all", Sources()) == list(OFFLINE_TASKS)
     assert choose_tasks("all", Sources(squad=tmp_path)) == [*OFFLINE_TASKS, "qa_1"]
@@ -135,53 +178,83 @@ def test_tasks(tmp_path):
         choose_tasks("qa_2", Sources())
     (tmp_path / "squad.json").write_text(json.dumps(SQUAD))
     sources = Sources(squad=tmp_path / "squad.json")
-    check_questions(cells_of("qa_1", "vt"), 2, sources)
+    check_questions(("qa_1", "vt"), 2, sources)
     with pytest.raises(ValueError, match="count must be at most 2, the questions that qa_1 has, got 3"):
-        check_questions(cells_of("qa_1", "vt"), 3, sources)
+        check_questions(("qa_1", "vt"), 3, sources)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
+def sampled(model, cell, samples):
+    """Texts and scores of samples answered together, put together from the parts that a reader of the docs has."""
+    tokenizer = model.tokenizer
+    rows = [tokenizer.encode(sample.prompt + sample.answer_prefix).ids for sample in samples]
+    prompts, sampler = pad_left(rows, 0), shortened(cell.sampler, max(one.answer_tokens for one in samples))
+    if cell.config is None:
+        result = generate(model.model, *prompts, sampler)
+    else:
+        with enable(model.model, cell.config, cell.policy) as handle:
+            result = generate(model.model, *prompts, sampler, on_step=handle.at_step)
+    texts = [answer_text(tokenizer, row[:128], {0}) for row in result.tokens.tolist()]
+    return [(text, METRICS["all"](text, sample.values)) for text, sample in zip(texts, samples, strict=True)]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_answers_are_those_of_retrieval(make, batch_size):
-    respondent = make(batch_size=batch_size)
+def test_answers_are_those_of_the_sampler(make, batch_size):
+    model = make(batch_size=batch_size)
     cells = cells_of("niah_multivalue")
-    found, asked = run(respondent, AnswerStore(None), cells)
+    found, asked = run(model, AnswerStore(None), cells)
     assert [count for _, count in asked] == ([1] * 9 if batch_size == 1 else [2, 1] * 3)
-    samples = draw_samples("niah_multivalue", 512, 3, respondent.tokenizer, seed=1)
+    samples = draw_samples("niah_multivalue", 512, 3, model.tokenizer, seed=1)
     for cell, answers in zip(cells, found, strict=True):
-        expected = answer(
-            respondent.model, respondent.tokenizer, samples, sampler=SAMPLER, sparse=cell.config,
-            policy=respondent.setup.policy, batch_size=batch_size,
-        )  # fmt: skip
-        assert [one.text for one in answers] == [one.text for one in expected]
-        assert [one.score for one in answers] == [one.share for one in expected]
+        parts = [samples[first : first + batch_size] for first in range(0, 3, batch_size)]
+        assert [(one.text, one.score) for one in answers] == [
+            pair for part in parts for pair in sampled(model, cell, part)
+        ]
         assert [one.values for one in answers] == [list(sample.values) for sample in samples]
         assert [one.number for one in answers] == [0, 1, 2]
         assert all(one.seconds > 0 and 0 < one.tokens <= 32 and one.evaluations <= 8 for one in answers)
+        assert all(one.text_tokens <= 32 and one.cached_evaluations == 0 and one.exact is False for one in answers)
         assert {(one.commit, one.device) for one in answers} == {("c" * 40, "here")}
     assert found[0][0].setting == {}
-    assert found[1][0].setting == cells[1].dials | {"dense_layers": [0]}
+    assert found[1][0].setting == cells[1].options | {"dense_layers": [0]}
     assert {one.sparsity for one in found[0]} == {0.0}
     # One of three layers is dense; a number of blocks is rounded up.
     assert all(2 / 3 * 0.73 < one.sparsity <= 2 / 3 * 0.75 for one in found[2])
     assert len({one.text for answers in found for one in answers}) > 1
 
 
-def test_another_score_is_that_of_the_operator(make):
-    respondent = make()
-    (_, cell, _) = cells_of("niah_single_1")
-    cell = cell._replace(score="oracle")
-    (found,), _ = run(respondent, AnswerStore(None), [cell], range(1))
-    (sample,) = draw_samples("niah_single_1", 512, 1, respondent.tokenizer, seed=1)
-    (expected,) = answer(
-        respondent.model, respondent.tokenizer, [sample], sampler=SAMPLER, policy=respondent.setup.policy,
-        sparse=dataclasses.replace(cell.config, score="oracle"),
-    )  # fmt: skip
-    assert found[0].text == expected.text
-    assert found[0].setting["score"] == "oracle"
-    respondent.warm_up(cell)
+def test_any_order_of_batches_gives_the_same_answers(make):
+    cells = cells_of("niah_single_1", "niah_single_2")
+    (found, asked), (other, shuffled) = (
+        run(make(), AnswerStore(None), cells, shuffle=order) for order in (None, random.Random(0))
+    )
+    assert [[one.text for one in answers] for answers in found] == [[one.text for one in answers] for answers in other]
+    assert shuffled != asked
+    assert sorted(map(str, shuffled[:9])) == sorted(map(str, asked[:9]))
+
+
+def test_attention_mass_is_kept_beside_the_answers(make, tmp_path):
+    model, store = make(), AnswerStore(tmp_path)
+    (dense, half, less) = cells_of("niah_single_1")
+    oracle = half._replace(config=dataclasses.replace(half.config, score="oracle", beta=0.0))
+    everywhere = half._replace(policy=Policy(dense_layers=(0, 1, 2)))
+    cells = [dense, half, less, oracle, everywhere]
+    run(model, store, cells, range(2))
+    works = open_work(cells[1:], range(1), model.setup, store, RECALL)
+    measure_recalls(works, model, store)
+    assert open_work(cells[1:], range(1), model.setup, AnswerStore(tmp_path), RECALL) == []
+    gathered = gather_answers(cells, range(2), model.setup, AnswerStore(tmp_path), Ranks(), recalls=2)
+    recalls = [[one.recall for one in answers] for answers in gathered]
+    assert all(second is None for _, second in recalls)
+    assert recalls[0][0] is recalls[4][0] is None
+    means = [recalls[place][0][0] for place in (1, 2, 3)]
+    assert 0 < means[1] < means[0] <= means[2] < 1
+    kept = [one.get("recall_mean") for one in make_records(cells, gathered)]
+    assert kept == [None, *means, None]
+    plain = gather_answers(cells, range(2), model.setup, store, Ranks())
+    assert all(one.recall is None for answers in plain for one in answers)
 
 
 def test_chat(make):
@@ -202,45 +275,47 @@ def test_chat(make):
 
 
 def test_a_beginning_of_text_is_not_doubled(make):
-    respondent = make()
-    respondent._templates = respondent._templates._replace(special_tokens={"bos_token": "<|endoftext|>"})
-    respondent.tokenizer.post_processor = None
-    assert respondent.ids("<|endoftext|>a", "b", chat=False)[0] == 0
+    model = make()
+    model._templates = model._templates._replace(special_tokens={"bos_token": "<|endoftext|>"})
+    model.tokenizer.post_processor = None
+    assert model.ids("<|endoftext|>a", "b", chat=False)[0] == 0
 
 
 def test_a_model_without_template(folder, setup, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "tokenizer_config.json").unlink()
     model, tokenizer = MaskedDiffusionLM.from_pretrained(copy), load_tokenizer(copy)
-    Respondent(model, tokenizer, setup, load_chat_templates(copy), STAMP)
+    RulerModel(model, tokenizer, setup, load_chat_templates(copy), STAMP)
     with pytest.raises(ValueError, match="must have a chat template"):
-        Respondent(model, tokenizer, dataclasses.replace(setup, chat=True), load_chat_templates(copy), STAMP)
+        RulerModel(model, tokenizer, dataclasses.replace(setup, chat=True), load_chat_templates(copy), STAMP)
 
 
 def test_what_does_not_fit_is_refused(make):
     with pytest.raises(ValueError, match=r"length must hold the smallest vt sample \(\d+ tokens\), got 512"):
         make().check("vt", 512)
     with pytest.raises(ValueError, match=r"dense_layers must lie in \[-3, 3\)"):
-        make(policy=Policy(dense_layers=(3,))).warm_up(cells_of("vt")[1])
+        make().warm_up(cells_of("vt", policy=Policy(dense_layers=(3,)))[1])
+    works = open_work(cells_of("niah_single_1"), range(1), make().setup, AnswerStore(None))
+    prepare(works, make())
     with pytest.raises(RuntimeError, match="impl='hopper' cannot run"):
-        make(impl="hopper").warm_up(cells_of("vt")[1])
+        prepare(works, make(impl="hopper"))
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_goes_on_where_it_was_cut(make, tmp_path):
-    respondent, cells = make(), cells_of("niah_single_1", "niah_multiquery")
-    first, asked = run(respondent, AnswerStore(tmp_path), cells)
+    model, cells = make(), cells_of("niah_single_1", "niah_multiquery")
+    first, asked = run(model, AnswerStore(tmp_path), cells)
     assert len(asked) == 18
     lines = (tmp_path / "rank0.jsonl").read_bytes().splitlines(keepends=True)
     assert json.loads(lines[0])["answer"]["number"] == 0
     (tmp_path / "rank0.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:40])
-    again, asked = run(respondent, AnswerStore(tmp_path), cells)
+    again, asked = run(model, AnswerStore(tmp_path), cells)
     assert [cell for cell, _ in asked] == [cells[2]] * 2 + [cell for cell in cells[3:] for _ in range(3)]
     texts = [[one.text for one in answers] for answers in first]
     assert [[one.text for one in answers] for answers in again] == texts
-    assert run(respondent, AnswerStore(tmp_path), cells) == (again, [])
+    assert run(model, AnswerStore(tmp_path), cells) == (again, [])
 
 
 def test_more_settings_and_samples_reuse_what_is_there(make, tmp_path):
@@ -250,25 +325,26 @@ def test_more_settings_and_samples_reuse_what_is_there(make, tmp_path):
     assert [cell for cell, _ in asked] == [cells[2]] * 2
     _, asked = run(make(), AnswerStore(tmp_path), cells)
     assert [cell for cell, _ in asked] == cells
-    _, asked = run(make(policy=Policy()), AnswerStore(tmp_path), cells)
-    assert [cell for cell, _ in asked] == [cells[1]] * 3 + [cells[2]] * 3
+    others = cells_of("niah_single_1", policy=Policy())
+    _, asked = run(make(), AnswerStore(tmp_path), others)
+    assert [cell for cell, _ in asked] == [others[1]] * 3 + [others[2]] * 3
     _, asked = run(make(seed=3), AnswerStore(tmp_path), cells[:1])
     assert len(asked) == 3
 
 
 def test_only_missing_samples_are_drawn_ahead(make, tmp_path):
-    respondent = make()
+    model = make()
     cells = [cell for task in ("niah_single_1", "niah_single_2", "niah_single_3") for cell in cells_of(task)]
     store = AnswerStore(tmp_path)
-    run(respondent, store, cells[:2], [1])
-    works = open_work(cells, range(3), respondent.setup, store)
+    run(model, store, cells[:2], [1])
+    works = open_work(cells, range(3), model.setup, store)
     assert works[0].cells == ((cells[0], (0, 2)), (cells[1], (0, 2)), (cells[2], (0, 1, 2)))
     assert works[0].numbers == (0, 1, 2)
     works[0] = works[0]._replace(cells=works[0].cells[:2])
-    here = list(draw_ahead(works, respondent, 0))
+    here = list(draw_ahead(works, model, 0))
     assert [sorted(samples) for samples in here] == [[0, 2], [0, 1, 2], [0, 1, 2]]
-    assert here[1] == dict(enumerate(draw_samples("niah_single_2", 512, 3, respondent.tokenizer, seed=1)))
-    assert list(draw_ahead(works, respondent, 2)) == here
+    assert here[1] == dict(enumerate(draw_samples("niah_single_2", 512, 3, model.tokenizer, seed=1)))
+    assert list(draw_ahead(works, model, 2)) == here
 
 
 def test_processes_that_differ_are_noticed(setup, monkeypatch):
@@ -292,15 +368,14 @@ def made(scores, whole=None, **changes):
 
 
 def test_records():
-    cells = [Cell("a", 512, None, "dense"), Cell("a", 512, BAAttConfig(), "covariance")]
-    cells += [Cell("b", 512, None, "dense"), Cell("b", 512, BAAttConfig(), "covariance")]
+    cells = make_cells(["a", "b"], [512], [BAAttConfig()], [Policy(dense_layers=(0, 1))])
     right = [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0]
     shares = [1.0, 0.75, 1.0, 0.5], [0.5, 0.75, 0.0, 0.5]
     answers = [made(right[0]), made(right[1], [0.0, 0.0, 0.0, 1.0]), made(shares[0]), made(shares[1])]
     answers[1][0] = answers[1][0]._replace(commit="d", device="there")
-    dense, sparse, dense_share, share = make_records(cells, answers, Policy(dense_layers=(0, 1)))
+    dense, sparse, dense_share, share = make_records(cells, answers)
     assert (dense["config"], dense["dense_layers"]) == ({}, [])
-    assert (sparse["config"], sparse["dense_layers"]) == (cells[1].dials, [0, 1])
+    assert (sparse["config"], sparse["dense_layers"]) == (cells[1].options, [0, 1])
     assert (sparse["task"], sparse["length"], sparse["n"], sparse["study"]) == ("a", 512, 4, "ruler")
     assert (sparse["accuracy"], sparse["accuracy_whole"], sparse["dense_accuracy"]) == (0.5, 0.25, 0.75)
     assert (sparse["ci_low"], sparse["ci_high"]) == wilson_interval(2, 4)
@@ -319,16 +394,11 @@ def test_records():
 
 
 def test_averages():
-    cells = [
-        Cell(task, length, config, "covariance" if config else "dense")
-        for length in (512, 1024)
-        for task in ("a", "b")
-        for config in (None, BAAttConfig())
-    ]
+    cells = make_cells(["a", "b"], [512, 1024], [BAAttConfig()])
     scores = [[1.0, 1.0], [1.0, 0.0], [1.0, 0.5], [0.0, 0.5], *[[1.0, 1.0]] * 2, *[[1.0, 0.0]] * 2]
-    records = make_records(cells, [made(each) for each in scores], Policy())
+    records = make_records(cells, [made(each) for each in scores])
     dense, sparse = make_averages(records)
-    assert (dense["config"], sparse["config"], sparse["tasks"]) == ({}, cells[1].dials, ["a", "b"])
+    assert (dense["config"], sparse["config"], sparse["tasks"]) == ({}, cells[1].options, ["a", "b"])
     assert [one["length"] for one in sparse["by_length"]] == [512, 1024]
     assert [one["accuracy"] for one in dense["by_length"]] == [0.875, 0.75]
     short, long = sparse["by_length"]

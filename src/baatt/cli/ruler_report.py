@@ -1,0 +1,150 @@
+"""What `baatt evaluate ruler` shows: a bar while it asks, a table per length, one of RULER's averages, and a picture.
+
+In: records and averages of `lab.ruler.summary`. Scores are printed in percent, as RULER prints them.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from baatt.lab.describe import differences, setting_name
+from baatt.lab.ruler.cells import Cell
+from baatt.lab.ruler.run import Work
+from baatt.lab.ruler.summary import setting_of
+from baatt.lab.ruler.tasks import TASKS
+from baatt.lab.tables import MISSING, Table, interval, signed_interval
+
+Record = Mapping[str, Any]
+#: With more settings than these a table has a row per setting instead of a column.
+COLUMNS = 5
+
+
+class AnswerBar:
+    """How far this process is, and how long the rest takes if a token takes as long as so far.
+
+    Without a terminal a line of the same says when a cell begins.
+    """
+
+    def __init__(self, works: Sequence[Work], console: Console, *, shown: bool) -> None:
+        cells = [(cell, len(numbers)) for work in works for cell, numbers in work.cells]
+        self._among = [cell.options for cell, _ in cells]
+        self._answers, self._tokens = sum(n for _, n in cells), sum(cell.length * n for cell, n in cells)
+        self._console, self._lines = console, shown and not console.is_terminal
+        self._done = self._done_tokens = 0
+        self._cell: Cell | None = None
+        self._started = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[answers]} answers"))
+        self._bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+            disable=not shown or not console.is_terminal, speed_estimate_period=3600,
+        )  # fmt: skip
+        self._task = self._bar.add_task("drawing samples", total=self._tokens, answers=f"0/{self._answers}")
+
+    def __enter__(self) -> "AnswerBar":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, cell: Cell, count: int) -> None:
+        """`count` samples of a cell are answered."""
+        self._done += count
+        self._done_tokens += cell.length * count
+        place = f"{cell.length} {cell.task} {setting_name(cell.options, self._among)}"
+        answers = f"{self._done}/{self._answers}"
+        self._bar.update(self._task, advance=cell.length * count, description=place, answers=answers)
+        if self._lines and cell != self._cell:
+            seconds = time.monotonic() - self._started
+            left = timedelta(seconds=round(seconds * (self._tokens / self._done_tokens - 1)))
+            self._console.print(f"{place}: {answers} answers, {left} left", highlight=False, soft_wrap=True)
+        self._cell = cell
+
+
+def setting_names(settings: Sequence[Record]) -> list[str]:
+    """Names of the settings of a run, `dense`, `50 %`, `qk in 1024, 50 %, cache dual`: what all share is left out.
+
+    Args:
+        settings: averages, or records of one task and length.
+    """
+    configs = [one["config"] for one in settings]
+    return [", ".join([setting_name(one["config"], configs), *differences(one, settings)]) for one in settings]
+
+
+def show_length(header: Record, records: Sequence[Record], averages: Sequence[Record], length: int) -> Table:
+    """Tasks by settings, or the other way round where settings are many: score [95 % interval], and how it differs
+    from dense attention."""
+    here = [one for one in records if one["length"] == length]
+    settings = [[one for one in here if setting_of(one) == setting_of(each)] for each in averages]
+    rows = {
+        task: [f"{score(one)}\n{against_dense(one)}".rstrip() for found in settings for one in found
+               if one["task"] == task]
+        for task in dict.fromkeys(one["task"] for one in here)
+    }  # fmt: skip
+    tasks = len(rows)
+    mean = [next(one for one in each["by_length"] if one["length"] == length) for each in averages]
+    differences = [difference(one) if each["config"] else "" for one, each in zip(mean, averages, strict=True)]
+    rows[f"average, {tasks_text(averages)}"] = [
+        f"{score(one)}\n{beside}".rstrip() for one, beside in zip(mean, differences, strict=True)
+    ]
+    rows["whole words only"] = [f"{100 * one['accuracy_whole']:.1f}" for one in mean]
+    for label, field, form in (
+        ("attention mass kept", "recall_mean", "{:.3f}"), ("seconds a sample", "seconds_per_answer", "{:.3g}"),
+        ("tokens/s", "tokens_per_second", "{:.1f}"), ("block pairs skipped", "sparsity_achieved", "{:.1%}"),
+    ):  # fmt: skip
+        values = [[one[field] for one in found if one.get(field) is not None] for found in settings]
+        if any(values):
+            rows[label] = [form.format(sum(found) / len(found)) if found else MISSING for found in values]
+    names = setting_names(averages)
+    wide = len(names) > COLUMNS
+    columns, lines = ["task", *names], [[label, *cells] for label, cells in rows.items()]
+    if wide:
+        columns, lines = ["setting", *rows], [list(line) for line in zip(names, *rows.values(), strict=True)]
+    return Table(
+        columns, lines, parted=None if wide else tasks,
+        title=f"RULER at {length} tokens, {header['model']}, {here[0]['n']} samples a task",
+        caption="Score in percent [95 % interval]; below, samples lost and won against dense attention with McNemar's "
+        "p, or the difference [95 % interval] where a score is a share.",
+    )  # fmt: skip
+
+
+def show_averages(averages: Sequence[Record]) -> Table:
+    """RULER's averages: a row per setting, a column per length, then those over lengths."""
+    lengths = [str(one["length"]) for one in averages[0]["by_length"]]
+    rows = []
+    for name, each in zip(setting_names(averages), averages, strict=True):
+        values = [*(one["accuracy"] for one in each["by_length"]), each["mean"], each["rising"], each["falling"]]
+        rows.append([name, *(f"{100 * value:.1f}" for value in values)])
+    columns = ["setting", *lengths, "mean", "wAvg (inc)", "wAvg (dec)"]
+    return Table(columns, rows, title=f"Average, {tasks_text(averages)}")
+
+
+def tasks_text(averages: Sequence[Record]) -> str:
+    """`11 of 13 tasks`: the average of some is not the one that is published."""
+    return f"{len(averages[0]['tasks'])} of {len(TASKS)} tasks"
+
+
+def score(one: Record) -> str:
+    """`97.5 [94.3-98.9]`."""
+    return interval(one["accuracy"], one["ci_low"], one["ci_high"])
+
+
+def against_dense(one: Record) -> str:
+    """`3 lost, 1 won, p 0.62` or `-2.5 [-4.0, -1.0]`; nothing for dense attention itself."""
+    if not one["config"]:
+        return ""
+    if one["mcnemar_p"] is None:
+        return difference(one)
+    return f"{one['only_dense_right']} lost, {one['only_sparse_right']} won, p {one['mcnemar_p']:.2g}"
+
+
+def difference(one: Record) -> str:
+    """`-2.5 [-4.0, -1.0]`."""
+    return signed_interval(one["difference"], one["difference_low"], one["difference_high"])
