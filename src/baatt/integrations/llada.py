@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from baatt.integrations.enable import Attachment
 from baatt.integrations.handle import Handle
 from baatt.integrations.masks import NO_MASK
+from baatt.integrations.progress import by_name
 from baatt.integrations.routed import SdpaCall
 from baatt.integrations.sdpa import Current, Route
 
@@ -51,7 +52,7 @@ def attach(model: nn.Module, handle: Handle) -> Attachment:
         for module in owners(model, blocks) if handle.policy.recover_padding else []:
             if "attention_mask" in inspect.signature(module.forward).parameters:
                 undo.callback(override(module, "forward", _remembering(given, module.forward)))
-        return Attachment(len(blocks), undo.pop_all().close, token_reader(model, handle))
+        return Attachment(len(blocks), undo.pop_all().close, handle.progress.token_reader(model))
 
 
 def override(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
@@ -81,31 +82,6 @@ def layer_numbers(modules: list[nn.Module], attribute: str) -> list[int]:
     if set(numbers) != set(range(len(modules))):
         return list(range(len(modules)))
     return cast(list[int], numbers)
-
-
-def argument(forward: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """Of a call (args, kwargs) of a function, the argument with a name; None if it is not given."""
-    names = list(inspect.signature(forward).parameters)
-    position = names.index(name) if name in names else None
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if position is not None and position < len(args):
-            return args[position]
-        return kwargs.get(name)
-
-    return read
-
-
-def token_reader(module: nn.Module, handle: Handle) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
-    """Tells the progress of a handle the step by the tokens that a forward gets, unless it gets a part of them only."""
-    tokens, past = argument(module.forward, "input_ids"), argument(module.forward, "past_key_values")
-
-    def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = tokens(args, kwargs)
-        if found is not None and past(args, kwargs) is None:
-            handle.progress.read_tokens(found)
-
-    return read_step
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -147,11 +123,11 @@ def _routed(
 
 def _remembering(given: Current[Tensor | None], forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that holds the padding mask it is given while it runs."""
-    read = argument(forward, "attention_mask")
+    names = list(inspect.signature(forward).parameters)
 
     @functools.wraps(forward)
     def remembering(*args: Any, **kwargs: Any) -> Any:
-        mask = read(args, kwargs)
+        mask = by_name(names, args, kwargs).get("attention_mask")
         if not isinstance(mask, Tensor):
             return forward(*args, **kwargs)
         outer = given.get()

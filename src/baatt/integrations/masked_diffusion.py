@@ -42,13 +42,8 @@ def attach(model: Any, handle: Handle) -> Attachment:
         ]
         return args, kwargs | {"attention": chosen}
 
-    def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("cache")
-        if cache is None or cache.length is None:  # a cached step shows a part of the tokens, which says nothing
-            handle.progress.read_tokens(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
-
     undo: Callable[[], None] = model.register_forward_pre_hook(choose, with_kwargs=True).remove
-    return Attachment(layers, undo, read_step)
+    return Attachment(layers, undo, handle.progress.token_reader(model))
 
 
 def _language(model: Any) -> Any:

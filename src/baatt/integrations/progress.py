@@ -4,13 +4,16 @@ Guidance evaluates a step twice and caches evaluate parts of it, so calls say no
 a timestep; a masked language model is given the tokens that are still masked. A loop may also say it itself.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Noise levels that diffusers' schedulers count: the timestep runs from here down to 0.
 TRAINING_TIMESTEPS = 1000
+#: Names under which a forward takes a cache; with a filled one its tokens are a part of the sequence.
+CACHES = ("past_key_values", "cache")
 
 
 class DenoisingProgress:
@@ -86,3 +89,27 @@ class DenoisingProgress:
             self._most_masked, self._length = masked, length
         self._masked, self._rows = masked, rows
         self.share = 1 - masked / self._most_masked if self._most_masked else 0.0
+
+    def token_reader(self, module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+        """Reads the step from (args, kwargs) of a forward of the module, unless it gets a part of the tokens only."""
+        names = list(inspect.signature(module.forward).parameters)
+
+        def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = by_name(names, args, kwargs)
+            tokens = given.get("input_ids")
+            if isinstance(tokens, Tensor) and not any(_is_filled(given.get(name)) for name in CACHES):
+                self.read_tokens(tokens)
+
+        return read_step
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the function's parameters."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _is_filled(cache: Any) -> bool:
+    """Whether a cache holds tokens already: ours, one of transformers, or a tuple as in its older versions."""
+    if hasattr(cache, "get_seq_length"):
+        return bool(cache.get_seq_length())
+    return cache is not None and bool(cache.length if hasattr(cache, "length") else len(cache))

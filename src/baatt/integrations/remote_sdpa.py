@@ -16,7 +16,7 @@ from torch import nn
 
 from baatt.integrations.enable import Attachment
 from baatt.integrations.handle import Handle
-from baatt.integrations.llada import layer_numbers, override, owners, token_reader
+from baatt.integrations.llada import layer_numbers, override, owners
 from baatt.integrations.sdpa import Current, SparseSDPA
 
 #: Class of attention layers, with all that inherit from it -> whose it is and what masks it is given.
@@ -59,7 +59,7 @@ def attach(model: nn.Module, handle: Handle) -> Attachment:
             undo.callback(layer.register_forward_pre_hook(start).remove)
             undo.callback(layer.register_forward_hook(watch.finish, always_call=True).remove)
         undo.callback(override(stack, "forward", _inside(mode, stack.forward)))
-        read_step = None if mask_token_id is None else token_reader(stack, handle)
+        read_step = None if mask_token_id is None else handle.progress.token_reader(stack)
         return Attachment(len(layers), undo.pop_all().close, read_step)
 
 

@@ -141,17 +141,8 @@ def attach(model: Any, handle: Handle) -> Attachment:
         if not _enabled:
             _remove(_ENABLED_NAME)
 
-    progress = handle.progress
-    progress.mask_token_id = getattr(model.config, "mask_token_id", None)
-
-    def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        # With a filled cache (`past_key_values` in older versions) the tokens are a part of the sequence.
-        is_part = any(_is_filled(kwargs.get(name)) for name in ("past_key_values", "cache"))
-        if progress.mask_token_id is not None and isinstance(tokens, Tensor) and not is_part:
-            progress.read_tokens(tokens)
-
-    return Attachment(_layer_count(model, places), undo, read_step)
+    handle.progress.mask_token_id = getattr(model.config, "mask_token_id", None)
+    return Attachment(_layer_count(model, places), undo, handle.progress.token_reader(model))
 
 
 class _Call(NamedTuple):
@@ -356,11 +347,6 @@ def _is_cross(module: nn.Module, name: str = "") -> bool:
     if re.search("cross|encoder_attn|encdec", f"{type(module).__name__} {name.rpartition('.')[2]}", re.IGNORECASE):
         return True
     return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
-
-
-def _is_filled(cache: Any) -> bool:
-    """Whether a cache, in the library's form or as older ones in a tuple, holds tokens already."""
-    return cache is not None and (cache.get_seq_length() if hasattr(cache, "get_seq_length") else len(cache)) > 0
 
 
 def _may_look_at(x: Tensor) -> bool:
