@@ -1,7 +1,9 @@
 """What the documents say is so: names exist, examples run, numbers are those of the files, links lead somewhere."""
 
+import argparse
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import itertools
@@ -123,6 +125,57 @@ def test_paths_in_backticks_exist(document):
     for path in set(re.findall(r"`([\w./-]+)`", read(document))):
         if path.startswith(ROOMS) and not path.startswith(GENERATED):
             assert (ROOT / path).exists(), path
+
+
+RENDERED = re.compile(r"<!-- render:(?!cases)[\w-]+ -->.*?<!-- /render -->", re.DOTALL)
+CODE = re.compile(r"^```\w*\n(?P<lines>.*?)^```|`(?P<inline>[^`]+)`", re.MULTILINE | re.DOTALL)
+CALL = re.compile(r"(?:^|-m )(?P<program>baatt)\s+(?P<verb>[a-z]\w*)|(?P<script>\b(?:benchmarks|training)/\w+\.py)")
+
+
+def commands(document: str) -> list[str]:
+    """Calls of `baatt` and of scripts in code, but those of rendered tables: they are what ran then."""
+    text = RENDERED.sub("", read(document))
+    found = []
+    for code in CODE.finditer(text):
+        lines = (
+            [" ".join(code["inline"].split())] if code["inline"] else code["lines"].replace("\\\n", " ").splitlines()
+        )
+        found += [line for line in lines if CALL.search(line)]
+    return found
+
+
+@functools.cache
+def options_of_verb(verb: str) -> set[str]:
+    """Every option of a verb of `baatt` and of its own verbs."""
+    from baatt.cli.main import build_parser
+
+    def options(parser: argparse.ArgumentParser) -> set[str]:
+        found = set(parser._option_string_actions)
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= {option for each in action.choices.values() for option in options(each)}
+        return found
+
+    return options(build_parser(verb))
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "benchmarks/README.md"])
+def test_commands_exist_with_their_options(document):
+    from baatt.cli.main import VERBS
+
+    for command in commands(document):
+        call = CALL.search(command)
+        assert call is not None
+        options = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", command[call.end() :]))
+        if call["program"]:
+            assert call["verb"] in VERBS, command
+            assert options <= options_of_verb(call["verb"]), command
+        elif not command.endswith(call["script"]):  # else it is a path
+            assert (ROOT / call["script"]).is_file(), command
+            script = read(call["script"])
+            # Literally, or made from the name of a field.
+            unknown = {one for one in options if f'"{one}"' not in script and one[2:].replace("-", "_") not in script}
+            assert not unknown, command
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
