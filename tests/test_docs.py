@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -355,8 +354,3 @@ def test_the_citation_has_the_version_of_the_package():
 
 def test_the_design_page_is_short():
     assert len(read("docs/design.md").splitlines()) <= 150
-
-
-def test_render_script_runs_as_a_command():
-    run = subprocess.run([sys.executable, "benchmarks/render.py", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
