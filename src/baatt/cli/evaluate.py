@@ -150,7 +150,7 @@ def read_cells(arguments: argparse.Namespace, sources: Sources) -> list[Cell]:
     preset, dials = PRESETS[arguments.preset], split_dials(arguments.dial)
     values = given(arguments, BAAttConfig) | dials[BAAttConfig]
     sparsities = sorted({value for value in values.pop("sparsity") if value != 0})  # 0 is dense attention, there anyway
-    configs = variants(preset.config, values | {"sparsity": sparsities})
+    configs = [one for config in variants(preset.config, values) for one in variants(config, {"sparsity": sparsities})]
     policies = variants(preset.policy, given(arguments, Policy) | dials[Policy])
     samplers = variants(USUAL_SAMPLER, given(arguments, SamplerConfig) | dials[SamplerConfig])
     return make_cells(tasks, arguments.lengths, configs, policies, samplers)
