@@ -1,12 +1,24 @@
-"""One torch thread: the tests' tensors are small, and two threads that wait for each other are slower on two cores.
+"""One torch thread, here and in what tests start: the tensors are small, and `make test` runs a process per core.
 
 Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
 """
 
 import os
 
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+#: Files that take longest: `make test` gives files to processes in this order, and none of these should come last.
+LONGEST = ("test_triton_compilation", "test_hopper", "test_evaluate", "test_docs", "test_examples", "test_diffusers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

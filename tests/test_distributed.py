@@ -132,7 +132,7 @@ def worker(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     """(number of processes, what each of them stored)."""
     folder = tmp_path_factory.mktemp("processes")
