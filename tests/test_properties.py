@@ -1,4 +1,4 @@
-"""Properties of the operator over random shapes, masks and dials."""
+"""Properties of the operator over random shapes, masks and options."""
 
 import math
 

@@ -31,7 +31,7 @@ class BAAttConfig:
     """The options of BA-Att.
 
     Block size, sparsity, score and beta are the paper's defaults. Which side is sorted, and in which segments, is what
-    keeps most answers of the shipped model right (docs/results.md); `preset("paper")` is the paper's own setting.
+    kept most answers of the first checkpoint right (docs/archive); `preset("paper")` is the paper's own setting.
 
     Args:
         block_size: P, tokens per block of queries and of keys: 16, 32, 64 or 128.

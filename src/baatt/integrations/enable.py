@@ -70,7 +70,7 @@ def enable(
 
     Args:
         model: an nn.Module in evaluation mode, or a diffusers pipeline.
-        config: the method's dials; None leaves every call dense and counts it, for comparison.
+        config: the method's options; None leaves every call dense and counts it, for comparison.
         policy: what stays dense; None = `Policy()`, nothing but cross-attention and short cached blocks.
         impl: as `ba_attention`.
         order: (N, device) -> permutation [N] of the tokens before they are cut into blocks, or None for a length that

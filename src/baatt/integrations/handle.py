@@ -298,7 +298,7 @@ class Handle:
 
 
 def check_setting(config: BAAttConfig | None, policy: Policy | None, impl: str) -> None:
-    """Raises TypeError or ValueError for dials, a policy or an implementation that are none."""
+    """Raises TypeError or ValueError for options, a policy or an implementation that are none."""
     if not isinstance(config, BAAttConfig | None):
         raise TypeError(f"config must be a BAAttConfig or None, got {type(config).__name__}")
     if not isinstance(policy, Policy | None):

@@ -146,7 +146,7 @@ def sparse_sdpa(
     """Make `scaled_dot_product_attention` sparse inside the context, in this thread, whoever calls it.
 
     Args:
-        config: the method's dials.
+        config: the method's options.
         policy: what stays dense; layers are not known here. None = `Policy()`.
         min_length: calls over fewer keys stay dense; shorthand for the policy's.
         impl: as `ba_attention`.

@@ -57,7 +57,7 @@ def register(
 
     Args:
         name: of the implementation.
-        config: the method's dials; None = `BAAttConfig()`.
+        config: the method's options; None = `BAAttConfig()`.
         policy: what stays dense; layers go by the number that their modules hold, and only `handle.at_step` tells the
             denoising step. None = `Policy()`.
         impl: as `ba_attention`.

@@ -1,7 +1,7 @@
 """Why an order helps or hurts a layer: how norms vary, how wide blocks are, and over how many blocks attention spreads.
 
-In: a `Capture` and dials. Out: one record per layer and order, ready for JSON. Sorting by norm makes the norms inside a
-block alike; it also parts neighbours, so the attention of a block may spread over more blocks. Both are measured here.
+In: a `Capture` and options. Out: one record per layer and order, ready for JSON. Sorting by norm makes the norms inside
+a block alike; it also parts neighbours, so the attention of a block may spread over more blocks. Both are measured.
 """
 
 from collections.abc import Callable, Sequence

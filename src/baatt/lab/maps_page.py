@@ -1,6 +1,6 @@
 """Attention maps of all layers and heads as one HTML file that needs nothing else: pick, compare, read values.
 
-In: a `Capture` and dials. Out: the text of the page: `maps_page.html` with the maps put in.
+In: a `Capture` and options. Out: the text of the page: `maps_page.html` with the maps put in.
 """
 
 import base64

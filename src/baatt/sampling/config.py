@@ -1,4 +1,4 @@
-"""The dials of the sampler, frozen and validated once; the loop never checks one again."""
+"""The options of the sampler, frozen and validated once; the loop never checks one again."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from baatt.sampling.remasking import REMASKING
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """The sampler's dials; the defaults are those of LLaDA's `generate`.
+    """The sampler's options; the defaults are those of LLaDA's `generate`.
 
     Args:
         steps: denoising steps of the whole generation, shared evenly by the blocks.

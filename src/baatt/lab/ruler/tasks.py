@@ -1,7 +1,7 @@
 """The 13 tasks in RULER's order, and the one function that makes a sample of any of them.
 
 In: a task, a length in tokens, the model's tokenizer, sources. Out: a `RulerSample` as long as the length allows. A
-task with other dials is one of these with another recipe:
+task with other options is one of these with another recipe:
 `TASKS["vt"]._replace(name="vt_2_8", recipe=functools.partial(vt.recipe, chains=2, hops=8))`.
 """
 
