@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,28 +29,12 @@ logger = logging.getLogger("baatt")
 _logged: set[str] = set()
 
 
-class SortBlocks(Protocol):
-    """Orders and summarises queries and keys: a pair of `ORDERS`, then `summarise` of a score; v may be copied too."""
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
-        config: BAAttConfig,
-        key_mask: Tensor | None,
-        query_mask: Tensor | None = None,
-    ) -> SortedBlocks: ...
-
-
-class ChooseBlocks(Protocol):
-    """Scores every block pair and keeps the best: `compare` of a score, then `baatt.stages.selection.select_blocks`."""
-
-    def __call__(
-        self, query_summary: BlockSummary, key_summary: BlockSummary, config: BAAttConfig, scale: float
-    ) -> BlockSelection: ...
-
-
+#: (q, k, v, config, key_mask, query_mask) -> orders and summaries: a pair of `ORDERS`, `summarise` of a score; v is
+#: there, or None, because a kernel copies it on the way.
+SortBlocks = Callable[..., SortedBlocks]
+#: (query_summary, key_summary, config, scale) -> the best block pairs: `compare` of a score, then
+#: `baatt.stages.selection.select_blocks`.
+ChooseBlocks = Callable[[BlockSummary, BlockSummary, BAAttConfig, float], BlockSelection]
 #: `baatt.stages.sparse.sparse_attention` and its twins, which may take the sorted copies of `SortedBlocks` besides.
 SparseAttention = Callable[..., Partial]
 

@@ -81,4 +81,4 @@ def test_another_block_size_is_refused():
     x = torch.zeros(1, 1, 64, 64)
     nothing = BlockSelection(torch.zeros(1, 1, 1, 1).int(), torch.ones(1, 1, 1).int())
     with pytest.raises(ValueError, match=r"^block_size must be 128, got 64$"):
-        hopper.attend_sorted(x, x, x, None, None, nothing, block_size=64, scale=1.0)
+        hopper.sparse_attention(x, x, x, None, None, nothing, block_size=64, scale=1.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from baatt.kernels.hopper_kernel import attention_kernel, gl, ring_stages
+from baatt.kernels.triton_arrangement import sorted_copies
 from baatt.types import BlockSelection, Partial, TokenOrder
 
 BLOCK = 128
@@ -53,48 +54,14 @@ def sparse_attention(
     sorted_k: Tensor | None = None,
     sorted_v: Tensor | None = None,
 ) -> Partial:
-    """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
-    from baatt.kernels.triton_arrangement import permute
+    """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 
-    return attend_sorted(
-        q,
-        permute(k, key_order) if sorted_k is None else sorted_k,
-        permute(v, key_order) if sorted_v is None else sorted_v,
-        query_order,
-        key_order.length,
-        selection,
-        block_size=block_size,
-        scale=scale,
-    )
-
-
-def attend_sorted(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: TokenOrder,
-    key_length: Tensor,
-    selection: BlockSelection,
-    *,
-    block_size: int,
-    scale: float,
-) -> Partial:
-    """The same for keys and values that are in sorted order already.
-
-    Args:
-        q: [B, H, N, D], any strides, in the original order, as the result.
-        k, v: [B, G, M, D] contiguous, sorted, rows from `key_length` on 0.
-        query_order: which row of q stands at each sorted place.
-        key_length: [B] int64, keys that count.
-        selection: ascending lists without empty key blocks.
-        block_size: 128.
-        scale: factor on q.k, positive.
-
-    Returns:
-        Partial with out [B, H, N, D] and lse [B, H, N] float32.
+    block_size: 128; scale: positive; sorted_k, sorted_v: contiguous copies in sorted order where they are, rows behind
+    the keys 0; selection: ascending lists without empty key blocks.
     """
     if block_size != BLOCK:
         raise ValueError(f"block_size must be {BLOCK}, got {block_size}")
+    k, v = sorted_copies(k, v, key_order, sorted_k, sorted_v)
     batch, heads, tokens, channels = q.shape
     groups, keys = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -114,7 +81,7 @@ def attend_sorted(
         last_tile = min(first_tile + chunk, tiles)
         attention_kernel[(min(last_tile - first_tile, _multiprocessors(q.device)),)](
             q, *q.stride()[:3], *descriptors,
-            index, selection.count.contiguous(), query_order.index.contiguous(), key_length, out, lse,
+            index, selection.count.contiguous(), query_order.index.contiguous(), key_order.length, out, lse,
             first_tile, last_tile, query_blocks, index.shape[-1], heads, groups, tokens, scale * math.log2(math.e),
             BLOCK=BLOCK, CHANNELS=channels, STAGES=ring_stages(channels), DTYPE=dtype, num_warps=4,
         )  # fmt: skip
@@ -153,9 +120,8 @@ def _broken(device: torch.device) -> str | None:
         x = torch.ones(1, 1, BLOCK, 64, dtype=torch.bfloat16, device=device)
         order = TokenOrder(torch.arange(BLOCK, device=device)[None, None], torch.tensor([BLOCK], device=device))
         first = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
-        partial = attend_sorted(
-            x, x, x, order, order.length, BlockSelection(first, first + 1), block_size=BLOCK, scale=1.0
-        )
+        kept = BlockSelection(first, first + 1)
+        partial = sparse_attention(x, x, x, order, order, kept, block_size=BLOCK, scale=1.0, sorted_k=x, sorted_v=x)
         right = bool((partial.out == 1).all())
     except Exception as error:  # whatever another Triton version raises is the reason
         return f"the Gluon kernel does not work with this Triton: {type(error).__name__}: {error}"

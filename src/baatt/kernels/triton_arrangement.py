@@ -103,8 +103,17 @@ def sort_blocks(
     return SortedBlocks(queries.order, query_stats, keys.order, key_stats, sorted_k, sorted_v)
 
 
-def permute(x: Tensor, order: TokenOrder) -> Tensor:
-    """The sorted tokens alone: [B, H, N, D] contiguous, tokens from `order.length` on are 0."""
+def sorted_copies(
+    k: Tensor, v: Tensor, order: TokenOrder, sorted_k: Tensor | None, sorted_v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """k and v [B, G, M, D] contiguous in sorted order, masked tokens 0: what is given, or copies made now."""
+    return (
+        _permute(k, order) if sorted_k is None else sorted_k,
+        _permute(v, order) if sorted_v is None else sorted_v,
+    )
+
+
+def _permute(x: Tensor, order: TokenOrder) -> Tensor:
     batch, heads, tokens, channels = x.shape
     copy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     columns, rows = max(16, triton.next_power_of_2(channels)), 64

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baatt.kernels.triton_arrangement import sorted_copies
 from baatt.types import BlockSelection, Partial, TokenOrder
 
 MAX_CHANNELS = 256
@@ -52,46 +53,11 @@ def sparse_attention(
     sorted_k: Tensor | None = None,
     sorted_v: Tensor | None = None,
 ) -> Partial:
-    """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
-    from baatt.kernels.triton_arrangement import permute
+    """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 
-    return attend_sorted(
-        q,
-        permute(k, key_order) if sorted_k is None else sorted_k,
-        permute(v, key_order) if sorted_v is None else sorted_v,
-        query_order,
-        key_order.length,
-        selection,
-        block_size=block_size,
-        scale=scale,
-    )
-
-
-def attend_sorted(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_order: TokenOrder,
-    key_length: Tensor,
-    selection: BlockSelection,
-    *,
-    block_size: int,
-    scale: float,
-) -> Partial:
-    """The same for keys and values that are in sorted order already.
-
-    Args:
-        q: [B, H, N, D], any strides, in the original order, as the result.
-        k, v: [B, G, M, D] contiguous, sorted.
-        query_order: which row of q stands at each sorted place.
-        key_length: [B] int64, keys that count; those behind are not read.
-        selection: kept key blocks, index [B, H, I, K] and count [B, H, I].
-        block_size: P, a power of two from 16 to 128.
-        scale: s, the factor on q.k, of any sign.
-
-    Returns:
-        Partial with out [B, H, N, D] and lse [B, H, N] float32.
+    sorted_k, sorted_v: contiguous copies in sorted order where they exist; what lies behind the keys is not read.
     """
+    k, v = sorted_copies(k, v, key_order, sorted_k, sorted_v)
     batch, heads, tokens, channels = q.shape
     groups, keys = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -100,7 +66,7 @@ def attend_sorted(
     options = launch_options(q.dtype, channels, block_size, _shared_memory(q.device))
     _attention_kernel[(triton.cdiv(tokens, options["ROWS"]), batch * heads)](
         q, *q.stride(), k, v, index, selection.count.contiguous(), query_order.index.contiguous(),
-        key_length.contiguous(), out, lse,
+        key_order.length.contiguous(), out, lse,
         heads, heads // groups, tokens, keys, index.shape[-1], scale * math.log2(math.e),
         CHANNELS=channels, BLOCK=block_size, **options,
     )  # fmt: skip
