@@ -241,8 +241,11 @@ def test_a_grid_of_samplers_and_dense_layers(model, here, capsys):
 
 @pytest.mark.parametrize("name", ["ablation_beta_h200", "ablation_score_h200", "ruler_needle-18m"])
 def test_files_of_earlier_versions_are_drawn(name, here):
-    stored = Path(__file__).resolve().parents[2] / "benchmarks/results" / f"{name}.json"
-    assert main(["evaluate", "ruler", "--draw", str(stored), "--plot", "old.png"]) == 0
+    stored = json.loads((Path(__file__).resolve().parents[2] / f"benchmarks/results/{name}.json").read_text())
+    place = stored["records"][0]["task"], stored["records"][0]["length"]
+    stored["records"] = [one for one in stored["records"] if (one["task"], one["length"]) == place]
+    (here / "old.json").write_text(json.dumps(stored))
+    assert main(["evaluate", "ruler", "--draw", "old.json", "--plot", "old.png"]) == 0
     assert (here / "old.png").stat().st_size > 10_000
 
 
