@@ -8,9 +8,9 @@ from typing import Any
 
 from tables import crossed, device_text, source
 
+from baatt.cli.ruler_report import difference, score, tasks_text
 from baatt.lab.describe import selection_name, settings_text
-from baatt.lab.ruler.tasks import TASKS
-from baatt.lab.tables import Record, Table, interval, percent, signed_interval
+from baatt.lab.tables import Record, Table, percent
 
 #: Settings of a grid in the order of its tables, whichever was asked first.
 ORDER = ("safe", "paper", "keys", "unsorted", "mean", "antidiagonal", "finer", "oracle")
@@ -18,14 +18,9 @@ ORDER = ("safe", "paper", "keys", "unsorted", "mean", "antidiagonal", "finer", "
 HALF = 0.5
 
 
-def score(one: Record) -> str:
-    """`97.5 [94.3-98.9]`."""
-    return interval(one["accuracy"], one["ci_low"], one["ci_high"])
-
-
 def score_and_difference(one: Record) -> str:
-    """As `score`, and the difference to dense attention."""
-    return f"{score(one)}; {signed_interval(one['difference'], one['difference_low'], one['difference_high'])}"
+    """`97.5 [94.3-98.9]; -2.5 [-4.0, -1.0]`: the score, and its difference to dense attention."""
+    return f"{score(one)}; {difference(one)}"
 
 
 def by_length(record: Record) -> str:
@@ -134,8 +129,8 @@ def averages_text(grid: Record) -> str:
     """What a cell of averages is."""
     first = settings_of(grid)[0]
     return (
-        f"Average over {len(first['averages'][0]['tasks'])} of {len(TASKS)} tasks. After the semicolon: the difference "
-        f"to dense attention [95 % paired bootstrap interval]. {answers_text(first)}"
+        f"Average over {tasks_text(first['averages'])}. After the semicolon: the difference to dense attention [95 % "
+        f"paired bootstrap interval]. {answers_text(first)}"
     )
 
 
