@@ -226,15 +226,19 @@ def block_of(case: Case, block: Callable[..., str] | Block) -> Block:
     return whole._replace(results=whole.results or case.results)
 
 
-def list_cases() -> str:
+def list_cases(cases: dict[str, Case]) -> str:
     """The list of benchmarks/README.md."""
     return "\n".join(
         f"- **{name}**: {case.measures}.  \n  `{case.command}`  \n"
         f"  Results: {', '.join(f'`{result}`' for result in case.results)}."
-        for name, case in CASES.items()
+        for name, case in cases.items()
     )
 
 
-BLOCKS: dict[str, Block] = {
-    name: block_of(case, block) for case in CASES.values() for name, block in case.blocks.items()
-} | {"cases": Block(list_cases)}
+def make_blocks(cases: dict[str, Case]) -> dict[str, Block]:
+    """All blocks by name: those of the cases, and their list."""
+    blocks = {name: block_of(case, block) for case in cases.values() for name, block in case.blocks.items()}
+    return blocks | {"cases": Block(partial(list_cases, cases))}
+
+
+BLOCKS = make_blocks(CASES)

@@ -302,3 +302,16 @@ def test_scripts_of_cases_exist():
     for case in registry.CASES.values():
         for word in case.command.split():
             assert not word.endswith((".py", ".sh")) or (ROOT / word).is_file(), word
+
+
+def test_a_new_benchmark_is_one_entry_and_its_file(copy, monkeypatch):
+    case = registry.Case(
+        "something new", "python benchmarks/new.py", ("new.json",), {"new": lambda record: record["text"]}
+    )
+    monkeypatch.setattr(render, "BLOCKS", registry.make_blocks(registry.CASES | {"new": case}))
+    (copy / "benchmarks/results/new.json").write_text('{"text": "measured"}')
+    (copy / "README.md").write_text("<!-- render:new -->\n<!-- /render -->\n<!-- render:cases -->\n<!-- /render -->\n")
+    assert render.main([], copy) == 0
+    text = (copy / "README.md").read_text()
+    assert "<!-- render:new -->\nmeasured\n<!-- /render -->" in text
+    assert "- **new**: something new.  \n  `python benchmarks/new.py`  \n  Results: `new.json`." in text
