@@ -18,7 +18,7 @@ from tables import RenderError, block, length_text, sizes_text, sparsity_text
 from baatt.backend import IMPLS
 from baatt.config import BAAttConfig
 from baatt.lab.bench.benchmarks import measure, start_report
-from baatt.lab.bench.case import Case, Measurement, Shape
+from baatt.lab.bench.case import Case, Shape
 from baatt.lab.bench.verification import VerificationError
 from baatt.lab.describe import order_name
 from baatt.lab.tables import Record, error_of, gibibytes, percent, short_length, times
@@ -71,17 +71,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def line(name: str, record: Measurement, seconds: float) -> str:
+def line(name: str, record: Record, seconds: float) -> str:
     """Everything that a bar asks for."""
-    stages = ", ".join(f"{stage} {found:.3g}" for stage, found in record.stage_ms.items())
-    share = "" if record.selection_share is None else f", not attention {record.selection_share:.1%}"
-    speedup = "".join(f", {found:.2f}x over {baseline}" for baseline, found in record.speedup.items())
-    notes = [f"{baseline} refused: {reason}" for baseline, reason in record.refused.items()] + record.without_graph
-    cost = record.compensation_cost
+    stages = ", ".join(f"{stage} {found:.3g}" for stage, found in record["stage_ms"].items())
+    share = "" if record["selection_share"] is None else f", not attention {record['selection_share']:.1%}"
+    speedup = "".join(f", {found:.2f}x over {baseline}" for baseline, found in record["speedup"].items())
+    notes = [f"{baseline} refused: {reason}" for baseline, reason in record["refused"].items()] + record[
+        "without_graph"
+    ]
+    cost = record["compensation_cost"]
     return (
-        f"{name}: {record.total_ms:.4g} ms ({stages}){'' if cost is None else f', {cost:+.1%} to beta=0'}, "
-        f"{record.kept_tflops:.0f} TFLOP/s{share}{speedup}, error {record.error:.2e} of {record.error_limit:.2e}, "
-        f"{(record.peak_memory_bytes or 0) / 2**30:.2f} GiB beyond inputs, took {seconds:.0f} s"
+        f"{name}: {record['total_ms']:.4g} ms ({stages}){'' if cost is None else f', {cost:+.1%} to beta=0'}, "
+        f"{record['kept_tflops']:.0f} TFLOP/s{share}{speedup}, "
+        f"error {record['error']:.2e} of {record['error_limit']:.2e}, "
+        f"{(record['peak_memory_bytes'] or 0) / 2**30:.2f} GiB beyond inputs, took {seconds:.0f} s"
         f"{''.join(f'; {note}' for note in notes)}\n"
     )
 
@@ -171,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failures += 1
             sys.stdout.write(f"{name}: FAILED, {type(error).__name__}: {error}\n")
             continue
-        report.add(record._asdict())
+        report.add(record)
         sys.stdout.write(line(name, record, time.perf_counter() - started))
         sys.stdout.flush()
     return 1 if failures else 0

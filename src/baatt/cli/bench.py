@@ -6,9 +6,8 @@ Prints a table per shape and can store a JSON file; `--sweep` goes through lengt
 
 import argparse
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,12 +16,12 @@ from baatt.cli.errors import UsageError
 from baatt.cli.options import add_sparse_options, at_least, check_files, lengths, names_of, read_configs, read_device
 from baatt.lab.bench.baselines import BASELINES, static_refusals
 from baatt.lab.bench.benchmarks import BENCHMARKS, REPORT, measure, start_report
-from baatt.lab.bench.case import Case, Measurement, Shape, estimated_bytes, resolve
+from baatt.lab.bench.case import Case, Shape, estimated_bytes, resolve
 from baatt.lab.bench.roofline import draw_report
 from baatt.lab.bench.verification import VerificationError
 from baatt.lab.loading import DTYPES, check_bytes
 from baatt.lab.records import RecordFile, load_records, short_commit
-from baatt.lab.tables import Table, error_of, figures, gibibytes, mebibytes, percent, short_length, times
+from baatt.lab.tables import Record, Table, error_of, figures, gibibytes, mebibytes, percent, short_length, times
 
 DEFAULT_SHAPE = {"cuda": "1x32x32768x128", "cpu": "1x8x4096x64"}
 DEFAULT_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         draw(console, report.content, arguments.plot)
 
 
-def draw(console: Console, report: Mapping[str, Any], path: Path) -> None:
+def draw(console: Console, report: Record, path: Path) -> None:
     """The picture of a report."""
     draw_report(report, path)
     console.print(f"Picture: {path}")
@@ -97,12 +96,13 @@ def measure_all(console: Console, cases: Sequence[Case], report: RecordFile) -> 
         UsageError: an output out of budget, a kernel that refuses, or memory that does not suffice.
     """
     for _, group in itertools.groupby(cases, key=lambda case: case.shape):
-        found: list[Measurement] = []
+        found: list[Record] = []
         try:
             for case in group:
                 with console.status(f"{case.what} {case.shape}, sparsity {case.config.sparsity:g}"):
-                    found.append(measure(case))
-                report.add(found[-1]._asdict())
+                    record = measure(case)
+                found.append(record)
+                report.add(record)
         except torch.OutOfMemoryError as error:
             raise UsageError(f"{case.shape} does not fit into memory: {error}") from error
         except VerificationError as error:
@@ -191,38 +191,37 @@ def tell(console: Console, cases: Sequence[Case]) -> None:
         console.print(f"{name} will be refused: {reason}")
 
 
-def table(found: Sequence[Measurement]) -> Table:
+def table(found: Sequence[Record]) -> Table:
     """A column per measurement of one shape, a row per figure."""
-    first = found[0]
-    batch, heads, tokens, channels = first.shape
-    graph = ", CUDA graphs" if first.graph else ""
-    shape = Shape(batch, heads, first.groups, tokens, channels)
-    rows = [("block pairs skipped", *(percent(one.achieved_sparsity, 1) for one in found))]
-    for stage in dict.fromkeys(stage for one in found for stage in one.stage_ms):
-        rows.append((f"{stage.replace('_', ' ')}, ms", *(figures(one.stage_ms.get(stage)) for one in found)))
-    rows.append(("attention, TFLOP/s of kept pairs", *(figures(one.kept_tflops) for one in found)))
-    if first.compensation_cost is not None:
-        rows.append(("total, ms", *(figures(one.total_ms) for one in found)))
-        rows.append(("slower than with beta=0 by", *(percent(one.compensation_cost or 0, 1) for one in found)))
-        rows.append(("share outside of attention", *(percent(one.selection_share or 0, 1) for one in found)))
-    for name in dict.fromkeys(name for one in found for name in (*one.speedup, *one.refused)):
-        rows.append((f"{name}, ms", *(figures(one.baseline_ms.get(name)) for one in found)))
-        gained = (times(one.speedup[name]) if name in one.speedup else "refused" for one in found)
+    first, rows = found[0], list[Sequence[str]]()
+
+    def add(name: str, text: Callable[[Record], str]) -> None:
+        rows.append((name, *map(text, found)))
+
+    add("block pairs skipped", lambda one: percent(one["achieved_sparsity"], 1))
+    for stage in dict.fromkeys(stage for one in found for stage in one["stage_ms"]):
+        rows.append((f"{stage.replace('_', ' ')}, ms", *(figures(one["stage_ms"].get(stage)) for one in found)))
+    add("attention, TFLOP/s of kept pairs", lambda one: figures(one["kept_tflops"]))
+    if first["compensation_cost"] is not None:
+        add("total, ms", lambda one: figures(one["total_ms"]))
+        add("slower than with beta=0 by", lambda one: percent(one["compensation_cost"], 1))
+        add("share outside of attention", lambda one: percent(one["selection_share"], 1))
+    for name in dict.fromkeys(name for one in found for name in (*one["speedup"], *one["refused"])):
+        rows.append((f"{name}, ms", *(figures(one["baseline_ms"].get(name)) for one in found)))
+        gained = (times(one["speedup"][name]) if name in one["speedup"] else "refused" for one in found)
         rows.append((f"speed-up over {name}", *gained))
-    rows.append(("peak memory beyond inputs", *(mebibytes(one.peak_memory_bytes) for one in found)))
-    rows.append(("beyond inputs / inputs", *(times(ratio(one)) for one in found)))
-    rows.append(("error (limit)", *(error_of(one.error, one.error_limit) for one in found)))
-    title = f"{first.what} {first.impl}, {shape} ({short_length(tokens)} tokens), {first.dtype}{graph}"
+    add("peak memory beyond inputs", lambda one: mebibytes(one["peak_memory_bytes"]))
+    peaks = [(one["peak_memory_bytes"], one["input_bytes"]) for one in found]
+    rows.append(("beyond inputs / inputs", *(times(None if peak is None else peak / inputs) for peak, inputs in peaks)))
+    add("error (limit)", lambda one: error_of(one["error"], one["error_limit"]))
+    batch, heads, tokens, channels = first["shape"]
+    shape = f"{Shape(batch, heads, first['groups'], tokens, channels)} ({short_length(tokens)} tokens)"
+    title = f"{first['what']} {first['impl']}, {shape}, {first['dtype']}{', CUDA graphs' if first['graph'] else ''}"
     strong = [row[0] for row in rows if row[0].startswith(("total", "speed-up"))]
-    return Table(("sparsity", *(f"{one.sparsity:g}" for one in found)), rows, title=title, strong=strong)
+    return Table(("sparsity", *(f"{one['sparsity']:g}" for one in found)), rows, title=title, strong=strong)
 
 
-def ratio(one: Measurement) -> float | None:
-    """Memory beyond the inputs over that of the inputs."""
-    return None if one.peak_memory_bytes is None else one.peak_memory_bytes / one.input_bytes
-
-
-def remarks(one: Measurement) -> list[str]:
+def remarks(one: Record) -> list[str]:
     """Baselines that did not run, or not as they should."""
-    refused = [f"{name} refused: {reason}" for name, reason in one.refused.items()]
-    return refused + [f"timed without a CUDA graph, {reason}" for reason in one.without_graph]
+    refused = [f"{name} refused: {reason}" for name, reason in one["refused"].items()]
+    return refused + [f"timed without a CUDA graph, {reason}" for reason in one["without_graph"]]

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from baatt import BAAttConfig, make_plan
-from baatt.lab.bench import kernel, operator, timing
+from baatt.lab.bench import benchmarks, timing
 from baatt.lab.bench.baselines import static_refusals
-from baatt.lab.bench.benchmarks import measure
-from baatt.lab.bench.case import Case, Shape, estimated_bytes, kept_pairs
-from baatt.lab.bench.kernel import random_plan
+from baatt.lab.bench.benchmarks import kept_pairs, measure, random_plan
+from baatt.lab.bench.case import Case, Shape, estimated_bytes
 from baatt.lab.bench.roofline import draw_report
 from baatt.lab.bench.verification import VerificationError
 
@@ -31,44 +30,42 @@ def case(what="operator", shape=SMALL, impl="cpu", dtype=torch.float32, sparsity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operator_record(impl, dtype):
     record = measure(case(impl=impl, dtype=dtype, against=("dense", "cudnn")))
-    assert record.impl == {"auto": "cpu", "reference": "reference"}[impl]
-    assert (record.shape, record.groups) == ([1, 4, 301, 16], 2)
-    assert record.achieved_sparsity == 1 - 10 / 19
-    assert list(record.stage_ms)[-1] == "attend"
-    assert record.speedup == {"dense": record.baseline_ms["dense"] / record.total_ms}
-    assert record.refused == {"cudnn": "it needs a GPU, got device 'cpu'"}
-    assert record.selection_share == 1 - record.stage_ms["attend"] / sum(record.stage_ms.values())
-    assert record.error <= record.error_limit
-    assert record.verified_blocks == [76, 76]
-    assert record.input_bytes == 8 * 301 * 16 * dtype.itemsize
-    assert not record.graph
-    assert json.loads(json.dumps(record._asdict()))["config"]["block_size"] == 16
+    assert record["impl"] == {"auto": "cpu", "reference": "reference"}[impl]
+    assert (record["shape"], record["groups"]) == ([1, 4, 301, 16], 2)
+    assert record["achieved_sparsity"] == 1 - 10 / 19
+    assert list(record["stage_ms"])[-1] == "attend"
+    assert record["speedup"] == {"dense": record["baseline_ms"]["dense"] / record["total_ms"]}
+    assert record["refused"] == {"cudnn": "it needs a GPU, got device 'cpu'"}
+    assert record["selection_share"] == 1 - record["stage_ms"]["attend"] / sum(record["stage_ms"].values())
+    assert record["error"] <= record["error_limit"]
+    assert record["verified_blocks"] == [76, 76]
+    assert record["input_bytes"] == 8 * 301 * 16 * dtype.itemsize
+    assert not record["graph"]
+    assert json.loads(json.dumps(record))["config"]["block_size"] == 16
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("shape", [SMALL, Shape(2, 3, 3, 128, 40)])
 def test_kernel_record(impl, shape):
     record = measure(case("kernel", shape, impl))
-    assert list(record.stage_ms) == ["attend"]
-    assert record.total_ms == record.stage_ms["attend"]
-    assert record.compensation_cost is None
-    assert record.selection_share is None
-    assert record.config["sort"] == "none"
-    assert record.error <= record.error_limit
+    assert list(record["stage_ms"]) == ["attend"]
+    assert record["total_ms"] == record["stage_ms"]["attend"]
+    assert record["compensation_cost"] is None
+    assert record["selection_share"] is None
+    assert record["config"]["sort"] == "none"
+    assert record["error"] <= record["error_limit"]
 
 
-@pytest.mark.parametrize(
-    ("what", "module", "name"), [("operator", operator, "ba_attention"), ("kernel", kernel, "attention_kernel")]
-)
-def test_a_wrong_output_is_not_timed(monkeypatch, what, module, name):
-    right = getattr(module, name)
+@pytest.mark.parametrize(("what", "name"), [("operator", "ba_attention"), ("kernel", "attention_kernel")])
+def test_a_wrong_output_is_not_timed(monkeypatch, what, name):
+    right = getattr(benchmarks, name)
 
     def wrong(*arguments, **options):
         found = right(*arguments, **options)
         return 1.01 * found if what == "operator" else lambda: found()._replace(out=1.01 * found().out)
 
-    monkeypatch.setattr(module, name, wrong)
-    monkeypatch.setattr(module, "median_times", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(benchmarks, name, wrong)
+    monkeypatch.setattr(benchmarks, "median_times", lambda *_: pytest.fail("timed"))
     with pytest.raises(VerificationError, match=rf"{what} cpu at 1x4:2x301x16, sparsity 0.5 must be within"):
         measure(case(what))
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from baatt.lab.bench import timing
-from baatt.lab.bench.memory import peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -37,7 +36,7 @@ def test_ceilings_are_plausible(monkeypatch):
 
 
 def test_peak_memory_is_what_a_call_held():
-    found = peak_bytes(lambda: torch.ones(2**24).sum(), CPU)
+    found = timing.peak_bytes(lambda: torch.ones(2**24).sum(), CPU)
     if found is None:
         pytest.skip("not Linux with glibc")
     assert 60 * 2**20 < found < 120 * 2**20

@@ -19,18 +19,24 @@ from baatt.lab.bench.verification import VerificationError, require_verified, ve
 from baatt.plan import Plan
 from baatt.types import TokenOrder
 
-HALF = (torch.bfloat16, torch.float16)
-
 
 class RefusedError(Exception):
     """A baseline that cannot run, with the reason."""
 
 
 class Baseline(NamedTuple):
-    """refusal: (device type, dtype) -> why it cannot run there, or None; prepare: what is timed, or `RefusedError`."""
+    """prepare: what is timed, or `RefusedError`; only_half: it needs a GPU and bfloat16 or float16."""
 
-    refusal: Callable[[str, torch.dtype], str | None]
     prepare: Callable[[Inputs, Plan], Callable[[], Any]]
+    only_half: bool = False
+
+    def refusal(self, device: str, dtype: torch.dtype) -> str | None:
+        """Why it cannot run on a type of device, known without running it; None where nothing speaks against it."""
+        if self.only_half and device != "cuda":
+            return f"it needs a GPU, got device {device!r}"
+        if self.only_half and dtype not in (torch.bfloat16, torch.float16):
+            return f"it needs bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+        return None
 
 
 def prepare_baseline(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Any]:
@@ -54,8 +60,8 @@ def prepare_baseline(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Any]
 
 def static_refusals(case: Case) -> dict[str, str]:
     """Baselines that are known not to run, without running anything."""
-    reasons = {name: BASELINES[name].refusal(case.device.type, case.dtype) for name in case.against}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    reasons = ((name, BASELINES[name].refusal(case.device.type, case.dtype)) for name in case.against)
+    return {name: reason for name, reason in reasons if reason is not None}
 
 
 def first_line(error: Exception) -> str:
@@ -78,13 +84,7 @@ def _prepare_dense(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
 def _prepare_with(backend: str, inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    attention, chosen = _prepare_dense(inputs, plan), getattr(SDPBackend, backend)
-
-    def attention_with_backend() -> Tensor:
-        with sdpa_kernel(chosen):
-            return attention()
-
-    return attention_with_backend
+    return sdpa_kernel(getattr(SDPBackend, backend))(_prepare_dense(inputs, plan))
 
 
 def _prepare_flex(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
@@ -132,22 +132,10 @@ def block_mask(plan: Plan, keys: int) -> Any:
     )
 
 
-def _needs_gpu_and_half(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cuda":
-        return f"it needs a GPU, got device {device!r}"
-    if dtype not in HALF:
-        return f"it needs bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    return None
-
-
-def _never(device: str, dtype: torch.dtype) -> str | None:
-    return None
-
-
 #: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler
 BASELINES: dict[str, Baseline] = {
-    "cudnn": Baseline(_needs_gpu_and_half, functools.partial(_prepare_with, "CUDNN_ATTENTION")),
-    "flash": Baseline(_needs_gpu_and_half, functools.partial(_prepare_with, "FLASH_ATTENTION")),
-    "flex": Baseline(_never, _prepare_flex),
-    "dense": Baseline(_never, _prepare_dense),
+    "cudnn": Baseline(functools.partial(_prepare_with, "CUDNN_ATTENTION"), only_half=True),
+    "flash": Baseline(functools.partial(_prepare_with, "FLASH_ATTENTION"), only_half=True),
+    "flex": Baseline(_prepare_flex),
+    "dense": Baseline(_prepare_dense),
 }

@@ -1,18 +1,21 @@
-"""Median times of functions that take turns, on the GPU by events, on the CPU by the clock.
+"""What calls cost: median times of functions that take turns, the memory of one, and the two ceilings of a roofline.
 
-In: named functions without arguments. Out: milliseconds by name. All candidates run in every round, in another
-random order each time, so that clocks, heat and neighbours hit each of them alike. Also measures
-the two ceilings of a roofline: matrix products and memory bandwidth. Knows nothing of attention.
+In: functions without arguments. Out: milliseconds, bytes. All candidates run in every round, in another random order
+each time, so that clocks, heat and neighbours hit each of them alike. On the GPU events and PyTorch's counters tell; on
+the CPU the clock and the growth of the resident set in /proc, which is known on Linux with glibc only. Knows nothing of
+attention.
 """
 
+import ctypes
+import functools
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ROUNDS = 7
 MOST_ROUNDS = 200
@@ -21,6 +24,7 @@ ENOUGH_MS = 300.0
 SLEEP_CYCLES = 200_000
 MATRIX_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (1024,)}
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 2**28}
+STATUS, MARK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def median_times(
@@ -88,7 +92,8 @@ def matrix_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     best = 0.0
     for size in MATRIX_SIZES[device.type]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        best = max(best, 2 * size**3 / _milliseconds_of_product(left, right) / 1e9)
+        product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
+        best = max(best, 2 * size**3 / median_times({"product": product}, device)["product"] / 1e9)
     return best
 
 
@@ -99,9 +104,28 @@ def memory_bandwidth(device: torch.device) -> float:
     return 2e3 * source.nbytes / median_times({"copy": lambda: target.copy_(source)}, device)["copy"]
 
 
-def _milliseconds_of_product(left: Tensor, right: Tensor) -> float:
-    out = torch.empty_like(left)
-    return median_times({"product": lambda: torch.mm(left, right, out=out)}, left.device)["product"]
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
+    """Most bytes that a call held at once beyond its inputs, result included; None where it cannot be told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the allocator kept goes back
+        MARK.write_text("5")  # the high-water mark starts again from here
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        return None
+    function()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
 
 
 def _gpu_round(functions: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
