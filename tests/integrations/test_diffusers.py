@@ -342,7 +342,7 @@ def compiled(model):
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan", pytest.param("cogvideox", marks=pytest.mark.slow)])
 def test_compiled_as_a_whole(name):
     text = "before" if name == "cogvideox" else "after"
     case, tiles = build(name, 1, 1) if name == "hunyuan" else build(name), VideoTiles((2, 4, 2), text=text)
