@@ -407,7 +407,7 @@ def test_steps_of_a_pipeline_with_guidance():
     assert handle.layers[0].sparse == 6
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_steps_of_a_pipeline_that_is_compiled_as_a_whole(when):
     pipeline = wan_pipeline(diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0))
     tiles = VideoTiles((2, 4, 2))

@@ -451,7 +451,7 @@ def small():
     return model, masked
 
 
-@pytest.mark.parametrize("when", ["before", "inside", "blocks"])
+@pytest.mark.parametrize("when", ["before", pytest.param("inside", marks=pytest.mark.slow), "blocks"])
 def test_in_a_compiled_graph(small, tokens, mask, when):
     torch._dynamo.reset()
     model, masked = copy.deepcopy(small[0]), small[1]
