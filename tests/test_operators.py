@@ -15,10 +15,10 @@ def inputs(tokens=70):
 
 
 def test_full_graph_gives_the_same_values():
-    config = BAAttConfig(block_size=16, segment=64, sparsity=0.6)
     q, k, v, mask = inputs()
 
     def function(q, k, v, mask):
+        config = BAAttConfig(block_size=16, segment=64, sparsity=0.6)  # made while it is traced
         return ba_attention(q * 1.0, k, v, config, key_mask=mask) + 1
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -28,11 +28,11 @@ def test_full_graph_gives_the_same_values():
 
 def test_registration_is_sound():
     q, k, v, mask = inputs(33)
-    arguments = (q, k, v, mask, mask, BAAttConfig(16, 0.5, "qk", 32).as_json, None, "cpu")
+    arguments = (q, k, v, mask, mask, None, "cpu", *BAAttConfig(16, 0.5, "qk", 32).values)
     torch.library.opcheck(attention, arguments)
 
 
 def test_refusals_pass_through():
     q, k, v, _ = inputs(33)
     with pytest.raises(ValueError, match="value must have the shape of key"):
-        attention(q, k, v[:, :, :5], None, None, BAAttConfig(16, 0.5, "qk", 32).as_json, None, "auto")
+        attention(q, k, v[:, :, :5], None, None, None, "auto", *BAAttConfig(16, 0.5, "qk", 32).values)

@@ -48,7 +48,7 @@ def ba_attention(
         RuntimeError: `impl` cannot run here, with the reason.
     """
     if torch.compiler.is_compiling():  # one opaque node of the graph, see baatt.operators
-        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, query_mask, config.as_json, scale, impl)
+        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, query_mask, scale, impl, *config.values)
         return traced
     check_make_plan(q, k, config, key_mask, query_mask, scale)
     check_value(q, k, v)

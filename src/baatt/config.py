@@ -5,11 +5,9 @@ other properties of a kernel are not options of the method and live in `baatt.ke
 """
 
 import dataclasses
-import functools
-import json
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from baatt.scores import SCORES
 from baatt.stages.sorting import ORDERS
@@ -64,16 +62,9 @@ class BAAttConfig:
         return _preset(name).config
 
     @property
-    def as_json(self) -> str:
-        """All options as text, which `from_json` reads."""
-        text: str = self._json  # type: ignore[attr-defined]
-        return text
-
-    @classmethod
-    @functools.cache
-    def from_json(cls, text: str) -> "BAAttConfig":
-        """The config of `as_json`."""
-        return cls(**json.loads(text))
+    def values(self) -> tuple[Any, ...]:
+        """All options in their order; can be read while a graph is being traced."""
+        return tuple([getattr(self, name) for name in OPTION_TYPES])
 
     def kept_blocks(self, key_blocks: int) -> int:
         """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
@@ -100,8 +91,10 @@ class BAAttConfig:
             raise TypeError(f"beta must be a finite number, got {self.beta!r}")
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
-        # Made here and not when it is asked for: that may be inside a graph that is being traced.
-        object.__setattr__(self, "_json", json.dumps(dataclasses.asdict(self)))
+
+
+#: Name of an option -> its type.
+OPTION_TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(BAAttConfig)}
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,34 @@
 baatt registers this one name in its own namespace and changes nothing else.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from baatt.attention import ba_attention
-from baatt.config import BAAttConfig
+from baatt.config import OPTION_TYPES, BAAttConfig
+
+_TYPES = {int: "int", float: "float", str: "str", bool: "bool", int | None: "int?", float | None: "float?"}
+_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask, float? scale, str impl, {}) -> Tensor"
 
 
-@torch.library.custom_op("baatt::attention", mutates_args=())
+@torch.library.custom_op(
+    "baatt::attention",
+    mutates_args=(),
+    schema=_SCHEMA.format(", ".join(f"{_TYPES[kind]} {name}" for name, kind in OPTION_TYPES.items())),
+)
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
-    config: str,
     scale: float | None,
     impl: str,
+    *options: Any,
 ) -> Tensor:
-    """`baatt.ba_attention` with what an operator can be given.
-
-    Args:
-        q: [B, H, N, D]; k, v: [B, G, M, D]; key_mask: [B, M] bool or None; query_mask: [B, N] bool or None.
-        config: `BAAttConfig.as_json`.
-        scale, impl: of `ba_attention`.
+    """`baatt.ba_attention` with the options of its config one by one, as `BAAttConfig.values` has them.
 
     Returns:
         [B, H, N, D] contiguous, in q's dtype.
@@ -35,8 +39,8 @@ def attention(
     Raises:
         TypeError, ValueError, RuntimeError: as `ba_attention`.
     """
-    options = BAAttConfig.from_json(config)
-    return ba_attention(q, k, v, options, key_mask=key_mask, query_mask=query_mask, scale=scale, impl=impl)
+    config = BAAttConfig(*options)
+    return ba_attention(q, k, v, config, key_mask=key_mask, query_mask=query_mask, scale=scale, impl=impl)
 
 
 @attention.register_fake
