@@ -18,32 +18,21 @@ from torch import Tensor
 import baatt
 from baatt import BAAttConfig, Policy
 from baatt.llada_v.config import LLaDAVConfig, PictureConfig
-from baatt.llada_v.conversation import (
-    PICTURE,
-    SYSTEM,
-    answer_rules,
-    answer_text,
-    ask,
-    conversation,
-    place_pictures,
-    prompt_ids,
-    special_id,
-)
 from baatt.llada_v.model import VisualDiffusionLM, stored_name
 from baatt.llada_v.pictures import (
-    Size,
+    NEWLINES,
+    POOLING,
+    TileGrid,
     as_pixels,
-    best_canvas,
     cut_into_tiles,
+    image_tokens,
     pad_to_square,
     read_canvases,
     read_frames,
+    video_tokens,
 )
-from baatt.llada_v.prompt import PicturePrompt, VisualEmbedding
-from baatt.llada_v.visual_tokens import NEWLINES, POOLING, TileGrid, image_tokens, video_tokens
+from baatt.llada_v.prompt import SYSTEM, PicturePrompt, answer_rules, conversation, prompt_ids, special_id
 from baatt.models.checkpoint import load_tokenizer
-from baatt.models.config import ModelConfig
-from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, generate
 from tests.llada_v.folder import (
     CONFIG,
@@ -180,10 +169,10 @@ class TestTokensOfAnImage:
     )
     def test_number_at_real_size(self, width, height, canvas, count):
         """Tiles of 384 pixels and 27 x 27 patches, "anyres_max_4"."""
-        chosen = best_canvas(Size(width, height), CANVASES)
-        assert (chosen.width // 384, chosen.height // 384) == canvas
-        features = torch.zeros(1 + math.prod(canvas), 729, 2)
-        assert len(image_tokens(features, TileGrid(width, height, *canvas), torch.ones(2), 4)) == count
+        parts, grid = cut_into_tiles(Image.new("RGB", (width, height)), CANVASES, 384)
+        assert grid == (width, height, *canvas)
+        assert len(parts) == 1 + math.prod(canvas)
+        assert len(image_tokens(torch.zeros(len(parts), 729, 2), grid, torch.ones(2), 4)) == count
 
     def test_number_of_parts_must_fit_the_grid(self):
         with pytest.raises(ValueError, match=r"features must be of 1 \+ 2 \* 3 parts, got 6"):
@@ -241,7 +230,7 @@ class TestPictures:
         assert all(part.size == (30, 30) for part in parts)
 
     def test_an_image_is_centred_on_black(self):
-        parts, grid = cut_into_tiles(Image.new("RGB", (60, 20), (9, 9, 9)), [Size(60, 60)], 30)
+        parts, grid = cut_into_tiles(Image.new("RGB", (60, 20), (9, 9, 9)), [(60, 60)], 30)
         assert (grid.columns, grid.rows) == (2, 2)
         column = [parts[tile].getpixel((3, row))[0] for tile in (1, 3) for row in range(30)]
         assert column == [0] * 20 + [9] * 20 + [0] * 20
@@ -269,11 +258,6 @@ class TestPictures:
     def test_canvases_that_are_none(self, pinpoints):
         with pytest.raises(ValueError, match="image_grid_pinpoints must be like"):
             read_canvases(pinpoints, 30)
-
-    def test_without_pillow(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "PIL.Image", None)
-        with pytest.raises(ImportError, match=r"PIL is needed .*baatt\[multimodal\]"):
-            as_pixels([], 10)
 
     def test_one_image_is_cut_and_several_are_padded(self, model):
         image = frames(1)[0]  # 90 x 60 on 3 x 2 tiles: 10 rows of 15 features, brought to 8 of 12
@@ -320,7 +304,7 @@ class TestVideoFiles:
     def test_without_pyav(self, tmp_path, monkeypatch):
         (tmp_path / "a.mp4").touch()
         monkeypatch.setitem(sys.modules, "av", None)
-        with pytest.raises(ImportError, match=r"av is needed for images and videos: pip install 'baatt\[multimodal\]'"):
+        with pytest.raises(ImportError, match=r"av is needed for videos: pip install 'baatt\[multimodal\]'"):
             read_frames(tmp_path / "a.mp4", 2)
 
 
@@ -334,14 +318,11 @@ def prompt_of(model: VisualDiffusionLM, **rules: object) -> PicturePrompt:
 class TestAnswers:
     @torch.no_grad()
     def test_negative_ids_are_visual_tokens(self, model):
-        visual = torch.randn(3, 32)
-        embedding = model.language.transformer.wte
-        ids = torch.tensor([[4, -2, 5, -1, -3]])
-        with embedding.showing(visual):
-            found = embedding(ids)
-        table = embedding.weight
+        visual, table = torch.randn(3, 32), model.language.transformer.wte.weight
+        found = PicturePrompt(model.language, [1], visual).embed(torch.tensor([[4, -2, 5, -1, -3]]))
         assert torch.equal(found[0], torch.stack((table[4], visual[1], table[5], visual[0], visual[2])))
-        assert embedding.visual is None
+        plain = PicturePrompt(model.language, [1], visual[:0]).embed(torch.tensor([[4, 5]]))
+        assert torch.equal(plain[0], table[4:6])
 
     @pytest.mark.parametrize("sparsity", [0.0, 0.6])
     def test_sparse_at_sparsity_0_is_dense(self, model, sparsity):
@@ -435,9 +416,6 @@ class TestAnswers:
             PicturePrompt(model.language, [1, -3], torch.zeros(2, 32))
         with pytest.raises(ValueError, match="and at least one, got None to None"):
             PicturePrompt(model.language, [], torch.zeros(2, 32))
-        plain = MaskedDiffusionLM(ModelConfig(32, 4, 1, 32, 64, 2))
-        with pytest.raises(TypeError, match="the input embedding must be a VisualEmbedding, got Embedding"):
-            PicturePrompt(plain, [1], torch.zeros(2, 32))
         prompt = prompt_of(model)
         cached = dataclasses.replace(SIX_STEPS, cache="dual")
         with pytest.raises(ValueError, match="the sampler's cache must be 'none' for a prompt with pictures"):
@@ -505,7 +483,6 @@ class TestFolders:
             ("image_grid_pinpoints", ..., "image_grid_pinpoints must be given with 'anyres_max_4', got None"),
             ("mm_newline_position", "row", "mm_newline_position must be one of"),
             ("mm_vision_tower", "openai/clip", "mm_vision_tower must name a SigLIP model, got 'openai/clip'"),
-            ("mm_hidden_size", 1152, "mm_hidden_size must be the tower's 24, got 1152"),
             ("rope_theta", ..., r"must have the keys \['rope_theta'\]"),
             ("num_attention_heads", 5, "d_model must be a multiple of 2"),
             ("vision_config", {"hidden_act": "relu"}, "hidden_act of the vision tower must be"),
@@ -547,11 +524,10 @@ TEMPLATE = (
 
 class TestConversation:
     def test_text_is_that_of_the_chat_template(self):
-        turn = ask("  What is it?\n", 1, "no_think")
-        assert turn == "<image>\n  What is it?\n /no_think"
+        turn = "<image>\n  What is it?\n /no_think"
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": turn}]
         expected = Environment().from_string(TEMPLATE).render(messages=messages, bos_token="<|startoftext|>")
-        assert conversation(turn) == expected
+        assert conversation("  What is it?\n", 1, "no_think") == conversation(turn) == expected
         assert conversation("hi") == (
             "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision "
             "assistant. You are able to understand the visual content that the user provides, and assist the user with "
@@ -569,33 +545,30 @@ class TestConversation:
         ],
     )
     def test_pictures_go_in_front(self, question, pictures, think_mode, expected):
-        assert ask(question, pictures, think_mode) == expected
+        assert f"<|end_header_id|>\n\n{expected}<|eot_id|>" in conversation(question, pictures, think_mode)
 
     def test_ids(self):
         """The first id of every part behind a picture is dropped, as in the published code."""
         made = tokenizer()
-        ids = prompt_ids("<|startoftext|>ab<image>\nc<image>d", made)
-        a, b, c = (made.token_to_id(x) for x in "abc")
-        assert ids == [0, a, b, PICTURE, c, PICTURE]
-        assert prompt_ids("ab<image>\nc", made) == [a, b, PICTURE, made.token_to_id("\n"), c]
-
-    def test_pictures_are_placed(self):
-        assert place_pictures([5, PICTURE, 6, PICTURE], [2, 3]) == [5, -1, -2, 6, -3, -4, -5]
-        assert place_pictures([PICTURE, PICTURE], [2]) == [-1, -2, -1, -2]
-        assert place_pictures([PICTURE, 4], [2, 3]) == [-1, -2, 4]
-        assert place_pictures([4], []) == [4]
+        a, b, c, line = (made.token_to_id(x) for x in "abc\n")
+        text = "<|startoftext|>ab<image>\nc<image>d"
+        assert prompt_ids(text, [2, 3], made) == [0, a, b, -1, -2, c, -3, -4, -5]
+        assert prompt_ids(text, [2], made) == [0, a, b, -1, -2, c, -1, -2]
+        assert prompt_ids("ab<image>\nc", [1, 3], made) == [a, b, -1, line, c]
+        assert prompt_ids("ab", [], made) == [a, b]
         with pytest.raises(ValueError, match="a prompt with <image> must come with pictures, got none"):
-            place_pictures([PICTURE], [])
+            prompt_ids(text, [], made)
 
-    def test_rules_and_text(self):
+    @pytest.mark.parametrize(
+        ("answer", "expected"), [(" ab.<|eot_id|>c", "ab"), ("a.b..", "a.b."), ("x\ny", "x"), ("x<|eot_id|>\n", "x")]
+    )
+    def test_rules_and_text(self, model, answer, expected):
         made = tokenizer()
-        rules = answer_rules(made, VOCABULARY, ["\n"])
-        assert rules.stops == [[made.token_to_id("\n")], [EOT]]
-        assert rules.forbidden == [1, 0, 3, 4, *range(made.get_vocab_size(), VOCABULARY)]
-        ids = made.encode(" ab.<|eot_id|>c").ids
-        assert answer_text(ids, rules.stops, made) == "ab"
-        assert answer_text(made.encode("a.b..").ids, rules.stops, made) == "a.b."
-        assert answer_text(made.encode("x\ny").ids, rules.stops, made) == "x"
+        stops, forbidden = answer_rules(made, VOCABULARY, ["\n"])
+        assert stops == [[made.token_to_id("\n")], [EOT]]
+        assert forbidden == [1, 0, 3, 4, *range(made.get_vocab_size(), VOCABULARY)]
+        prompt = PicturePrompt(model.language, [1], torch.zeros(0, 32), stops=stops)
+        assert prompt.answer_text(torch.tensor([made.encode(answer).ids]), made) == expected
 
     def test_a_tokenizer_of_another_model(self, folder):
         made = load_tokenizer(folder)
@@ -604,17 +577,10 @@ class TestConversation:
             special_id(made, "<|other|>")
 
 
-def test_embedding_without_pictures_is_plain():
-    embedding = VisualEmbedding(4, 2)
-    with embedding.showing(torch.zeros(0, 2)):
-        assert torch.equal(embedding(torch.tensor([1, 3])), embedding.weight[[1, 3]])
-        with pytest.raises(IndexError):
-            embedding(torch.tensor([-1]))
-
-
-def test_without_transformers(monkeypatch):
+@pytest.mark.parametrize("package", ["transformers", "PIL"])
+def test_without_what_it_needs(monkeypatch, package):
     for name in [name for name in sys.modules if name.startswith("baatt.llada_v")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers: pip install 'baatt\[multimodal\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs {package}: pip install 'baatt\[multimodal\]'"):
         importlib.import_module("baatt.llada_v")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from baatt import BAAttConfig, Policy
 from baatt.lab.options import read_options
-from baatt.llada_v.conversation import conversation, prompt_ids
+from baatt.llada_v.prompt import conversation, prompt_ids
 from baatt.llada_v.settings import PUBLISHED, LLaDAVArguments, TaskSetting, read_setting
 from tests.llada_v.folder import tensors, tokenizer, write_folder
 
@@ -221,9 +221,7 @@ class TestRequests:
         (seen,) = prompts
         assert isinstance(answer, str)
         assert len(seen.visual) == 25 + 8 * 13
-        text = prompt_ids(conversation("<image>\nwhat is it /no_think"), tokenizer())
-        place = text.index(-200)
-        assert seen.ids == [*text[:place], *range(-1, -1 - len(seen.visual), -1), *text[place + 1 :]]
+        assert seen.ids == prompt_ids(conversation("<image>\nwhat is it /no_think"), [129], tokenizer())
         assert (seen.sampler.steps, seen.sampler.gen_length, seen.sampler.block_length) == (2, 2, 2)
         assert (seen.sampler.temperature, seen.sampler.cfg_scale, seen.sampler.remasking) == (0, 0, "low_confidence")
         assert set(seen.handle.reasons) == {"policy: dense attention everywhere"}
@@ -239,7 +237,7 @@ class TestRequests:
     def test_text_alone(self, module, folder, prompts):
         ask(load(module, folder), [], task="mmmu_val")
         (seen,) = prompts
-        assert seen.ids == prompt_ids(conversation("what is it"), tokenizer())
+        assert seen.ids == prompt_ids(conversation("what is it"), [], tokenizer())
         assert min(seen.ids) >= 0
 
     def test_a_video(self, module, folder, prompts, monkeypatch):

@@ -5,9 +5,10 @@ transformers, Pillow and for videos PyAV: `pip install 'baatt[multimodal]'`. Not
 """
 
 try:
-    import transformers as transformers
-except ModuleNotFoundError:
-    raise ImportError("baatt.llada_v needs transformers: pip install 'baatt[multimodal]'") from None
+    import PIL  # noqa: F401
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(f"baatt.llada_v needs {error.name}: pip install 'baatt[multimodal]'") from None
 
 from baatt.llada_v.model import VisualDiffusionLM
 from baatt.llada_v.prompt import PicturePrompt

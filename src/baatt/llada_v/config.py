@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import SiglipVisionConfig
 
-from baatt.llada_v.visual_tokens import NEWLINES
+from baatt.llada_v.pictures import NEWLINES
 from baatt.models.config import ModelConfig, check_implemented, check_positive_integer
 
 #: `<|mdm_mask|>`, which the published code writes as a number; a config.json may name another.
@@ -37,22 +37,18 @@ IMPLEMENTED_VISION: Mapping[str, tuple[object, ...]] = {
     "hidden_act of the vision tower": ("gelu_pytorch_tanh",),
     "num_channels of the vision tower": (3,),
 }
-#: Keys of config.json -> fields of `ModelConfig`.
+#: Keys of config.json -> fields of `ModelConfig`; the first ones must be there.
 LANGUAGE_KEYS = {
     "hidden_size": "d_model",
     "num_attention_heads": "n_heads",
     "num_hidden_layers": "n_layers",
     "intermediate_size": "mlp_hidden_size",
-    "vocab_size": "vocab_size",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "rms_norm_eps",
-}
-OPTIONAL_LANGUAGE_KEYS = {
+    **{name: name for name in ("vocab_size", "rope_theta", "rms_norm_eps")},
     "num_key_value_heads": "n_kv_heads",
     "max_position_embeddings": "max_sequence_length",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
+    **{name: name for name in ("eos_token_id", "pad_token_id", "mask_token_id")},
 }
+REQUIRED = (*tuple(LANGUAGE_KEYS)[:7], "image_aspect_ratio", "mm_projector_type")
 #: Sizes of the vision tower that the published code fixes: those of so400m-patch14-384.
 VISION_SIZES: Mapping[str, int] = {
     "hidden_size": 1152,
@@ -87,13 +83,12 @@ class PictureConfig:
     tokenizer_model_max_length: int | None = None
 
     def __post_init__(self) -> None:
-        if self.image_aspect_ratio != "pad" and not ANYRES.fullmatch(self.image_aspect_ratio):
-            raise ValueError(
-                "image_aspect_ratio must be 'pad', 'anyres' or like 'anyres_max_9' (nothing else is implemented), "
-                f"got {self.image_aspect_ratio!r}"
-            )
-        if self.image_aspect_ratio != "pad" and self.image_grid_pinpoints is None:
-            raise ValueError(f"image_grid_pinpoints must be given with {self.image_aspect_ratio!r}, got None")
+        ratio, tiled = self.image_aspect_ratio, ANYRES.fullmatch(self.image_aspect_ratio)
+        if ratio != "pad" and not tiled:
+            kinds = "'pad', 'anyres' or like 'anyres_max_9' (nothing else is implemented)"
+            raise ValueError(f"image_aspect_ratio must be {kinds}, got {ratio!r}")
+        if tiled and self.image_grid_pinpoints is None:
+            raise ValueError(f"image_grid_pinpoints must be given with {ratio!r}, got None")
         if self.mm_newline_position not in NEWLINES:
             raise ValueError(f"mm_newline_position must be one of {list(NEWLINES)}, got {self.mm_newline_position!r}")
 
@@ -122,26 +117,17 @@ class LLaDAVConfig(NamedTuple):
         Raises:
             TypeError, ValueError: a key is missing, or asks for something that is not implemented.
         """
-        missing = [name for name in (*LANGUAGE_KEYS, "image_aspect_ratio", "mm_projector_type") if name not in values]
+        values = {name: value for name, value in values.items() if value is not None}
+        missing = [name for name in REQUIRED if name not in values]
         if missing:
             raise ValueError(f"a LLaDA-V config must have the keys {missing}")
         check_implemented(values, IMPLEMENTED)
         if "siglip" not in str(values.get("mm_vision_tower")).lower():
             raise ValueError(f"mm_vision_tower must name a SigLIP model, got {values.get('mm_vision_tower')!r}")
-        if vision is None:
-            vision = read_vision_config(values.get("vision_config") or {})
-        if values.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
-            width = vision.hidden_size
-            raise ValueError(f"mm_hidden_size must be the tower's {width}, got {values['mm_hidden_size']}")
-        optional = {field: values[key] for key, field in OPTIONAL_LANGUAGE_KEYS.items() if values.get(key) is not None}
-        language = ModelConfig(
-            **{field: values[key] for key, field in LANGUAGE_KEYS.items()},
-            **optional,
-            mask_token_id=values.get("mask_token_id", MASK_TOKEN_ID),
-        )
-        names = PictureConfig.__dataclass_fields__
-        pictures = PictureConfig(**{name: values[name] for name in names if values.get(name) is not None})
-        return cls(language, vision, pictures)
+        vision = vision or read_vision_config(values.get("vision_config", {}))
+        language = {field: values[key] for key, field in LANGUAGE_KEYS.items() if key in values}
+        pictures = {name: values[name] for name in PictureConfig.__dataclass_fields__ if name in values}
+        return cls(ModelConfig(**{"mask_token_id": MASK_TOKEN_ID, **language}), vision, PictureConfig(**pictures))
 
 
 def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:
@@ -159,12 +145,12 @@ def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:
     sizes = {name: values.get(name, published) for name, published in VISION_SIZES.items()}
     for name, size in sizes.items():
         check_positive_integer(f"{name} of the vision tower", size)
-    if sizes["num_hidden_layers"] < 2:
-        raise ValueError(f"num_hidden_layers of the vision tower must be at least 2, got {sizes['num_hidden_layers']}")
-    if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        heads = sizes["num_attention_heads"]
+    layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
+    if layers < 2:
+        raise ValueError(f"num_hidden_layers of the vision tower must be at least 2, got {layers}")
+    if sizes["hidden_size"] % heads:
         raise ValueError(f"hidden_size must be a multiple of num_attention_heads={heads}, got {sizes['hidden_size']}")
     if sizes["patch_size"] > sizes["image_size"]:
         raise ValueError(f"patch_size must be at most image_size={sizes['image_size']}, got {sizes['patch_size']}")
-    sizes["num_hidden_layers"] -= 1
-    return SiglipVisionConfig(**sizes, layer_norm_eps=values.get("layer_norm_eps", 1e-6), vision_use_head=False)
+    kept = {"num_hidden_layers": layers - 1, "layer_norm_eps": values.get("layer_norm_eps", 1e-6)}
+    return SiglipVisionConfig(**{**sizes, **kept}, vision_use_head=False)

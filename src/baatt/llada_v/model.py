@@ -8,44 +8,45 @@ see docs/multimodal.md. Knows nothing of text, sampling and sparsity.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from baatt.llada_v.config import LLaDAVConfig, read_vision_config
-from baatt.llada_v.pictures import as_pixels, cut_into_tiles, pad_to_square, read_canvases
-from baatt.llada_v.prompt import VisualEmbedding
-from baatt.llada_v.visual_tokens import POOLING, image_tokens, video_tokens
+from baatt.llada_v.pictures import (
+    POOLING,
+    as_pixels,
+    cut_into_tiles,
+    image_tokens,
+    pad_to_square,
+    read_canvases,
+    video_tokens,
+)
 from baatt.models.checkpoint import list_names, read_config, read_tensors
 from baatt.models.llada import MaskedDiffusionLM
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-#: Part of a layer here -> its name in the checkpoint.
-LAYER_NAMES = {
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "attn_out": "self_attn.o_proj",
-    "ff_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "ff_out": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ff_norm": "post_attention_layernorm",
+#: Parts of the language model and of its layers -> their names in the checkpoint.
+LANGUAGE_NAMES = {
+    "language.model.transformer.blocks.": "model.layers.",
+    "language.model.transformer.wte.": "model.embed_tokens.",
+    "language.model.transformer.ln_f.": "model.norm.",
+    "language.model.transformer.ff_out.": "lm_head.",
+    ".q_proj.": ".self_attn.q_proj.",
+    ".k_proj.": ".self_attn.k_proj.",
+    ".v_proj.": ".self_attn.v_proj.",
+    ".attn_out.": ".self_attn.o_proj.",
+    ".ff_proj.": ".mlp.gate_proj.",
+    ".up_proj.": ".mlp.up_proj.",
+    ".ff_out.": ".mlp.down_proj.",
+    ".attn_norm.": ".input_layernorm.",
+    ".ff_norm.": ".post_attention_layernorm.",
 }
-WHOLE_NAMES = {
-    "language.model.transformer.wte.weight": "model.embed_tokens.weight",
-    "language.model.transformer.ln_f.weight": "model.norm.weight",
-    "language.model.transformer.ff_out.weight": "lm_head.weight",
-    "newline": "model.image_newline",
-}
-LAYER = re.compile(r"language\.model\.transformer\.blocks\.(\d+)\.(\w+)\.(\w+)")
-TOWER = "model.vision_tower.vision_tower.vision_model."
+TOWER = "model.vision_tower.vision_tower."
 #: In checkpoints, but behind the layer whose output is used.
-UNUSED = rf"{re.escape(TOWER)}post_layernorm\.\w+"
+UNUSED = rf"{re.escape(TOWER)}vision_model\.post_layernorm\.\w+"
 
 
 class VisualDiffusionLM(nn.Module):
@@ -62,7 +63,6 @@ class VisualDiffusionLM(nn.Module):
         self.config, self.pictures = config.language, config.pictures
         width = config.language.d_model
         self.language = MaskedDiffusionLM(config.language)
-        self.language.transformer.wte = VisualEmbedding(config.language.logit_size, width)
         vision: Any = config.vision
         self.image_size, self.side = vision.image_size, vision.image_size // vision.patch_size
         tower: Any = SiglipVisionModel(vision)
@@ -103,10 +103,9 @@ class VisualDiffusionLM(nn.Module):
         optional = tower if vision_tower is None else None
         tensors = read_tensors(path, expected, optional=optional, ignored=UNUSED, dtype=dtype, device=device)
         if vision_tower is not None:
-            prefix = "vision_model."
-            alone = {prefix + stored.removeprefix(TOWER): tensor for stored, tensor in tower.items()}
+            alone = {stored.removeprefix(TOWER): tensor for stored, tensor in tower.items()}
             found = read_tensors(vision_tower, alone, ignored=".*", dtype=dtype, device=device)
-            tensors |= {TOWER + name.removeprefix(prefix): tensor for name, tensor in found.items()}
+            tensors |= {TOWER + name: tensor for name, tensor in found.items()}
         missing = [stored for stored in tower if stored not in tensors]
         if missing:
             hint = "give the folder of the vision tower, whose weights are not in this one, as vision_tower"
@@ -117,7 +116,7 @@ class VisualDiffusionLM(nn.Module):
         return model.eval()
 
     @torch.inference_mode()
-    def embed_images(self, images: Sequence["Image"]) -> list[Tensor]:
+    def embed_images(self, images: Sequence[Image]) -> list[Tensor]:
         """Visual tokens [N, D] of every image of one prompt: a single one is cut into tiles, several are padded."""
         size = self.image_size
         if len(images) > 1 or self.pictures.image_aspect_ratio == "pad":
@@ -129,7 +128,7 @@ class VisualDiffusionLM(nn.Module):
         ]
 
     @torch.inference_mode()
-    def embed_video(self, frames: Sequence["Image"], *, stride: int = 2, mode: str = "bilinear") -> Tensor:
+    def embed_video(self, frames: Sequence[Image], *, stride: int = 2, mode: str = "bilinear") -> Tensor:
         """Visual tokens [N, D] of a video.
 
         Args:
@@ -148,7 +147,7 @@ class VisualDiffusionLM(nn.Module):
         newlines = self.pictures.mm_newline_position
         return video_tokens(self._features(frames), self.newline, stride=stride, mode=mode, newlines=newlines)
 
-    def _features(self, parts: Sequence["Image"]) -> Tensor:
+    def _features(self, parts: Sequence[Image]) -> Tensor:
         """[F, n * n, D] in the language model's width."""
         pixels = as_pixels(parts, self.image_size)
         seen = self.vision(pixels.to(self.newline.device, self.newline.dtype)).last_hidden_state
@@ -157,9 +156,12 @@ class VisualDiffusionLM(nn.Module):
 
 def stored_name(name: str) -> str:
     """The name in a checkpoint of a parameter of `VisualDiffusionLM`."""
-    layer = LAYER.fullmatch(name)
-    if layer is not None:
-        return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
     if name.startswith("vision."):
-        return TOWER + name.removeprefix("vision.")
-    return WHOLE_NAMES.get(name, f"model.mm_{name}")
+        return f"{TOWER}vision_model.{name.removeprefix('vision.')}"
+    if name == "newline":
+        return "model.image_newline"
+    if not name.startswith("language."):
+        return f"model.mm_{name}"
+    for ours, stored in LANGUAGE_NAMES.items():
+        name = name.replace(ours, stored)
+    return name

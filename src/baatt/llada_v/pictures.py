@@ -1,85 +1,75 @@
-"""Images and video files as pixels for a vision tower of fixed size.
+"""Images and videos as pixels for a vision tower of fixed size, and its features as the tokens of a language model.
 
-In: Pillow images of any size and mode, or the path of a video. Out: pixels [F, 3, S, S] in [-1, 1], where an image is
-one padded square or the whole of it and its tiles, and F frames of a video are spread evenly over it. Needs Pillow, for
-videos PyAV: `pip install 'baatt[multimodal]'`. Knows nothing of models.
+Pillow images of any size and mode, or the path of a video (which needs PyAV), become pixels [F, 3, S, S] in [-1, 1]: an
+image one padded square, or the whole of it and its tiles, a video F frames spread evenly over it. Features
+[F, n * n, D] of these parts and a newline [D] become tokens [N, D]: of an image the whole, then its tiles put together,
+the margin cut off, a newline after every row; of a video every frame pooled. Knows nothing of models and of language.
 """
 
 import ast
 import bisect
-import importlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from PIL import Image
 from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
 
-from baatt.llada_v.visual_tokens import TileGrid
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-EXTRA = "pip install 'baatt[multimodal]'"
 BLACK, GREY = (0, 0, 0), (127, 127, 127)
+#: Above this ratio of sides too many features of tiles are interpolated down; below, a few too many are kept.
+TOLERATED_EXCESS = 1.1
 
 
-class Size(NamedTuple):
-    """Pixels."""
+class TileGrid(NamedTuple):
+    """How an image was cut: its size in pixels and the tiles that cover its canvas."""
 
     width: int
     height: int
+    columns: int
+    rows: int
 
 
-def as_pixels(images: Iterable["Image"], size: int) -> Tensor:
+def as_pixels(images: Iterable[Image.Image], size: int) -> Tensor:
     """Every image stretched to a square, [F, 3, size, size] float32 in [-1, 1]."""
-    resampling = _import("PIL.Image").Resampling.BICUBIC
-    arrays = [np.asarray(image.convert("RGB").resize((size, size), resampling)) for image in images]
-    scaled = torch.from_numpy(np.stack(arrays)).float() / 255
-    return rearrange((scaled - 0.5) / 0.5, "F h w C -> F C h w")
+    arrays = [np.asarray(image.convert("RGB").resize((size, size))) for image in images]
+    return rearrange((torch.from_numpy(np.stack(arrays)).float() / 255 - 0.5) / 0.5, "F h w C -> F C h w")
 
 
-def pad_to_square(image: "Image") -> "Image":
+def pad_to_square(image: Image.Image) -> Image.Image:
     """Centred on a grey square of its longer side."""
-    longer = max(image.size)
-    return _centred(image, Size(longer, longer), GREY)
+    return _centred(image, (max(image.size), max(image.size)), GREY)
 
 
-def cut_into_tiles(image: "Image", canvases: Sequence[Size], size: int) -> tuple[list["Image"], TileGrid]:
+def cut_into_tiles(
+    image: Image.Image, canvases: list[tuple[int, int]], size: int
+) -> tuple[list[Image.Image], TileGrid]:
     """The whole image and its tiles of size x size.
 
     Args:
-        canvases: sizes it may be scaled to; the one that shows most of it and wastes least is taken.
+        canvases: (width, height) it may be scaled to; the one that shows most of it and wastes least is taken.
 
     Returns:
         The image stretched to one tile, then the tiles row by row; and how they lie.
     """
-    width, height = image.size
-    canvas = best_canvas(Size(width, height), canvases)
-    shown = _fitted(image, canvas)
-    corners = [(left, top) for top in range(0, canvas.height, size) for left in range(0, canvas.width, size)]
+    # Takes (height, width) by its names; what it computes is the same with both exchanged.
+    width, height = select_best_resolution(image.size, canvases)
+    scale = min(width / image.width, height / image.height)
+    inner = image.resize((min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)))
+    shown = _centred(inner, (width, height), BLACK)
+    corners = [(left, top) for top in range(0, height, size) for left in range(0, width, size)]
     tiles = [shown.crop((left, top, left + size, top + size)) for left, top in corners]
-    grid = TileGrid(width, height, columns=canvas.width // size, rows=canvas.height // size)
-    return [image.resize((size, size)), *tiles], grid
+    return [image.resize((size, size)), *tiles], TileGrid(*image.size, columns=width // size, rows=height // size)
 
 
-def best_canvas(image: Size, canvases: Sequence[Size]) -> Size:
-    """The canvas on which an image keeps most of its pixels; of those the one with the least area left over."""
-
-    def merit(canvas: Size) -> tuple[int, int]:
-        scale = min(canvas.width / image.width, canvas.height / image.height)
-        kept = min(int(image.width * scale) * int(image.height * scale), image.width * image.height)
-        return kept, kept - canvas.width * canvas.height
-
-    return max(canvases, key=merit)
-
-
-def read_canvases(pinpoints: str | Sequence[Sequence[int]], size: int) -> list[Size]:
-    """The canvases that `image_grid_pinpoints` of a config.json names.
+def read_canvases(pinpoints: str | Sequence[Sequence[int]], size: int) -> list[tuple[int, int]]:
+    """The canvases, (width, height), that `image_grid_pinpoints` of a config.json names.
 
     Args:
         pinpoints: "(1x1),...,(6x6)", from the smallest to the largest number of tiles, or pairs of pixels.
@@ -90,13 +80,12 @@ def read_canvases(pinpoints: str | Sequence[Sequence[int]], size: int) -> list[S
     """
     ranges = re.findall(r"\((\d+)x(\d+)\)", pinpoints) if isinstance(pinpoints, str) else []
     if ranges:
-        (first_width, first_height), (last_width, last_height) = (map(int, ranges[end]) for end in (0, -1))
-        columns, rows = range(first_width, last_width + 1), range(first_height, last_height + 1)
-        canvases = [Size(column * size, row * size) for column in columns for row in rows]
+        columns, rows = (range(int(first), int(last) + 1) for first, last in zip(ranges[0], ranges[-1], strict=True))
+        canvases = [(column * size, row * size) for column in columns for row in rows]
     else:
         try:
             pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-            canvases = [Size(int(width), int(height)) for width, height in pairs]
+            canvases = [(int(width), int(height)) for width, height in pairs]
         except (ValueError, TypeError, SyntaxError):
             canvases = []
     if not canvases or any(side < size or side % size for canvas in canvases for side in canvas):
@@ -106,7 +95,7 @@ def read_canvases(pinpoints: str | Sequence[Sequence[int]], size: int) -> list[S
     return canvases
 
 
-def read_frames(path: str | Path, count: int) -> list["Image"]:
+def read_frames(path: str | Path, count: int) -> list[Image.Image]:
     """`count` frames of a video, evenly spread from its first to its last; a shorter video repeats some.
 
     Raises:
@@ -114,18 +103,20 @@ def read_frames(path: str | Path, count: int) -> list["Image"]:
         FileNotFoundError: no such file.
         ValueError: not a video that can be decoded.
     """
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such video")
-    av = _import("av")
     try:
-        with av.open(str(file)) as container:
+        import av
+    except ModuleNotFoundError:
+        raise ImportError("av is needed for videos: pip install 'baatt[multimodal]'") from None
+    try:
+        with av.open(str(path)) as container:
             return _decode(container, count)
     except (av.error.FFmpegError, LookupError) as error:
         raise ValueError(f"{path}: must be a video that can be decoded: {error}") from error
 
 
-def _decode(container: Any, count: int) -> list["Image"]:
+def _decode(container: Any, count: int) -> list[Image.Image]:
     """Decode no more than it takes: from the key frame before a wanted frame on."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -135,7 +126,7 @@ def _decode(container: Any, count: int) -> list["Image"]:
     if not times or not keys:
         raise LookupError("no frame with a time")
     wanted = [times[index] for index in np.linspace(0, len(times) - 1, count, dtype=int)]
-    found: dict[int, Image] = {}
+    found: dict[int, Image.Image] = {}
     frames: Iterator[Any] = iter(())
     reached = -math.inf
     for time in sorted(set(wanted)):
@@ -150,30 +141,86 @@ def _decode(container: Any, count: int) -> list["Image"]:
     return [found[time] for time in wanted]
 
 
-def _fitted(image: "Image", canvas: Size) -> "Image":
-    """Scaled to fill the canvas in one direction, centred on black."""
-    by_width, by_height = canvas.width / image.width, canvas.height / image.height
-    if by_width < by_height:
-        size = Size(canvas.width, min(math.ceil(image.height * by_width), canvas.height))
-    else:
-        size = Size(min(math.ceil(image.width * by_height), canvas.width), canvas.height)
-    return _centred(image.resize(size), canvas, BLACK)
+def _centred(image: Image.Image, size: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas
 
 
-def _centred(image: "Image", canvas: Size, colour: tuple[int, int, int]) -> "Image":
-    pillow = _import("PIL.Image")
-    result: Image = pillow.new("RGB", canvas, colour)
-    result.paste(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
-    return result
+def image_tokens(features: Tensor, grid: TileGrid, newline: Tensor, max_tiles: int | None) -> Tensor:
+    """Tokens [N, D] of one image that was cut into tiles.
 
-
-def _import(name: str) -> Any:
-    """An optional package.
+    Args:
+        features: [1 + rows * columns, n * n, D], the whole image first, then its tiles row by row.
+        newline: [D], put after every row of the tiles' features.
+        max_tiles: tiles' features are interpolated down to about the number of this many tiles; None keeps all.
 
     Raises:
-        ImportError: not installed, with the extra that brings it.
+        ValueError: another number of parts than the grid has.
     """
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise ImportError(f"{name.split('.')[0]} is needed for images and videos: {EXTRA}") from None
+    if features.shape[0] != 1 + grid.rows * grid.columns:
+        raise ValueError(f"features must be of 1 + {grid.rows} * {grid.columns} parts, got {features.shape[0]}")
+    patches = features.shape[1]
+    pattern = "(rows columns) (h w) D -> (rows h) (columns w) D"
+    tiles = rearrange(features[1:], pattern, rows=grid.rows, columns=grid.columns, h=math.isqrt(patches))
+    tiles = _without_margin(tiles, grid.width, grid.height)
+    height, width = tiles.shape[:2]
+    excess = 0.0 if max_tiles is None else math.sqrt(height * width / (max_tiles * patches))
+    if excess > TOLERATED_EXCESS:
+        size = int(height // excess), int(width // excess)
+        channels = F.interpolate(rearrange(tiles, "h w D -> 1 D h w"), size=size, mode="bilinear")
+        tiles = rearrange(channels, "1 D h w -> h w D")
+    return torch.cat((features[0], _with_newlines(tiles[None], newline, NEWLINES["grid"])))
+
+
+def video_tokens(features: Tensor, newline: Tensor, *, stride: int, mode: str, newlines: str) -> Tensor:
+    """Tokens [N, D] of the frames of a video, in their order.
+
+    Args:
+        features: [F, n * n, D].
+        stride: patches of a side that become one token. mode: how, a name in `POOLING`.
+        newlines: where the newline [D] goes, a name in `NEWLINES`.
+    """
+    channels = rearrange(features, "F (h w) D -> F D h w", h=math.isqrt(features.shape[1]))
+    frames = rearrange(POOLING[mode](channels, stride), "F D h w -> F h w D")
+    return _with_newlines(frames, newline, NEWLINES[newlines])
+
+
+def _without_margin(tiles: Tensor, width: int, height: int) -> Tensor:
+    """Cut what an image of this size leaves empty of a canvas [h, w, D] that it was centred on."""
+    rows, columns = tiles.shape[:2]
+    # In the published order of operations: another one rounds differently for some sizes.
+    if width / height > columns / rows:
+        margin = (rows - int(height * (columns / width))) // 2
+        return tiles[margin : rows - margin]
+    margin = (columns - int(width * (rows / height))) // 2
+    return tiles[:, margin : columns - margin]
+
+
+def _with_newlines(frames: Tensor, newline: Tensor, groups: str | None) -> Tensor:
+    """Tokens of frames [F, h, w, D] in their order, a newline behind every group of them."""
+    if groups is None:
+        return rearrange(frames, "F h w D -> (F h w) D")
+    grouped = rearrange(frames, f"F h w D -> {groups} D")
+    return rearrange(torch.cat((grouped, repeat(newline, "D -> G 1 D", G=len(grouped))), dim=1), "G N D -> (G N) D")
+
+
+def pool_bilinear(channels: Tensor, stride: int) -> Tensor:
+    """Interpolate [F, D, h, w] to ceil(h / stride) x ceil(w / stride)."""
+    return F.interpolate(channels, size=[math.ceil(side / stride) for side in channels.shape[2:]], mode="bilinear")
+
+
+#: [F, D, h, w] and a stride -> [F, D, h / stride, w / stride]. The last two drop an incomplete row or column.
+POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "bilinear": pool_bilinear,
+    "average": F.avg_pool2d,
+    "max": F.max_pool2d,
+}
+
+#: By the names that `mm_newline_position` has in config.json: the groups of tokens that a newline ends.
+NEWLINES: Mapping[str, str | None] = {
+    "grid": "(F h) w",
+    "frame": "F (h w)",
+    "one_token": "1 (F h w)",
+    "no_token": None,
+}

@@ -10,8 +10,8 @@ from typing import Any
 
 from baatt.config import BAAttConfig, Policy
 from baatt.lab.loading import DTYPES
-from baatt.llada_v.conversation import THINK_MODES
-from baatt.llada_v.visual_tokens import POOLING
+from baatt.llada_v.pictures import POOLING
+from baatt.llada_v.prompt import THINK_MODES
 from baatt.models.config import check_positive_integer
 
 
@@ -28,26 +28,20 @@ class TaskSetting:
 
 
 CHOICE = TaskSetting(2, 2, 2)
+MATHVISTA = ("mathvista_testmini", "mathvista_testmini_cot", "mathvista_testmini_solution", "mathvista_testmini_format")
 #: eval/scripts/evaluate.sh of LLaDA-V; a task that is a group there has the setting in all its parts.
 PUBLISHED: Mapping[str, TaskSetting] = {
-    **dict.fromkeys(
-        (
-            *("mmmu_val", "mmmu_pro_standard", "mmmu_pro_vision", "mmstar", "ai2d", "seedbench", "mmbench_en_dev"),
-            *("muirbench", "videomme", "mlvu_dev", "mme", "realworldqa"),
-        ),
-        CHOICE,
-    ),
+    **dict.fromkeys(("mmmu_val", "mmmu_pro_standard", "mmmu_pro_vision", "mmstar", "ai2d", "seedbench"), CHOICE),
+    **dict.fromkeys(("mmbench_en_dev", "muirbench", "videomme", "mlvu_dev", "mme", "realworldqa"), CHOICE),
     "chartqa": TaskSetting(16, 16, 16, stops=("\n",)),
     **dict.fromkeys(("docvqa_val", "infovqa_val"), TaskSetting(32, 32, 16)),
-    **dict.fromkeys(
-        (f"mathvista_testmini{part}" for part in ("", "_cot", "_solution", "_format")), TaskSetting(96, 96, 48, "think")
-    ),
-    **dict.fromkeys(
-        (f"mathverse_testmini_vision{part}" for part in ("", "_dominant", "_intensive", "_only")),
-        TaskSetting(64, 64, 32, "think"),
-    ),
+    **dict.fromkeys(MATHVISTA, TaskSetting(96, 96, 48, "think")),
+    **{
+        f"mathverse_testmini_vision{part}": TaskSetting(64, 64, 32, "think")
+        for part in ("", "_dominant", "_intensive", "_only")
+    },
 }
-#: Fields of a setting that --model_args and --gen_kwargs change.
+#: Fields of a setting that --model_args and --gen_kwargs change; the first three make a setting.
 CHANGED = ("gen_length", "block_length", "gen_steps", "think_mode")
 #: Keys of gen_kwargs that are obeyed, and those of lmms-eval's tasks that LLaDA-V's evaluation has no use for.
 OBEYED = (*CHANGED, "stopping_criteria", "temperature", "do_sample", "cfg", "remasking")
@@ -106,8 +100,8 @@ def read_setting(task: str, gen_kwargs: Mapping[str, Any], arguments: LLaDAVArgu
     unknown = [name for name in gen_kwargs if name not in OBEYED + NOT_OBEYED]
     if unknown:
         raise ValueError(f"gen_kwargs of {task} must be among {[*OBEYED, *NOT_OBEYED]}, got {unknown}")
-    changed = {name: gen_kwargs[name] for name in CHANGED if name in gen_kwargs}
-    changed |= {name: getattr(arguments, name) for name in CHANGED if getattr(arguments, name) is not None}
+    given = {**gen_kwargs, **{name: value for name, value in vars(arguments).items() if value is not None}}
+    changed = {name: given[name] for name in CHANGED if name in given}
     if "stopping_criteria" in gen_kwargs:
         stops = gen_kwargs["stopping_criteria"]
         changed["stops"] = (stops,) if isinstance(stops, str) else tuple(stops)

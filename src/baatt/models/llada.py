@@ -6,7 +6,7 @@ for all layers or one per layer; the model knows nothing of sparsity and samplin
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -163,6 +163,7 @@ class MaskedDiffusionLM(nn.Module):
         logits_to: int | None = None,
         cache: KeyValueCache | None = None,
         start: int = 0,
+        embedding: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits of the given tokens from `logits_from` to `logits_to`.
 
@@ -178,6 +179,7 @@ class MaskedDiffusionLM(nn.Module):
             cache: an empty one takes the keys and values of all layers. One that holds a sequence gets those of the
                 given tokens in place of its own, and the given tokens attend to all of it. None keeps nothing.
             start: place of the first given token in the sequence that the cache holds.
+            embedding: ids [B, n] -> [B, n, d_model] in place of the model's own; None = that one.
 
         Returns:
             [B, logits_to - logits_from, V].
@@ -201,7 +203,7 @@ class MaskedDiffusionLM(nn.Module):
             ]
         dtype = torch.promote_types(transformer.wte.weight.dtype, torch.float32)
         rotary = rotary_tables(positions, config.head_size, config.rope_theta, dtype)
-        x = transformer.wte(input_ids)
+        x = (embedding or transformer.wte)(input_ids)
         for block, function in zip(transformer.blocks, functions, strict=True):
             x = block(x, rotary, function, key_mask)
         return transformer.head(transformer.ln_f(x[:, logits_from:logits_to]))
