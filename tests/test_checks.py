@@ -197,5 +197,5 @@ def test_kernels_of_another_device_say_so(impl):
 
 def test_presets():
     assert BAAttConfig.preset("paper") == BAAttConfig(128, 0.5, "qk", 1024, "covariance", 0.5)
-    with pytest.raises(ValueError, match=r"preset must be one of \['paper'\], got 'best'"):
+    with pytest.raises(ValueError, match=r"preset must be one of \['safe', 'paper'\], got 'best'"):
         BAAttConfig.preset("best")
