@@ -16,8 +16,8 @@ import torch
 from tables import block, crossed
 
 from baatt import BAAttConfig, make_plan
-from baatt.analysis.oracle import block_mass
 from baatt.lab.bench.timing import median_times
+from baatt.lab.recall import block_mass
 from baatt.lab.records import RecordFile, provenance
 from baatt.lab.tables import Record
 

@@ -37,7 +37,7 @@ FLOORS = (
     {"__main__"},
 )
 #: Rooms on their way into another.
-MOVING = {"analysis": "lab", "evaluation": "lab"}
+MOVING = {"evaluation": "lab"}
 #: Arrows between rooms or files that still offend. Nothing may be added.
 OFFENDING: set[str] = set()
 HEAVY = {"triton", "transformers", "diffusers", "matplotlib"}

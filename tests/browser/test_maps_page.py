@@ -17,8 +17,7 @@ from baatt import BAAttConfig
 from baatt.attention import make_plan
 from baatt.cli.main import main
 from baatt.lab.capture import Capture, Heads, save_capture
-from baatt.lab.maps import attention_cells
-from baatt.lab.maps_page import PAGE_CELLS
+from baatt.lab.maps import PAGE_CELLS, attention_cells
 
 TOKENS, SIZE = 520, 32
 ORDERS = {"unsorted": ("none", None), "qk in 128": ("qk", 128)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from baatt import BAAttConfig, make_plan
-from baatt.analysis.oracle import block_mass
+from baatt.lab.recall import block_mass
 
 pytestmark = pytest.mark.gpu
 

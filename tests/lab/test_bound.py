@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from baatt.lab.bound import deviation
+from baatt.lab.layers import deviation
 from baatt.lab.statistics import pearson
-from tests.analysis.test_oracle import case
+from tests.lab.test_oracle import case
 
 
 @pytest.mark.parametrize("sort", ["none", "qk"])

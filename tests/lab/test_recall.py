@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from baatt import BAAttConfig, ba_attention, make_plan
-from baatt.analysis.oracle import block_mass, kept_mass
-from baatt.lab.bound import POINTS, deviation, measure_bound
 from baatt.lab.capture import Capture, Heads
+from baatt.lab.layers import POINTS, deviation, measure_bound
 from baatt.lab.plots import draw_bound, draw_recall
-from baatt.lab.recall import measure_recall, output_error
+from baatt.lab.recall import block_mass, kept_mass, measure_recall, output_error
 from baatt.lab.statistics import pearson
 
 
@@ -35,42 +34,42 @@ def test_recall(recorded, tmp_path):
     records = measure_recall(recorded, configs, progress=lambda: steps.append(1))
     assert len(steps) == 2 * len(configs)
     assert len(records) == 2 * 2 * 2 * 2 + 2 * 2 * 2
-    by_key = {(one.layer, one.sort, one.sparsity, one.score): one for one in records}
+    by_key = {(one["layer"], one["sort"], one["sparsity"], one["score"]): one for one in records}
     assert len(by_key) == len(records)
     q, k, v = recorded.layers[3]
     config = BAAttConfig(16, 0.8, "qk", 32, beta=0.0)
     plan = make_plan(q, k, config, scale=0.4)
     shares = kept_mass(block_mass(q, k, plan), plan.selection)
     one = by_key[3, "qk", 0.8, "covariance"]
-    assert one.recall_mean == pytest.approx(float(shares.mean()))
-    assert one.achieved_sparsity == pytest.approx(1 - 2 / 6)
+    assert one["recall_mean"] == pytest.approx(float(shares.mean()))
+    assert one["achieved_sparsity"] == pytest.approx(1 - 2 / 6)
     out = ba_attention(q, k, v, config, scale=0.4)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.4, enable_gqa=True)
-    assert (one.relative_l1, one.relative_l2, one.cosine) == pytest.approx(output_error(out, dense), rel=1e-4)
+    assert (one["relative_l1"], one["relative_l2"], one["cosine"]) == pytest.approx(output_error(out, dense), rel=1e-4)
     for key, one in by_key.items():
-        assert by_key[(*key[:3], "oracle")].recall_mean >= one.recall_mean - 1e-6
+        assert by_key[(*key[:3], "oracle")]["recall_mean"] >= one["recall_mean"] - 1e-6
     whole = by_key[None, "none", 0.5, "covariance"]
     layers = [by_key[layer, "none", 0.5, "covariance"] for layer in (0, 3)]
-    assert whole.recall_mean == pytest.approx(sum(one.recall_mean for one in layers) / 2)
-    assert whole.relative_l2 == pytest.approx(sum(one.relative_l2 for one in layers) / 2)
+    assert whole["recall_mean"] == pytest.approx(sum(one["recall_mean"] for one in layers) / 2)
+    assert whole["relative_l2"] == pytest.approx(sum(one["relative_l2"] for one in layers) / 2)
     quick = measure_recall(recorded, [dataclasses.replace(CONFIGS[0], score="mean")], outputs=False)
-    assert all(one.relative_l1 is None for one in quick)
-    draw_recall([one._asdict() for one in records], "caption", tmp_path / "recall.png")
+    assert all(one["relative_l1"] is None for one in quick)
+    draw_recall(records, "caption", tmp_path / "recall.png")
     assert (tmp_path / "recall.png").stat().st_size > 10_000
 
 
 def test_bound(recorded, tmp_path):
     records = measure_bound(recorded, CONFIGS)
-    assert [(one.layer, one.sort) for one in records] == [(0, "none"), (0, "qk"), (3, "none"), (3, "qk")]
+    assert [(one["layer"], one["sort"]) for one in records] == [(0, "none"), (0, "qk"), (3, "none"), (3, "qk")]
     q, k, _ = recorded.layers[3]
     found = deviation(q, k, make_plan(q, k, CONFIGS[1], scale=0.4, impl="reference"))
     one = records[3]
-    assert one.pairs == 4 * 5 * 6
-    assert one.correlation_largest == pytest.approx(pearson(found.bound, found.largest))
-    assert one.correlation_mean == pytest.approx(pearson(found.bound, found.mean))
-    assert one.bound_mean > one.largest_mean > one.deviation_mean > 0
-    assert len(one.points) == min(POINTS, one.pairs)
-    draw_bound([one._asdict() for one in records], "caption", tmp_path / "bound.png")
+    assert one["pairs"] == 4 * 5 * 6
+    assert one["correlation_largest"] == pytest.approx(pearson(found.bound, found.largest))
+    assert one["correlation_mean"] == pytest.approx(pearson(found.bound, found.mean))
+    assert one["bound_mean"] > one["largest_mean"] > one["deviation_mean"] > 0
+    assert len(one["points"]) == min(POINTS, one["pairs"])
+    draw_bound(records, "caption", tmp_path / "bound.png")
     assert (tmp_path / "bound.png").stat().st_size > 10_000
 
 

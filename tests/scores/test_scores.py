@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from baatt import BAAttConfig, attend, ba_attention, make_plan
-from baatt.analysis.oracle import block_mass, kept_mass
 from baatt.backend import choose_backend
+from baatt.lab.recall import block_mass, kept_mass
 from baatt.scores import SCORES, antidiagonal, runs
 from baatt.types import take_blocks
-from tests.analysis.test_oracle import case
+from tests.lab.test_oracle import case
 
 
 def scores_of(score, q, k, plan):

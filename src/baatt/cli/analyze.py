@@ -28,12 +28,10 @@ from baatt.cli.options import (
 )
 from baatt.cli.readers import open_reader
 from baatt.config import PRESETS, BAAttConfig
-from baatt.lab.bound import measure_bound
 from baatt.lab.capture import Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
-from baatt.lab.layers import measure_layers
-from baatt.lab.maps import Panel, attention_cells, draw_maps, most_structured_head
-from baatt.lab.maps_page import maps_page
+from baatt.lab.layers import measure_bound, measure_layers
+from baatt.lab.maps import Panel, attention_cells, draw_maps, maps_page, most_structured_head
 from baatt.lab.options import given, variants
 from baatt.lab.plots import draw_bound, draw_recall
 from baatt.lab.recall import measure_recall
@@ -47,13 +45,13 @@ from baatt.scores import SCORES
 class Study(NamedTuple):
     """An action on a capture.
 
-    summary, title: in the help, and above the tables. measure: capture, configs, arguments, progress -> records.
-    tables: of the stored records. draw: records, caption, path -> a PNG; None where there is nothing to draw.
+    summary, title: in the help, and above the tables. measure: capture, configs, progress -> records. tables: of the
+    stored records. draw: records, caption, path -> a PNG; None where there is nothing to draw.
     """
 
     summary: str
     title: str
-    measure: Callable[[Capture, Sequence[BAAttConfig], argparse.Namespace, Callable[[], None]], Sequence[Any]]
+    measure: Callable[..., list[dict[str, Any]]]
     tables: Callable[[Sequence[Record]], list[Table]]
     draw: Callable[[Sequence[Record], str, Path], None] | None = None
 
@@ -83,8 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scores", type=names_of(SCORES), default=list(SCORES), help=f"by commas (default: {','.join(SCORES)})"
     )
     studies["recall"].add_argument(
-        "--no-outputs", action="store_true", help="skip the error of the output, which takes longest"
-    )
+        "--no-outputs", dest="measured", action="store_const", const={"outputs": False}, default={},
+        help="skip the error of the output, which takes longest",
+    )  # fmt: skip
     for name in ("bound", "layers"):
         _add_study_options(studies[name], {}, ["sparsity", "score", "beta"])
 
@@ -143,7 +142,7 @@ def run_study(arguments: argparse.Namespace) -> None:
     ]
     recorded, header = _read(arguments)
     with _progress(len(recorded.layers) * len(configs)) as step:
-        records = [one._asdict() for one in study.measure(recorded, configs, arguments, step)]
+        records = study.measure(recorded, configs, step, **getattr(arguments, "measured", {}))
     console = Console(soft_wrap=True)
     console.print(f"{_title(recorded)}: {study.title}")
     for table in study.tables(records):
@@ -217,8 +216,7 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     if not 0 <= head < heads.q.shape[1]:
         raise UsageError(f"--head must be from 0 to {heads.q.shape[1] - 1}, got {head}")
     panels = [
-        Panel(attention_cells(heads.q, heads.k, plan, head).cpu(), plan, order_name(vars(plan.config)))
-        for plan in plans
+        Panel(attention_cells(heads.q, heads.k, plan, head), plan, order_name(vars(plan.config))) for plan in plans
     ]
     caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {percent(configs[0].sparsity)} sparsity"
     draw_maps(panels, head, caption, arguments.plot)
@@ -282,16 +280,14 @@ STUDIES = {
     "recall": Study(
         "How much attention mass each score keeps at equal budgets, beside the oracle.",
         "attention mass kept, mean (5th percentile)",
-        lambda capture, configs, arguments, step: measure_recall(
-            capture, configs, outputs=not arguments.no_outputs, progress=step
-        ),
+        measure_recall,
         recall_tables,
         draw_recall,
     ),
     "bound": Study(
         "The error bound U against the true deviation (E9, Fig. 2).",
         "the bound U (E9) against the deviation of logits",
-        lambda capture, configs, _, step: measure_bound(capture, configs, step),
+        measure_bound,
         partial(layer_tables, columns={
             "R, largest": "correlation_largest", "R, mean": "correlation_mean", "mean U": "bound_mean",
             "mean largest": "largest_mean", "mean deviation": "deviation_mean",
@@ -301,7 +297,7 @@ STUDIES = {
     "layers": Study(
         "What an order does to each layer: norms, width of blocks, spread of attention.",
         "what an order does to each layer",
-        lambda capture, configs, _, step: measure_layers(capture, configs, step),
+        measure_layers,
         partial(layer_tables, columns={
             "norms of q vary": "query_norm_variation", "norms of k vary": "key_norm_variation",
             "radius of q blocks": "query_radius", "radius of k blocks": "key_radius",

@@ -7,9 +7,9 @@ reads such a file, so that another model is analysed by writing one: tensors `la
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,7 +44,6 @@ class Capture(NamedTuple):
 class Recorder:
     """Keeps what the first call of every wanted layer gets.
 
-    Stands between our model and its attention (`around`), or watches a model of another library:
     `with baatt.enable(model, config) as handle: handle.watch(recorder.keep); model(...)`.
 
     Args:
@@ -55,15 +54,6 @@ class Recorder:
         self.wanted = None if layers is None else set(layers)
         self.found: dict[int, Heads] = {}
         self.scale: float | None = None
-
-    def around(self, layer: int, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The attention function of a layer, recorded."""
-
-        def recorded(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            self.keep(layer, q, k, v)
-            return attention(q, k, v, *arguments, **named)
-
-        return recorded
 
     def keep(
         self,

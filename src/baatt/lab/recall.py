@@ -1,19 +1,33 @@
 """How much attention mass a selection keeps, beside the oracle at equal budgets, and how far its output is from dense.
 
-In: a `Capture` and configs. Out: one record per layer and config, ready for JSON. Works on one layer at a time. The
-errors of the output are screens only: what counts is the accuracy on a task.
+In: q and k of a layer and a `Plan`, or a `Capture` and configs. Out: the mass of every block pair (E1) and the share of
+it that is kept; one record per layer and config, ready for JSON. Works on one layer at a time. The errors of the output
+are screens only: what counts is the accuracy on a task.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from baatt.analysis.oracle import block_mass, kept_mass, summarise
 from baatt.attention import attend, make_plan
+from baatt.backend import Workload, choose_backend, gpu_comparison
 from baatt.config import BAAttConfig
-from baatt.lab.capture import Capture, Heads
+from baatt.lab.capture import Capture
+from baatt.plan import Plan
+from baatt.scores import exact
+from baatt.stages.dense import dense_attention
+from baatt.types import BlockSelection
+
+
+class Recall(NamedTuple):
+    """mean and 5th percentile, over heads and query blocks, of the attention mass that is kept, 0 to 1."""
+
+    mean: float
+    fifth_percentile: float
 
 
 class OutputError(NamedTuple):
@@ -24,55 +38,74 @@ class OutputError(NamedTuple):
     cosine: float
 
 
-class RecallRecord(NamedTuple):
-    """One score at one budget, over all heads and query blocks of a layer; layer None: over all layers.
+def block_mass(q: Tensor, k: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
+    """Attention mass of every block pair in the plan's token order, averaged over the queries of a block (E1).
 
-    sparsity: asked for; achieved_sparsity: share of block pairs skipped. recall_mean, recall_p5: of the attention mass
-    that is kept. relative_l1, relative_l2, cosine: of the attention output against dense, None where not measured.
+    Args:
+        q: [B, H, N, D]; k: [B, G, M, D], in the original order.
+        plan: gives orders, block size and scale; its selection is not looked at.
+        impl: "reference" (eager, any device and dtype), "triton" (a GPU, any dtype but float64) or "auto": "triton"
+            for bfloat16 and float16 where it can run, else "reference". float32 has no matrix units to gain from.
+
+    Returns:
+        [B, H, I, J] float32 (float64 for float64), each row sums to 1; 0 for a batch entry without keys.
+
+    Raises:
+        ValueError: an unknown `impl`.
+        RuntimeError: `impl` "triton" cannot run here, with the reason.
     """
-
-    layer: int | None
-    score: str
-    beta: float
-    sort: str
-    segment: int | None
-    block_size: int
-    sparsity: float
-    achieved_sparsity: float
-    recall_mean: float
-    recall_p5: float
-    relative_l1: float | None
-    relative_l2: float | None
-    cosine: float | None
+    if impl not in ("auto", "reference", "triton"):
+        raise ValueError(f"impl must be one of ['auto', 'reference', 'triton'], got {impl!r}")
+    compare = exact.compare
+    if impl == "triton" or (impl == "auto" and q.is_cuda):
+        workload = Workload(q.dtype, q.shape[-1], plan.config.block_size, plan.scale)
+        if choose_backend(impl, q.device, workload).name != "reference":
+            compare = gpu_comparison(exact.compare, torch.bfloat16 if impl == "triton" else q.dtype)
+    queries, keys = (exact.summarise(x, y, plan.config) for x, y in ((q, plan.query_order), (k, plan.key_order)))
+    return compare(queries, keys, plan.config, plan.scale)
 
 
-class _Found(NamedTuple):
-    """Of one layer: kept mass [B, H, I], share of block pairs skipped, error of the output."""
+def kept_mass(mass: Tensor, selection: BlockSelection) -> Tensor:
+    """Share of the attention mass in the kept blocks, [B, H, I]."""
+    slots = torch.arange(selection.index.shape[-1], device=mass.device) < selection.count[..., None]
+    return torch.where(slots, mass.gather(-1, selection.index.long()), 0).sum(dim=-1)
 
-    shares: Tensor
-    skipped: float
-    error: OutputError | None
+
+def summarise(shares: Tensor) -> Recall:
+    """Mean and 5th percentile of the kept masses of any number of layers, heads and query blocks.
+
+    Raises:
+        ValueError: nothing to summarise.
+    """
+    if shares.numel() == 0:
+        raise ValueError(f"shares must hold at least one number, got shape {tuple(shares.shape)}")
+    flat = shares.flatten().double().cpu().numpy()  # torch.quantile refuses large inputs
+    return Recall(float(flat.mean()), float(np.quantile(flat, 0.05)))
 
 
 def measure_recall(
     capture: Capture,
     configs: Sequence[BAAttConfig],
+    progress: Callable[[], None] = lambda: None,
     *,
     outputs: bool = True,
-    progress: Callable[[], None] | None = None,
-) -> list[RecallRecord]:
-    """Recall of every config: per layer, then over all layers.
+) -> list[dict[str, Any]]:
+    """Recall of every config: per layer, then over all layers, where the layer is None.
 
     Args:
         configs: orders, scores and budgets to try.
-        outputs: also attend and compare with dense attention, which takes most of the time.
         progress: called once for each layer and config.
+        outputs: also attend and compare with dense attention, which takes most of the time.
+
+    Returns:
+        Records: the config; achieved_sparsity, share of block pairs skipped; recall_mean and recall_p5 of the attention
+        mass that is kept; relative_l1, relative_l2 and cosine of the output against dense, None where not measured.
     """
-    found: dict[BAAttConfig, list[_Found]] = {config: [] for config in configs}
-    records: list[RecallRecord] = []
+    found: dict[BAAttConfig, list[tuple[Tensor, float, OutputError | None]]] = {config: [] for config in configs}
+    records = []
     for layer, heads in capture.layers.items():
         q, k, v = heads.widened()
-        dense = _dense(heads, capture.scale) if outputs else None
+        dense = dense_attention(q, k, v, scale=capture.scale) if outputs else None
         masses: dict[tuple[str, int | None, int], Tensor] = {}
         for config in found:
             plan = make_plan(q, k, config, scale=capture.scale, impl="reference")
@@ -80,16 +113,11 @@ def measure_recall(
             if order not in masses:
                 masses[order] = block_mass(q, k, plan)
             pairs: int = plan.selection.count.numel() * plan.key_summary.size.shape[1]
-            found[config].append(
-                _Found(
-                    kept_mass(masses[order], plan.selection),
-                    1 - int(plan.selection.count.sum()) / pairs,
-                    None if dense is None else output_error(attend(q, k, v, plan, impl="auto"), dense),
-                )
-            )
+            error = None if dense is None else output_error(attend(q, k, v, plan, impl="auto"), dense)
+            shares = kept_mass(masses[order], plan.selection)
+            found[config].append((shares, 1 - int(plan.selection.count.sum()) / pairs, error))
             records.append(_record(layer, config, found[config][-1:]))
-            if progress is not None:
-                progress()
+            progress()
     return records + [_record(None, config, layers) for config, layers in found.items()]
 
 
@@ -113,16 +141,17 @@ def output_error(found: Tensor, dense: Tensor) -> OutputError:
     )
 
 
-def _dense(heads: Heads, scale: float) -> Tensor:
-    q, k, v = heads.widened()
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def _record(layer: int | None, config: BAAttConfig, found: Sequence[_Found]) -> RecallRecord:
-    recall = summarise(torch.cat([one.shares.flatten() for one in found]))
-    errors = [one.error for one in found if one.error is not None]
+def _record(
+    layer: int | None, config: BAAttConfig, found: Sequence[tuple[Tensor, float, OutputError | None]]
+) -> dict[str, Any]:
+    recall = summarise(torch.cat([shares.flatten() for shares, _, _ in found]))
+    errors = [error for _, _, error in found if error is not None]
     means = [sum(values) / len(errors) for values in zip(*errors, strict=True)] if errors else [None] * 3
-    return RecallRecord(
-        layer, config.score, config.beta, config.sort, config.segment, config.block_size, config.sparsity,
-        sum(one.skipped for one in found) / len(found), recall.mean, recall.fifth_percentile, *means,
-    )  # fmt: skip
+    return {
+        "layer": layer,
+        **dataclasses.asdict(config),
+        "achieved_sparsity": sum(skipped for _, skipped, _ in found) / len(found),
+        "recall_mean": recall.mean,
+        "recall_p5": recall.fifth_percentile,
+        **dict(zip(OutputError._fields, means, strict=True)),
+    }

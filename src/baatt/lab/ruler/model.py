@@ -216,7 +216,9 @@ class RulerModel:
             configs = list(dict.fromkeys(some.values()))
             if sparse.layers and configs:  # the records over all layers come last
                 whole = measure_recall(sparse, configs, outputs=False)[-len(configs) :]
-                pairs = {config: (one.recall_mean, one.recall_p5) for config, one in zip(configs, whole, strict=True)}
+                pairs = {
+                    config: (one["recall_mean"], one["recall_p5"]) for config, one in zip(configs, whole, strict=True)
+                }
                 found |= {cell: pairs[config] for cell, config in some.items()}
         return [found.get(cell) for cell in cells]
 

@@ -1,12 +1,13 @@
-"""Block mass, best selection and recall against dense attention in fp64, entry by entry."""
+"""Block mass, the oracle's selection and recall against dense attention in fp64, entry by entry."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from baatt import BAAttConfig, make_plan
-from baatt.analysis.oracle import best_selection, block_mass, kept_mass, summarise
+from baatt.lab.recall import block_mass, kept_mass, summarise
 from baatt.scores import exact
 from baatt.types import BlockSelection
 
@@ -65,13 +66,16 @@ def test_implementations():
 def test_no_selection_keeps_more_than_the_best():
     q, k, plan = case(masked=False)
     mass = block_mass(q, k, plan)
-    best = best_selection(mass, plan, 0.5)
+    best, all_blocks = (
+        make_plan(q, k, dataclasses.replace(plan.config, score="oracle", sparsity=sparsity), impl="reference").selection
+        for sparsity in (0.5, 0.0)
+    )
     assert torch.equal(best.count, plan.selection.count)
     shares, others = kept_mass(mass, best), kept_mass(mass, plan.selection)
     torch.testing.assert_close(shares, mass.sort(descending=True).values[..., :4].sum(-1))
     assert (others <= shares + 1e-12).all()
     assert (others < shares).any()
-    torch.testing.assert_close(kept_mass(mass, best_selection(mass, plan, 0.0)), torch.ones_like(shares))
+    torch.testing.assert_close(kept_mass(mass, all_blocks), torch.ones_like(shares))
 
 
 def test_slots_beyond_the_count_keep_nothing():
