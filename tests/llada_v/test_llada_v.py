@@ -174,10 +174,6 @@ class TestTokensOfAnImage:
         assert len(parts) == 1 + math.prod(canvas)
         assert len(image_tokens(torch.zeros(len(parts), 729, 2), grid, torch.ones(2), 4)) == count
 
-    def test_number_of_parts_must_fit_the_grid(self):
-        with pytest.raises(ValueError, match=r"features must be of 1 \+ 2 \* 3 parts, got 6"):
-            image_tokens(labelled(6, 4), TileGrid(300, 200, columns=3, rows=2), NEWLINE, None)
-
 
 class TestTokensOfAVideo:
     @pytest.mark.parametrize(

@@ -15,16 +15,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
+from baatt.llada_v import pictures
 from baatt.llada_v.config import LLaDAVConfig, read_vision_config
-from baatt.llada_v.pictures import (
-    POOLING,
-    as_pixels,
-    cut_into_tiles,
-    image_tokens,
-    pad_to_square,
-    read_canvases,
-    video_tokens,
-)
 from baatt.models.checkpoint import list_names, read_config, read_tensors
 from baatt.models.llada import MaskedDiffusionLM
 
@@ -120,11 +112,11 @@ class VisualDiffusionLM(nn.Module):
         """Visual tokens [N, D] of every image of one prompt: a single one is cut into tiles, several are padded."""
         size = self.image_size
         if len(images) > 1 or self.pictures.image_aspect_ratio == "pad":
-            return list(self._features([pad_to_square(image) for image in images]))
-        canvases = read_canvases(cast(Any, self.pictures.image_grid_pinpoints), size)
+            return list(self._features([pictures.pad_to_square(image) for image in images]))
+        canvases = pictures.read_canvases(cast(Any, self.pictures.image_grid_pinpoints), size)
         return [
-            image_tokens(self._features(parts), grid, self.newline, self.pictures.max_tiles)
-            for parts, grid in (cut_into_tiles(image, canvases, size) for image in images)
+            pictures.image_tokens(self._features(parts), grid, self.newline, self.pictures.max_tiles)
+            for parts, grid in (pictures.cut_into_tiles(image, canvases, size) for image in images)
         ]
 
     @torch.inference_mode()
@@ -142,14 +134,14 @@ class VisualDiffusionLM(nn.Module):
             raise ValueError("frames must not be empty")
         if not 1 <= stride <= self.side:
             raise ValueError(f"stride must be in [1, {self.side}], got {stride}")
-        if mode not in POOLING:
-            raise ValueError(f"mode must be one of {list(POOLING)}, got {mode!r}")
+        if mode not in pictures.POOLING:
+            raise ValueError(f"mode must be one of {list(pictures.POOLING)}, got {mode!r}")
         newlines = self.pictures.mm_newline_position
-        return video_tokens(self._features(frames), self.newline, stride=stride, mode=mode, newlines=newlines)
+        return pictures.video_tokens(self._features(frames), self.newline, stride=stride, mode=mode, newlines=newlines)
 
     def _features(self, parts: Sequence[Image]) -> Tensor:
         """[F, n * n, D] in the language model's width."""
-        pixels = as_pixels(parts, self.image_size)
+        pixels = pictures.as_pixels(parts, self.image_size)
         seen = self.vision(pixels.to(self.newline.device, self.newline.dtype)).last_hidden_state
         return cast(Tensor, self.projector(seen))
 

@@ -154,12 +154,7 @@ def image_tokens(features: Tensor, grid: TileGrid, newline: Tensor, max_tiles: i
         features: [1 + rows * columns, n * n, D], the whole image first, then its tiles row by row.
         newline: [D], put after every row of the tiles' features.
         max_tiles: tiles' features are interpolated down to about the number of this many tiles; None keeps all.
-
-    Raises:
-        ValueError: another number of parts than the grid has.
     """
-    if features.shape[0] != 1 + grid.rows * grid.columns:
-        raise ValueError(f"features must be of 1 + {grid.rows} * {grid.columns} parts, got {features.shape[0]}")
     patches = features.shape[1]
     pattern = "(rows columns) (h w) D -> (rows h) (columns w) D"
     tiles = rearrange(features[1:], pattern, rows=grid.rows, columns=grid.columns, h=math.isqrt(patches))

@@ -27,6 +27,11 @@ class KeyValueCache:
         self._layers: list[KeysValues] = []
 
     @property
+    def layers(self) -> int:
+        """Layers that are held."""
+        return len(self._layers)
+
+    @property
     def length(self) -> int | None:
         """N, tokens of the sequence; None while the cache is empty."""
         return self._layers[0].keys.shape[2] if self._layers else None
@@ -57,27 +62,3 @@ class KeyValueCache:
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows of the batch but these, [B'] int64."""
         self._layers = [KeysValues(held.keys[rows], held.values[rows]) for held in self._layers]
-
-    def check(self, layers: int, batch: int, tokens: int, start: int) -> None:
-        """Refuse a pass over `tokens` tokens from `start` on that does not fit what is held.
-
-        Raises:
-            ValueError: the tokens reach beyond the sequence, another batch, or a cache of another model or of a pass
-                that has failed.
-        """
-        if self.length is None:
-            if start != 0:
-                raise ValueError(f"start must be 0 for an empty cache, which a whole sequence fills, got {start}")
-            return
-        if len(self._layers) != layers:
-            raise ValueError(
-                f"cache must hold {layers} layers, got {len(self._layers)}: the pass that filled it failed"
-            )
-        if batch != self.batch:
-            raise ValueError(f"input_ids must have B={self.batch} rows as the cache, got {batch}")
-        if tokens > self.length:
-            raise ValueError(f"input_ids must have at most N={self.length} tokens as the cache, got {tokens}")
-        if not 0 <= start <= self.length - tokens:
-            raise ValueError(
-                f"start must be in [0, {self.length - tokens}] for {tokens} of N={self.length} tokens, got {start}"
-            )

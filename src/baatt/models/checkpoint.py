@@ -70,13 +70,14 @@ def read_tensors(
     folder = _folder(path)
     known = {name: list(tensor.shape) for name, tensor in {**expected, **(optional or {})}.items()}
     found: dict[str, Tensor] = {}
-    unexpected: list[str] = []
+    unexpected = []
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt", device=str(device)) as stored:
                 for name in stored.keys():  # noqa: SIM118 - not a dict
                     if name not in known:
-                        unexpected.append(name)
+                        if ignored is None or not re.fullmatch(ignored, name):
+                            unexpected.append(name)
                         continue
                     shape = list(stored.get_slice(name).get_shape())
                     if shape != known[name]:
@@ -84,7 +85,6 @@ def read_tensors(
                     found[name] = stored.get_tensor(name).to(dtype=dtype)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a safetensors file: {error}") from error
-    unexpected = [name for name in unexpected if ignored is None or not re.fullmatch(ignored, name)]
     missing = [name for name in expected if name not in found]
     if missing or unexpected:
         groups = {"missing": missing, "unexpected": unexpected}
@@ -117,22 +117,30 @@ def write_checkpoint(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
-    shards = _pack(sizes, max_shard_bytes)
+    shards: list[list[str]] = []
+    room = -1
+    for name, size in sizes.items():
+        if size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
         # Through another name: a model may still read its parameters from the file that is replaced.
         temporary = folder / f"{file.name}.partial"
-        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(shard, temporary, metadata={"format": "pt"})
         temporary.replace(file)
         weight_map |= dict.fromkeys(names, file.name)
     for stale in _stored_weights(folder):
         if stale.name not in weight_map.values():
             stale.unlink()
-    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     stored = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", {**config, "torch_dtype": stored})
+    for name, values in {INDEX_NAME: index, "config.json": {**config, "torch_dtype": stored}}.items():
+        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -169,10 +177,6 @@ def _present(file: Path) -> Path:
     return file
 
 
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _stored_weights(folder: Path) -> list[Path]:
     return sorted(x for x in folder.iterdir() if x.name == SINGLE_NAME or SHARD_PATTERN.fullmatch(x.name))
 
@@ -196,16 +200,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"{folder}: missing {list_names(missing)}")
     return [folder / name for name in names]
-
-
-def _pack(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Split names, in order, into runs whose sizes sum to at most `limit`, or that hold one name."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from baatt.models.cache import KeyValueCache
 from baatt.models.checkpoint import read_config, read_tensors, write_checkpoint
 from baatt.models.config import ModelConfig
-from baatt.models.inputs import check_logits, check_mask, check_part
+from baatt.models.inputs import check_inputs
 from baatt.models.rope import Rotary, rotary_tables, rotate
 from baatt.stages.dense import AttentionFunction, dense_attention
 
@@ -192,29 +192,20 @@ class MaskedDiffusionLM(nn.Module):
         functions = [attention] * config.n_layers if callable(attention) else attention
         if len(functions) != config.n_layers:
             raise ValueError(f"attention must hold {config.n_layers} functions, one per layer, got {len(functions)}")
-        check_part(input_ids, cache, start, config.n_layers)
-        check_mask(attention_mask, input_ids, cache)
-        check_logits(logits_from, logits_to, input_ids.shape[1])
+        check_inputs(input_ids, attention_mask, logits_from, logits_to, cache, start, config.n_layers)
         key_mask = None if attention_mask is None else attention_mask.bool()
-        positions = _positions(key_mask, start, input_ids)
+        stop = start + input_ids.shape[1]
+        positions = torch.arange(start, stop, device=input_ids.device)[None]
+        if key_mask is not None:
+            positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:stop]
         if cache is not None:
-            functions = [
-                functools.partial(_attend_cached, cache, start, *numbered) for numbered in enumerate(functions)
-            ]
+            functions = [functools.partial(_attend_cached, cache, start, *layer) for layer in enumerate(functions)]
         dtype = torch.promote_types(transformer.wte.weight.dtype, torch.float32)
         rotary = rotary_tables(positions, config.head_size, config.rope_theta, dtype)
         x = (embedding or transformer.wte)(input_ids)
         for block, function in zip(transformer.blocks, functions, strict=True):
             x = block(x, rotary, function, key_mask)
         return transformer.head(transformer.ln_f(x[:, logits_from:logits_to]))
-
-
-def _positions(key_mask: Tensor | None, start: int, input_ids: Tensor) -> Tensor:
-    """Of every given token [B or 1, n]: how many real tokens of its sequence come before it."""
-    stop = start + input_ids.shape[1]
-    if key_mask is None:
-        return torch.arange(start, stop, device=input_ids.device)[None]
-    return (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:stop]
 
 
 def _attend_cached(

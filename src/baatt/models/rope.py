@@ -36,10 +36,7 @@ def rotary_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn channels (t, t + D/2) of x [B, H, N, D] by the angle of t; computed and returned in the tables' dtype."""
     first, second = x.to(rotary.cos.dtype).chunk(2, dim=-1)
-    return torch.cat(
-        (first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin),
-        dim=-1,
-    )
+    return torch.cat((first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin), dim=-1)
 
 
 def ntk_base(theta: float, factor: float, head_size: int) -> float:
@@ -70,35 +67,29 @@ def resolve_rope_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError, TypeError: another kind or another key about RoPE, both keys at once, a scaling without what it
             needs, or a `rope_theta` inside it that contradicts the one outside.
     """
-    unknown = sorted(
-        key
-        for key, value in values.items()
-        if (key.startswith("rope") or "ntk" in key) and value is not None
-        and key not in READ_BY_THE_MODEL and key not in SCALING_KEYS
-    )  # fmt: skip
-    if unknown:
-        known = sorted(READ_BY_THE_MODEL | set(SCALING_KEYS))
-        raise ValueError(f"config.json must have no key about RoPE but {known}, got {unknown}")
-    given = [key for key in SCALING_KEYS if values.get(key) is not None]
+    known = {*READ_BY_THE_MODEL, *SCALING_KEYS}
+    present = {key for key, value in values.items() if (key.startswith("rope") or "ntk" in key) and value is not None}
+    if present - known:
+        raise ValueError(f"config.json must have no key about RoPE but {sorted(known)}, got {sorted(present - known)}")
+    given = [key for key in SCALING_KEYS if key in present]
     if len(given) > 1:
         raise ValueError(f"config.json must have one of {list(SCALING_KEYS)}, got both")
     rest = {key: value for key, value in values.items() if key not in SCALING_KEYS}
-    return rest | ({"rope_theta": _scaled_base(given[0], values)} if given else {})
+    return rest | ({"rope_theta": _scaled_base(given[0], values[given[0]], rest)} if given else {})
 
 
-def _scaled_base(key: str, values: Mapping[str, Any]) -> float:
-    scaling = values[key]
+def _scaled_base(key: str, scaling: object, values: Mapping[str, Any]) -> float:
+    """The base that a scaling under this key makes of the other contents of config.json."""
     if not isinstance(scaling, Mapping):
         raise TypeError(f"{key} must be an object or null, got {scaling!r}")
     inner, outer = scaling.get("rope_theta"), values.get("rope_theta")
     if inner is not None and outer is not None and inner != outer:
         raise ValueError(f"{key}.rope_theta must equal rope_theta={outer}, got {inner}")
-    theta = outer if inner is None else inner
-    theta = _number("rope_theta", theta)
-    kind = scaling.get("rope_type", scaling.get("type"))
+    theta = _number("rope_theta", outer if inner is None else inner)
     extra = sorted(set(scaling) - {"rope_type", "type", "factor", "rope_theta"})
     if extra:
         raise ValueError(f"{key} must have no key but rope_type, factor and rope_theta, got {extra}")
+    kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "default":
         return theta
     if kind != "ntk":
