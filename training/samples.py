@@ -169,7 +169,7 @@ class SampleMaker:
         answers = (9 if value_type == "numbers" else 42) * values * sum(map(len, groups))
         size = self.size(haystack, value_type, key_type, rest - self.count(asked) - answers - 28 * len(groups))
         essay = self.essay(size) if haystack == "essay" else []
-        context = niah.HAYSTACKS[haystack](task, sentences, size, random, self.words, essay)
+        context = niah.fill_haystack(task, sentences, size, random, self.words, essay)
         pieces: Pieces = []
         for number, group in enumerate(groups):
             found = sorted(
@@ -301,7 +301,7 @@ class SampleMaker:
         task = niah.NeedleTask("", haystack, key_type, value_type)
 
         def context() -> str:
-            return niah.HAYSTACKS[haystack](task, [], 200, self.random, self.words, self.essay(200))
+            return niah.fill_haystack(task, [], 200, self.random, self.words, self.essay(200))
 
         return max(1, int(tokens * self.shrink / self.unit_tokens(self.unit, context, 200)))
 

@@ -8,6 +8,7 @@ import pytest
 
 from baatt.assets import shipped_model
 from baatt.lab.ruler import niah
+from baatt.lab.ruler.sample import hide_lines
 from baatt.lab.ruler.sources import heldout_words
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.lab.ruler.words import WordPool, load_words
@@ -212,7 +213,7 @@ def test_an_essay_as_a_whole():
                 assert tuple(choices) == niah.DEPTHS
                 return depths
 
-        return niah.essay_context(ONE, sentences, size, Fixed(), POOL, words)
+        return niah.essay_context(sentences, size, Fixed(), words)
 
     assert context(6, [51], ["N."]) == "One two. Three! N. Four five? Six"
     assert context(5, [67], ["N."]) == "One two. Three! N. Four five?"
@@ -234,7 +235,7 @@ def test_an_essay_may_be_cut_by_another_rule():
 
 
 def test_lines_as_a_whole():
-    assert niah.among_lines(["a", "b", "c", "d"], ["N", "M"], Middle()) == "a\nM\nb\nN\nc\nd"
+    assert hide_lines(["a", "b", "c", "d"], ["N", "M"], Middle()) == [*"aNbMcd"]
 
 
 def test_distractors_are_drawn_without_a_look_at_the_needles():

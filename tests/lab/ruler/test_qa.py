@@ -1,5 +1,6 @@
 """Question answering is RULER's: prompt, choice of documents, and what is read from SQuAD and HotpotQA files."""
 
+import functools
 import json
 import re
 from random import Random
@@ -7,10 +8,11 @@ from random import Random
 import pytest
 
 from baatt.lab.ruler import qa
-from baatt.lab.ruler.questions import Question, QuestionSet, read_hotpot, read_squad
+from baatt.lab.ruler.questions import Question, QuestionSet, read_questions
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import TASKS, check_sources, draw
 
+read_squad, read_hotpot = (functools.partial(read_questions, name) for name in ("squad", "hotpot"))
 INSTRUCTION = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from baatt.lab.ruler.scoring import averages, matched_any, matched_share, normalise, score, whole_any, whole_share
+from baatt.lab.ruler.scoring import averages, matched_any, matched_share, normalise, whole_any, whole_share
 
 
 @pytest.mark.parametrize(
@@ -82,23 +82,6 @@ def test_part_is_the_best_reference():
 def test_no_references_is_an_error(share, references):
     with pytest.raises(ValueError, match="references must hold at least one string and no empty one"):
         share("text", references)
-
-
-def test_scores_of_many():
-    predictions, references = (
-        ["\x00123 and 456\n", "none", " Nine789"],
-        [["123", "456"], ["1"], ["nine", "789", "0", "1"]],
-    )
-    assert score("all", predictions, references) == pytest.approx(100 * (1 + 0 + 0.5) / 3)
-    assert score("part", predictions, references) == pytest.approx(100 * 2 / 3)
-    assert score("all", predictions, references, whole=True) == pytest.approx(100 / 3)
-    assert score("part", predictions, references, whole=True) == pytest.approx(100 / 3)
-    with pytest.raises(ValueError, match=r"metric must be one of \['all', 'part'\], got 'max'"):
-        score("max", predictions, references)
-    with pytest.raises(ValueError, match="at least one, got 0 and 0"):
-        score("all", [], [])
-    with pytest.raises(ValueError, match="as many as lists of references and at least one, got 1 and 3"):
-        score("all", ["a"], references)
 
 
 @pytest.mark.parametrize(

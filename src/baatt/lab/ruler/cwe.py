@@ -65,22 +65,21 @@ def draw_list(random: Random, words: Sequence[str], size: int, repeats: Repeats)
     return entries, common
 
 
-def make_example(random: Random, words: Sequence[str], shape: Shape = LONG) -> str:
-    """A worked question with its answer and a newline."""
-    entries, common = draw_list(random, words, shape.example_words, shape.example_repeats)
-    return f"{TEMPLATE.format(context=numbered(entries))}{ANSWER_PREFIX} {numbered(common)}\n"
-
-
 def build(random: Random, words: Sequence[str], size: int, shape: Shape = LONG, example: bool = True) -> RulerSample:
     """One sample of `size` distinct words, ten of them common; the values are in order of their first appearance.
+
+    Args:
+        example: a worked question with its answer comes first.
 
     Raises:
         ValueError: as `draw_list`.
     """
-    before = make_example(random, words, shape) if example else ""
+    before = ""
+    if example:
+        entries, common = draw_list(random, words, shape.example_words, shape.example_repeats)
+        before = f"{TEMPLATE.format(context=numbered(entries))}{ANSWER_PREFIX} {numbered(common)}\n"
     entries, common = draw_list(random, words, size, shape.repeats)
-    first = {word: place for place, word in reversed(list(enumerate(entries)))}
-    values = tuple(sorted(common, key=first.__getitem__))
+    values = tuple(sorted(common, key=entries.index))
     prompt = before + TEMPLATE.format(context=numbered(entries))
     return RulerSample("cwe", prompt, ANSWER_PREFIX, f" {numbered(values)}", values, size, ANSWER_TOKENS)
 
@@ -106,8 +105,7 @@ def recipe(request: Request) -> Recipe:
     lists, shape = request.sources.word_lists(), shape_of(request)
 
     def at(size: int) -> RulerSample:
-        words = next((one for one in lists if len(one) >= size), lists[-1])
-        return build(request.random(), words, size, shape)
+        return build(request.random(), next((one for one in lists if len(one) >= size), lists[-1]), size, shape)
 
     limit = len(lists[-1])
     shortage = (

@@ -12,7 +12,7 @@ from string import ascii_lowercase
 
 import torch
 
-from baatt.lab.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample, draw_distinct
 
 TEMPLATE = (
     "Read the following coded text and track the frequency of each coded word. "
@@ -52,31 +52,20 @@ def smallest_size(alpha: float = ALPHA) -> int:
     return math.ceil(zeta(alpha) / (4**-alpha - 5**-alpha))
 
 
-def draw_vocabulary(random: Random, size: int) -> list[str]:
-    """Distinct random words by rank; the first is the dots.
-
-    Raises:
-        ValueError: fewer than the four ranks the question needs, or more words than half of those there are.
-    """
-    if not 4 <= size <= 26**WORD_LENGTH // 2:
-        raise ValueError(f"vocabulary must have 4 to {26**WORD_LENGTH // 2} words, got {size}")
-    words: set[str] = set()
-    while len(words) < size:
-        words.add("".join(random.choices(ascii_lowercase, k=WORD_LENGTH)))
-    ranked = sorted(words)
-    random.shuffle(ranked)
-    return [DOTS, *ranked[1:]]
-
-
 def build(random: Random, size: int, vocabulary: int, alpha: float = ALPHA) -> RulerSample:
-    """One sample of about `size` words.
+    """One sample of about `size` words, of which `vocabulary` are distinct, the dots with them.
 
     Raises:
-        ValueError: as `draw_vocabulary` and `zeta`, or a size at which ranks may tie.
+        ValueError: a size at which ranks may tie, fewer than the four ranks the question needs, more words than half of
+            those there are, or as `zeta`.
     """
     if size < smallest_size(alpha):
         raise ValueError(f"size must be at least {smallest_size(alpha)} words for alpha={alpha}, got {size}")
-    ranked = draw_vocabulary(random, vocabulary)
+    if not 4 <= vocabulary <= 26**WORD_LENGTH // 2:
+        raise ValueError(f"vocabulary must have 4 to {26**WORD_LENGTH // 2} words, got {vocabulary}")
+    ranked = sorted(draw_distinct(lambda: "".join(random.choices(ascii_lowercase, k=WORD_LENGTH)), vocabulary))
+    random.shuffle(ranked)
+    ranked[0] = DOTS
     counts = frequencies(size, vocabulary, alpha)
     words = [word for word, count in zip(ranked, counts, strict=True) for _ in range(count)]
     random.shuffle(words)
@@ -89,8 +78,6 @@ def recipe(request: Request, alpha: float = ALPHA) -> Recipe:
     """How the sample of a request looks with any number of words; the vocabulary grows with the length."""
     # Four ranks at least; that many tokens hold no sample anyway.
     vocabulary = max(4, request.length // TOKENS_PER_VOCABULARY_WORD)
-
-    def at(size: int) -> RulerSample:
-        return build(request.random(), size, vocabulary, alpha)
-
-    return Recipe(at, smallest_size(alpha), TOKENS_PER_WORD)
+    return Recipe(
+        lambda size: build(request.random(), size, vocabulary, alpha), smallest_size(alpha), TOKENS_PER_WORD
+    )  # fmt: skip

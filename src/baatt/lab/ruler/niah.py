@@ -8,14 +8,14 @@ that is asked for, as in RULER, where distractors are drawn without a look at th
 about 40 000 at 4096 tokens with all words, of about 900 with the held-out ones. The value expected is the needle's.
 """
 
-import functools
+import itertools
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
-from baatt.lab.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample, draw_distinct, hide_lines
 from baatt.lab.ruler.sources import SENTENCES, split_sentences
 from baatt.lab.ruler.words import WordPool
 
@@ -78,9 +78,7 @@ def draw_needles(task: NeedleTask, random: Random, words: WordPool, count: int) 
     pairs = len(words.adjectives) * len(words.nouns)
     if task.key_type == "words" and count > pairs:
         raise ValueError(f"words must hold at least {count} adjective-noun pairs for as many keys, got {pairs}")
-    keys: dict[str, None] = {}
-    while len(keys) < count:
-        keys[draw_key(random, words)] = None
+    keys = draw_distinct(lambda: draw_key(random, words), count)
     return [Needle(key, draw_value(random, words)) for key in keys for _ in range(task.values)]
 
 
@@ -106,32 +104,18 @@ def question(task: NeedleTask, keys: list[str], value_count: int) -> tuple[str, 
     return template.format(type=kind, query=query, context="{context}"), prefix.format(type=kind, query=query)
 
 
-def among_lines(lines: list[str], sentences: list[str], random: Random) -> str:
-    """Needles at distinct random lines."""
-    lines = list(lines)
-    places = sorted(random.sample(range(len(lines)), len(sentences)), reverse=True)
-    for place, sentence in zip(places, sentences, strict=True):
-        lines.insert(place, sentence)
-    return "\n".join(lines)
+def noise_line(task: NeedleTask, random: Random, words: WordPool) -> str:
+    """The one line that is repeated."""
+    return NOISE_LINE
 
 
-def noise_context(
-    task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]
-) -> str:
-    """`size` lines of one repeated noise line."""
-    return among_lines([NOISE_LINE] * max(size, len(sentences)), sentences, random)
+def needle_line(task: NeedleTask, random: Random, words: WordPool) -> str:
+    """A distractor needle with a key and a value of its own, drawn without a look at the others."""
+    key, value = ITEMS[task.key_type](random, words), ITEMS[task.value_type](random, words)
+    return needle_sentence(task, Needle(key, value))
 
 
-def needle_context(
-    task: NeedleTask, sentences: list[str], size: int, random: Random, words: WordPool, essay: Sequence[str]
-) -> str:
-    """`size` lines, each a distractor needle with a key and a value of its own, drawn without a look at the others."""
-    draw_key, draw_value = ITEMS[task.key_type], ITEMS[task.value_type]
-    distractors = (Needle(draw_key(random, words), draw_value(random, words)) for _ in range(max(size, len(sentences))))
-    return among_lines([needle_sentence(task, needle) for needle in distractors], sentences, random)
-
-
-def essay_context(
+def fill_haystack(
     task: NeedleTask,
     sentences: list[str],
     size: int,
@@ -140,10 +124,23 @@ def essay_context(
     essay: Sequence[str],
     split: Callable[[str], list[str]] = split_sentences,
 ) -> str:
+    """The task's haystack of `size` units, lines of their own or words of the essay, with the needles' sentences."""
+    if task.haystack == "essay":
+        return essay_context(sentences, size, random, essay, split)
+    lines = [LINES[task.haystack](task, random, words) for _ in range(max(size, len(sentences)))]
+    return "\n".join(hide_lines(lines, sentences[::-1], random))
+
+
+def essay_context(
+    sentences: list[str],
+    size: int,
+    random: Random,
+    essay: Sequence[str],
+    split: Callable[[str], list[str]] = split_sentences,
+) -> str:
     """The first `size` words of running text, repeated if it has fewer, needles between its sentences at distinct
     depths. Two needles at one place, or one at either end, leave a doubled or outer space, as in RULER."""
-    repeats = -(-size // len(essay))
-    text = split(" ".join((essay if repeats == 1 else [*essay] * repeats)[:size]))
+    text = split(" ".join(itertools.islice(itertools.cycle(essay), size)))
     places = sorted(int(len(text) * depth / 100) for depth in random.sample(DEPTHS, len(sentences)))
     pieces, start = [], 0
     for place, sentence in zip(places, sentences, strict=True):
@@ -173,8 +170,7 @@ def build(
     random.shuffle(needles)
     keys = random.sample(sorted({needle.key for needle in needles}), task.queries)
     sentences = [needle_sentence(task, needle) for needle in needles]
-    context_of = functools.partial(essay_context, split=split) if task.haystack == "essay" else HAYSTACKS[task.haystack]
-    context = context_of(task, sentences, size, Random(random.getrandbits(64)), words, essay)
+    context = fill_haystack(task, sentences, size, Random(random.getrandbits(64)), words, essay, split)
     values = sorted(
         (needle for needle in needles if needle.key in keys),
         key=lambda needle: (keys.index(needle.key), context.index(needle_sentence(task, needle))),
@@ -192,25 +188,18 @@ def recipe(request: Request, task: NeedleTask) -> Recipe:
     if essay and sources.starts_anywhere:
         start = request.random(f"place/{request.number}").randrange(len(essay))
         essay = essay[start:] + essay[:start]
-
-    def at(size: int) -> RulerSample:
-        return build(task, request.random(), words, essay, size, SENTENCES[sources.sentences])
-
     # An essay of one word leaves no room between sentences, but needles may stand at its ends.
     smallest = 1 if task.haystack == "essay" else max(task.keys, task.queries) * task.values
-    return Recipe(at, smallest, TOKENS_PER_UNIT[task.haystack])
+    return Recipe(
+        lambda size: build(task, request.random(), words, essay, size, SENTENCES[sources.sentences]),
+        smallest, TOKENS_PER_UNIT[task.haystack],
+    )  # fmt: skip
 
 
 ITEMS: dict[str, Callable[[Random, WordPool], str]] = {
-    "numbers": random_number,
-    "words": random_words,
-    "uuids": random_uuid,
-}
-HAYSTACKS: dict[str, Callable[[NeedleTask, list[str], int, Random, WordPool, Sequence[str]], str]] = {
-    "noise": noise_context,
-    "essay": essay_context,
-    "needle": needle_context,
-}
+    "numbers": random_number, "words": random_words, "uuids": random_uuid
+}  # fmt: skip
+LINES: dict[str, Callable[[NeedleTask, Random, WordPool], str]] = {"noise": noise_line, "needle": needle_line}
 NIAH_TASKS: dict[str, NeedleTask] = {
     task.name: task
     for task in (

@@ -26,13 +26,10 @@ def choose_documents(random: Random, question: Question, documents: int, size: i
     """
     if size >= documents:
         return [number % documents for number in range(size)]
-    gold, related = question.gold, question.related
-    missing = size - len(gold)
-    if missing <= len(related):
-        return [*gold, *random.sample(related, missing)]
-    taken = {*gold, *related}
-    others = [number for number in range(documents) if number not in taken]
-    return [*gold, *related, *random.sample(others, missing - len(related))]
+    own, missing = question.gold + question.related, size - len(question.gold)
+    if missing <= len(question.related):
+        return [*question.gold, *random.sample(question.related, missing)]
+    return [*own, *random.sample(sorted({*range(documents)} - {*own}), size - len(own))]
 
 
 def build(random: Random, data: QuestionSet, number: int, size: int) -> RulerSample:
@@ -50,17 +47,14 @@ def build(random: Random, data: QuestionSet, number: int, size: int) -> RulerSam
     random.shuffle(chosen)
     texts = (DOCUMENT.format(number=place, text=data.documents[one]) for place, one in enumerate(chosen, 1))
     prompt = TEMPLATE.format(context="\n\n".join(texts), query=question.text)
-    answer = f" {question.answers[0]}"
-    return RulerSample("qa", prompt, ANSWER_PREFIX, answer, question.answers, size, ANSWER_TOKENS, "part")
+    answers = question.answers
+    return RulerSample("qa", prompt, ANSWER_PREFIX, f" {answers[0]}", answers, size, ANSWER_TOKENS, "part")
 
 
 def recipe(request: Request, data: str) -> Recipe:
     """How question number `request.number` of the sources' set `data` looks with any number of documents."""
-    questions = request.sources.questions(data)
-
-    def at(size: int) -> RulerSample:
-        return build(request.random(), questions, request.number, size)
-
-    if not 0 <= request.number < len(questions.questions):
-        raise ValueError(f"{request.task} has {len(questions.questions)} questions, got number {request.number}")
-    return Recipe(at, len(questions.questions[request.number].gold), TOKENS_PER_DOCUMENT)
+    found, number = request.sources.questions(data), request.number
+    if number >= len(found.questions):
+        raise ValueError(f"{request.task} has {len(found.questions)} questions, got number {number}")
+    smallest = len(found.questions[number].gold)
+    return Recipe(lambda size: build(request.random(), found, number, size), smallest, TOKENS_PER_DOCUMENT)

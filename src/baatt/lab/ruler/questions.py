@@ -6,11 +6,9 @@ file of another form is refused with the place in it. Downloads nothing and know
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-SQUAD_FROM = "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"
-HOTPOT_FROM = "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json"
 
 
 class Question(NamedTuple):
@@ -29,109 +27,103 @@ class QuestionSet(NamedTuple):
     documents: tuple[str, ...]
 
 
-@functools.cache
-def read_squad(path: Path) -> QuestionSet:
-    """SQuAD 2.0: the answerable questions; a document is a paragraph, related ones are of the same article.
+class _Asked(NamedTuple):
+    """A question with the texts of its documents, and its place in the file."""
 
-    Raises:
-        ValueError: no such file, not JSON, or not SQuAD 2.0.
-    """
-    data = _load(path, SQUAD_FROM)
-    articles = _member(data, "data", list, path, "the file")
-    parsed = []
-    for number, article in enumerate(articles):
-        where = f"data[{number}]"
-        paragraphs = _member(article, "paragraphs", list, path, where)
-        parsed.append([
-            (
-                _member(paragraph, "context", str, path, f"{where}.paragraphs[{place}]"),
-                _squad_questions(paragraph, path, f"{where}.paragraphs[{place}]"),
-            )
-            for place, paragraph in enumerate(paragraphs)
-        ])  # fmt: skip
-    documents = tuple(sorted({context for article in parsed for context, _ in article}))
-    numbers = {document: number for number, document in enumerate(documents)}
-    questions = []
-    for article in parsed:
-        siblings = [numbers[context] for context, _ in article]
-        for context, asked in article:
-            gold = numbers[context]
-            related = tuple(number for number in siblings if number != gold)
-            questions += [Question(text, answers, (gold,), related) for text, answers in asked]
-    return _checked(QuestionSet(tuple(questions), documents), path)
-
-
-def _squad_questions(paragraph: Any, path: Path, where: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Text and answers of the answerable questions of one paragraph."""
-    found = []
-    for number, entry in enumerate(_member(paragraph, "qas", list, path, where)):
-        place = f"{where}.qas[{number}]"
-        if _member(entry, "is_impossible", bool, path, place):
-            continue
-        answers = _member(entry, "answers", list, path, place)
-        texts = tuple(_member(answer, "text", str, path, f"{place}.answers") for answer in answers)
-        found.append((_member(entry, "question", str, path, place), _answers(texts, path, place)))
-    return found
+    text: str
+    answers: list[str]
+    gold: list[str]
+    related: list[str]
+    where: str
 
 
 @functools.cache
-def read_hotpot(path: Path) -> QuestionSet:
-    """HotpotQA, distractor setting: a document is a title, a newline and its sentences; all of a question are gold.
+def read_questions(name: str, path: Path) -> QuestionSet:
+    """The questions of a local copy of a data set, a name in `DATA_SETS`.
 
     Raises:
-        ValueError: no such file, not JSON, or not HotpotQA.
+        ValueError: no such file, not JSON, or not of that data set's form.
     """
-    data = _load(path, HOTPOT_FROM)
+    parse, origin = DATA_SETS[name]
+    if not path.is_file():
+        raise ValueError(f"{path} must be a local copy of {origin}, got no such file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON as in {origin}, got: {error}") from error
+    try:
+        asked, documents = parse(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not asked:
+        raise ValueError(f"{path} must hold at least one answerable question, got none")
+    for one in asked:  # an empty answer would be found in every prediction
+        if not one.answers or not all(answer.strip() for answer in one.answers):
+            raise ValueError(f"{path}: {one.where} must have answers that are not empty, got {one.answers}")
+    names = tuple(sorted(set(documents)))
+    numbers = {document: number for number, document in enumerate(names)}
+
+    def numbered(texts: list[str]) -> tuple[int, ...]:
+        return tuple(numbers[text] for text in texts)
+
+    questions = (Question(one.text, tuple(one.answers), numbered(one.gold), numbered(one.related)) for one in asked)
+    return QuestionSet(tuple(questions), names)
+
+
+def _parse_squad(data: Any) -> tuple[list[_Asked], list[str]]:
+    """SQuAD 2.0: the answerable questions; a document is a paragraph, related ones are of the same article."""
+    asked, documents = [], []
+    for article_place, article in _members(data, "data", ""):
+        paragraphs = _members(article, "paragraphs", article_place)
+        contexts = [_member(paragraph, "context", str, place) for place, paragraph in paragraphs]
+        documents += contexts
+        for context, (place, paragraph) in zip(contexts, paragraphs, strict=True):
+            related = [other for other in contexts if other != context]
+            for where, entry in _members(paragraph, "qas", place):
+                if _member(entry, "is_impossible", bool, where):
+                    continue
+                answers = [_member(answer, "text", str, spot) for spot, answer in _members(entry, "answers", where)]
+                asked.append(_Asked(_member(entry, "question", str, where), answers, [context], related, where))
+    return asked, documents
+
+
+def _parse_hotpot(data: Any) -> tuple[list[_Asked], list[str]]:
+    """HotpotQA, distractor setting: a document is a title, a newline and its sentences; all of a question are gold."""
     if not isinstance(data, list):
-        raise ValueError(f"{path} must hold a list of questions (HotpotQA), got {type(data).__name__}")
-    parsed = []
+        raise ValueError(f"the file must hold a list of questions (HotpotQA), got {type(data).__name__}")
+    asked = []
     for number, entry in enumerate(data):
         where = f"[{number}]"
-        contexts = _member(entry, "context", list, path, where)
-        documents = [_hotpot_document(context, path, f"{where}.context[{n}]") for n, context in enumerate(contexts)]
-        answers = _answers((_member(entry, "answer", str, path, where),), path, where)
-        parsed.append((_member(entry, "question", str, path, where), answers, documents))
-    names = tuple(sorted({document for _, _, documents in parsed for document in documents}))
-    numbers = {document: number for number, document in enumerate(names)}
-    questions = tuple(
-        Question(text, answers, tuple(numbers[document] for document in documents), ())
-        for text, answers, documents in parsed
-    )
-    return _checked(QuestionSet(questions, names), path)
+        gold = [_hotpot_document(context, place) for place, context in _members(entry, "context", where)]
+        answer = _member(entry, "answer", str, where)
+        asked.append(_Asked(_member(entry, "question", str, where), [answer], gold, [], where))
+    return asked, [document for one in asked for document in one.gold]
 
 
-def _hotpot_document(context: Any, path: Path, where: str) -> str:
+def _hotpot_document(context: Any, where: str) -> str:
     match context:
         case [str() as title, [*sentences]] if all(isinstance(sentence, str) for sentence in sentences):
             return f"{title}\n{''.join(sentences)}"
-    raise ValueError(f"{path}: {where} must be [title, [sentence, ...]], got {str(context)[:60]!r}")
+    raise ValueError(f"{where} must be [title, [sentence, ...]], got {str(context)[:60]!r}")
 
 
-def _answers(answers: tuple[str, ...], path: Path, where: str) -> tuple[str, ...]:
-    """Answers as they are: an empty one would be found in every prediction."""
-    if not answers or not all(answer.strip() for answer in answers):
-        raise ValueError(f"{path}: {where} must have answers that are not empty, got {list(answers)}")
-    return answers
-
-
-def _checked(found: QuestionSet, path: Path) -> QuestionSet:
-    if not found.questions:
-        raise ValueError(f"{path} must hold at least one answerable question, got none")
-    return found
-
-
-def _load(path: Path, source: str) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path} must be a local copy of {source}, got no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON as in {source}, got: {error}") from error
-
-
-def _member(value: Any, name: str, kind: type, path: Path, where: str) -> Any:
-    """`value[name]` of the given type."""
+def _member(value: Any, name: str, kind: type, where: str) -> Any:
+    """`value[name]` of the given type; `where` it stands in the file, "" for the file itself."""
     found = value.get(name) if isinstance(value, dict) else None
     if not isinstance(found, kind):
-        raise ValueError(f"{path}: {where} must have {name!r} of type {kind.__name__}, got {type(found).__name__}")
+        where = where or "the file"
+        raise ValueError(f"{where} must have {name!r} of type {kind.__name__}, got {type(found).__name__}")
     return found
+
+
+def _members(value: Any, name: str, where: str) -> list[tuple[str, Any]]:
+    """The entries of the list `value[name]`, each behind its place in the file."""
+    place = f"{where}.{name}".lstrip(".")
+    return [(f"{place}[{number}]", entry) for number, entry in enumerate(_member(value, name, list, where))]
+
+
+#: Name in `Sources` -> how its file is read, and where it comes from.
+DATA_SETS: dict[str, tuple[Callable[[Any], tuple[list[_Asked], list[str]]], str]] = {
+    "squad": (_parse_squad, "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json"),
+    "hotpot": (_parse_hotpot, "http://curtis.ml.cmu.edu/datasets/hotpot/hotpot_dev_distractor_v1.json"),
+}

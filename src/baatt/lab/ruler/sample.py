@@ -1,9 +1,10 @@
 """What all tasks share: the sample they make, the recipe that makes it at any size, and what a recipe is made from.
 
-A task turns a `Request` into a `Recipe`; `sizing` chooses the size; the result is a `RulerSample`. Knows no task.
+A task turns a `Request` into a `Recipe`; `sizing` chooses the size; the result is a `RulerSample`. Also how tasks draw
+names that differ, and hide lines among others. Knows no task.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -61,3 +62,20 @@ class Request(NamedTuple):
     def random(self, part: object = None) -> Random:
         """A generator of this sample alone, or with `part` one that all samples of the task and length share."""
         return Random(f"{self.seed}/{self.task}/{self.length}/{self.number if part is None else part}")
+
+
+def draw_distinct(draw: Callable[[], str], count: int) -> list[str]:
+    """The first `count` different texts that `draw` returns, in that order."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+def hide_lines(lines: list[str], hidden: Sequence[str], random: Random) -> list[str]:
+    """`lines` with others among them: in their order, at distinct random places, each before the line of its place."""
+    places = sorted(random.sample(range(len(lines)), len(hidden)))
+    lines = list(lines)
+    for number, (place, line) in enumerate(zip(places, hidden, strict=True)):
+        lines.insert(place + number, line)
+    return lines

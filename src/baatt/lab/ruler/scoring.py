@@ -1,11 +1,12 @@
 """Which of the expected values a prediction contains: RULER's two text metrics, a stricter form of each, averages.
 
-In: predictions and references as text. Out: shares in [0, 1] of one sample, scores in [0, 100] of many, and RULER's
-averages over tasks and lengths. Knows no task and no model.
+In: predictions and references as text. Out: shares in [0, 1] of one sample, and RULER's averages of scores over tasks
+and lengths. Knows no task and no model.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
@@ -22,7 +23,7 @@ def matched_share(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: no references, or an empty one.
     """
-    return _mean(_matches(prediction, references))
+    return fmean(_found(prediction, references, whole=False))
 
 
 def matched_any(prediction: str, references: Sequence[str]) -> float:
@@ -31,7 +32,7 @@ def matched_any(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: no references, or an empty one.
     """
-    return float(any(_matches(prediction, references)))
+    return float(any(_found(prediction, references, whole=False)))
 
 
 def whole_share(prediction: str, references: Sequence[str]) -> float:
@@ -40,7 +41,7 @@ def whole_share(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: no references, or an empty one.
     """
-    return _mean(_whole_matches(prediction, references))
+    return fmean(_found(prediction, references, whole=True))
 
 
 def whole_any(prediction: str, references: Sequence[str]) -> float:
@@ -49,31 +50,7 @@ def whole_any(prediction: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: no references, or an empty one.
     """
-    return float(any(_whole_matches(prediction, references)))
-
-
-def score(
-    metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]], *, whole: bool = False
-) -> float:
-    """RULER's score of a task: 100 times the mean over samples. RULER rounds it to two places; this does not.
-
-    Args:
-        metric: "all" (`string_match_all`) or "part" (`string_match_part`), as the task says.
-        references: of each prediction.
-        whole: count whole words only, which RULER does not.
-
-    Raises:
-        ValueError: an unknown metric, no predictions, or not as many predictions as lists of references.
-    """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {list(METRICS)}, got {metric!r}")
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            f"predictions must be as many as lists of references and at least one, "
-            f"got {len(predictions)} and {len(references)}"
-        )
-    of_one = (WHOLE_METRICS if whole else METRICS)[metric]
-    return 100 * _mean([of_one(*pair) for pair in zip(predictions, references, strict=True)])
+    return float(any(_found(prediction, references, whole=True)))
 
 
 class Averages(NamedTuple):
@@ -102,34 +79,19 @@ def averages(scores: Mapping[int, Mapping[str, float]]) -> Averages:
         raise ValueError(
             f"scores must be of the same tasks at every length, got {dict(zip(scores, tasks, strict=True))}"
         )
-    by_length = {length: _mean(list(scores[length].values())) for length in sorted(scores)}
+    by_length = {length: sum(scores[length].values()) / len(scores[length]) for length in sorted(scores)}
     values = list(by_length.values())
     weights = range(1, len(values) + 1)
     rising = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
     falling = sum(weight * value for weight, value in zip(reversed(weights), values, strict=True)) / sum(weights)
-    return Averages(by_length, _mean(values), rising, falling)
+    return Averages(by_length, sum(values) / len(values), rising, falling)
 
 
-def _matches(prediction: str, references: Sequence[str]) -> list[bool]:
-    _check(references)
-    text = normalise(prediction).lower()
-    return [reference.lower() in text for reference in references]
-
-
-def _whole_matches(prediction: str, references: Sequence[str]) -> list[bool]:
-    _check(references)
-    text = normalise(prediction).lower()
-    whole = (rf"(?<![^\W_]){re.escape(reference.lower())}(?![^\W_])" for reference in references)
-    return [re.search(pattern, text) is not None for pattern in whole]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _check(references: Sequence[str]) -> None:
+def _found(prediction: str, references: Sequence[str], *, whole: bool) -> list[bool]:
     if isinstance(references, str) or not references or not all(references):
         raise ValueError(f"references must hold at least one string and no empty one, got {references!r}")
+    text, pattern = normalise(prediction).lower(), r"(?<![^\W_]){}(?![^\W_])" if whole else "{}"
+    return [re.search(pattern.format(re.escape(reference.lower())), text) is not None for reference in references]
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"all": matched_share, "part": matched_any}

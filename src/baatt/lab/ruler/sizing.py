@@ -28,11 +28,8 @@ def token_counter(tokenizer: Any) -> Callable[[str], int]:
         raise TypeError(f"tokenizer must have encode(text) or be a function text -> int, got {type(tokenizer)}")
 
     def count(text: str) -> int:
-        if encode is None:
-            number = tokenizer(text)
-        else:
-            encoded = encode(text)
-            number = len(getattr(encoded, "ids", encoded))
+        found = tokenizer(text) if encode is None else encode(text)
+        number = found if encode is None else len(getattr(found, "ids", found))
         if not isinstance(number, int):
             raise TypeError(f"tokenizer must return the number of tokens as an int, got {type(number)}")
         return number
@@ -60,9 +57,8 @@ def largest_sample(recipe: Recipe, count: Callable[[str], int], length: int) -> 
 
     size = largest_size(cost, length, recipe.smallest, recipe.tokens_per_unit, recipe.limit)
     if size is None:
-        sample = recipe.build(recipe.smallest)
-        needed = sample_tokens(sample, count)
-        raise ValueError(f"length must hold the smallest {sample.task} sample ({needed} tokens), got {length}")
+        task, needed = recipe.build(recipe.smallest).task, cost(recipe.smallest)
+        raise ValueError(f"length must hold the smallest {task} sample ({needed} tokens), got {length}")
     if size == recipe.limit:
         raise ValueError(recipe.shortage)
     return recipe.build(size)

@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
-from baatt.lab.ruler.questions import HOTPOT_FROM, SQUAD_FROM, QuestionSet, read_hotpot, read_squad
+from baatt.lab.ruler.questions import DATA_SETS, QuestionSet, read_questions
 from baatt.lab.ruler.words import POOLS, WordPool, load_words
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -95,9 +95,8 @@ class Sources:
         Held-out words are followed by all words, then comes `english_words`. Training words are followed by nothing
         else of ours, so training never meets a held-out word.
         """
-        lists = [_all_words(self.words)]
-        if self.words == "heldout":
-            lists.append(_all_words("full"))
+        splits = ("heldout", "full") if self.words == "heldout" else (self.words,)
+        lists = [load_words(split).all for split in splits]
         if self.english_words is not None:
             lists.append(read_word_list(self.english_words))
         return [one for number, one in enumerate(lists) if number == 0 or len(one) > len(lists[number - 1])]
@@ -112,16 +111,10 @@ class Sources:
         Raises:
             ValueError: its path is not given, or the file is not what it should be.
         """
-        read, origin = QUESTIONS[name]
         path: Path | None = getattr(self, name)
         if path is None:
-            raise ValueError(f"sources.{name} must be the path of a local copy of {origin}, got None")
-        return read(path)
-
-
-@functools.cache
-def _all_words(split: str) -> tuple[str, ...]:
-    return load_words(split).all
+            raise ValueError(f"sources.{name} must be the path of a local copy of {DATA_SETS[name][1]}, got None")
+        return read_questions(name, path)
 
 
 @functools.cache
@@ -137,31 +130,22 @@ def read_essay(path: Path) -> tuple[str, ...]:
     Raises:
         ValueError: nothing there, no text in it, or not UTF-8.
     """
-    if path.is_dir():
-        parts = sorted(path.glob("*.txt"))
-        if not parts:
-            raise ValueError(f"essay must be a folder with .txt files, got none in {path}")
-    elif path.is_file():
-        parts = [path]
-    else:
+    if not path.exists():
         raise ValueError(f"essay must be a file or a folder of .txt files, got {path}, which does not exist")
-    words = tuple("\n".join(_text(part) for part in parts).split())
-    if not words:
-        raise ValueError(f"essay must hold words, got none in {path}")
-    return words
-
-
-def _text(path: Path) -> str:
+    parts = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not parts:
+        raise ValueError(f"essay must be a folder with .txt files, got none in {path}")
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return text
-        found = json.loads(text)
+        texts = [part.read_text(encoding="utf-8") for part in parts]
+        found = json.loads(texts[0]) if parts[0].suffix == ".json" else {"text": "\n".join(texts)}
     except ValueError as error:
         raise ValueError(f"essay must be UTF-8 text or JSON, got {path}: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("text"), str):
         raise ValueError(f'essay must be JSON of the form {{"text": "..."}}, got another in {path}')
-    return str(found["text"])
+    words = tuple(found["text"].split())
+    if not words:
+        raise ValueError(f"essay must hold words, got none in {path}")
+    return words
 
 
 @functools.cache
@@ -181,9 +165,3 @@ def read_word_list(path: Path) -> tuple[str, ...]:
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise ValueError(f"english_words must be a JSON list or object of words, got another form in {path}")
     return tuple(sorted(set(words)))
-
-
-QUESTIONS: dict[str, tuple[Callable[[Path], QuestionSet], str]] = {
-    "squad": (read_squad, SQUAD_FROM),
-    "hotpot": (read_hotpot, HOTPOT_FROM),
-}

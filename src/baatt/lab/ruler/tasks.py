@@ -121,9 +121,8 @@ def draw_samples(
     """`count` samples of a RULER task, by default with held-out words and held-out text.
 
     Args:
-        length: tokens of prompt, answer prefix and answer budget together.
+        length, tokenizer, reserve: as `draw`.
         first: number of the first one; sample n of a seed is the same however many are drawn.
-        reserve: tokens of the length to leave free, for a chat template around the prompt.
 
     Raises:
         ValueError: an unknown task, a length too small for it, or sources it cannot be made from.

@@ -14,7 +14,7 @@ from string import ascii_uppercase
 from typing import NamedTuple
 
 from baatt.lab.ruler.niah import NOISE_LINE
-from baatt.lab.ruler.sample import Recipe, Request, RulerSample
+from baatt.lab.ruler.sample import Recipe, Request, RulerSample, draw_distinct, hide_lines
 from baatt.lab.ruler.sizing import largest_size
 
 TEMPLATE = (
@@ -50,16 +50,10 @@ def draw_chains(random: Random, chains: int, hops: int, letters: int) -> list[Ch
     needed = chains * (hops + 1)
     if needed > 26**letters // 2:
         raise ValueError(f"chains * (hops + 1) must be at most {26**letters // 2} names, got {needed}")
-    names: dict[str, None] = {}
-    while len(names) < needed:
-        names["".join(random.choices(ascii_uppercase, k=letters))] = None
-    drawn = list(names)
+    names = iter(draw_distinct(lambda: "".join(random.choices(ascii_uppercase, k=letters)), needed))
     # The upper end is left out, as numpy's randint does in RULER.
     values = random.sample(range(10000, 99999), chains)
-    return [
-        Chain(str(value), tuple(drawn[number * (hops + 1) : (number + 1) * (hops + 1)]))
-        for number, value in enumerate(values)
-    ]
+    return [Chain(str(value), tuple(itertools.islice(names, hops + 1))) for value in values]
 
 
 def assignments(chain: Chain) -> list[str]:
@@ -72,9 +66,7 @@ def hide(chains: list[Chain], size: int, random: Random) -> str:
     """The chains at random places among `size` noise lines, each chain in its order."""
     lines = [NOISE_LINE] * size
     for chain in chains:
-        places = sorted(random.sample(range(len(lines)), len(chain.names)))
-        for number, (place, line) in enumerate(zip(places, assignments(chain), strict=True)):
-            lines.insert(place + number, line)
+        lines = hide_lines(lines, assignments(chain), random)
     # RULER's clean-up. These noise lines have no space to lose, and the assignments keep theirs.
     return "\n".join(lines).replace(". \n", ".\n")
 
@@ -109,10 +101,8 @@ def build(
         raise ValueError(f"size must be at least hops + 1 = {hops + 1} lines, got {size}")
     drawn = draw_chains(random, chains, hops, LETTERS)
     sample = ask(drawn, hide(drawn, size, random))
-    if example is None:
-        return sample
-    worked = example.prompt + example.answer_prefix + example.answer
-    return sample._replace(prompt=f"{worked}\n\n{sample.prompt}")
+    worked = "" if example is None else f"{example.prompt}{example.answer_prefix}{example.answer}\n\n"
+    return sample._replace(prompt=worked + sample.prompt)
 
 
 def recipe(request: Request, chains: int = 1, hops: int = 4) -> Recipe:
