@@ -21,7 +21,7 @@ from baatt.lab.ruler.cells import Cell, make_cells
 from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.run import Work
 from baatt.lab.ruler.summary import make_averages, make_records
-from tests.evaluation.harness import tiny_folder
+from tests.lab.lm_eval.harness import tiny_folder
 
 SHORT = ["--gen-length", "32", "--block-length", "16", "--steps", "4", "--threshold", "none"]
 DIALS = ["--block-size", "16", "--segment", "64", "--dense-layers", "0"]

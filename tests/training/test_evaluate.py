@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from baatt.config import BAAttConfig, Policy
-from tests.evaluation.harness import tiny_folder
+from tests.lab.lm_eval.harness import tiny_folder
 
 PATH = Path(__file__).resolve().parents[2] / "training/evaluate.py"
 

@@ -20,8 +20,8 @@ from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, at_least, check_files, lengths, load_model
 from baatt.cli.ruler_report import AnswerBar, show_averages, show_length
 from baatt.config import PRESETS, BAAttConfig, Policy
-from baatt.evaluation.chat import load_chat_templates
 from baatt.lab.answers import AnswerStore
+from baatt.lab.chat import load_chat_templates
 from baatt.lab.describe import layers_name, settings_text
 from baatt.lab.loading import check_memory
 from baatt.lab.options import add_options, chosen, given, options_of, read_dials, variants

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.chat import load_chat_templates
 from baatt.integrations.enable import enable
 from baatt.lab.answers import AnswerStore
+from baatt.lab.chat import load_chat_templates
 from baatt.lab.options import variants
 from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.ranks import Ranks
@@ -35,7 +35,7 @@ from baatt.lab.statistics import bootstrap_interval, mcnemar_p, wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig, generate
-from tests.evaluation.harness import tiny_folder
+from tests.lab.lm_eval.harness import tiny_folder
 
 SAMPLER = SamplerConfig(steps=8, gen_length=32, block_length=16, stop_at_eos=True)
 STAMP = {"commit": "c" * 40, "device": "here"}

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from baatt import __version__
-from baatt.evaluation.chat import ChatTemplates
 from baatt.integrations.enable import enable
 from baatt.lab.answers import request_key
 from baatt.lab.capture import Recorder
+from baatt.lab.chat import ChatTemplates
 from baatt.lab.prompts import answer_text, end_tokens, pad_left
 from baatt.lab.recall import measure_recall
 from baatt.lab.ruler.cells import Cell

@@ -19,7 +19,7 @@ from baatt.assets import shipped_model
 from baatt.models import MaskedDiffusionLM, ModelConfig
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
-ADAPTER = "baatt.evaluation.lm_eval_model"
+ADAPTER = "baatt.lab.lm_eval.model"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] | trim }}<|endoftext|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

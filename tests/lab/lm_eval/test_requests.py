@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from baatt.assets import shipped_model
-from baatt.evaluation.lm_eval_arguments import Sampling
-from baatt.evaluation.lm_eval_requests import Generation, read_generation
-from baatt.lab.prompts import end_tokens
+from baatt.lab.lm_eval.arguments import Generation, Sampling, read_generation
+from baatt.lab.prompts import answer_text, end_tokens
 from baatt.models.checkpoint import load_tokenizer
 
 SAMPLING = Sampling(gen_length=96)
@@ -59,24 +58,22 @@ def test_where_an_answer_ends(tokenizer):
     assert ends == {0, end, turn}
     assert end_tokens(tokenizer, None, {"eos_token": "no such token"}) == {turn}
     words = tokenizer.encode(" one two").ids
-    long = Generation(1000, (), 0.0)
-    assert long.cut([*words, turn, *words], tokenizer, ends) == " one two"
-    assert long.cut([*words, end, *words], tokenizer, ends) == " one two"
-    assert long.cut([turn, *words], tokenizer, ends) == ""
-    assert long.cut(words, tokenizer, ends) == " one two"
+    assert answer_text(tokenizer, [*words, turn, *words], ends) == " one two"
+    assert answer_text(tokenizer, [*words, end, *words], ends) == " one two"
+    assert answer_text(tokenizer, [turn, *words], ends) == ""
+    assert answer_text(tokenizer, words, ends) == " one two"
 
 
-def test_length_and_stops(tokenizer):
+def test_stops(tokenizer):
     ids = tokenizer.encode("first\nsecond\n\nthird").ids
     ends = frozenset([0])
-    assert Generation(1000, ("\n\n",), 0.0).cut(ids, tokenizer, ends) == "first\nsecond"
-    assert Generation(1000, ("third", "\n"), 0.0).cut(ids, tokenizer, ends) == "first"
-    assert Generation(3, (), 0.0).cut(ids, tokenizer, ends) == tokenizer.decode(ids[:3])
+    assert answer_text(tokenizer, ids, ends, ("\n\n",)) == "first\nsecond"
+    assert answer_text(tokenizer, ids, ends, ("third", "\n")) == "first"
 
 
 def test_a_special_token_as_a_stop(tokenizer):
     """Special tokens have no text in an answer; one that a task names as a stop still ends it."""
     turn = tokenizer.token_to_id("<|im_end|>")
     ids = [*tokenizer.encode("one").ids, turn, *tokenizer.encode(" two").ids]
-    assert Generation(99, (), 0.0).cut(ids, tokenizer, frozenset()) == "one two"
-    assert Generation(99, ("<|im_end|>",), 0.0).cut(ids, tokenizer, frozenset()) == "one"
+    assert answer_text(tokenizer, ids, frozenset(), ()) == "one two"
+    assert answer_text(tokenizer, ids, frozenset(), ("<|im_end|>",)) == "one"

@@ -1,18 +1,26 @@
-"""The `--model_args` of the lm-evaluation-harness model `baatt_llada`: names and texts in, checked settings out.
+"""The `--model_args` of the lm-evaluation-harness model `baatt_llada` and what a request asks for, as checked settings.
 
-`read_options(ModelArguments, given)` of `baatt.lab.options` reads them. Everything that an answer depends on is in
-`ModelArguments.settings()`, which is stored with the results. Knows nothing of the harness itself.
+`read_options(ModelArguments, given)` of `baatt.lab.options` reads the first, `read_generation` a request's keyword
+arguments. Everything that an answer depends on is in `ModelArguments.settings()`, which is stored with the results.
+Knows nothing of models and of the harness itself.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from baatt.config import BAAttConfig, Policy
 from baatt.lab.loading import DTYPES
 from baatt.lab.prompts import TRUNCATIONS
+from baatt.models.config import check_positive_integer
 from baatt.sampling import CACHES, REMASKING, SamplerConfig
+
+#: Names of the answer's length, as in the harness; the first that is given counts.
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+#: Arguments that mean nothing without sampling, and are refused with it.
+SAMPLING_ONLY = ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -38,19 +46,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length") if self.steps is None else ("gen_length", "block_length", "steps"):
-            _check_positive(name, getattr(self, name))
+            check_positive_integer(name, getattr(self, name))
         self.config(self.gen_length)
-
-    def rounded(self, tokens: int) -> int:
-        """Tokens that are generated for an answer of at most `tokens`."""
-        return math.ceil(tokens / self.block_length) * self.block_length
 
     def config(
         self, tokens: int, *, temperature: float = 0.0, stop_at_eos: bool = False, repeat: int = 0
     ) -> SamplerConfig:
         """The sampler for an answer of at most `tokens`; `repeat` numbers repetitions of a sampled request."""
-        length = self.rounded(tokens)
-        blocks = length // self.block_length
+        blocks = math.ceil(tokens / self.block_length)
+        length = blocks * self.block_length
         steps = length if self.steps is None else min(length, self.steps * length / self.gen_length)
         return SamplerConfig(
             steps=max(1, math.ceil(steps / blocks)) * blocks, gen_length=length, block_length=self.block_length,
@@ -94,13 +98,8 @@ class ModelArguments:
     policy: Policy = field(default_factory=Policy, metadata={"needs": "sparsity"})
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", ("auto", *DTYPES)), ("truncation", TRUNCATIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
-        for name in ("batch_size", "mc_num"):
-            _check_positive(name, getattr(self, name))
-        if self.max_length is not None:
-            _check_positive("max_length", self.max_length)
+        for name in ("batch_size", "mc_num") if self.max_length is None else ("batch_size", "mc_num", "max_length"):
+            check_positive_integer(name, getattr(self, name))
         if not isinstance(self.is_check_greedy, bool):
             raise TypeError(f"is_check_greedy must be a bool, got {self.is_check_greedy!r}")
 
@@ -112,8 +111,45 @@ class ModelArguments:
         return values
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
+class Generation(NamedTuple):
+    """One request.
+
+    tokens: longest answer. stops: texts that end it. temperature: 0 = greedy. repeat: number of the repetition of a
+    sampled request, from 0.
+    """
+
+    tokens: int
+    stops: tuple[str, ...]
+    temperature: float
+    repeat: int = 0
+
+    def settings(self) -> list[Any]:
+        """As JSON values, without the number of the repetition."""
+        return [self.tokens, list(self.stops), self.temperature]
+
+
+def read_generation(options: Mapping[str, Any], sampling: Sampling) -> Generation:
+    """Read a request's keyword arguments.
+
+    `do_sample: false` is greedy whatever the temperature, as LongBench's tasks have it; without `do_sample` the
+    temperature decides.
+
+    Raises:
+        TypeError, ValueError: an answer length below 1, a temperature that is none, or arguments of sampling that the
+            sampler does not have.
+    """
+    stops = options.get("until") or ()
+    stops = (stops,) if isinstance(stops, str) else stops
+    lengths = [options[name] for name in LENGTH_NAMES if options.get(name) is not None]
+    tokens = int(lengths[0]) if lengths else sampling.gen_length
+    if tokens < 1:
+        raise ValueError(f"max_gen_toks must be positive, got {tokens}")
+    temperature = float(options.get("temperature") or 0.0)
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if options.get("do_sample") is False:
+        temperature = 0.0
+    refused = [name for name in SAMPLING_ONLY if options.get(name) not in (None, 0, 1)]
+    if temperature > 0 and refused:
+        raise ValueError(f"gen_kwargs must not have {', '.join(refused)}, which the sampler does not know")
+    return Generation(tokens, tuple(stop for stop in stops if stop), temperature)

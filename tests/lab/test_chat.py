@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from baatt.evaluation.chat import load_chat_templates
+from baatt.lab.chat import load_chat_templates
 
 # The shape of LLaDA-8B-Instruct's template: Llama 3's headers and end of turn.
 LLADA = (

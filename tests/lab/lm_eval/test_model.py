@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from baatt.config import BAAttConfig, Policy
-from baatt.evaluation.likelihood import log_likelihood
-from baatt.evaluation.lm_eval_arguments import Sampling
 from baatt.integrations.enable import enable
+from baatt.lab.likelihood import log_likelihood
+from baatt.lab.lm_eval.arguments import Sampling
 from baatt.models import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, generate
-from tests.evaluation.harness import adapter, request, tiny_folder
+from tests.lab.lm_eval.harness import adapter, request, tiny_folder
 
 RULER = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 30, "until": []}
 LONGBENCH = {"do_sample": False, "temperature": 1, "max_gen_toks": 24, "until": ["\n"]}
@@ -321,7 +321,7 @@ def test_refused(make, module, folder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(make):
-    with pytest.raises(ValueError, match="there is no GPU for 'cuda:0'"):
+    with pytest.raises(ValueError, match="device cuda:0 needs a GPU that PyTorch can use"):
         make(device="cuda:0")
 
 

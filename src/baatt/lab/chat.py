@@ -32,8 +32,7 @@ class ChatTemplates(NamedTuple):
         """
         if not self.templates:
             raise ValueError("the model's folder must have a chat template (tokenizer_config.json), and has none")
-        name = "default" if name is None else name
-        if name not in self.templates:
+        if (name := name or "default") not in self.templates:
             raise ValueError(f"chat template must be one of {sorted(self.templates)}, got {name!r}")
         return self.templates[name]
 
@@ -90,15 +89,11 @@ def load_chat_templates(folder: str | Path) -> ChatTemplates:
         raise ValueError(f"{folder}: chat_template must be a text or a list of names and templates, got {stored!r:.80}")
     if (folder / "chat_template.jinja").is_file():
         templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    texts = {name: _token_text(value) for name, value in values.items() if name.endswith("_token")}
-    return ChatTemplates(templates, {name: text for name, text in texts.items() if text is not None})
-
-
-def _token_text(value: object) -> str | None:
-    """The text of a special token, stored as a text or as an object with its `content`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+    # A special token is stored as a text or as an object with its `content`.
+    texts = {name: x.get("content") if isinstance(x, dict) else x for name, x in values.items()}
+    return ChatTemplates(
+        templates, {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+    )
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

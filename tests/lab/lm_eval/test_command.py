@@ -1,4 +1,4 @@
-"""`python -m baatt.evaluation.lm_eval` from end to end: local tasks, a tiny random folder, no network."""
+"""`python -m baatt.lab.lm_eval` from end to end: local tasks, a tiny random folder, no network."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.harness import INSTALLED, tiny_folder
+from tests.lab.lm_eval.harness import INSTALLED, tiny_folder
 
 needs_harness = pytest.mark.skipif(not INSTALLED, reason="needs lm-evaluation-harness (the extra lm-eval)")
 
@@ -48,7 +48,7 @@ def write_tasks(folder: Path, documents: int) -> Path:
 
 def run(tmp_path: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, *launcher, "-m", "baatt.evaluation.lm_eval", *arguments]
+    command = [sys.executable, *launcher, "-m", "baatt.lab.lm_eval", *arguments]
     environment = {**os.environ, **offline, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
 

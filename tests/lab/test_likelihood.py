@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import baatt
 from baatt import BAAttConfig, Policy
-from baatt.evaluation.likelihood import draw_masks, log_likelihood, request_seed, rolling_windows
+from baatt.lab.likelihood import draw_masks, log_likelihood, request_seed, rolling_windows
 from baatt.models import MaskedDiffusionLM, ModelConfig
 
 CPU = torch.device("cpu")

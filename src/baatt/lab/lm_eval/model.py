@@ -7,7 +7,7 @@ answers its own share; answers can be kept on disk and taken up again. Knows not
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from baatt import __version__
 from baatt.attention import ba_attention
-from baatt.evaluation.chat import load_chat_templates
-from baatt.evaluation.likelihood import log_likelihood, rolling_windows
-from baatt.evaluation.lm_eval_arguments import ModelArguments, Sampling
-from baatt.evaluation.lm_eval_requests import Generation, read_generation
 from baatt.integrations.enable import enable
 from baatt.lab.answers import AnswerStore, folder_state, request_key
+from baatt.lab.chat import load_chat_templates
+from baatt.lab.likelihood import log_likelihood, rolling_windows
+from baatt.lab.lm_eval.arguments import Generation, ModelArguments, Sampling, read_generation
 from baatt.lab.loading import DTYPES, load_model
 from baatt.lab.options import read_options
-from baatt.lab.prompts import end_tokens, fit_prompt, pad_left
+from baatt.lab.prompts import answer_text, end_tokens, fit_prompt, pad_left
 from baatt.lab.ranks import Ranks
 from baatt.sampling import generate
 
@@ -62,9 +61,9 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
     def __init__(self, **model_args: Any) -> None:
         super().__init__()
         self.arguments = read_options(ModelArguments, model_args)
-        self._processes = Ranks()
-        self._rank, self._world_size = self._processes.rank, self._processes.size
-        self._device = self._processes.device(self.arguments.device)
+        self._ranks = Ranks()
+        self._rank, self._world_size = self._ranks.rank, self._ranks.size
+        self._device = self._ranks.device(self.arguments.device)
         folder = Path(self.arguments.pretrained).expanduser()
         dtype = DTYPES.get(self.arguments.dtype)  # None for "auto"
         self._model, self._tokenizer = load_model(folder, dtype=dtype, device=self._device)
@@ -75,11 +74,14 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         self._ends = end_tokens(self._tokenizer, self._model.config.eos_token_id, self._chat.special_tokens)
         self._store = AnswerStore(None if not self.arguments.save_dir else Path(self.arguments.save_dir), self._rank)
         self._identity = [self.arguments.settings(), folder_state(folder)]
-        self._handle = enable(
-            self._model, self.arguments.sparse, self.arguments.policy, impl=self.arguments.impl
-        )  # fmt: skip
+        self._handle = enable(self._model, self.arguments.sparse, self.arguments.policy, impl=self.arguments.impl)
         self._truncated = 0
-        self._check_attention()
+        if (
+            self.arguments.sparse is not None
+        ):  # an implementation that cannot run would fail after an hour of dense steps
+            config, dtype = self._model.config, next(self._model.parameters()).dtype
+            x = torch.zeros(1, config.n_heads, 256, config.head_size, device=self._device, dtype=dtype)
+            ba_attention(x, x, x, self.arguments.sparse, impl=self.arguments.impl)
         logger.info("baatt_llada: %s", self.arguments.settings())
 
     @classmethod
@@ -115,40 +117,29 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
 
         Unless `is_check_greedy`, the second is False.
         """
-        if requests and not self.arguments.is_check_greedy:
+        check = self.arguments.is_check_greedy
+        if requests and not check:
             logger.info("is_greedy is not determined and reported as False: is_check_greedy=True determines it")
-        results = []
-        for request in tqdm(requests, desc="loglikelihood", disable=disable_tqdm or self._rank > 0):
-            context, continuation = self._encode_pair(*request.args)
-            key = request_key("loglikelihood", self._identity, context, continuation)
-            if key not in self._store:
-                context = self._fit(context, len(continuation))
-                score = self._score(context, continuation)
-                greedy = self.arguments.is_check_greedy and self._is_greedy(context, continuation)
-                self._store.put(key, [score, greedy])
-            score, greedy = self._store[key]
-            results.append((float(score), bool(greedy)))
-            self.cache_hook.add_partial("loglikelihood", request.args, results[-1])
-        return results
+
+        def answer(context: list[int], continuation: list[int]) -> tuple[float, bool]:
+            context = self._fit(context, len(continuation))
+            return self._score(context, continuation), check and self._is_greedy(context, continuation)
+
+        return self._answers("loglikelihood", requests, self._encode_pair, answer, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p(text) of every request: windows of `max_length` tokens, every token scored once."""
-        results = []
-        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm or self._rank > 0):
-            ids = self.tok_encode(request.args[0])
-            key = request_key("loglikelihood_rolling", self._identity, ids)
-            if key not in self._store:
-                windows = rolling_windows(ids, self.max_length)
-                self._store.put(key, sum(self._score(context, answer) for context, answer in windows))
-            results.append(float(self._store[key]))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
-        return results
+
+        def answer(ids: list[int]) -> float:
+            return sum(self._score(*window) for window in rolling_windows(ids, self.max_length))
+
+        return self._answers(
+            "loglikelihood_rolling", requests, lambda text: (self.tok_encode(text),), answer, disable_tqdm
+        )  # fmt: skip
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages as a prompt; without a generation prompt the last message is the beginning of the answer."""
-        return self._chat.render(
-            chat_history, name=self._chat_name, continue_final_message=not add_generation_prompt
-        )  # fmt: skip
+        return self._chat.render(chat_history, name=self._chat_name, continue_final_message=not add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template that is used from now on: True for the default one, or a name; False or None for none."""
@@ -196,25 +187,33 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks."""
-        return self._processes.all_gather(tensor)
+        return self._ranks.all_gather(tensor)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """What every rank has, on one of them."""
-        return self._processes.gather_object(obj, dst)
+        return self._ranks.gather_object(obj, dst)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        self._processes.barrier()
+        self._ranks.barrier()
 
     # How it is answered.
 
-    def _check_attention(self) -> None:
-        """Refuse an implementation that would fail after an hour of dense steps."""
-        arguments, config = self.arguments, self._model.config
-        if arguments.sparse is not None:
-            dtype = next(self._model.parameters()).dtype
-            x = torch.zeros(1, config.n_heads, 256, config.head_size, device=self._device, dtype=dtype)
-            ba_attention(x, x, x, arguments.sparse, impl=arguments.impl)
+    def _answers(
+        self, name: str, requests: Sequence[Any], encode: Callable[..., tuple[Any, ...]], answer: Callable[..., Any],
+        disable_tqdm: bool,
+    ) -> list[Any]:  # fmt: skip
+        """The kept answers of requests of a likelihood, and new ones of what `encode` makes of their arguments."""
+        results = []
+        for request in tqdm(requests, desc=name, disable=disable_tqdm or self._rank > 0):
+            ids = encode(*request.args)
+            key = request_key(name, self._identity, *ids)
+            if key not in self._store:
+                self._store.put(key, answer(*ids))
+            kept = self._store[key]
+            results.append(tuple(kept) if isinstance(kept, list) else kept)  # JSON has no tuples
+            self.cache_hook.add_partial(name, request.args, results[-1])
+        return results
 
     def _jobs(self, requests: Sequence[Any]) -> list[Job]:
         """One per request. Repetitions of a request are different jobs only where the answer is sampled."""
@@ -240,20 +239,17 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         )
         rows = [self._fit(job.ids, sampler.gen_length) for job in batch]
         ids, mask = pad_left(rows, model.config.pad_token_id or 0)
-        result = generate(
-            model, ids.to(self._device), mask.to(self._device), sampler, on_step=self._handle.at_step
-        )  # fmt: skip
+        result = generate(model, ids.to(self._device), mask.to(self._device), sampler, on_step=self._handle.at_step)
         return [
-            job.generation.cut(tokens, self._tokenizer, self._ends)
+            answer_text(self._tokenizer, tokens[: generation.tokens], self._ends, job.generation.stops)
             for job, tokens in zip(batch, result.tokens.tolist(), strict=True)
         ]
 
     def _score(self, context: list[int], continuation: list[int]) -> float:
         arguments = self.arguments
         if arguments.policy.dense_steps > 0:
-            raise ValueError(
-                f"dense_steps must be 0 for a likelihood, which has no steps, got {arguments.policy.dense_steps}"
-            )
+            found = arguments.policy.dense_steps
+            raise ValueError(f"dense_steps must be 0 for a likelihood, which has no steps, got {found}")
         return log_likelihood(
             self._model, context, continuation, device=self._device, draws=arguments.mc_num,
             batch_size=arguments.batch_size, seed=arguments.sampling.seed, cfg_scale=arguments.sampling.cfg_scale,
@@ -264,11 +260,9 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         if not context:
             raise ValueError("is_check_greedy must be False for a request without context, got True")
         arguments, length = self.arguments, len(continuation)
-        sampler = Sampling(gen_length=length, block_length=length, cfg_scale=arguments.sampling.cfg_scale).config(
-            length
-        )
+        sampling = Sampling(gen_length=length, block_length=length, cfg_scale=arguments.sampling.cfg_scale)
         prompt = torch.tensor([context], device=self._device)
-        result = generate(self._model, prompt, None, sampler, on_step=self._handle.at_step)
+        result = generate(self._model, prompt, None, sampling.config(length), on_step=self._handle.at_step)
         return bool(result.tokens[0].tolist() == continuation)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -277,9 +271,7 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         return before, whole[len(before) :]
 
     def _fit(self, ids: list[int], answer_length: int) -> list[int]:
-        kept = fit_prompt(
-            ids, self.arguments.truncation, max_length=self.max_length, answer_length=answer_length
-        )  # fmt: skip
+        kept = fit_prompt(ids, self.arguments.truncation, max_length=self.max_length, answer_length=answer_length)
         if len(kept) < len(ids):
             self._truncated += 1
             if self._truncated == 1:
