@@ -36,8 +36,6 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
-#: Rooms on their way into another.
-MOVING = {"evaluation": "lab"}
 #: Arrows between rooms or files that still offend. Nothing may be added.
 OFFENDING: set[str] = set()
 HEAVY = {"triton", "transformers", "diffusers", "matplotlib"}
@@ -79,8 +77,7 @@ def source_of(name: str) -> str:
 
 
 def room_of(file: str) -> str:
-    room = file.split(".")[1] if "." in file else "__init__"
-    return MOVING.get(room, room)
+    return file.split(".")[1] if "." in file else "__init__"
 
 
 def graph() -> dict[str, set[str]]:
