@@ -12,23 +12,23 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from baatt.attention import attend, make_plan
 from baatt.cli.options import add_model_options, add_sparse_options, check_files, load_model, read_preset
-from baatt.config import Policy, Preset
+from baatt.config import BAAttConfig, Policy, Preset
 from baatt.integrations.enable import enable
+from baatt.lab.describe import options_text
 from baatt.lab.loading import check_memory
-from baatt.lab.maps import Panel, attention_cells, draw_maps, most_structured_head
+from baatt.lab.maps import Panel, attention_cells, draw_maps, kept_table, most_structured_head
 from baatt.lab.prompts import answer_text
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.scoring import whole_share
 from baatt.lab.ruler.tasks import draw_samples
+from baatt.lab.tables import Table, times
 from baatt.models.llada import MaskedDiffusionLM
-from baatt.plan import Plan
 from baatt.sampling import SamplerConfig, StepInfo, generate
 
 # At most eight model evaluations, so that a document beyond the trained length, where no token is sure, still ends.
@@ -77,9 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     ids = tokenizer.encode(sample.prompt + sample.answer_prefix).ids
     console.print(f"[bold]Document[/bold] {arguments.task}, {len(ids)} tokens, {len(sample.prompt.split())} words")
     console.print(f"[bold]Question[/bold] {sample.prompt.rsplit(chr(10), 1)[1]}", highlight=False)
-    options = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(setting.config).items())
-    dense = ", ".join(map(str, setting.policy.dense_layers)) or "none"
-    console.print(f"[bold]Setting[/bold]  {arguments.preset}: {options}; dense layers: {dense}", highlight=False)
+    console.print(f"[bold]Setting[/bold]  {arguments.preset}: {options_text(*setting)}", highlight=False)
     if arguments.length > model.config.max_sequence_length:
         console.print(
             f"[yellow]The model was trained up to {model.config.max_sequence_length} tokens: beyond, times mean "
@@ -88,28 +86,19 @@ def run(arguments: argparse.Namespace) -> None:
     dense_layers = setting.policy.check_layers(model.config.n_layers)
     drawn = next((layer for layer in range(model.config.n_layers) if layer not in dense_layers), 0)
     prompt = torch.tensor([ids], device=arguments.device)
-    warm_up(model, setting, arguments.impl)
+    # One sparse call on a few tokens: building a kernel is not part of reading a document.
+    weight = next(model.parameters())
+    q = torch.randn(1, model.config.n_heads, 256, model.config.head_size, device=weight.device, dtype=weight.dtype)
+    attend(q, q, q, make_plan(q, q, setting.config, impl=arguments.impl), impl=arguments.impl)
     question = Question(sample, prompt, drawn, arguments.impl)
-    full = read(console, model, tokenizer, question, None)
-    sparse = read(console, model, tokenizer, question, setting)
-    console.print(table(sample, full, sparse))
-    draw(*sparse.drawn, setting, drawn, arguments.output)
+    full, sparse = (read(console, model, tokenizer, question, one) for one in (None, setting))
+    console.print(table(sample, full, sparse).rich())
+    draw(*sparse.drawn, setting.config, drawn, arguments.output)
     console.print(f"Attention map of layer {drawn}, kept blocks outlined: {arguments.output}")
 
 
-def warm_up(model: MaskedDiffusionLM, setting: Preset, impl: str) -> None:
-    """One sparse call on a few tokens: building a kernel is not part of reading a document."""
-    weight = next(model.parameters())
-    q = torch.randn(1, model.config.n_heads, 256, model.config.head_size, device=weight.device, dtype=weight.dtype)
-    attend(q, q, q, make_plan(q, q, setting.config, impl=impl), impl=impl)
-
-
 def read(
-    console: Console,
-    model: MaskedDiffusionLM,
-    tokenizer: Tokenizer,
-    question: Question,
-    setting: Preset | None,
+    console: Console, model: MaskedDiffusionLM, tokenizer: Tokenizer, question: Question, setting: Preset | None
 ) -> Reading:
     """Answer the question once, with a progress bar. What is drawn is of the first step, when the answer is masked."""
     name = "full attention" if setting is None else "BA-Att"
@@ -129,9 +118,7 @@ def read(
         with enable(model, config, policy, impl=question.impl) as handle:
             handle.watch(watch)
             handle.is_timed = True
-            result = generate(
-                model, question.prompt, None, DEMO_SAMPLER, on_step=handle.at_step, progress=progress
-            )  # fmt: skip
+            result = generate(model, question.prompt, None, DEMO_SAMPLER, on_step=handle.at_step, progress=progress)
     text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
     right = whole_share(text, question.sample.values) == 1
     return Reading(text.strip(), right, result.steps, result.seconds, handle.seconds, handle.sparsity, drawn[0])
@@ -139,40 +126,32 @@ def read(
 
 def table(sample: RulerSample, dense: Reading, sparse: Reading) -> Table:
     """Both readings side by side."""
-    out = Table("", "full attention", "BA-Att", title=f"Expected: {sample.answer.strip()}", title_justify="left")
-    out.add_row("answer", dense.text, sparse.text)
-    out.add_row("right", *("[green]yes[/green]" if one.right else "[red]no[/red]" for one in (dense, sparse)))
-    out.add_row("model evaluations", str(dense.steps), str(sparse.steps))
-    per_step = [one.seconds / one.steps for one in (dense, sparse)]
-    attention = [one.attention_seconds / one.steps for one in (dense, sparse)]
-    out.add_row("seconds per step", *(f"{seconds:.2f}" for seconds in per_step))
-    out.add_row("of which attention", *(f"{seconds:.2f}" for seconds in attention))
-    out.add_row("block pairs skipped", *(f"{one.sparsity:.1%}" for one in (dense, sparse)))
-    out.add_row("attention speed-up", "1.00x", f"{attention[0] / attention[1]:.2f}x")
-    out.add_row("step speed-up", "1.00x", f"{per_step[0] / per_step[1]:.2f}x")
-    return out
-
-
-def draw(q: Tensor, k: Tensor, setting: Preset, layer: int, path: Path) -> None:
-    """The map in the tokens' own order and sorted by norm, each with the blocks BA-Att keeps in that order."""
-    plain = make_plan(q, k, dataclasses.replace(setting.config, sort="none"), impl="reference")
-    order = "qk" if setting.config.sort == "none" else setting.config.sort
-    arranged = make_plan(q, k, dataclasses.replace(setting.config, sort=order), impl="reference")
-    head = most_structured_head(q, k, plain)
-    segment = setting.config.segment or "all"
-    titles = ("in the document's order", f"sorted by norm ({order}, segments of {segment} tokens)")
-    panels = [
-        Panel(attention_cells(q, k, plan, head), plan, f"{title}\n{outlined(plan, head)}")
-        for plan, title in zip((plain, arranged), titles, strict=True)
+    both = dense, sparse
+    per_step = [one.seconds / one.steps for one in both]
+    attention = [one.attention_seconds / one.steps for one in both]
+    rows = [
+        ("answer", *(one.text for one in both)),
+        ("right", *("[green]yes[/green]" if one.right else "[red]no[/red]" for one in both)),
+        ("model evaluations", *(str(one.steps) for one in both)),
+        ("seconds per step", *(f"{seconds:.2f}" for seconds in per_step)),
+        ("of which attention", *(f"{seconds:.2f}" for seconds in attention)),
+        ("block pairs skipped", *(f"{one.sparsity:.1%}" for one in both)),
+        ("attention speed-up", times(1), times(attention[0] / attention[1])),
+        ("step speed-up", times(1), times(per_step[0] / per_step[1])),
     ]
+    return Table(("", "full attention", "BA-Att"), rows, title=f"Expected: {sample.answer.strip()}", text=True)
+
+
+def draw(q: Tensor, k: Tensor, config: BAAttConfig, layer: int, path: Path) -> None:
+    """The map in the tokens' own order and sorted by norm, each with the blocks BA-Att keeps in that order."""
+    sort = "qk" if config.sort == "none" else config.sort
+    sorted_by = f"sorted by norm ({sort}, segments of {config.segment or 'all'} tokens)"
+    plans = [make_plan(q, k, dataclasses.replace(config, sort=order), impl="reference") for order in ("none", sort)]
+    head = most_structured_head(q, k, plans[0])
+    panels = []
+    for plan, title in zip(plans, ("in the document's order", sorted_by), strict=True):
+        kept = kept_table(plan, head)
+        counted = f"{title}\n{int(kept.sum())} of {kept.numel()} blocks kept"
+        panels.append(Panel(attention_cells(q, k, plan, head), plan, counted))
     caption = f"Layer {layer}, head {head}: dense attention at the first denoising step; outlined: blocks BA-Att keeps"
     draw_maps(panels, head, caption, path)
-
-
-def outlined(plan: Plan, head: int) -> str:
-    """How many block pairs of a head are kept."""
-    kept, pairs = (
-        int(plan.selection.count[0, head].sum()),
-        plan.selection.count[0, head].numel() * plan.key_summary.size.shape[1],
-    )
-    return f"{kept} of {pairs} blocks kept"
