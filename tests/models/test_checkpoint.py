@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +25,6 @@ CONFIG = {
 ULTRA = {"rope_theta": 2.8e8, "max_sequence_length": 131072, "torch_dtype": "bfloat16"}
 load = MaskedDiffusionLM.from_pretrained
 IDS = torch.arange(20).reshape(2, 10)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for a second thread: 20 s instead of 4 s on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llada_tensors(config: dict[str, object] = CONFIG) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ import cmath
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,27 +14,7 @@ from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.cache import KeyValueCache
 from baatt.models.llada import RMSNorm
 from baatt.stages.dense import dense_attention
-
-SMALL = ModelConfig(
-    d_model=24,
-    n_heads=6,
-    n_kv_heads=2,
-    n_layers=2,
-    mlp_hidden_size=40,
-    vocab_size=37,
-    embedding_size=40,
-    mask_token_id=36,
-    rope_theta=100.0,
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for a second thread: 20 s instead of 4 s on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.models.test_config import SMALL
 
 
 def make_model(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64, seed: int = 0) -> MaskedDiffusionLM:

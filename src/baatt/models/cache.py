@@ -21,44 +21,42 @@ class KeyValueCache:
     """Empty until a pass over a whole sequence has filled it; for inference only.
 
     Later passes write into the tensors that it holds and that attention has been given: who keeps them, copies them.
+
+    Attributes:
+        layers: what every layer holds, in their order.
     """
 
     def __init__(self) -> None:
-        self._layers: list[KeysValues] = []
-
-    @property
-    def layers(self) -> int:
-        """Layers that are held."""
-        return len(self._layers)
+        self.layers: list[KeysValues] = []
 
     @property
     def length(self) -> int | None:
         """N, tokens of the sequence; None while the cache is empty."""
-        return self._layers[0].keys.shape[2] if self._layers else None
+        return self.layers[0].keys.shape[2] if self.layers else None
 
     @property
     def batch(self) -> int | None:
         """B, rows of the batch; None while the cache is empty."""
-        return self._layers[0].keys.shape[0] if self._layers else None
+        return self.layers[0].keys.shape[0] if self.layers else None
 
     @property
     def bytes_held(self) -> int:
         """Memory of all keys and values."""
-        return sum(x.numel() * x.element_size() for layer in self._layers for x in layer)
+        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
 
     def replace(self, layer: int, start: int, keys: Tensor, values: Tensor) -> KeysValues:
         """Hold the keys and values [B, G, n, D] of tokens [start, start + n) of a layer; returns those of all tokens.
 
         Layers of an empty cache come in their order, with all tokens.
         """
-        if layer == len(self._layers):
-            self._layers.append(KeysValues(keys, values))
+        if layer == len(self.layers):
+            self.layers.append(KeysValues(keys, values))
         else:
-            held, stop = self._layers[layer], start + keys.shape[2]
+            held, stop = self.layers[layer], start + keys.shape[2]
             held.keys[:, :, start:stop] = keys
             held.values[:, :, start:stop] = values
-        return self._layers[layer]
+        return self.layers[layer]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows of the batch but these, [B'] int64."""
-        self._layers = [KeysValues(held.keys[rows], held.values[rows]) for held in self._layers]
+        self.layers = [KeysValues(held.keys[rows], held.values[rows]) for held in self.layers]

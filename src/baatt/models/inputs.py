@@ -30,8 +30,9 @@ def check_inputs(
         empty = "without a cache" if cache is None else "for an empty cache, which a whole sequence fills"
         raise ValueError(f"start must be 0 {empty}, got {start}")
     if cache is not None and length is not None:
-        if cache.layers != layers:
-            raise ValueError(f"cache must hold {layers} layers, got {cache.layers}: the pass that filled it failed")
+        held = len(cache.layers)
+        if held != layers:
+            raise ValueError(f"cache must hold {layers} layers, got {held}: the pass that filled it failed")
         if batch != cache.batch:
             raise ValueError(f"input_ids must have B={cache.batch} rows as the cache, got {batch}")
         if tokens > length:
