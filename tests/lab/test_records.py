@@ -126,18 +126,3 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json({"new": object()}, path)
     assert json.loads(path.read_text()) == {"old": 1}
-
-
-def test_a_run_goes_on_with_its_file(tmp_path):
-    path = tmp_path / "file.json"
-    RecordFile(path, {"seed": 1, "commit": "a"}, same=["seed"], indent=None).add({"number": 0})
-    again = RecordFile(path, {"seed": 1, "commit": "b"}, same=["seed"])
-    again.add({"number": 1})
-    stored = json.loads(path.read_text())
-    assert (stored["commit"], [one["number"] for one in stored["records"]]) == ("b", [0, 1])
-    with pytest.raises(ValueError, match="was made with seed 1: give another file or the same values"):
-        RecordFile(path, {"seed": 2}, same=["seed"])
-    assert RecordFile(path, {"seed": 2}).records == [], "without `same` it is written anew"
-    path.write_text('{"seed": 1}')
-    with pytest.raises(ValueError, match="must hold the fields seed, records of this command, to go on with"):
-        RecordFile(path, {"seed": 1}, same=["seed"])

@@ -6,6 +6,7 @@ any model. The first two print a table and can store JSON and a picture, `maps` 
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from tokenizers import Tokenizer
 
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
@@ -23,14 +25,17 @@ from baatt.cli.options import (
     add_sparse_options,
     check_files,
     layer_numbers,
+    load_model,
     names_of,
     read_device,
 )
-from baatt.cli.readers import open_reader
 from baatt.config import PRESETS, BAAttConfig
+from baatt.integrations.enable import enable
+from baatt.integrations.loading import load_transformers
 from baatt.lab.capture import Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
 from baatt.lab.layers import measure_bound, measure_layers
+from baatt.lab.loading import DTYPES, check_memory
 from baatt.lab.maps import Panel, attention_cells, draw_maps, maps_page, most_structured_head
 from baatt.lab.options import given, variants
 from baatt.lab.plots import draw_bound, draw_recall
@@ -39,6 +44,7 @@ from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.lab.tables import Record, Table, percent, pivot
+from baatt.models.llada import MaskedDiffusionLM
 from baatt.scores import SCORES
 
 
@@ -101,28 +107,33 @@ def run(arguments: argparse.Namespace) -> None:
 def run_capture(arguments: argparse.Namespace) -> None:
     """Run the model once, densely, and write the file."""
     check_files(arguments, "output")
-    reader = open_reader(arguments)
-    count = reader.layers
+    model, tokenizer = _open_model(arguments)
+    handle = enable(model, None)  # every call stays dense: a capture shows what the model itself computes
+    count = handle.layer_count or 0
     if any(not -count <= layer < count for layer in arguments.layers or ()):
         raise UsageError(f"--layers must be numbers from {-count} to {count - 1}, got {arguments.layers}")
     if arguments.prompt_file is not None:
         text, source = arguments.prompt_file.read_text(encoding="utf-8"), str(arguments.prompt_file)
     else:
-        sample = draw_samples(arguments.task, arguments.length, 1, reader.tokenizer, seed=arguments.seed)[0]
+        sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
         text, source = sample.prompt + sample.answer_prefix, f"{arguments.task}, seed {arguments.seed}"
-    ids = reader.tokenizer.encode(text).ids
+    ids = tokenizer.encode(text).ids
     if not ids:
         raise UsageError("the text must not be empty")
     # A layer that sees a window only, or is causal, makes no call that could be sparse: "all" leaves it out.
     recorder = Recorder(None if arguments.layers is None else {layer % count for layer in arguments.layers})
-    reader.read(torch.tensor([ids], device=arguments.device), recorder)
+    if isinstance(model, MaskedDiffusionLM):
+        check_memory(model.config, len(ids), torch.device(arguments.device))
+    with handle, torch.inference_mode():
+        handle.watch(recorder.keep)
+        model(torch.tensor([ids], device=arguments.device))
     name = arguments.model.name if arguments.model else "needle-18m"
     about = {"model": name, "text": source, "tokens": str(len(ids)), "dtype": arguments.dtype}
     missing = sorted((recorder.wanted or set()) - recorder.found.keys())
     if missing or recorder.scale is None:
         raise UsageError(
             f"--layers {missing or 'all'} of {name} made no bidirectional attention call, {sorted(recorder.found)} did"
-            f"{'; ' + reader.reasons() if reader.reasons() else ''}"
+            f"{''.join(f'; {reason}' for reason in handle.reasons)}"
         )
     save_capture(recorder.result(recorder.scale, about), arguments.output)
     Console().print(
@@ -221,6 +232,28 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {percent(configs[0].sparsity)} sparsity"
     draw_maps(panels, head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
+
+
+def _open_model(arguments: argparse.Namespace) -> tuple[Any, Tokenizer]:
+    """The model of --model: of LLaDA's layout by us, of every other by transformers.
+
+    Raises:
+        UsageError: transformers is needed and missing.
+        ValueError: a model of no known kind, or without a fast tokenizer.
+    """
+    try:
+        config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) if arguments.model else None
+    except (OSError, ValueError):
+        config = None  # our loader says what is missing
+    if not isinstance(config, dict) or config.get("model_type") == "llada":
+        return load_model(arguments)
+    try:
+        return load_transformers(
+            arguments.model, dtype=DTYPES[arguments.dtype], device=read_device(arguments.device),
+            trust_remote_code=arguments.trust_remote_code,
+        )  # fmt: skip
+    except ImportError as error:
+        raise UsageError(f"--model is not in LLaDA's layout: {error}") from None
 
 
 def _add_action(

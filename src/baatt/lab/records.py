@@ -27,31 +27,15 @@ def provenance(command: str, device: torch.device) -> dict[str, Any]:
 
 
 class RecordFile:
-    """Records below a header in one JSON file, written again after each of them.
+    """Records below a header that all of them share, in one JSON file that is written again after each of them.
 
     Args:
         path: None keeps them in memory only.
-        header: what all records share.
-        same: fields of the header in which a file that is there must agree: it is gone on with. Without them the file
-            is written anew.
-        indent: of the JSON; None writes one line.
-
-    Raises:
-        ValueError: a file to go on with that is none, or that was made with other values of `same`.
     """
 
-    def __init__(
-        self, path: Path | None, header: Mapping[str, Any], same: Collection[str] = (), indent: int | None = 1
-    ) -> None:
-        self.path, self.header, self._indent = path, dict(header), indent
+    def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
+        self.path, self.header = path, dict(header)
         self.records: list[dict[str, Any]] = []
-        if path is None or not same or not path.exists():
-            return
-        stored = load_records(path, (*same, "records"), "this command, to go on with")
-        if changed := [name for name in same if stored[name] != self.header[name]]:
-            was = ", ".join(f"{name} {stored[name]!r}" for name in changed)
-            raise ValueError(f"{path} was made with {was}: give another file or the same values")
-        self.records = stored["records"]
 
     @property
     def content(self) -> dict[str, Any]:
@@ -62,7 +46,7 @@ class RecordFile:
         """Keep a record."""
         self.records.append(record)
         if self.path is not None:
-            write_json(self.content, self.path, self._indent)
+            write_json(self.content, self.path)
 
 
 def load_records(path: Path, fields: Collection[str], made_by: str) -> dict[str, Any]:
