@@ -16,8 +16,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from baatt.lab.ruler import cwe, fwe, niah, vt
+from baatt.lab.ruler.sources import WordPool, load_words
 from baatt.lab.ruler.tasks import OFFLINE_TASKS
-from baatt.lab.ruler.words import WordPool, load_words
 
 CONTEXT, TEXT, TAIL, FIRST_ANSWER = 0, 1, 2, 3  # regions; answer number n of a sequence is FIRST_ANSWER + n
 MAX_ANSWERS = 48

@@ -13,7 +13,7 @@ import torch
 
 from baatt.assets import shipped_model
 from baatt.lab.ruler import niah
-from baatt.lab.ruler.words import load_words
+from baatt.lab.ruler.sources import load_words
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "training"))

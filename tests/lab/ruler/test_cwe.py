@@ -11,9 +11,8 @@ from baatt.assets import shipped_model
 from baatt.lab.ruler import cwe
 from baatt.lab.ruler.sample import Request
 from baatt.lab.ruler.sizing import token_counter
-from baatt.lab.ruler.sources import Sources
+from baatt.lab.ruler.sources import Sources, load_words
 from baatt.lab.ruler.tasks import TASKS, draw
-from baatt.lab.ruler.words import load_words
 from baatt.models.checkpoint import load_tokenizer
 
 WORDS = [f"w{number}" for number in range(300)]

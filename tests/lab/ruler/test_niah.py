@@ -9,9 +9,8 @@ import pytest
 from baatt.assets import shipped_model
 from baatt.lab.ruler import niah
 from baatt.lab.ruler.sample import hide_lines
-from baatt.lab.ruler.sources import heldout_words
+from baatt.lab.ruler.sources import WordPool, heldout_words, load_words
 from baatt.lab.ruler.tasks import draw_samples
-from baatt.lab.ruler.words import WordPool, load_words
 from baatt.models.checkpoint import load_tokenizer
 
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")

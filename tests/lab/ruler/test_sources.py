@@ -9,10 +9,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from baatt.lab.ruler import sources as room
-from baatt.lab.ruler import words as words_room
-from baatt.lab.ruler.sources import Sources, heldout_words, read_essay, read_word_list, split_sentences
+from baatt.lab.ruler.sources import (
+    Sources,
+    WordPool,
+    heldout_words,
+    load_words,
+    read_essay,
+    read_word_list,
+    split_sentences,
+)
 from baatt.lab.ruler.tasks import OFFLINE_TASKS, TASKS, check_sources, draw
-from baatt.lab.ruler.words import WordPool, load_words
 
 
 def test_word_lists():
@@ -35,13 +41,13 @@ def test_an_unknown_split_is_refused():
 
 
 def test_the_installed_package(tmp_path, monkeypatch):
-    for name, text in zip(words_room.WORD_FILES, ("ox\nTV\ncontact lens\nox\n\n", "nasty \nbig", "go"), strict=True):
+    for name, text in zip(room.WORD_FILES, ("ox\nTV\ncontact lens\nox\n\n", "nasty \nbig", "go"), strict=True):
         (tmp_path / name).write_text(text)
     package, assets = ModuleType("wonderwords"), ModuleType("wonderwords.assets")
     package.__path__ = []
     monkeypatch.setitem(sys.modules, "wonderwords", package)
     monkeypatch.setitem(sys.modules, "wonderwords.assets", assets)
-    monkeypatch.setattr(words_room, "files", lambda found: tmp_path if found is assets else None)
+    monkeypatch.setattr(room, "files", lambda found: tmp_path if found is assets else None)
     load_words.cache_clear()
     assert load_words("wonderwords") == WordPool(("TV", "contact lens", "ox"), ("big", "nasty"), ("go",))
     load_words.cache_clear()

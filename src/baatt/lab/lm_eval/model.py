@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from baatt import __version__
 from baatt.attention import ba_attention
@@ -63,6 +62,7 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         self.arguments = read_options(ModelArguments, model_args)
         self._ranks = Ranks()
         self._rank, self._world_size = self._ranks.rank, self._ranks.size
+        self.all_gather, self.barrier = self._ranks.all_gather, self._ranks.barrier
         self._device = self._ranks.device(self.arguments.device)
         folder = Path(self.arguments.pretrained).expanduser()
         dtype = DTYPES.get(self.arguments.dtype)  # None for "auto"
@@ -185,17 +185,9 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
             )
         return info
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all ranks."""
-        return self._ranks.all_gather(tensor)
-
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """What every rank has, on one of them."""
         return self._ranks.gather_object(obj, dst)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._ranks.barrier()
 
     # How it is answered.
 

@@ -16,8 +16,7 @@ from random import Random
 from typing import NamedTuple
 
 from baatt.lab.ruler.sample import Recipe, Request, RulerSample, draw_distinct, hide_lines
-from baatt.lab.ruler.sources import SENTENCES, split_sentences
-from baatt.lab.ruler.words import WordPool
+from baatt.lab.ruler.sources import SENTENCES, WordPool, split_sentences
 
 TEMPLATE = (
     "Some special magic {type} are hidden within the following text. Make sure to memorize it. "

@@ -2,6 +2,9 @@
 
 In: names and local paths, held by `Sources`, which is small and goes to worker processes as it is. Out: word pools,
 words of an essay, question sets, read once a process. Downloads nothing; what is missing is refused with its origin.
+
+RULER draws words from the package wonderwords; the shipped lists, `assets/words.json`, are its words of lower-case
+letters without its profanity list, in a part for training and a part held out.
 """
 
 import functools
@@ -12,10 +15,63 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from baatt.lab.ruler.questions import DATA_SETS, QuestionSet, read_questions
-from baatt.lab.ruler.words import POOLS, WordPool, load_words
 
+WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
+
+
+class WordPool(NamedTuple):
+    """Words a needle key is drawn from (nouns and adjectives) or counted in a list (all three)."""
+
+    nouns: tuple[str, ...]
+    adjectives: tuple[str, ...]
+    verbs: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every word once, sorted."""
+        return tuple(sorted({*self.nouns, *self.adjectives, *self.verbs}))
+
+
+@functools.cache
+def load_words(split: str) -> WordPool:
+    """The pool of one split.
+
+    Args:
+        split: "train" or "heldout", whose words are disjoint; "full", both together; or "wonderwords", the lists as
+            the installed package has them, which is what RULER uses: phrases and capitals too.
+
+    Raises:
+        ValueError: an unknown split, or "wonderwords" without the package.
+    """
+    if split not in POOLS:
+        raise ValueError(f"split must be one of {list(POOLS)}, got {split!r}")
+    return POOLS[split](split)
+
+
+def _shipped(split: str) -> WordPool:
+    words = json.loads(files("baatt.assets").joinpath("words.json").read_text(encoding="utf-8"))[split]
+    return WordPool(*(tuple(words[kind]) for kind in WordPool._fields))
+
+
+def _full(split: str) -> WordPool:
+    lists = zip(_shipped("train"), _shipped("heldout"), strict=True)
+    return WordPool(*(tuple(sorted((*train, *heldout))) for train, heldout in lists))
+
+
+def _installed(split: str) -> WordPool:
+    try:
+        assets = import_module("wonderwords.assets")
+    except ImportError as error:
+        raise ValueError(f"split {split!r} needs the package wonderwords: pip install baatt[ruler]") from error
+    texts = (files(assets).joinpath(name).read_text(encoding="utf-8") for name in WORD_FILES)
+    lists = ((word.strip() for word in text.splitlines()) for text in texts)
+    return WordPool(*(tuple(sorted({word for word in words if word})) for words in lists))
+
+
+POOLS = {"train": _shipped, "heldout": _shipped, "full": _full, "wonderwords": _installed}
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -46,7 +102,7 @@ class Sources:
     """What the tasks are made of; the defaults are words and text that the shipped model never saw.
 
     Args:
-        words: "heldout", "train", "full" or "wonderwords", see `words.load_words`.
+        words: "heldout", "train", "full" or "wonderwords", see `load_words`.
         english_words: RULER's `json/english_words.json`, or any JSON list or object of words, for word lists so long
             that `words` runs out (cwe).
         essay: running text: RULER's `PaulGrahamEssays.json` ({"text": ...}), one text file, or a folder whose .txt
