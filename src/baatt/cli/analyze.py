@@ -168,19 +168,16 @@ def run_study(arguments: argparse.Namespace) -> None:
 
 def recall_tables(records: Sequence[Record]) -> list[Table]:
     """A table per order and beta: a row per score, a column per sparsity."""
-    tables: dict[str, list[Record]] = {}
-    for one in (one for one in records if one["layer"] is None):
-        tables.setdefault(f"{order_name(one)}, beta {one['beta']:g}", []).append(one)
-    found = []
-    for title, whole in tables.items():
-        grid = pivot(whole, lambda one: one["score"], lambda one: one["sparsity"])
-        rows = [
-            (score, *(f"{one['recall_mean']:.3f} ({one['recall_p5']:.3f})" for one in row.values()))
-            for score, row in grid.items()
-        ]
-        sparsities = dict.fromkeys(one["sparsity"] for one in whole)
-        found.append(Table(("sparsity", *(f"{sparsity:g}" for sparsity in sparsities)), rows, title=title))
-    return found
+    whole = [one for one in records if one["layer"] is None]
+    grid = pivot(
+        whole, lambda one: (f"{order_name(one)}, beta {one['beta']:g}", one["score"]), lambda one: one["sparsity"]
+    )
+    cells: dict[str, list[list[str]]] = {}
+    for (title, score), row in grid.items():
+        texts = [f"{one['recall_mean']:.3f} ({one['recall_p5']:.3f})" for one in row.values()]
+        cells.setdefault(title, []).append([score, *texts])
+    header = ("sparsity", *(f"{sparsity:g}" for sparsity in dict.fromkeys(one["sparsity"] for one in whole)))
+    return [Table(header, rows, title=title) for title, rows in cells.items()]
 
 
 def layer_tables(records: Sequence[Record], columns: Mapping[str, str]) -> list[Table]:

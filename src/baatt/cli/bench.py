@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     if (drawn and not arguments.dry_run) or arguments.draw:
         check_files(arguments, pictures=("plot",))
     if arguments.draw:
-        draw(console, load_records(arguments.draw, (*REPORT, "records"), "`baatt bench`"), arguments.plot)
+        draw_report(load_records(arguments.draw, (*REPORT, "records"), "`baatt bench`"), arguments.plot)
+        console.print(f"Picture: {arguments.plot}")
         return
     cases = read_cases(arguments)
     if arguments.dry_run:
@@ -71,22 +72,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     report = start_report(arguments.command, cases[0].device, cases[0].dtype, arguments.json)
+    header = report.header
     console.print(
-        "{device}, commit {commit}: {matrix_peak_dtype} matrix product {matrix_peak_tflops:,.3g} TFLOP/s, memory "
-        "{gigabytes:,.0f} GB/s".format(
-            **report.header | {"commit": short_commit(report.header["commit"])},
-            gigabytes=report.header["memory_bandwidth"] / 1e9,
-        )
+        f"{header['device']}, commit {short_commit(header['commit'])}: {header['matrix_peak_dtype']} matrix product "
+        f"{header['matrix_peak_tflops']:,.3g} TFLOP/s, memory {header['memory_bandwidth'] / 1e9:,.0f} GB/s"
     )
     measure_all(console, cases, report)
     if drawn:
-        draw(console, report.content, arguments.plot)
-
-
-def draw(console: Console, report: Record, path: Path) -> None:
-    """The picture of a report."""
-    draw_report(report, path)
-    console.print(f"Picture: {path}")
+        draw_report(report.content, arguments.plot)
+        console.print(f"Picture: {arguments.plot}")
 
 
 def measure_all(console: Console, cases: Sequence[Case], report: RecordFile) -> None:
@@ -103,10 +97,9 @@ def measure_all(console: Console, cases: Sequence[Case], report: RecordFile) -> 
                     record = measure(case)
                 found.append(record)
                 report.add(record)
-        except torch.OutOfMemoryError as error:
-            raise UsageError(f"{case.shape} does not fit into memory: {error}") from error
-        except VerificationError as error:
-            raise UsageError(str(error)) from error
+        except (torch.OutOfMemoryError, VerificationError) as error:
+            full = f"{case.shape} does not fit into memory: " if isinstance(error, torch.OutOfMemoryError) else ""
+            raise UsageError(f"{full}{error}") from error
         finally:
             if found:
                 console.print(table(found).rich())
@@ -126,12 +119,13 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
             raise UsageError(f"--sweep needs one --shape, whose N it replaces, got {arguments.shape!r}")
         tokens = arguments.lengths or lengths(LENGTHS[device])
         shapes = [shapes[0]._replace(tokens=length) for length in tokens]
-    configs = read_configs(arguments)
-    against = read_against(arguments.against, arguments.what)
+    against = arguments.against
+    if against and arguments.what != "operator":
+        raise UsageError(f"--against applies to --what operator only: random lists have no baseline, got {against}")
+    against = tuple((["dense"] if arguments.what == "operator" else []) if against is None else against)
     return [
         Case(arguments.what, shape, config, dtype, torch.device(device), arguments.impl, against, arguments.seed)
-        for shape in dict.fromkeys(shapes)
-        for config in configs
+        for shape, config in itertools.product(dict.fromkeys(shapes), read_configs(arguments))
     ]
 
 
@@ -145,15 +139,6 @@ def read_shape(text: str, groups: int | None) -> Shape:
     if groups < 1 or heads % groups:
         raise UsageError(f"--heads-kv must be positive and divide H={heads}, got {groups}")
     return Shape(batch, heads, groups, tokens, channels)
-
-
-def read_against(names: list[str] | None, what: str) -> tuple[str, ...]:
-    """Names of baselines."""
-    if names is None:
-        return ("dense",) if what == "operator" else ()
-    if names and what != "operator":
-        raise UsageError(f"--against applies to --what operator only: random lists have no baseline, got {names}")
-    return tuple(names)
 
 
 def check_run(cases: Sequence[Case]) -> None:

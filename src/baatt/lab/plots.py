@@ -44,15 +44,11 @@ def picture(
 
 def draw_recall(records: Records, caption: str, path: Path) -> None:
     """Mean (line) and 5th percentile (dashes) of the kept attention mass over sparsity, a panel per order."""
-
-    def panel_of(one: Record) -> str:
-        return f"{order_name(one)}, beta {one['beta']:g}"
-
     whole = [one for one in records if one["layer"] is None]
-    panels = list(dict.fromkeys(map(panel_of, whole)))
+    panels = _grouped(whole, lambda one: f"{order_name(one)}, beta {one['beta']:g}", lambda one: one["score"])
     with picture(path, caption, 1, len(panels), (max(7, 5.2 * len(panels)), 5.6), sharey=True) as axes:
-        for axis, panel in zip(axes[0], panels, strict=True):
-            for number, (score, line) in enumerate(_lines(whole, panel_of, panel, lambda one: one["score"]).items()):
+        for axis, (panel, lines) in zip(axes[0], panels.items(), strict=True):
+            for number, (score, line) in enumerate(lines.items()):
                 points = sorted((one["achieved_sparsity"], one["recall_mean"], one["recall_p5"]) for one in line)
                 skipped, means, lows = zip(*points, strict=True)
                 axis.plot(skipped, means, "-o", color=f"C{number}", markersize=4, label=score)
@@ -84,19 +80,15 @@ def draw_bound(records: Records, caption: str, path: Path) -> None:
 def draw_accuracy(records: Records, caption: str, path: Path) -> None:
     """Accuracy over sparsity with 95 % intervals, a line per order and score, a panel per task and length."""
 
-    def panel_of(one: Record) -> str:
-        return f"{one['task']}, {one['length']} tokens"
-
     def line_of(one: Record) -> str:
         if not one["config"]:
             return "dense"
         return ", ".join([order_name(one["config"]), score_name(one["config"]), *differences(one, records)])
 
-    panels = list(dict.fromkeys(map(panel_of, records)))
+    panels = _grouped(records, lambda one: f"{one['task']}, {one['length']} tokens", line_of)
     width = max(9, 5.6 * len(panels))
     with picture(path, caption, 1, len(panels), (width, 6.5), sharey=True) as axes:
-        for axis, panel in zip(axes[0], panels, strict=True):
-            lines = _lines(records, panel_of, panel, line_of)
+        for axis, (panel, lines) in zip(axes[0], panels.items(), strict=True):
             for dense in lines.pop("dense", []):
                 axis.axhline(dense["accuracy"], color="0.4", label=", ".join(["dense", *differences(dense, records)]))
                 axis.axhspan(dense["ci_low"], dense["ci_high"], color="0.4", alpha=0.15)
@@ -115,15 +107,14 @@ def draw_accuracy(records: Records, caption: str, path: Path) -> None:
         _legend_below(axes, int(width // 4.2))
 
 
-def _lines(
-    records: Records, panel_of: Callable[[Record], str], panel: str, line_of: Callable[[Record], str]
-) -> dict[str, list[Record]]:
-    """The records of a panel, by line."""
-    lines: dict[str, list[Record]] = {}
+def _grouped(
+    records: Records, panel_of: Callable[[Record], str], line_of: Callable[[Record], str]
+) -> dict[str, dict[str, list[Record]]]:
+    """The records of every line of every panel."""
+    panels: dict[str, dict[str, list[Record]]] = {}
     for one in records:
-        if panel_of(one) == panel:
-            lines.setdefault(line_of(one), []).append(one)
-    return lines
+        panels.setdefault(panel_of(one), {}).setdefault(line_of(one), []).append(one)
+    return panels
 
 
 def _legend_below(axes: Any, columns: int) -> None:
