@@ -22,6 +22,10 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_ty
 T = TypeVar("T")
 
 
+class OptionError(argparse.ArgumentTypeError, ValueError):
+    """What an option must be, to be put behind its name: argparse shows it as it is."""
+
+
 class Option(NamedTuple):
     """A field as an option.
 
@@ -40,18 +44,12 @@ class Option(NamedTuple):
         """Its name on a command line."""
         return f"--{self.name.replace('_', '-')}"
 
-    @property
-    def metavar(self) -> str:
-        """What stands for its value in the help."""
-        shown = "{" + ",".join(map(str, self.choices)) + "}" if self.choices else _KINDS[self.kind][0]
-        return f"{shown}|{self.none}" if self.none else shown
-
     def read(self, value: object) -> Any:
         """The value that a text means. What is no text is taken as it is, or as what a harness made of a text: 2024 for
         a folder's name, -1.0 or [0, 1] for layers.
 
         Raises:
-            ValueError: "must be ..., got ...", to be put behind the option's name.
+            OptionError: "must be ..., got ...".
         """
         if self.none and value == self.none:
             return None
@@ -59,9 +57,9 @@ class Option(NamedTuple):
             found = _KINDS[self.kind][2](value)
         except ValueError:
             either = f', or "{self.none}"' if self.none else ""
-            raise ValueError(f"must be {_KINDS[self.kind][1]}{either}, got {value!r}") from None
+            raise OptionError(f"must be {_KINDS[self.kind][1]}{either}, got {value!r}") from None
         if self.choices and found not in self.choices:
-            raise ValueError(f"must be one of {list(self.choices)}, got {value!r}")
+            raise OptionError(f"must be one of {list(self.choices)}, got {value!r}")
         return found
 
     def read_many(self, text: str) -> list[Any]:
@@ -121,7 +119,9 @@ def add_options(
         if option.kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction if getattr(defaults, name, False) else "store_true"
         else:
-            keywords |= {"metavar": option.metavar, "type": _argument_type(option, several)}
+            shown = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else _KINDS[option.kind][0]
+            metavar = f"{shown}|{option.none}" if option.none else shown
+            keywords |= {"metavar": metavar, "type": option.read_many if several else option.read}
         group.add_argument(option.flag, help=text.replace("%", "%%"), **keywords)
 
 
@@ -260,16 +260,6 @@ def _argument_texts(cls: type) -> dict[str, str]:
             names, _, text = entry.partition(": ")
             texts |= dict.fromkeys(names.split(", "), " ".join(text.replace("`", "").split()).removesuffix("."))
     return texts
-
-
-def _argument_type(option: Option, many: bool) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return option.read_many(text) if many else option.read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
 
 
 def _read_integer(value: Any) -> Any:

@@ -25,7 +25,7 @@ class RefusedError(Exception):
 
 
 class Baseline(NamedTuple):
-    """prepare: what is timed, or `RefusedError`; only_half: it needs a GPU and bfloat16 or float16."""
+    """prepare: what is timed, or raises the reason why not; only_half: it needs a GPU and bfloat16 or float16."""
 
     prepare: Callable[[Inputs, Plan], Callable[[], Any]]
     only_half: bool = False
@@ -51,8 +51,8 @@ def prepare_baseline(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Any]
     try:
         function = baseline.prepare(inputs, plan)
         function()
-    except RefusedError:
-        raise
+    except VerificationError as error:
+        raise RefusedError(str(error)) from error
     except Exception as error:  # kernels and compilers raise whatever they like, and that is the reason
         raise RefusedError(f"{type(error).__name__}: {first_line(error)}") from error
     return function
@@ -97,11 +97,8 @@ def _prepare_flex(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
     function = functools.partial(compiled, q, k, v, **options)
     out = torch.empty_like(inputs.q)
     out.scatter_(2, rearrange(plan.query_order.index, "b h n -> b h n 1").expand_as(out), function())
-    try:
-        # A baseline that computes something else is none; twice our own limit, for it is not what is judged here.
-        require_verified("flex", verify(*inputs, plan, out), factor=2)
-    except VerificationError as error:
-        raise RefusedError(str(error)) from error
+    # A baseline that computes something else is none; twice our own limit, for it is not what is judged here.
+    require_verified("flex", verify(*inputs, plan, out), factor=2)
     return function
 
 
