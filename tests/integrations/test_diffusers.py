@@ -465,7 +465,7 @@ def test_steps_of_a_scheduler_that_does_not_count_them():
 
 
 def test_timesteps_of_tokens_and_in_other_units():
-    schedule = torch.tensor([1000.0, 954.5, 876.5, 705.5, 46.5])
+    schedule = [1000.0, 954.5, 876.5, 705.5, 46.5]
     read = diffusers_route.training_timestep
     # An image that is given has no time left in its tokens.
     assert read(torch.tensor([[0.0, 0.0, 876.5, 876.5]]), schedule) == 876.5
@@ -473,9 +473,9 @@ def test_timesteps_of_tokens_and_in_other_units():
     assert read(torch.tensor([1.0]), schedule) == 1000.0
     assert read(torch.tensor([1 - 0.7055]), schedule) == pytest.approx(705.5)
     assert read(torch.tensor([0.0]), schedule) == 1000.0
-    assert read(torch.tensor([1]), torch.tensor([981, 1])) == 1
-    assert read(0.5, None) == 500.0
-    assert read(1, None) == 1.0
+    assert read(torch.tensor([1]), [981, 1]) == 1
+    assert read(0.5, []) == 500.0
+    assert read(1, []) == 1.0
 
 
 # Grids of latents for an order of tokens.

@@ -289,7 +289,8 @@ def test_an_adapter_may_know_layer_and_mask_better(qkv, real):
         asked.append((mask.shape, batch, keys))
         return KeyMask(real, None)
 
-    with SparseSDPA(handle, layer=lambda: next(layer), key_mask=key_mask):
+    handle.key_mask = key_mask
+    with SparseSDPA(lambda call, dense: handle.sdpa(call, dense, layer=next(layer))):
         out = F.scaled_dot_product_attention(*qkv, attn_mask=torch.zeros(N, N))
         F.scaled_dot_product_attention(*qkv)
     assert asked == [((1, 1, N, N), B, N)]

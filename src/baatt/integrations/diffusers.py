@@ -10,7 +10,6 @@ variable would be part of the graph. Does not know ring attention.
 
 import functools
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from baatt.integrations.diffusers_route import DiffusersRoute, parameters, uncompiled
-from baatt.integrations.enable import Attachment, find_adapter
+from baatt.integrations.enable import find_adapter, override
 from baatt.integrations.handle import Handle
-from baatt.integrations.progress import DenoisingProgress
 
 #: Paths of attention over text alone, before it meets the latents: short, and no layer of the denoiser.
 TEXT_ONLY = re.compile("text|txt|token_refiner|perceiver")
@@ -58,31 +56,35 @@ def roots(model: Any) -> list[nn.Module]:
     return transformers
 
 
-def attach(model: Any, handle: Handle) -> Attachment:
+def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
     """Put a proxy in the place of the processor of every self-attention layer.
 
     Raises:
         ValueError: ring attention, two transformers of different depth, or an order that puts the text elsewhere.
     """
-    if not isinstance(model, nn.Module) and _language_model(model) is not None:
-        return _attach_to_language_model(model, handle)
+    language = None if isinstance(model, nn.Module) else _language_model(model)
+    if language is not None:
+        layers = find_adapter(language).attach(language, handle, undo)
+        # The step is the share of a block's masks that are gone: blocks are loops.
+        if getattr(model, "mask_token_id", None) is not None:
+            handle.progress.mask_token_id = model.mask_token_id
+        return layers
     transformers = roots(model)
     found = [_layers(root) for root in transformers]
     counts = {1 + max(number for number, _ in layers) for layers in found}
     if len(counts) > 1:
         raise ValueError(f"transformer and transformer_2 must have equally many layers, got {sorted(counts)}")
     route = DiffusersRoute(handle, lambda: getattr(model, "scheduler", None))
-    handle.progress = DenoisingProgress(schedule=route.timesteps)
-    with ExitStack() as undo:
-        undo.callback(route.take_order(transformers[0]))
-        undo.callback(route.register())
-        for root in transformers:
-            undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
-        formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
-        for number, attention in (layer for layers in found for layer in layers):
-            undo.callback(_put_proxy(attention, number, route, formers))
-        read_step = functools.partial(route.read_step, parameters(transformers[0]))
-        return Attachment(counts.pop(), undo.pop_all().close, read_step)
+    handle.hear = route.hear
+    handle.read_step = functools.partial(route.read_step, parameters(transformers[0]))
+    route.take_order(transformers[0], undo)
+    route.register(undo)
+    for root in transformers:
+        undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
+    formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
+    for number, attention in (layer for layers in found for layer in layers):
+        _put_proxy(attention, number, route, formers, undo)
+    return counts.pop()
 
 
 class ProcessorProxy:
@@ -119,31 +121,17 @@ def _proxy_class(kind: type) -> type[ProcessorProxy]:
     return type(f"Proxy{kind.__name__}", (ProcessorProxy,), {"__call__": functools.wraps(kind.__call__)(call)})
 
 
-def _put_proxy(attention: Any, number: int, route: DiffusersRoute, formers: dict[int, Any]) -> Callable[[], None]:
-    """Replace the processor of an attention layer; returns what puts it back."""
+def _put_proxy(attention: Any, number: int, route: DiffusersRoute, formers: dict[int, Any], undo: ExitStack) -> None:
+    """Replace the processor of an attention layer, and its backend where the dispatch is known."""
     processor = attention.processor
     _refuse_ring(processor)
-    place, own = attention.__dict__, vars(processor)
-    absent = object()
-    before = place.get("processor", absent)  # a processor that is a module is not there
-    backend = own.get("_attention_backend", absent)
-    sets_backend = (
-        route.member is not None and hasattr(processor, "_attention_backend") and id(processor) not in formers
-    )
-    former = formers.setdefault(id(processor), getattr(processor, "_attention_backend", None))
+    if id(processor) not in formers:
+        formers[id(processor)] = getattr(processor, "_attention_backend", None)
+        if route.member is not None and hasattr(processor, "_attention_backend"):
+            undo.callback(override(processor, "_attention_backend", route.member))
     kind: Any = type(processor)
-    proxy = _proxy_class(kind)(processor, route, torch.tensor(number), former)
-    place["processor"] = proxy
-    if sets_backend:
-        processor._attention_backend = route.member
-
-    def undo() -> None:
-        if sets_backend and own.get("_attention_backend") is route.member:
-            own.pop("_attention_backend") if backend is absent else own.update(_attention_backend=backend)
-        if place.get("processor") is proxy:
-            place.pop("processor") if before is absent else place.update(processor=before)
-
-    return undo
+    proxy = _proxy_class(kind)(processor, route, torch.tensor(number), formers[id(processor)])
+    undo.callback(override(attention, "processor", proxy))
 
 
 def _refuse_ring(processor: Any) -> None:
@@ -173,15 +161,6 @@ def _is_cross(module: nn.Module, name: str) -> bool:
     """Whether it attends to another sequence: it says so, or its name does by diffusers' custom."""
     told = getattr(module, "is_cross_attention", None)
     return bool(told) if told is not None else "cross" in name or "_to_" in name or name.endswith("attn2")
-
-
-def _attach_to_language_model(pipeline: Any, handle: Handle) -> Attachment:
-    """Attach to the model of a pipeline. Its step is the share of a block's masks that are gone: blocks are loops."""
-    attachment = find_adapter(pipeline.model).attach(pipeline.model, handle)
-    mask_token_id = getattr(pipeline, "mask_token_id", None)
-    if mask_token_id is not None:
-        handle.progress.mask_token_id = mask_token_id
-    return attachment
 
 
 def _language_model(pipeline: Any) -> nn.Module | None:

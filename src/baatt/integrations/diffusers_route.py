@@ -8,16 +8,17 @@ a call.
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import GRADIENTS, Handle, needs_gradients
-from baatt.integrations.progress import TRAINING_TIMESTEPS
-from baatt.integrations.routed import SdpaCall, into_graph
-from baatt.integrations.sdpa import Route, SparseSDPA
+from baatt.integrations.progress import TRAINING_TIMESTEPS, by_name
+from baatt.integrations.sdpa import SparseSDPA
 from baatt.integrations.video import VideoTiles
 
 #: Names under which a forward takes the timestep.
@@ -28,7 +29,7 @@ TEXT_BEFORE = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
 TABLES = ("_backends", "_constraints", "_supported_arg_names")
 
 
-class DiffusersRoute(Route):
+class DiffusersRoute:
     """Brings the attention calls of all layers of a handle to it, with what the calls themselves do not tell.
 
     Args:
@@ -37,8 +38,7 @@ class DiffusersRoute(Route):
     """
 
     def __init__(self, handle: Handle, scheduler: Callable[[], Any]) -> None:
-        super().__init__(handle)
-        self.scheduler = scheduler
+        self.handle, self.scheduler = handle, scheduler
         # Of the processor that runs: its layer [] int64, and the backend that it had.
         self.layer: Tensor | None = None
         self.former: Any = None
@@ -49,25 +49,23 @@ class DiffusersRoute(Route):
         # diffusers' dispatch and our member of its enum.
         self.dispatch: Any = None
         self.member: Any = None
-        self.mode = SparseSDPA(handle)
-        self.mode.route = self
+        self.mode = SparseSDPA(self.attention)
 
     # What a forward tells.
 
-    def take_order(self, transformer: nn.Module) -> Callable[[], None]:
-        """Take over a `VideoTiles` that has no grid; returns what gives it back.
+    def take_order(self, transformer: nn.Module, undo: ExitStack) -> None:
+        """Take over a `VideoTiles` that has no grid.
 
         Raises:
             ValueError: it has the text on another side than the transformer.
         """
         order, name = self.handle.order, type(uncompiled(transformer)).__name__
         if not isinstance(order, VideoTiles):
-            return lambda: None
+            return
         if name in TEXT_BEFORE and order.text != "before":
             raise ValueError(f"order must be VideoTiles(text='before') for {name}, got text={order.text!r}")
-        former = order.grid
-        self.tiles = order if former is None else None
-        return lambda: setattr(order, "grid", former)
+        self.tiles = order if order.grid is None else None
+        undo.callback(setattr, order, "grid", order.grid)
 
     def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward of a transformer: the grid of its latents.
@@ -89,22 +87,21 @@ class DiffusersRoute(Route):
         if grid is not None and not is_traced:
             self.tiles.grid = grid
 
-    def timesteps(self) -> Any:
-        """Schedule of the pipeline, or None."""
-        return getattr(self.scheduler(), "timesteps", None)
-
     def read_step(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the progress: from the scheduler's own count where it has one, else from the timestep of the forward."""
         if self._read_scheduler(at_start=None):
             return
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = by_name(names, args, kwargs)
         timestep = next((given[name] for name in TIMESTEPS if given.get(name) is not None), None)
         if timestep is not None:
-            self.handle.progress.read_timestep(training_timestep(timestep, self.timesteps()))
+            timesteps = getattr(self.scheduler(), "timesteps", None)  # one wait for the device, not one an entry
+            schedule = [] if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).tolist()
+            self.handle.progress.read_timestep(training_timestep(timestep, schedule), schedule)
 
     def _read_scheduler(self, at_start: int | None) -> bool:
         """Take the scheduler's index, `at_start` while it has none; whether there was one."""
-        scheduler, timesteps = self.scheduler(), self.timesteps()
+        scheduler = self.scheduler()
+        timesteps = getattr(scheduler, "timesteps", None)
         index = getattr(scheduler, "step_index", None)
         if index is None and hasattr(scheduler, "step_index"):
             index = at_start
@@ -115,26 +112,14 @@ class DiffusersRoute(Route):
 
     # What a call goes through.
 
-    def attention(
-        self,
-        call: SdpaCall,
-        dense: Callable[[], Tensor],
-        *,
-        layer: int | None = None,
-        is_cross: bool | None = None,
-        key_mask: Tensor | None = None,
-    ) -> Tensor:
-        """`Route.attention`, with the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
+    def attention(self, call: SdpaCall, dense: Callable[[], Tensor]) -> Tensor:
+        """`Handle.sdpa` of the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
         if not torch.compiler.is_compiling():
-            number = None if self.layer is None else int(self.layer)
-            return super().attention(call, dense, layer=number, is_cross=is_cross, key_mask=key_mask)
-        q, k, v = call[:3]
-        if self.layer is None or call.is_causal or call.dropout_p > 0 or v.shape != k.shape or needs_gradients(q, k, v):
-            return dense()
-        return into_graph(self.number, call, None, is_cross, [self.layer, *self.traced])
+            return self.handle.sdpa(call, dense, layer=None if self.layer is None else int(self.layer))
+        return dense() if self.layer is None else self.handle.sdpa(call, dense, told=[self.layer, *self.traced])
 
-    def decide(self, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]) -> Tensor:
-        """A call of a compiled graph, when the graph runs; told: the layer [], then the grid of a traced forward."""
+    def hear(self, told: Sequence[Tensor]) -> int:
+        """The layer of a call of a compiled graph; told: the layer [], then the grid of a traced forward."""
         number, *traced = told
         for grid in traced:
             if self.tiles is not None and len(grid):
@@ -143,28 +128,24 @@ class DiffusersRoute(Route):
             if self.handle.policy.dense_steps > 0 and not self.handle.progress.told:
                 # No hook has run. Before its first step a scheduler has no index.
                 self._read_scheduler(at_start=getattr(self.scheduler(), "begin_index", None) or 0)
-        return super().decide(call, int(number), is_cross, ())
+        return int(number)
 
     # The backend.
 
-    def register(self) -> Callable[[], None]:
-        """Register a backend with diffusers, if it is built as we know it; returns what takes it away."""
+    def register(self, undo: ExitStack) -> None:
+        """Register a backend with diffusers, if it is built as we know it."""
         dispatch = _dispatch()
         if dispatch is None:
-            return lambda: None
+            return
         names, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
         value = f"ba_att_{self.handle.number}"
         member = str.__new__(names, value)
         member._name_, member._value_, member.__objclass__ = value.upper(), value, names
         self.dispatch, self.member = dispatch, member
         registry.register(member, supports_context_parallel=True)(self.backend)
-
-        def undo() -> None:
-            for table in TABLES:
-                getattr(registry, table).pop(member, None)
-            registry._supports_context_parallel.discard(value)
-
-        return undo
+        for table in TABLES:
+            undo.callback(getattr(registry, table).pop, member, None)
+        undo.callback(registry._supports_context_parallel.discard, value)
 
     def backend(
         self,
@@ -240,7 +221,7 @@ def latent_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     Most models are given latents [B, C, T, H, W], CogVideoX [B, T, C, H, W], and cut patches of `config.patch_size`
     (three numbers, or one for rows and columns) and `config.patch_size_t`; LTX is given tokens and the three numbers.
     """
-    given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
+    given = by_name(parameters(module), args, kwargs)
     latents = given.get("hidden_states")
     if not isinstance(latents, Tensor):
         return None
@@ -256,19 +237,18 @@ def latent_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return frames // patch[0], latents.shape[3] // patch[1], latents.shape[4] // patch[2]
 
 
-def training_timestep(timestep: Any, schedule: Any) -> float:
+def training_timestep(timestep: Any, schedule: Sequence[float]) -> float:
     """A timestep as schedulers count it, from 1000: Flux is given a thousandth of it, Lumina what is missing to 1."""
     is_whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
     # One value a token where an image is given: its tokens have none to go.
     value = float(timestep.max() if isinstance(timestep, Tensor) else timestep)
     if is_whole or value > 1:
         return value
-    if schedule is None or len(schedule) == 0:
+    if not schedule:
         return value * TRAINING_TIMESTEPS
-    known: list[float] = torch.as_tensor(schedule, dtype=torch.float64).tolist()
 
     def distance(candidate: float) -> float:
-        return min(abs(candidate - one) / max(abs(one), 1e-3) for one in known)
+        return min(abs(candidate - one) / max(abs(one), 1e-3) for one in schedule)
 
     return min((value, value * TRAINING_TIMESTEPS, (1 - value) * TRAINING_TIMESTEPS), key=distance)
 

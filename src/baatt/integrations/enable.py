@@ -7,14 +7,15 @@ exit. An adapter is one file with the three functions of `Adapter` and one line 
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
-from weakref import WeakKeyDictionary
+from contextlib import ExitStack
+from typing import Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import BY_POLICY, Handle, NoSparseAttentionWarning, TokenPermutation
+from baatt.integrations.handle import Handle, NoSparseAttentionWarning, TokenPermutation
 
 #: File beside this one -> what it attaches to. The first that recognises a model has it.
 ADAPTERS: Mapping[str, str] = {
@@ -26,19 +27,7 @@ ADAPTERS: Mapping[str, str] = {
 }
 
 #: Modules that are attached to now.
-_attached: "WeakKeyDictionary[nn.Module, Handle]" = WeakKeyDictionary()
-
-
-class Attachment(NamedTuple):
-    """What an adapter did.
-
-    layers: how many, which `Policy.dense_layers` counts. undo: puts everything back. read_step: given (args, kwargs) of
-    a forward of a root before it runs, tells `handle.progress` the denoising step; None where the model is not told it.
-    """
-
-    layers: int
-    undo: Callable[[], None]
-    read_step: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+_attached: "WeakSet[nn.Module]" = WeakSet()
 
 
 class Adapter(Protocol):
@@ -50,8 +39,24 @@ class Adapter(Protocol):
     def roots(self, model: Any) -> list[nn.Module]:
         """The modules whose forward is one evaluation: the model itself, or the transformers of a pipeline."""
 
-    def attach(self, model: Any, handle: Handle) -> Attachment:
-        """Bring the calls of every attention layer to `handle.attention`, on this instance only."""
+    def attach(self, model: Any, handle: Handle, undo: ExitStack) -> int:
+        """Bring the calls of every attention layer to the handle, on this instance only; `undo` closes on disabling.
+
+        Sets `handle.read_step` where the model is told its step. Returns how many layers `Policy.dense_layers` counts.
+        """
+
+
+def override(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of this instance alone; what is returned puts it back, unless another value has come since."""
+    own, absent = vars(owner), object()
+    before = own.get(name, absent)
+    own[name] = value
+
+    def undo() -> None:
+        if own.get(name, absent) is value:
+            own.pop(name) if before is absent else own.update({name: before})
+
+    return undo
 
 
 def enable(
@@ -93,23 +98,13 @@ def enable(
         raise ValueError("model must not be attached to already: disable the handle of the earlier enable first")
     if any(root.training for root in roots):
         raise ValueError("model must be in evaluation mode, got training mode: call model.eval() first")
-    attachment = adapter.attach(model, handle)
-    try:
-        handle.set_layers(attachment.layers)
-    except ValueError:
-        attachment.undo()
-        raise
-    watches = [_Watch(root, handle, attachment) for root in roots]
-    _attached.update(dict.fromkeys(modules, handle))
-
-    def undo() -> None:
-        for module in modules:
-            _attached.pop(module, None)
-        for watch in watches:
-            watch.remove()
-        attachment.undo()
-
-    handle.on_disable(undo)
+    with ExitStack() as undo:
+        handle.set_layers(adapter.attach(model, handle, undo))
+        for root in roots:
+            undo.callback(_watch(root, handle))
+        _attached.update(modules)
+        undo.callback(_attached.difference_update, modules)
+        handle.on_disable(undo.pop_all().close)
     return handle
 
 
@@ -133,46 +128,37 @@ def find_adapter(model: Any) -> Adapter:
     )
 
 
-class _Watch:
-    """Hooks around every forward of a model: tells the adapter before, and warns after one without a sparse call."""
+def _watch(root: nn.Module, handle: Handle) -> Callable[[], None]:
+    """Hook every forward: read the step before, warn once after one without a sparse call; returns what ends it.
 
-    def __init__(self, root: nn.Module, handle: Handle, attachment: Attachment) -> None:
-        self.handle, self.read_step = handle, attachment.read_step
-        self.before = (0, 0)
-        self.warned = False
-        self.hooks = [
-            root.register_forward_pre_hook(self.start, with_kwargs=True, prepend=True),
-            root.register_forward_hook(self.finish),
-        ]
+    A traced graph has no side effects, so there nothing is told and nothing is warned of.
+    """
+    before, warned = 0, False
 
-    def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward. A traced graph has no side effects, so there nothing is told and nothing is warned of."""
+    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal before
         if torch.compiler.is_compiling():
             return
-        self.before = self.handle.sparse_calls, sum(self.policy_calls().values())
-        if self.read_step is not None and self.handle.policy.dense_steps > 0 and not self.handle.progress.told:
-            self.read_step(args, kwargs)
+        before = handle.calls_as_asked
+        if handle.read_step is not None and handle.policy.dense_steps > 0 and not handle.progress.told:
+            handle.read_step(args, kwargs)
 
-    def finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After a forward."""
-        if torch.compiler.is_compiling() or self.warned:
+    def finish(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal warned
+        if torch.compiler.is_compiling() or warned or handle.calls_as_asked > before:
             return
-        sparse, asked_for = self.before
-        if self.handle.sparse_calls > sparse or sum(self.policy_calls().values()) > asked_for:
-            return
-        self.warned = True
-        reasons = "; ".join(self.handle.reasons) or "the model never called its attention through baatt"
+        warned = True
+        reasons = "; ".join(handle.reasons) or "the model never called its attention through baatt"
         warnings.warn(
             f"{type(module).__name__} ran without a single sparse attention call: {reasons}",
             NoSparseAttentionWarning,
             stacklevel=3,
         )
 
-    def policy_calls(self) -> dict[str, int]:
-        """Dense calls that the policy asked for."""
-        return {reason: count for reason, count in self.handle.reasons.items() if reason.startswith(BY_POLICY)}
+    hooks = root.register_forward_pre_hook(start, with_kwargs=True, prepend=True), root.register_forward_hook(finish)
 
-    def remove(self) -> None:
-        """Take the hooks away."""
-        for hook in self.hooks:
+    def end() -> None:
+        for hook in hooks:
             hook.remove()
+
+    return end

@@ -5,20 +5,23 @@ brings the calls here and knows the library they come from; this file knows none
 is one opaque operator that runs eagerly, so steps and counts stay right there and nothing is compiled again for them.
 """
 
+import functools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from baatt.attention import ba_attention
 from baatt.backend import IMPLS, Workload, choose_backend
 from baatt.config import BAAttConfig, Policy
+from baatt.integrations.calls import SdpaCall, into_graph, take_number
+from baatt.integrations.masks import KeyMaskReader
 from baatt.integrations.progress import DenoisingProgress
-from baatt.integrations.routed import SdpaCall, into_graph, take_number
 from baatt.stages.dense import dense_attention
 
 #: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
@@ -53,6 +56,9 @@ class Handle:
 
     Attributes:
         progress: where the denoising step comes from. layer_count: layers of the model, once they are known.
+        key_mask: reads the mask of a call. The others are an adapter's, or None: read_step tells `progress` the step,
+            given (args, kwargs) of a forward before it runs; hear takes what went along with a call of a compiled
+            graph and returns the layer.
         is_timed: whether `seconds` sums the time of all calls, for which every call waits for the device.
 
     Raises:
@@ -75,8 +81,10 @@ class Handle:
         self.layer_count: int | None = None
         self._dense_layers = frozenset(self.policy.dense_layers)
         self.number = take_number(self)
-        self._sparse: Counter[int | None] = Counter()
-        self._dense: dict[int | None, Counter[str]] = {}
+        self.key_mask = KeyMaskReader()
+        self.read_step: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
+        self.hear: Callable[[Sequence[Tensor]], int] | None = None
+        self._calls: Counter[tuple[int | None, str | None]] = Counter()  # by layer and reason, None = sparse
         self._pairs = self._kept_pairs = 0.0
         self.is_timed, self.seconds = False, 0.0
         self._undo: Callable[[], None] | None = None
@@ -87,30 +95,30 @@ class Handle:
     @property
     def sparse_calls(self) -> int:
         """Attention calls that went sparse."""
-        return sum(self._sparse.values())
+        return sum(count for (_, reason), count in self._calls.items() if reason is None)
 
     @property
     def dense_calls(self) -> int:
         """Attention calls that came here and stayed dense."""
-        return sum(self.reasons.values())
+        return sum(self._calls.values()) - self.sparse_calls
 
     @property
     def reasons(self) -> dict[str, int]:
         """Why calls stayed dense, with their number."""
-        return dict(sum(self._dense.values(), Counter()))
+        found: dict[str, int] = {}
+        for (_, reason), count in self._calls.items():
+            if reason is not None:
+                found[reason] = found.get(reason, 0) + count
+        return found
 
     @property
     def layers(self) -> dict[int | None, LayerCalls]:
         """Counts by layer; None holds calls of which the layer is not known."""
-        numbers = sorted({*self._sparse, *self._dense}, key=lambda layer: -1 if layer is None else layer)
-        return {
-            layer: LayerCalls(
-                self._sparse[layer],
-                sum(self._dense.get(layer, Counter()).values()),
-                dict(self._dense.get(layer, Counter())),
-            )
-            for layer in numbers
-        }
+        found: dict[int | None, LayerCalls] = {}
+        for layer in sorted({layer for layer, _ in self._calls}, key=lambda layer: -1 if layer is None else layer):
+            reasons = {reason: count for (one, reason), count in self._calls.items() if one == layer and reason}
+            found[layer] = LayerCalls(self._calls[layer, None], sum(reasons.values()), reasons)
+        return found
 
     @property
     def sparsity(self) -> float:
@@ -131,8 +139,7 @@ class Handle:
 
     def reset(self) -> None:
         """Start counting anew."""
-        self._sparse.clear()
-        self._dense.clear()
+        self._calls.clear()
         self._pairs = self._kept_pairs = self.seconds = 0.0
 
     def at_step(self, step: int, total: int) -> None:
@@ -173,6 +180,16 @@ class Handle:
         """What `disable` runs."""
         self._undo = undo
 
+    @property
+    def calls_as_asked(self) -> int:
+        """Calls that went sparse, or stayed dense because the policy says so."""
+        return sum(count for (_, reason), count in self._calls.items() if not reason or reason.startswith(BY_POLICY))
+
+    def count_dense(self, layer: int | None, reason: str) -> None:
+        """Count a call that stays dense; in a traced graph, which must not have side effects, nothing is counted."""
+        if not torch.compiler.is_compiling():
+            self._calls[layer, reason] += 1
+
     def attention(
         self,
         q: Tensor,
@@ -184,6 +201,7 @@ class Handle:
         scale: float | None = None,
         is_cross: bool | None = False,
         dense: Callable[[], Tensor] | None = None,
+        refusal: str | None = None,
     ) -> Tensor:
         """Attention of one call, sparse or dense.
 
@@ -194,89 +212,128 @@ class Handle:
             is_cross: whether queries and keys belong to different sequences; None: as many queries as keys says no.
             dense: the model's own attention for a call that stays dense; None computes it exactly here, as a compiled
                 graph always does.
+            refusal: why the call must stay dense, where the caller knows.
 
         Returns:
             [B, H, N, D].
         """
-        refusal = None
-        if needs_gradients(q, k, v):
-            refusal = GRADIENTS
-        elif v.shape != k.shape:  # before the operator, whose result has the shape of q
-            refusal = "values of another shape than keys"
-        if refusal is not None:
-            self.count_dense(layer, refusal)
-            return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
-        if torch.compiler.is_compiling():
-            return into_graph(self.number, SdpaCall(q, k, v, key_mask, scale=scale), layer, is_cross)
-        if not self.is_timed:
-            return self._route(q, k, v, key_mask, scale, layer, is_cross, dense)
-        _wait(q.device)
-        started = time.perf_counter()
-        out = self._route(q, k, v, key_mask, scale, layer, is_cross, dense)
-        _wait(q.device)
-        self.seconds += time.perf_counter() - started
-        return out
+        return self._attend(SdpaCall(q, k, v, key_mask, scale=scale), dense, layer, is_cross, refusal)
 
-    def decide(self, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]) -> Tensor:
-        """A call of a compiled graph, with a key mask, when the graph runs."""
-        return self._route(*call[:4], call.scale, layer, is_cross)
-
-    def _route(
+    def sdpa(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        scale: float | None,
+        call: SdpaCall,
+        dense: Callable[[], Tensor],
+        *,
+        layer: int | None = None,
+        is_cross: bool | None = None,
+        key_mask: Tensor | None = None,
+        refusal: str | None = None,
+        told: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Attention of a call that may be no plain bidirectional attention and may have any mask.
+
+        A mask is looked at when the call runs: in a compiled graph it goes with the call through one opaque operator.
+
+        Args:
+            call: by the arguments of `scaled_dot_product_attention`; dense: the code's own.
+            layer, is_cross, refusal: as `attention`.
+            key_mask: [B, M] bool, one that the caller has found out and the code does not know: then there is none in
+                the call, and dense attention takes it too.
+            told: what goes along in a compiled graph, for `hear`.
+        """
+        refusal = call.refusal() if refusal is None else refusal
+        if refusal is None:
+            call = call.under_autocast()
+            if call.attn_mask is None and key_mask is not None:
+                call = call._replace(attn_mask=key_mask)
+                return self._attend(call, None, layer, is_cross, told=told)
+        return self._attend(call, dense, layer, is_cross, refusal, told)
+
+    def in_graph(self, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]) -> Tensor:
+        """A call of a compiled graph, when the graph runs; a mask with 2 axes is a key mask."""
+        if self.hear is not None and told:
+            layer = self.hear(told)
+        if call.attn_mask is None or call.attn_mask.ndim == 2:
+            return self._attend(call, None, layer, is_cross)
+        q, k, v, mask = call[:4]
+
+        def dense() -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa)
+
+        return self.sdpa(call, dense, layer=layer, is_cross=is_cross)
+
+    def _attend(
+        self,
+        call: SdpaCall,
+        dense: Callable[[], Tensor] | None,
         layer: int | None,
         is_cross: bool | None,
-        dense: Callable[[], Tensor] | None = None,
+        refusal: str | None = None,
+        told: Sequence[Tensor] = (),
     ) -> Tensor:
-        """`attention` outside of a traced graph."""
-        is_cross = q.shape[2] != k.shape[2] if is_cross is None else is_cross
+        """`attention`, or `sdpa` of a call whose mask has 4 axes or is a key mask."""
+        q, k, v, mask = call[:4]
+        if refusal is None and mask is not None and mask.ndim == 4 and not torch.compiler.is_compiling():
+            mask, refusal = self.key_mask(mask, k.shape[0], k.shape[2])
+        if refusal is None and needs_gradients(q, k, v, *([] if mask is None else [mask])):
+            refusal = GRADIENTS
+        elif refusal is None and v.shape != k.shape:  # before the operator, whose result has the shape of q
+            refusal = "values of another shape than keys"
+        if refusal is None and torch.compiler.is_compiling():
+            return into_graph(self.number, call, layer, is_cross, told)
+        if dense is None:
+            dense = functools.partial(dense_attention, q, k, v, key_mask=mask, scale=call.scale)
+        if refusal is not None:
+            self.count_dense(layer, refusal)
+            return dense()
+        started = self._now(q.device)
+        out = self._decide(call._replace(attn_mask=mask), dense, layer, is_cross)
+        self.seconds += self._now(q.device) - started
+        return out
+
+    def _now(self, device: torch.device) -> float:
+        """Seconds when the work queued so far is done, where calls are timed."""
+        if self.is_timed and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() if self.is_timed else 0.0
+
+    def _decide(self, call: SdpaCall, dense: Callable[[], Tensor], layer: int | None, is_cross: bool | None) -> Tensor:
+        """A call that may go sparse, unless the policy says no; its mask is a key mask."""
+        q, k, v, key_mask = call[:4]
+        is_square = q.shape[2] == k.shape[2]
+        is_cross = not is_square if is_cross is None else is_cross
+        scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
         if self._watcher is not None:
-            self._watcher(layer, q, k, v, key_mask, q.shape[3] ** -0.5 if scale is None else scale)
+            self._watcher(layer, q, k, v, key_mask, scale)
         config, refusal = self.config, self._refusal(q, k, v, scale, layer, is_cross)
         blocks = math.ceil(k.shape[2] / config.block_size)
         pairs = q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / config.block_size) * blocks
         self._pairs += pairs
+        self._calls[layer, refusal] += 1
         if refusal is not None:
             self._kept_pairs += pairs
-            self.count_dense(layer, refusal)
-            return dense_attention(q, k, v, key_mask=key_mask, scale=scale) if dense is None else dense()
+            return dense()
         self._kept_pairs += pairs * config.kept_blocks(blocks) / blocks
-        self._sparse[layer] += 1
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
-        is_whole = not is_cross and q.shape[2] == k.shape[2]
-        masks = {"key_mask": key_mask, "query_mask": key_mask if is_whole else None}
-        permutation = None
-        if self.order is not None and q.shape[2] == k.shape[2]:
-            permutation = self.order(q.shape[2], q.device)
+        masks = {"key_mask": key_mask, "query_mask": key_mask if is_square and not is_cross else None}
+        permutation = self.order(q.shape[2], q.device) if self.order is not None and is_square else None
         if permutation is None:
-            return ba_attention(q, k, v, config, **masks, scale=scale, impl=self.impl)
+            return ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
         masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}
         q, k, v = (x[:, :, permutation] for x in (q, k, v))
-        permuted = ba_attention(q, k, v, config, **masks, scale=scale, impl=self.impl)
+        permuted = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
         out = torch.empty_like(permuted)
         out[:, :, permutation] = permuted
         return out
 
-    def count_dense(self, layer: int | None, reason: str) -> None:
-        """Count a call that stays dense; in a traced graph, which must not have side effects, nothing is counted."""
-        if not torch.compiler.is_compiling():
-            self._dense.setdefault(layer, Counter())[reason] += 1
-
-    def _refusal(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layer: int | None, is_cross: bool
-    ) -> str | None:
-        """Why a call stays dense, or None."""
-        scale = q.shape[3] ** -0.5 if scale is None else scale
+    def _refusal(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int | None, is_cross: bool) -> str | None:
+        """Why the policy, or the device, has a call stay dense, or None."""
         policy, queries, keys = self.policy, q.shape[2], k.shape[2]
         if not self._is_sparse:
             return BY_POLICY + "dense attention everywhere"
         if policy.only_self_attention and is_cross:
             return BY_POLICY + "cross-attention"
-        if layer is not None and layer in self._dense_layers:
+        if layer in self._dense_layers:
             return f"{BY_POLICY}dense layer {layer}"
         if policy.dense_steps > 0:
             is_first = self.progress.is_among_first(policy.dense_steps)
@@ -310,8 +367,3 @@ def check_setting(config: BAAttConfig | None, policy: Policy | None, impl: str) 
 def needs_gradients(*tensors: Tensor) -> bool:
     """Whether a result is to be differentiated, which the sparse operator cannot."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from baatt.integrations.enable import Attachment
+from baatt.integrations.calls import SdpaCall
+from baatt.integrations.enable import override
 from baatt.integrations.handle import Handle
 from baatt.integrations.masks import NO_MASK
 from baatt.integrations.progress import by_name
-from baatt.integrations.routed import SdpaCall
-from baatt.integrations.sdpa import Current, Route
+from baatt.integrations.sdpa import Current
 
 METHOD = "_scaled_dot_product_attention"
 
@@ -40,33 +40,18 @@ def roots(model: nn.Module) -> list[nn.Module]:
     return [model]
 
 
-def attach(model: nn.Module, handle: Handle) -> Attachment:
+def attach(model: nn.Module, handle: Handle, undo: ExitStack) -> int:
     """Override the method on every block, and `forward` where the padding mask passes."""
     blocks = [module for module in model.modules() if _is_block(module)]
+    given = Current[Tensor | None](None)
+    for layer, block in zip(layer_numbers(blocks, "layer_id"), blocks, strict=True):
+        undo.callback(override(block, METHOD, _routed(handle, given, layer, getattr(block, METHOD))))
+    for module in owners(model, blocks) if handle.policy.recover_padding else []:
+        if "attention_mask" in inspect.signature(module.forward).parameters:
+            undo.callback(override(module, "forward", _remembering(given, module.forward)))
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    handle.progress.mask_token_id = MASK_TOKEN_ID if mask_token_id is None else mask_token_id
-    route, given = Route(handle), Current[Tensor | None](None)
-    with ExitStack() as undo:
-        for layer, block in zip(layer_numbers(blocks, "layer_id"), blocks, strict=True):
-            undo.callback(override(block, METHOD, _routed(route, given, layer, getattr(block, METHOD))))
-        for module in owners(model, blocks) if handle.policy.recover_padding else []:
-            if "attention_mask" in inspect.signature(module.forward).parameters:
-                undo.callback(override(module, "forward", _remembering(given, module.forward)))
-        return Attachment(len(blocks), undo.pop_all().close, handle.progress.token_reader(model))
-
-
-def override(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Put a function in place of a method of one instance; what is returned puts things back as they were."""
-    had, before = name in module.__dict__, module.__dict__.get(name)
-    module.__dict__[name] = function
-
-    def undo() -> None:
-        if had:
-            module.__dict__[name] = before
-        else:
-            module.__dict__.pop(name, None)
-
-    return undo
+    handle.read_step = handle.progress.token_reader(model, MASK_TOKEN_ID if mask_token_id is None else mask_token_id)
+    return len(blocks)
 
 
 def owners(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -90,7 +75,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _routed(
-    route: Route, given: Current[Tensor | None], layer: int, native: Callable[..., Tensor]
+    handle: Handle, given: Current[Tensor | None], layer: int, native: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     """The method of one block."""
 
@@ -109,14 +94,12 @@ def _routed(
 
         unknown = [name for name, value in others.items() if value is not None]
         padding, mask = NO_MASK, given.get()
-        if attn_mask is None and mask is not None:
-            padding = route.key_mask(mask.to(q.device), k.shape[0], k.shape[2])  # blocks may be on several devices
-        refusal = f"arguments {unknown}" if unknown else padding.refusal
-        if refusal is not None:
-            route.handle.count_dense(layer, refusal)
-            return dense()
-        call = SdpaCall(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa=True)
-        return route.attention(call, dense, layer=layer, is_cross=False, key_mask=padding.mask)
+        if attn_mask is None and mask is not None:  # blocks may be on several devices
+            padding = handle.key_mask(mask.to(q.device), k.shape[0], k.shape[2])
+        return handle.sdpa(
+            SdpaCall(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa=True), dense, layer=layer, is_cross=False,
+            key_mask=padding.mask, refusal=f"arguments {unknown}" if unknown else padding.refusal,
+        )  # fmt: skip
 
     return attention
 

@@ -4,12 +4,12 @@ A forward that asks for nothing, or for dense attention, gets the handle's; othe
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from baatt.integrations.enable import Attachment
 from baatt.integrations.handle import Handle
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.stages.dense import AttentionFunction, dense_attention
@@ -25,25 +25,25 @@ def roots(model: Any) -> list[nn.Module]:
     return [_language(model)]
 
 
-def attach(model: Any, handle: Handle) -> Attachment:
+def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
     """Put the handle in place of dense attention at every forward of the language model."""
     model = _language(model)
-    layers = model.config.n_layers
-    handle.progress.mask_token_id = model.config.mask_token_id
+    layers: int = model.config.n_layers
     routed = [functools.partial(_routed, handle, layer) for layer in range(layers)]
 
     def choose(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         asked: AttentionFunction | Sequence[AttentionFunction] = kwargs.get("attention", dense_attention)
-        functions = [asked] * layers if callable(asked) else list(asked)
+        functions = [asked] * layers if callable(asked) else asked
         chosen = [
             routed[layer] if function is dense_attention else function for layer, function in enumerate(functions)
         ]
         return args, kwargs | {"attention": chosen}
 
-    undo: Callable[[], None] = model.register_forward_pre_hook(choose, with_kwargs=True).remove
-    return Attachment(layers, undo, handle.progress.token_reader(model))
+    undo.callback(model.register_forward_pre_hook(choose, with_kwargs=True).remove)
+    handle.read_step = handle.progress.token_reader(model, model.config.mask_token_id)
+    return layers
 
 
 def _language(model: Any) -> Any:

@@ -19,20 +19,14 @@ CACHES = ("past_key_values", "cache")
 class DenoisingProgress:
     """share: of the denoising steps that are done, in [0, 1); None while nothing has told.
 
-    Args:
-        schedule: the timesteps of the loop under way, largest first, asked for at every forward; None where only the
-            model is known: then the timestep's own share of `TRAINING_TIMESTEPS` stands for the step's.
-        mask_token_id: of a masked language model.
+    told: whether a loop has said its step. mask_token_id: of a masked language model.
     """
 
-    def __init__(
-        self, schedule: Callable[[], Sequence[float] | Tensor | None] | None = None, mask_token_id: int | None = None
-    ) -> None:
+    def __init__(self, mask_token_id: int | None = None) -> None:
         self._done: float | None = None
         self._total = 1
         self.told = False
         self.mask_token_id = mask_token_id
-        self._schedule = schedule
         self._length = self._rows = self._masked = self._most_masked = 0
 
     @property
@@ -61,17 +55,16 @@ class DenoisingProgress:
             raise ValueError(f"step must be in [0, total={total}), got {step}")
         self._done, self._total, self.told = step, total, True
 
-    def read_timestep(self, timestep: Any) -> None:
-        """From a diffusion transformer's `timestep`, a number or a tensor, of which the largest counts."""
-        now = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
-        schedule = self._schedule() if self._schedule is not None else None
-        if isinstance(schedule, Tensor):
-            schedule = schedule.tolist()  # one wait for the device instead of one an entry
-        if schedule is None or len(schedule) == 0:
-            self.share = min(max(1 - now / TRAINING_TIMESTEPS, 0.0), 1.0)
+    def read_timestep(self, timestep: float, schedule: Sequence[float]) -> None:
+        """From a timestep and the schedule of the loop under way, largest first.
+
+        Where there is none, the timestep's own share of `TRAINING_TIMESTEPS` stands for the step's.
+        """
+        if not schedule:
+            self.share = min(max(1 - timestep / TRAINING_TIMESTEPS, 0.0), 1.0)
             return
         # The scheduler may hold the same value in another precision.
-        distances = [abs(float(one) - now) for one in schedule]
+        distances = [abs(one - timestep) for one in schedule]
         self.share = distances.index(min(distances)) / len(schedule)
 
     def read_tokens(self, tokens: Tensor) -> None:
@@ -90,8 +83,11 @@ class DenoisingProgress:
         self._masked, self._rows = masked, rows
         self.share = 1 - masked / self._most_masked if self._most_masked else 0.0
 
-    def token_reader(self, module: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
+    def token_reader(
+        self, module: nn.Module, mask_token_id: int | None
+    ) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:
         """Reads the step from (args, kwargs) of a forward of the module, unless it gets a part of the tokens only."""
+        self.mask_token_id = mask_token_id
         names = list(inspect.signature(module.forward).parameters)
 
         def read_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

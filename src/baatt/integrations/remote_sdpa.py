@@ -8,15 +8,15 @@ Block-causal masks stay dense. Needs no transformers.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from baatt.integrations.enable import Attachment
+from baatt.integrations.enable import override
 from baatt.integrations.handle import Handle
-from baatt.integrations.llada import layer_numbers, override, owners
+from baatt.integrations.llada import layer_numbers, owners
 from baatt.integrations.sdpa import Current, SparseSDPA
 
 #: Class of attention layers, with all that inherit from it -> whose it is and what masks it is given.
@@ -45,37 +45,30 @@ def roots(model: nn.Module) -> list[nn.Module]:
     return [stacks[-1] if stacks else model]
 
 
-def attach(model: nn.Module, handle: Handle) -> Attachment:
+def attach(model: nn.Module, handle: Handle, undo: ExitStack) -> int:
     """Override the forward of the stack, and hook the layers."""
     (stack,) = roots(model)
     layers = [module for module in model.modules() if _is_attention(module)]
     watch = _LayerWatch(handle)
-    mode = SparseSDPA(handle, layer=watch.ask, is_cross=False)
-    mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    handle.progress.mask_token_id = mask_token_id
-    with ExitStack() as undo:
-        for number, layer in zip(layer_numbers(layers, "layer_idx"), layers, strict=True):
-            start = functools.partial(watch.start, number)
-            undo.callback(layer.register_forward_pre_hook(start).remove)
-            undo.callback(layer.register_forward_hook(watch.finish, always_call=True).remove)
-        undo.callback(override(stack, "forward", _inside(mode, stack.forward)))
-        read_step = None if mask_token_id is None else handle.progress.token_reader(stack)
-        return Attachment(len(layers), undo.pop_all().close, read_step)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return any(base.__name__ in KNOWN for base in type(module).__mro__)
-
-
-def _inside(mode: SparseSDPA, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that runs inside a mode."""
+    mode = SparseSDPA(lambda call, dense: handle.sdpa(call, dense, layer=watch.ask(), is_cross=False))
+    for number, layer in zip(layer_numbers(layers, "layer_idx"), layers, strict=True):
+        undo.callback(layer.register_forward_pre_hook(functools.partial(watch.start, number)).remove)
+        undo.callback(layer.register_forward_hook(watch.finish, always_call=True).remove)
+    forward = stack.forward
 
     @functools.wraps(forward)
     def inside(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return forward(*args, **kwargs)
 
-    return inside
+    undo.callback(override(stack, "forward", inside))
+    mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
+    handle.read_step = handle.progress.token_reader(stack, mask_token_id)
+    return len(layers)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return any(base.__name__ in KNOWN for base in type(module).__mro__)
 
 
 class _LayerWatch:

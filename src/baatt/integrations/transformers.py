@@ -11,6 +11,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.enable import Attachment
-from baatt.integrations.handle import Handle, check_setting
+from baatt.integrations.enable import override
+from baatt.integrations.handle import Handle
 from baatt.integrations.masks import KeyMask, as_key_mask
 
 #: Parts of a name that transformers reads a meaning into.
@@ -71,18 +72,17 @@ def register(
         ValueError: a name that means something to transformers or is registered by somebody else, an unknown `impl`, or
             a layer counted from the last, which is another one in every model.
     """
-    check_setting(config, policy, impl)
-    config, policy = config or BAAttConfig(), policy or Policy()
+    handle = Handle(BAAttConfig() if config is None else config, policy, impl=impl)
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {type(name).__name__}")
     if not name or name == _ENABLED_NAME or any(part in name for part in SPECIAL_NAMES):
         parts = ", ".join(map(repr, SPECIAL_NAMES))
         raise ValueError(f"name must not be empty, {_ENABLED_NAME!r} or contain one of {parts}, got {name!r}")
-    if any(layer < 0 for layer in policy.dense_layers):
-        raise ValueError(f"policy.dense_layers must not count from the last layer here, got {policy.dense_layers}")
+    layers = handle.policy.dense_layers
+    if any(layer < 0 for layer in layers):
+        raise ValueError(f"policy.dense_layers must not count from the last layer here, got {layers}")
     if name not in _registered and any(name in mapping for mapping in _registries()):
         raise ValueError(f"name must not be registered by somebody else, got {name!r}")
-    handle = Handle(config, policy, impl=impl)
     _add(name, _Pair(lambda module: (handle, _Place(handle.number, _layer_of(module), _is_cross(module)))))
     _registered[name] = handle
 
@@ -106,7 +106,7 @@ def roots(model: nn.Module) -> list[nn.Module]:
     return [model]
 
 
-def attach(model: Any, handle: Handle) -> Attachment:
+def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
     """Let the configs of the model, and of its parts that use the interface, name our implementation.
 
     Raises:
@@ -123,26 +123,28 @@ def attach(model: Any, handle: Handle) -> Attachment:
     if not _enabled:
         _add(_ENABLED_NAME, _Pair(_find_enabled))
     _enabled[number] = handle
+    undo.callback(_detach, number)
     for config in configs:
         _changed.setdefault(id(config), (config, config._attn_implementation_internal, set()))[2].add(number)
         config._attn_implementation_internal = _ENABLED_NAME
-    for module, place in places:
-        module.__dict__[_MARK] = place  # not `setattr`, which a compiled module hands on to the one inside it
+    for module, place in places:  # not `setattr`, which a compiled module hands on to the one inside it
+        undo.callback(override(module, _MARK, place))
+    handle.read_step = handle.progress.token_reader(model, getattr(model.config, "mask_token_id", None))
+    text = getattr(model.config, "text_config", None) or model.config
+    count = getattr(text, "num_hidden_layers", None)
+    return count if isinstance(count, int) else 1 + max((place.layer or 0 for _, place in places), default=0)
 
-    def undo() -> None:
-        for module, _ in places:
-            module.__dict__.pop(_MARK, None)
-        for key, (config, former, users) in list(_changed.items()):
-            users.discard(number)
-            if not users:
-                config._attn_implementation_internal = former
-                del _changed[key]
-        del _enabled[number]
-        if not _enabled:
-            _remove(_ENABLED_NAME)
 
-    handle.progress.mask_token_id = getattr(model.config, "mask_token_id", None)
-    return Attachment(_layer_count(model, places), undo, handle.progress.token_reader(model))
+def _detach(number: int) -> None:
+    """Give the configs that no other handle needs back what they named before."""
+    for key, (config, former, users) in list(_changed.items()):
+        users.discard(number)
+        if not users:
+            config._attn_implementation_internal = former
+            del _changed[key]
+    del _enabled[number]
+    if not _enabled:
+        _remove(_ENABLED_NAME)
 
 
 class _Call(NamedTuple):
@@ -200,12 +202,9 @@ class _Pair:
             return self.dense(call), None
         handle, place = found
         key_mask, refusal = _key_mask(call)
-        if refusal is not None:
-            handle.count_dense(place.layer, refusal)
-            return self.dense(call), None
         out = handle.attention(
             query, key, value, layer=place.layer, key_mask=key_mask, scale=options.get("scaling"),
-            is_cross=place.is_cross, dense=lambda: self.dense(call).transpose(1, 2),
+            is_cross=place.is_cross, dense=lambda: self.dense(call).transpose(1, 2), refusal=refusal,
         )  # fmt: skip
         return rearrange(out, "b h n d -> b n h d").contiguous(), None
 
@@ -333,13 +332,6 @@ def _layer_of(module: nn.Module) -> int | None:
     """Layer that a module holds, if any."""
     layer = getattr(module, "layer_idx", None)
     return layer if isinstance(layer, int) else None
-
-
-def _layer_count(model: Any, places: list[tuple[nn.Module, _Place]]) -> int:
-    """How many layers `Policy.dense_layers` counts."""
-    text = getattr(model.config, "text_config", None) or model.config
-    count = getattr(text, "num_hidden_layers", None)
-    return count if isinstance(count, int) else 1 + max((place.layer or 0 for _, place in places), default=0)
 
 
 def _is_cross(module: nn.Module, name: str = "") -> bool:

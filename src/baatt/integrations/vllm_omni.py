@@ -7,6 +7,7 @@ tell its layer, so there are no dense layers here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -85,11 +86,11 @@ class SparseAttention:
         handle.progress = read_progress(params) if handle.policy.dense_steps > 0 else DenoisingProgress()
         mask, found = read_mask(params, k)
         refusal = "causal attention" if is_causal else found.refusal
-        if refusal is not None:
-            handle.count_dense(None, refusal)
-            out = _dense(q, k, v, mask, is_causal, softmax_scale)
-        else:
-            out = handle.attention(q, k, v, layer=None, key_mask=found.mask, scale=softmax_scale, is_cross=None)
+        dense = functools.partial(_dense, q, k, v, mask, is_causal, softmax_scale)
+        out = handle.attention(
+            q, k, v, layer=None, key_mask=found.mask, scale=softmax_scale, is_cross=None,
+            dense=None if refusal is None else dense, refusal=refusal,
+        )  # fmt: skip
         return rearrange(out, "B H N D -> B N H D")
 
     def statistics(self) -> list[Handle]:

@@ -1,0 +1,106 @@
+"""A call of `scaled_dot_product_attention`: its arguments, what rules out sparse attention, its node in a graph.
+
+The node, `torch.ops.baatt.routed_attention`, runs eagerly when the graph runs: so steps, masks and counts are right
+there and nothing is compiled again for them. Knows no library and no policy: it asks the handle whose number it holds.
+"""
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_numbers = itertools.count()
+_handles: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+
+
+class SdpaCall(NamedTuple):
+    """The arguments of `scaled_dot_product_attention` by its own names."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def refusal(self) -> str | None:
+        """Why it stays dense whatever a policy says, or None; a call that is an error gets it from torch itself."""
+        q, k, v, mask = self[:4]
+        if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or len({x.shape[0] for x in (q, k, v)}) > 1:
+            return "tensors that are not [B, H, N, D]"
+        if 0 in q.shape or 0 in k.shape:
+            return "tensors without elements"
+        if k.shape[3] != q.shape[3] or v.shape != k.shape:
+            return "values of another shape than keys, or keys of another width than queries"
+        if q.shape[1] != k.shape[1] and (not self.enable_gqa or q.shape[1] % k.shape[1]):
+            return "fewer heads of keys than of queries without enable_gqa"
+        if self.is_causal:
+            return "causal attention"
+        if self.dropout_p > 0:
+            return "dropout"
+        if mask is not None:
+            fitting = zip(reversed(mask.shape), (k.shape[2], *reversed(q.shape[:3])), strict=False)
+            if mask.ndim not in (2, 3, 4) or any(size not in (1, full) for size, full in fitting):
+                return f"a mask of shape {tuple(mask.shape)}"
+        return None
+
+    def under_autocast(self) -> "SdpaCall":
+        """The call in the dtype in which autocast would have it run, a mask with 4 axes."""
+        q, k, v, mask = self[:4]
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.ndim)]
+        device = q.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+            if mask is not None and mask.dtype not in (torch.bool, torch.float64):
+                mask = mask.to(dtype)
+        return self._replace(query=q, key=k, value=v, attn_mask=mask)
+
+
+def take_number(handle: Any) -> int:
+    """The number under which the node finds a handle, as long as it lives."""
+    number = next(_numbers)
+    _handles[number] = handle
+    return number
+
+
+def into_graph(
+    number: int, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor] = ()
+) -> Tensor:
+    """Put a call that is being traced into the graph; `told` are tensors for what must not be part of the graph."""
+    q, k, v, mask = call[:4]
+    routed: Tensor = torch.ops.baatt.routed_attention(q, k, v, mask, call.scale, layer, is_cross, list(told), number)
+    return routed
+
+
+# A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+@torch.library.custom_op("baatt::routed_attention", mutates_args=(), tags=_TAGS)
+def _routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    layer: int | None,
+    is_cross: bool | None,
+    told: Sequence[Tensor],
+    number: int,
+) -> Tensor:
+    """`Handle.in_graph` as one node of a compiled graph."""
+    call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    out: Tensor = _handles[number].in_graph(call, layer, is_cross, told)
+    return out.to(q.dtype).contiguous()
+
+
+@_routed.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
