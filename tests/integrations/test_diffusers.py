@@ -518,11 +518,11 @@ def test_latents_that_do_not_show_their_grid_are_refused_without_one():
 
 def test_what_is_recognised():
     pipeline = wan_pipeline()
-    assert adapter.recognises(pipeline)
-    assert adapter.recognises(pipeline.transformer)
-    assert not adapter.recognises(pipeline.vae)
-    assert not adapter.recognises(nn.Linear(2, 2))
-    assert not adapter.recognises("model")
+    assert adapter.roots(pipeline)
+    assert adapter.roots(pipeline.transformer)
+    assert not adapter.roots(pipeline.vae)
+    assert not adapter.roots(nn.Linear(2, 2))
+    assert not adapter.roots("model")
     with pytest.raises(ValueError, match=r"model must be of a known kind.*got .*AutoencoderKLWan"):
         baatt.enable(pipeline.vae.eval(), HALF)
     pipeline.transformer = None
@@ -544,7 +544,7 @@ def test_a_subclass_outside_diffusers_is_recognised():
 
 def test_diffusers_is_not_imported_for_other_models():
     code = (
-        "import sys, baatt.integrations.diffusers as d; from torch import nn; d.recognises(nn.Linear(2, 2)); "
+        "import sys, baatt.integrations.diffusers as d; from torch import nn; d.roots(nn.Linear(2, 2)); "
         "sys.exit('diffusers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

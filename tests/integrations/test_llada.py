@@ -435,9 +435,9 @@ def test_methods_of_that_name_of_other_models_are_not_llada_s():
         def _scaled_dot_product_attention(self, query, key, value, mask=None):
             return query, None
 
-    assert not llada.recognises(Other())
-    assert not llada.recognises(DreamModel())
-    assert not llada.recognises("llada")
+    assert not llada.roots(Other())
+    assert not llada.roots(DreamModel())
+    assert not llada.roots("llada")
     with pytest.raises(ValueError, match=r"known kind: .*LLaDA-8B"):
         baatt.enable(Other().eval(), HALF)
 

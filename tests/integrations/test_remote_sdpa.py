@@ -315,10 +315,10 @@ def test_what_is_recognised(dream):
     class Renamed(type(dream.model.layers[0].self_attn)):
         pass
 
-    assert remote_sdpa.recognises(nn.Sequential(Renamed(Config(), 0)))
-    assert not remote_sdpa.recognises(LLaDAModelLM())
-    assert not remote_sdpa.recognises(nn.Linear(2, 2))
-    assert not remote_sdpa.recognises("dream")
+    assert remote_sdpa.roots(nn.Sequential(Renamed(Config(), 0)))
+    assert not remote_sdpa.roots(LLaDAModelLM())
+    assert not remote_sdpa.roots(nn.Linear(2, 2))
+    assert not remote_sdpa.roots("dream")
     assert remote_sdpa.roots(dream) == [dream.model]
     alone = Renamed(Config(), 0)
     assert remote_sdpa.roots(alone) == [alone]

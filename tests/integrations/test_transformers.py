@@ -719,7 +719,7 @@ def stub(kind=LLaDA2StubModelLM, **changes):
 def test_llada2_is_reached_although_transformers_refuses():
     model, ids = stub(), tokens()
     assert not model._can_set_attn_implementation()
-    assert core.find_adapter(model) is adapter
+    assert core.find_adapter(model) == (adapter, [model])
     dense = run(model, ids)
     with baatt.enable(model, ALL_BLOCKS) as handle:
         torch.testing.assert_close(run(model, ids), dense)
@@ -869,7 +869,7 @@ def test_a_registered_name_and_an_attached_model_side_by_side(registered):
 def test_importing_needs_no_library_and_registers_nothing():
     code = (
         "import sys, torch; from baatt.integrations import enable, transformers as adapter; "
-        "assert not adapter.recognises(torch.nn.Linear(1, 1)) and not adapter.recognises(1); "
+        "assert not adapter.roots(torch.nn.Linear(1, 1)) and not adapter.roots(1); "
         "assert 'transformers' not in sys.modules; "
         "from transformers import modeling_utils, masking_utils; "
         "names = [*modeling_utils.AttentionInterface(), *masking_utils.AttentionMaskInterface()]; "

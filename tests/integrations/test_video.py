@@ -9,7 +9,7 @@ from einops import einsum
 
 from baatt import BAAttConfig, Policy, ba_attention, make_plan
 from baatt.integrations.handle import Handle
-from baatt.integrations.video import REMEMBERED, VideoTiles
+from baatt.integrations.video import REMEMBERED, VideoTiles, _permutation
 
 CPU = torch.device("cpu")
 TILE = (2, 4, 2)  # 16 tokens
@@ -71,7 +71,7 @@ def test_a_grid_that_comes_later_or_does_not_fit():
     assert not torch.equal(tiles(105, CPU), first)
     for length in range(105, 105 + 2 * REMEMBERED):
         assert len(tiles(length, CPU)) == length
-    assert len(tiles._cache) == REMEMBERED
+    assert _permutation.cache_info().currsize == REMEMBERED
     tiles.grid = None
     assert tiles(105, CPU) is None
 

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from baatt import BAAttConfig, Policy, ba_attention
 from baatt.integrations.handle import Handle
-from baatt.integrations.vllm_omni import SparseAttention, attention, read_settings
+from baatt.integrations.vllm_omni import SparseAttention, attention
 
 DIALS = {"block_size": 16, "segment": 64}
 ALL_BLOCKS = DIALS | {"sparsity": 0.0}
@@ -171,7 +171,7 @@ def test_the_least_advanced_sample_decides_about_the_first_steps(plugin):
 )
 def test_wrong_settings_are_refused(params, message):
     with pytest.raises(ValueError, match=message):
-        read_settings(params)
+        SparseAttention().handle(params)
 
 
 def test_tensors_of_other_axes_are_refused(plugin):

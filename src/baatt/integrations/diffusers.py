@@ -10,45 +10,40 @@ variable would be part of the graph. Does not know ring attention.
 
 import functools
 import re
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from baatt.integrations.diffusers_route import DiffusersRoute, parameters, uncompiled
-from baatt.integrations.enable import find_adapter, override
+from baatt.integrations.enable import find_adapter
 from baatt.integrations.handle import Handle
 
 #: Paths of attention over text alone, before it meets the latents: short, and no layer of the denoiser.
 TEXT_ONLY = re.compile("text|txt|token_refiner|perceiver")
 
 
-def recognises(model: Any) -> bool:
-    """Whether it is a pipeline of diffusers, or a transformer with processors in its self-attention layers."""
-    if _is_a(model, "DiffusionPipeline"):
-        return True
-    if not isinstance(model, nn.Module):
-        return False
-    inner = uncompiled(model)
-    module = type(inner).__module__
-    is_transformer = not module.startswith("diffusers.") or module.startswith("diffusers.models.transformers.")
-    return is_transformer and _is_a(inner, "ModelMixin") and bool(_layers(model))
-
-
 def roots(model: Any) -> list[nn.Module]:
     """The transformer, those of a pipeline (Wan 2.2 has two), or the roots of a pipeline's language model.
+
+    A transformer is one with processors in its self-attention layers.
 
     Raises:
         ValueError: a pipeline that denoises with something else.
     """
     if isinstance(model, nn.Module):
-        return [model]
-    if _language_model(model) is not None:
-        return find_adapter(model.model).roots(model.model)
+        inner = uncompiled(model)
+        module = type(inner).__module__
+        is_transformer = not module.startswith("diffusers.") or module.startswith("diffusers.models.transformers.")
+        return [model] if is_transformer and _is_a(inner, "ModelMixin") and _layers(model) else []
+    if not _is_a(model, "DiffusionPipeline"):
+        return []
+    language = _language_model(model)
+    if language is not None:
+        return find_adapter(language)[1]
     found = [getattr(model, name, None) for name in ("transformer", "transformer_2")]
     transformers = [module for module in found if module is not None]
-    if not transformers or not all(map(recognises, transformers)):
+    if not transformers or not all(map(roots, transformers)):
         raise ValueError(
             "model must be a pipeline that denoises with a transformer of diffusers or with a language model, "
             f"got {type(model).__name__} with {[type(module).__name__ for module in transformers] or 'none'}"
@@ -56,7 +51,7 @@ def roots(model: Any) -> list[nn.Module]:
     return transformers
 
 
-def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
+def attach(model: Any, handle: Handle) -> int:
     """Put a proxy in the place of the processor of every self-attention layer.
 
     Raises:
@@ -64,7 +59,7 @@ def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
     """
     language = None if isinstance(model, nn.Module) else _language_model(model)
     if language is not None:
-        layers = find_adapter(language).attach(language, handle, undo)
+        layers = find_adapter(language)[0].attach(language, handle)
         # The step is the share of a block's masks that are gone: blocks are loops.
         if getattr(model, "mask_token_id", None) is not None:
             handle.progress.mask_token_id = model.mask_token_id
@@ -77,13 +72,13 @@ def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
     route = DiffusersRoute(handle, lambda: getattr(model, "scheduler", None))
     handle.hear = route.hear
     handle.read_step = functools.partial(route.read_step, parameters(transformers[0]))
-    route.take_order(transformers[0], undo)
-    route.register(undo)
+    route.take_order(transformers[0])
+    route.register()
     for root in transformers:
-        undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
+        handle.undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
     formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
     for number, attention in (layer for layers in found for layer in layers):
-        _put_proxy(attention, number, route, formers, undo)
+        _put_proxy(attention, number, route, formers)
     return counts.pop()
 
 
@@ -121,17 +116,17 @@ def _proxy_class(kind: type) -> type[ProcessorProxy]:
     return type(f"Proxy{kind.__name__}", (ProcessorProxy,), {"__call__": functools.wraps(kind.__call__)(call)})
 
 
-def _put_proxy(attention: Any, number: int, route: DiffusersRoute, formers: dict[int, Any], undo: ExitStack) -> None:
+def _put_proxy(attention: Any, number: int, route: DiffusersRoute, formers: dict[int, Any]) -> None:
     """Replace the processor of an attention layer, and its backend where the dispatch is known."""
     processor = attention.processor
     _refuse_ring(processor)
     if id(processor) not in formers:
         formers[id(processor)] = getattr(processor, "_attention_backend", None)
         if route.member is not None and hasattr(processor, "_attention_backend"):
-            undo.callback(override(processor, "_attention_backend", route.member))
+            route.handle.override(processor, "_attention_backend", route.member)
     kind: Any = type(processor)
     proxy = _proxy_class(kind)(processor, route, torch.tensor(number), formers[id(processor)])
-    undo.callback(override(attention, "processor", proxy))
+    route.handle.override(attention, "processor", proxy)
 
 
 def _refuse_ring(processor: Any) -> None:

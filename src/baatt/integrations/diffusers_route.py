@@ -8,7 +8,6 @@ a call.
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class DiffusersRoute:
 
     # What a forward tells.
 
-    def take_order(self, transformer: nn.Module, undo: ExitStack) -> None:
+    def take_order(self, transformer: nn.Module) -> None:
         """Take over a `VideoTiles` that has no grid.
 
         Raises:
@@ -65,7 +64,7 @@ class DiffusersRoute:
         if name in TEXT_BEFORE and order.text != "before":
             raise ValueError(f"order must be VideoTiles(text='before') for {name}, got text={order.text!r}")
         self.tiles = order if order.grid is None else None
-        undo.callback(setattr, order, "grid", order.grid)
+        self.handle.undo.callback(setattr, order, "grid", order.grid)
 
     def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward of a transformer: the grid of its latents.
@@ -132,7 +131,7 @@ class DiffusersRoute:
 
     # The backend.
 
-    def register(self, undo: ExitStack) -> None:
+    def register(self) -> None:
         """Register a backend with diffusers, if it is built as we know it."""
         dispatch = _dispatch()
         if dispatch is None:
@@ -144,8 +143,8 @@ class DiffusersRoute:
         self.dispatch, self.member = dispatch, member
         registry.register(member, supports_context_parallel=True)(self.backend)
         for table in TABLES:
-            undo.callback(getattr(registry, table).pop, member, None)
-        undo.callback(registry._supports_context_parallel.discard, value)
+            self.handle.undo.callback(getattr(registry, table).pop, member, None)
+        self.handle.undo.callback(registry._supports_context_parallel.discard, value)
 
     def backend(
         self,

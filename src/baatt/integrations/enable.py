@@ -1,13 +1,12 @@
 """`baatt.enable`: turns BA-Att on in a model of another library, and off again.
 
 Finds the adapter that knows the model, refuses what it cannot do before anything is changed, and leaves no trace on
-exit. An adapter is one file with the three functions of `Adapter` and one line in `ADAPTERS`.
+exit. An adapter is one file with the two functions of `Adapter` and one line in `ADAPTERS`.
 """
 
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any, Protocol, cast
 from weakref import WeakSet
 
@@ -33,30 +32,17 @@ _attached: "WeakSet[nn.Module]" = WeakSet()
 class Adapter(Protocol):
     """A file of `ADAPTERS`."""
 
-    def recognises(self, model: Any) -> bool:
-        """Whether it can attach to the model; must not import a library that the model does not come from."""
-
     def roots(self, model: Any) -> list[nn.Module]:
-        """The modules whose forward is one evaluation: the model itself, or the transformers of a pipeline."""
+        """The modules whose forward is one evaluation, as the transformers of a pipeline; none if it cannot attach.
 
-    def attach(self, model: Any, handle: Handle, undo: ExitStack) -> int:
-        """Bring the calls of every attention layer to the handle, on this instance only; `undo` closes on disabling.
+        Must not import a library that the model does not come from.
+        """
+
+    def attach(self, model: Any, handle: Handle) -> int:
+        """Bring the calls of every attention layer to the handle, on this instance only, and push on `handle.undo`.
 
         Sets `handle.read_step` where the model is told its step. Returns how many layers `Policy.dense_layers` counts.
         """
-
-
-def override(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of this instance alone; what is returned puts it back, unless another value has come since."""
-    own, absent = vars(owner), object()
-    before = own.get(name, absent)
-    own[name] = value
-
-    def undo() -> None:
-        if own.get(name, absent) is value:
-            own.pop(name) if before is absent else own.update({name: before})
-
-    return undo
 
 
 def enable(
@@ -91,25 +77,26 @@ def enable(
     """
     handle = Handle(config, policy, impl=impl, order=order)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped: its graphs see the change
-    adapter = find_adapter(model)
-    roots = adapter.roots(model)
+    adapter, roots = find_adapter(model)
     modules = [module for root in roots for module in root.modules()]
     if any(module in _attached for module in modules):
         raise ValueError("model must not be attached to already: disable the handle of the earlier enable first")
     if any(root.training for root in roots):
         raise ValueError("model must be in evaluation mode, got training mode: call model.eval() first")
-    with ExitStack() as undo:
-        handle.set_layers(adapter.attach(model, handle, undo))
-        for root in roots:
-            undo.callback(_watch(root, handle))
-        _attached.update(modules)
-        undo.callback(_attached.difference_update, modules)
-        handle.on_disable(undo.pop_all().close)
+    try:
+        handle.set_layers(adapter.attach(model, handle))
+    except BaseException:
+        handle.disable()
+        raise
+    for root in roots:
+        handle.undo.callback(_watch(root, handle))
+    _attached.update(modules)
+    handle.undo.callback(_attached.difference_update, modules)
     return handle
 
 
-def find_adapter(model: Any) -> Adapter:
-    """The module of the adapter that recognises a model.
+def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
+    """The first adapter that can attach to a model, and the model's roots.
 
     Raises:
         TypeError: not a model at all.
@@ -117,8 +104,9 @@ def find_adapter(model: Any) -> Adapter:
     """
     for name in ADAPTERS:
         adapter = cast(Adapter, importlib.import_module(f"baatt.integrations.{name}"))
-        if adapter.recognises(model):
-            return adapter
+        roots = adapter.roots(model)
+        if roots:
+            return adapter, roots
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a diffusers pipeline, got {type(model).__name__}")
     known = "; ".join(ADAPTERS.values())

@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +57,9 @@ class Handle:
 
     Attributes:
         progress: where the denoising step comes from. layer_count: layers of the model, once they are known.
-        key_mask: reads the mask of a call. The others are an adapter's, or None: read_step tells `progress` the step,
-            given (args, kwargs) of a forward before it runs; hear takes what went along with a call of a compiled
-            graph and returns the layer.
+        key_mask: reads the mask of a call. undo: what `disable` runs.
+        read_step: an adapter's: tells `progress` the step, given (args, kwargs) of a forward before it runs, or None.
+        hear: an adapter's: takes what went along with a call of a compiled graph and returns the layer, or None.
         is_timed: whether `seconds` sums the time of all calls, for which every call waits for the device.
 
     Raises:
@@ -73,7 +74,12 @@ class Handle:
         impl: str = "auto",
         order: TokenPermutation | None = None,
     ) -> None:
-        check_setting(config, policy, impl)
+        if not isinstance(config, BAAttConfig | None):
+            raise TypeError(f"config must be a BAAttConfig or None, got {type(config).__name__}")
+        if not isinstance(policy, Policy | None):
+            raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
+        if impl not in IMPLS:
+            raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
         self._is_sparse = config is not None
         self.config = config or BAAttConfig(sparsity=0.0)
         self.policy, self.impl, self.order = policy or Policy(), impl, order
@@ -81,13 +87,13 @@ class Handle:
         self.layer_count: int | None = None
         self._dense_layers = frozenset(self.policy.dense_layers)
         self.number = take_number(self)
+        self.undo = ExitStack()
         self.key_mask = KeyMaskReader()
         self.read_step: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.hear: Callable[[Sequence[Tensor]], int] | None = None
         self._calls: Counter[tuple[int | None, str | None]] = Counter()  # by layer and reason, None = sparse
         self._pairs = self._kept_pairs = 0.0
         self.is_timed, self.seconds = False, 0.0
-        self._undo: Callable[[], None] | None = None
         self._watcher: Watcher | None = None
 
     # What a user reads.
@@ -156,9 +162,7 @@ class Handle:
 
     def disable(self) -> None:
         """Put the model back as it was; the counts stay. Calling it again does nothing."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
+        self.undo.close()
 
     def __enter__(self) -> "Handle":
         return self
@@ -176,14 +180,22 @@ class Handle:
         """
         self._dense_layers, self.layer_count = self.policy.check_layers(count), count
 
-    def on_disable(self, undo: Callable[[], None]) -> None:
-        """What `disable` runs."""
-        self._undo = undo
-
     @property
     def calls_as_asked(self) -> int:
         """Calls that went sparse, or stayed dense because the policy says so."""
         return sum(count for (_, reason), count in self._calls.items() if not reason or reason.startswith(BY_POLICY))
+
+    def override(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of one instance; `disable` puts it back, unless another value has come since."""
+        own, absent = vars(owner), object()
+        before = own.get(name, absent)
+        own[name] = value
+
+        def undo() -> None:
+            if own.get(name, absent) is value:
+                own.pop(name) if before is absent else own.update({name: before})
+
+        self.undo.callback(undo)
 
     def count_dense(self, layer: int | None, reason: str) -> None:
         """Count a call that stays dense; in a traced graph, which must not have side effects, nothing is counted."""
@@ -352,16 +364,6 @@ class Handle:
         if queries < keys and queries < policy.min_queries:
             return f"{BY_POLICY}fewer queries than min_queries={policy.min_queries}, of more keys"
         return None
-
-
-def check_setting(config: BAAttConfig | None, policy: Policy | None, impl: str) -> None:
-    """Raises TypeError or ValueError for options, a policy or an implementation that are none."""
-    if not isinstance(config, BAAttConfig | None):
-        raise TypeError(f"config must be a BAAttConfig or None, got {type(config).__name__}")
-    if not isinstance(policy, Policy | None):
-        raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
 
 
 def needs_gradients(*tensors: Tensor) -> bool:

@@ -8,14 +8,12 @@ hands its mask to the method keeps that one. Needs no transformers, whose versio
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from baatt.integrations.calls import SdpaCall
-from baatt.integrations.enable import override
 from baatt.integrations.handle import Handle
 from baatt.integrations.masks import NO_MASK
 from baatt.integrations.progress import by_name
@@ -30,25 +28,20 @@ PARAMETERS = ("q", "k", "v", "attn_mask", "dropout_p", "is_causal")
 MASK_TOKEN_ID = 126336
 
 
-def recognises(model: Any) -> bool:
-    """Whether it has blocks with LLaDA's method."""
-    return isinstance(model, nn.Module) and any(map(_is_block, model.modules()))
+def roots(model: Any) -> list[nn.Module]:
+    """The model, if it has blocks with LLaDA's method."""
+    return [model] if isinstance(model, nn.Module) and any(map(_is_block, model.modules())) else []
 
 
-def roots(model: nn.Module) -> list[nn.Module]:
-    """The model."""
-    return [model]
-
-
-def attach(model: nn.Module, handle: Handle, undo: ExitStack) -> int:
+def attach(model: nn.Module, handle: Handle) -> int:
     """Override the method on every block, and `forward` where the padding mask passes."""
     blocks = [module for module in model.modules() if _is_block(module)]
     given = Current[Tensor | None](None)
     for layer, block in zip(layer_numbers(blocks, "layer_id"), blocks, strict=True):
-        undo.callback(override(block, METHOD, _routed(handle, given, layer, getattr(block, METHOD))))
+        handle.override(block, METHOD, _routed(handle, given, layer, getattr(block, METHOD)))
     for module in owners(model, blocks) if handle.policy.recover_padding else []:
         if "attention_mask" in inspect.signature(module.forward).parameters:
-            undo.callback(override(module, "forward", _remembering(given, module.forward)))
+            handle.override(module, "forward", _remembering(given, module.forward))
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
     handle.read_step = handle.progress.token_reader(model, MASK_TOKEN_ID if mask_token_id is None else mask_token_id)
     return len(blocks)

@@ -5,7 +5,6 @@ A forward that asks for nothing, or for dense attention, gets the handle's; othe
 
 import functools
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,19 +14,15 @@ from baatt.models.llada import MaskedDiffusionLM
 from baatt.stages.dense import AttentionFunction, dense_attention
 
 
-def recognises(model: Any) -> bool:
-    """Whether it is a `MaskedDiffusionLM`, or holds one as `language`, as LLaDA-V does."""
-    return isinstance(_language(model), MaskedDiffusionLM)
-
-
 def roots(model: Any) -> list[nn.Module]:
-    """The language model."""
-    return [_language(model)]
+    """The `MaskedDiffusionLM`: the model, or what it holds as `language`, as LLaDA-V does."""
+    language = getattr(model, "language", model)
+    return [language] if isinstance(language, MaskedDiffusionLM) else []
 
 
-def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
+def attach(model: Any, handle: Handle) -> int:
     """Put the handle in place of dense attention at every forward of the language model."""
-    model = _language(model)
+    (model,) = roots(model)
     layers: int = model.config.n_layers
     routed = [functools.partial(_routed, handle, layer) for layer in range(layers)]
 
@@ -41,13 +36,9 @@ def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
         ]
         return args, kwargs | {"attention": chosen}
 
-    undo.callback(model.register_forward_pre_hook(choose, with_kwargs=True).remove)
+    handle.undo.callback(model.register_forward_pre_hook(choose, with_kwargs=True).remove)
     handle.read_step = handle.progress.token_reader(model, model.config.mask_token_id)
     return layers
-
-
-def _language(model: Any) -> Any:
-    return getattr(model, "language", model)
 
 
 def _routed(handle: Handle, layer: int, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:

@@ -75,32 +75,19 @@ class KeyMaskReader:
         """The key mask of a call, arguments as `as_key_mask`; in a compiled graph it is `as_key_mask`."""
         if mask is None or torch.compiler.is_compiling() or mask.ndim != 4 or _wrong_shape(mask, batch, keys):
             return as_key_mask(mask, batch, keys)
-        found = self._remembered(mask)
-        if found is None:
+        # Layers take slices of one mask. One of inference mode has no version: it may have been written to.
+        owner = mask if mask._base is None else mask._base
+        state = None
+        if not mask.is_inference():
+            state = mask._version, mask.storage_offset(), mask.shape, mask.stride(), mask.dtype
+        if self._last is not None and state is not None and self._last[0]() is owner and self._last[1] == state:
+            found = self._last[2]
+        else:
             alike = mask.shape[2] == 1 or mask.stride(2) == 0
             found = as_key_mask(mask, mask.shape[0], keys) if alike else _compare_rows(mask[:, 0])
-            self._remember(mask, found)
+            if state is not None:
+                self._last = weakref.ref(owner), state, found
         return found if found.mask is None else KeyMask(found.mask.expand(batch, keys), None)
-
-    def _remembered(self, mask: Tensor) -> KeyMask | None:
-        if self._last is None or mask.is_inference():  # which has no version: it may have been written to
-            return None
-        owner, state, found = self._last
-        return found if owner() is _owner(mask) and state == _state(mask) else None
-
-    def _remember(self, mask: Tensor, found: KeyMask) -> None:
-        if not mask.is_inference():
-            self._last = weakref.ref(_owner(mask)), _state(mask), found
-
-
-def _owner(mask: Tensor) -> Tensor:
-    """The tensor of which a mask is a view: layers take slices of one mask."""
-    return mask if mask._base is None else mask._base
-
-
-def _state(mask: Tensor) -> tuple[object, ...]:
-    """Tells the views of a tensor apart, and its contents before and after a write."""
-    return mask._version, mask.storage_offset(), mask.shape, mask.stride(), mask.dtype
 
 
 def _wrong_shape(mask: Tensor, batch: int, keys: int) -> str | None:

@@ -9,12 +9,10 @@ Block-causal masks stay dense. Needs no transformers.
 import functools
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from baatt.integrations.enable import override
 from baatt.integrations.handle import Handle
 from baatt.integrations.llada import layer_numbers, owners
 from baatt.integrations.sdpa import Current, SparseSDPA
@@ -32,28 +30,24 @@ KNOWN: Mapping[str, str] = {
 }
 
 
-def recognises(model: Any) -> bool:
-    """Whether it has attention layers of a class in `KNOWN`."""
-    return isinstance(model, nn.Module) and any(map(_is_attention, model.modules()))
-
-
-def roots(model: nn.Module) -> list[nn.Module]:
-    """The stack of layers: samplers of LLaDA-V call it without the model around it."""
-    layers = [module for module in model.modules() if _is_attention(module)]
-    around = owners(model, layers)
-    stacks = [module for module in around if "input_ids" in inspect.signature(module.forward).parameters]
+def roots(model: Any) -> list[nn.Module]:
+    """The stack of the layers of a class in `KNOWN`: samplers of LLaDA-V call it without the model around it."""
+    layers = _layers(model) if isinstance(model, nn.Module) else []
+    if not layers:
+        return []
+    stacks = [one for one in owners(model, layers) if "input_ids" in inspect.signature(one.forward).parameters]
     return [stacks[-1] if stacks else model]
 
 
-def attach(model: nn.Module, handle: Handle, undo: ExitStack) -> int:
+def attach(model: nn.Module, handle: Handle) -> int:
     """Override the forward of the stack, and hook the layers."""
     (stack,) = roots(model)
-    layers = [module for module in model.modules() if _is_attention(module)]
+    layers = _layers(model)
     watch = _LayerWatch(handle)
     mode = SparseSDPA(lambda call, dense: handle.sdpa(call, dense, layer=watch.ask(), is_cross=False))
     for number, layer in zip(layer_numbers(layers, "layer_idx"), layers, strict=True):
-        undo.callback(layer.register_forward_pre_hook(functools.partial(watch.start, number)).remove)
-        undo.callback(layer.register_forward_hook(watch.finish, always_call=True).remove)
+        handle.undo.callback(layer.register_forward_pre_hook(functools.partial(watch.start, number)).remove)
+        handle.undo.callback(layer.register_forward_hook(watch.finish, always_call=True).remove)
     forward = stack.forward
 
     @functools.wraps(forward)
@@ -61,14 +55,14 @@ def attach(model: nn.Module, handle: Handle, undo: ExitStack) -> int:
         with mode:
             return forward(*args, **kwargs)
 
-    undo.callback(override(stack, "forward", inside))
+    handle.override(stack, "forward", inside)
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
     handle.read_step = handle.progress.token_reader(stack, mask_token_id)
     return len(layers)
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return any(base.__name__ in KNOWN for base in type(module).__mro__)
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if any(base.__name__ in KNOWN for base in type(module).__mro__)]
 
 
 class _LayerWatch:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.calls import SdpaCall
-from baatt.integrations.handle import Handle, check_setting
+from baatt.integrations.handle import Handle
 
 T = TypeVar("T")
 
@@ -81,14 +81,11 @@ def sparse_sdpa(
     Raises:
         TypeError, ValueError: arguments that do not fit, or a policy that names layers.
     """
-    check_setting(config, policy, impl)
-    policy = Policy() if policy is None else policy
-    if policy.dense_layers:
-        raise ValueError(
-            f"policy.dense_layers must be empty: a call does not tell its layer, got {policy.dense_layers}"
-        )
-    if min_length is not None:
-        policy = dataclasses.replace(policy, min_length=min_length)
     handle = Handle(config, policy, impl=impl)
+    layers = handle.policy.dense_layers
+    if layers:
+        raise ValueError(f"policy.dense_layers must be empty: a call does not tell its layer, got {layers}")
+    if min_length is not None:
+        handle.policy = dataclasses.replace(handle.policy, min_length=min_length)
     with SparseSDPA(handle.sdpa):
         yield handle

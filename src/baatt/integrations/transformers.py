@@ -11,7 +11,6 @@ import importlib
 import re
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.enable import override
 from baatt.integrations.handle import Handle
 from baatt.integrations.masks import KeyMask, as_key_mask
 
@@ -91,22 +89,17 @@ def register(
             del _registered[name]
             _remove(name)
 
-    handle.on_disable(undo)
+    handle.undo.callback(undo)
     return handle
 
 
-def recognises(model: Any) -> bool:
-    """Whether its attention goes through the attention interface of transformers."""
+def roots(model: Any) -> list[nn.Module]:
+    """The model, if its attention goes through the attention interface of transformers."""
     library = sys.modules.get("transformers.modeling_utils")
-    return library is not None and isinstance(model, library.PreTrainedModel) and _follows(model)
+    return [model] if library is not None and isinstance(model, library.PreTrainedModel) and _follows(model) else []
 
 
-def roots(model: nn.Module) -> list[nn.Module]:
-    """The model."""
-    return [model]
-
-
-def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
+def attach(model: Any, handle: Handle) -> int:
     """Let the configs of the model, and of its parts that use the interface, name our implementation.
 
     Raises:
@@ -123,12 +116,12 @@ def attach(model: Any, handle: Handle, undo: ExitStack) -> int:
     if not _enabled:
         _add(_ENABLED_NAME, _Pair(_find_enabled))
     _enabled[number] = handle
-    undo.callback(_detach, number)
+    handle.undo.callback(_detach, number)
     for config in configs:
         _changed.setdefault(id(config), (config, config._attn_implementation_internal, set()))[2].add(number)
         config._attn_implementation_internal = _ENABLED_NAME
     for module, place in places:  # not `setattr`, which a compiled module hands on to the one inside it
-        undo.callback(override(module, _MARK, place))
+        handle.override(module, _MARK, place)
     handle.read_step = handle.progress.token_reader(model, getattr(model.config, "mask_token_id", None))
     text = getattr(model.config, "text_config", None) or model.config
     count = getattr(text, "num_hidden_layers", None)

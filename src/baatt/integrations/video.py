@@ -6,6 +6,7 @@ supposes. In: the length of a sequence. Out: a permutation. Does not know models
 every forward.
 """
 
+import functools
 import math
 
 import torch
@@ -45,7 +46,6 @@ class VideoTiles:
             raise ValueError(f"text must be one of {list(TEXT_SIDES)}, got {text!r}")
         self.tile = _three_sizes("tile", tile)
         self.text = text
-        self._cache: dict[tuple[tuple[int, int, int], int, torch.device], Tensor] = {}
         self.grid = grid
 
     @property
@@ -61,30 +61,26 @@ class VideoTiles:
         """The permutation [length] int64 on the device, or None: no grid, or fewer tokens than it has."""
         if self.grid is None or length < math.prod(self.grid):
             return None
-        key = self.grid, length, device
-        if key not in self._cache:
-            if len(self._cache) >= REMEMBERED:
-                del self._cache[next(iter(self._cache))]
-            self._cache[key] = self._permutation(self.grid, length).to(device)
-        return self._cache[key]
+        return _permutation(self.tile, self.grid, self.text, length, device)
 
-    def _permutation(self, grid: tuple[int, int, int], length: int) -> Tensor:
-        video = math.prod(grid)
-        tile = [min(size, extent) for size, extent in zip(self.tile, grid, strict=True)]
-        tiles = [math.ceil(extent / size) for size, extent in zip(tile, grid, strict=True)]
-        axes = torch.meshgrid(*(torch.arange(extent) for extent in grid), indexing="ij")
-        number, place = torch.zeros(grid, dtype=torch.int64), torch.zeros(grid, dtype=torch.int64)
-        incomplete = torch.zeros(grid, dtype=torch.bool)
-        for axis, size, extent, count in zip(axes, tile, grid, tiles, strict=True):
-            number = number * count + axis // size
-            place = place * size + axis % size
-            incomplete |= axis >= extent - extent % size
-        rank = (incomplete * math.prod(tiles) + number) * math.prod(tile) + place
-        order = rank.flatten().argsort()
-        text = length - video
-        if self.text == "before":
-            return torch.cat([order + text, torch.arange(text)])
-        return torch.cat([order, torch.arange(video, length)])
+
+@functools.lru_cache(REMEMBERED)
+def _permutation(
+    sizes: tuple[int, int, int], grid: tuple[int, int, int], text: str, length: int, device: torch.device
+) -> Tensor:
+    tile = [min(size, extent) for size, extent in zip(sizes, grid, strict=True)]
+    tiles = [math.ceil(extent / size) for size, extent in zip(tile, grid, strict=True)]
+    axes = torch.meshgrid(*(torch.arange(extent) for extent in grid), indexing="ij")
+    number, place = torch.zeros(grid, dtype=torch.int64), torch.zeros(grid, dtype=torch.int64)
+    incomplete = torch.zeros(grid, dtype=torch.bool)
+    for axis, size, extent, count in zip(axes, tile, grid, tiles, strict=True):
+        number = number * count + axis // size
+        place = place * size + axis % size
+        incomplete |= axis >= extent - extent % size
+    rank = (incomplete * math.prod(tiles) + number) * math.prod(tile) + place
+    order, others = rank.flatten().argsort(), torch.arange(length - math.prod(grid))
+    parts = [order + len(others), others] if text == "before" else [order, others + math.prod(grid)]
+    return torch.cat(parts).to(device)
 
 
 def _three_sizes(name: str, sizes: tuple[int, int, int]) -> tuple[int, int, int]:

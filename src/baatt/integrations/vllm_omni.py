@@ -9,7 +9,7 @@ tell its layer, so there are no dense layers here.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import Handle, check_setting
+from baatt.integrations.handle import Handle
 from baatt.integrations.masks import NO_MASK, KeyMask, as_key_mask
 from baatt.integrations.progress import DenoisingProgress
 
@@ -30,14 +30,6 @@ ENGINE_KEYS = (
 )
 
 
-class Settings(NamedTuple):
-    """What a call asks for."""
-
-    config: BAAttConfig
-    policy: Policy
-    impl: str
-
-
 class SparseAttention:
     """The callable, with the counts of its calls by settings.
 
@@ -47,7 +39,7 @@ class SparseAttention:
     capabilities: Mapping[str, bool] = {"supports_attention_mask": True}
 
     def __init__(self) -> None:
-        self._handles: dict[Settings, Handle] = {}
+        self._handles: dict[tuple[Any, ...], Handle] = {}
 
     # The dict is read in Python and changes at every step, so a compiled model breaks its graph around the call.
     @torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
@@ -82,7 +74,7 @@ class SparseAttention:
             if x.ndim != 4:
                 raise ValueError(f"{name} must have shape [B, N, H, D], got {tuple(x.shape)}")
         q, k, v = (rearrange(x, "B N H D -> B H N D") for x in (query, key, value))
-        handle = self._handle(read_settings(params))
+        handle = self.handle(params)
         handle.progress = read_progress(params) if handle.policy.dense_steps > 0 else DenoisingProgress()
         mask, found = read_mask(params, k)
         refusal = "causal attention" if is_causal else found.refusal
@@ -97,32 +89,29 @@ class SparseAttention:
         """One handle for every settings that were asked for, with counts, reasons, `report()` and `reset()`."""
         return list(self._handles.values())
 
-    def _handle(self, settings: Settings) -> Handle:
-        if settings not in self._handles:
-            self._handles[settings] = Handle(settings.config, settings.policy, impl=settings.impl)
-        return self._handles[settings]
+    def handle(self, params: Mapping[str, Any]) -> Handle:
+        """The handle of the settings in the dict.
 
+        A number, text or bool under a name that neither this plugin nor the engine knows is a mistyped setting; any
+        other value is state that a model hands to its attention and must be left alone.
 
-def read_settings(params: Mapping[str, Any]) -> Settings:
-    """The settings in the dict.
-
-    A number, text or bool under a name that neither this plugin nor the engine knows is a mistyped setting; any other
-    value is state that a model hands to its attention and must be left alone.
-
-    Raises:
-        TypeError, ValueError: an unknown setting, or a value that does not fit.
-    """
-    known = (*CONFIG_KEYS, *POLICY_KEYS, "impl")
-    if "full_attn_spans" in params:
-        raise ValueError("full_attn_spans must not be given: this plugin does not announce supports_full_attn_spans")
-    for name, value in params.items():
-        if name not in known and name not in ENGINE_KEYS and isinstance(value, bool | int | float | str):
-            raise ValueError(f"params must hold settings among {', '.join(known)}, got {name}={value!r}")
-    impl = params.get("impl", "auto")
-    config = BAAttConfig(**{name: params[name] for name in CONFIG_KEYS if name in params})
-    policy = Policy(**{name: params[name] for name in POLICY_KEYS if name in params})
-    check_setting(config, policy, impl)
-    return Settings(config, policy, impl)
+        Raises:
+            TypeError, ValueError: an unknown setting, or a value that does not fit.
+        """
+        known = (*CONFIG_KEYS, *POLICY_KEYS, "impl")
+        if "full_attn_spans" in params:
+            raise ValueError(
+                "full_attn_spans must not be given: this plugin does not announce supports_full_attn_spans"
+            )
+        for name, value in params.items():
+            if name not in known and name not in ENGINE_KEYS and isinstance(value, bool | int | float | str):
+                raise ValueError(f"params must hold settings among {', '.join(known)}, got {name}={value!r}")
+        config = BAAttConfig(**{name: params[name] for name in CONFIG_KEYS if name in params})
+        policy = Policy(**{name: params[name] for name in POLICY_KEYS if name in params})
+        key = config, policy, params.get("impl", "auto")
+        if key not in self._handles:
+            self._handles[key] = Handle(config, policy, impl=key[2])
+        return self._handles[key]
 
 
 def read_progress(params: Mapping[str, Any]) -> DenoisingProgress:

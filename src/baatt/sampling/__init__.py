@@ -1,16 +1,14 @@
 """LLaDA's semi-autoregressive sampler, with Fast-dLLM's caches and confidence threshold.
 
 In: a masked-diffusion model, prompt ids [B, N] and a `SamplerConfig`. Out: `SampleResult` with tokens [B, gen_length].
-`config.py` holds the options, `loop.py` the loop over blocks and steps, `run.py` one step, `filling.py` which positions
-it fills, `caching.py` which tokens it evaluates. Knows no sparsity: that is `baatt.enable`, whose handle is told the
-step.
+`config.py` holds the options, `loop.py` the loop over blocks and steps, `filling.py` which positions a step fills,
+`caching.py` which tokens it evaluates. Knows no sparsity: that is `baatt.enable`, whose handle is told the step.
 """
 
 from baatt.sampling.caching import CACHES
 from baatt.sampling.config import SamplerConfig
-from baatt.sampling.loop import SampleResult, StepInfo, generate
-from baatt.sampling.remasking import REMASKING
-from baatt.sampling.run import DenoisingModel
+from baatt.sampling.filling import REMASKING
+from baatt.sampling.loop import DenoisingModel, SampleResult, StepInfo, generate
 
 __all__ = [
     "CACHES",

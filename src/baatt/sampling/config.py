@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from baatt.sampling.caching import CACHES
-from baatt.sampling.remasking import REMASKING
+from baatt.sampling.filling import REMASKING
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ class SamplerConfig:
             raise ValueError(f"block_length must divide gen_length={self.gen_length}, got {self.block_length}")
         if self.steps % self.blocks:
             raise ValueError(f"steps must be a multiple of gen_length / block_length = {self.blocks}, got {self.steps}")
-        if self.remasking not in REMASKING:
-            raise ValueError(f"remasking must be one of {list(REMASKING)}, got {self.remasking!r}")
-        if self.cache not in CACHES:
-            raise ValueError(f"cache must be one of {list(CACHES)}, got {self.cache!r}")
+        for name, choices in (("remasking", list(REMASKING)), ("cache", list(CACHES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.threshold is not None and self.threshold > 1:
             raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
         if self.threshold is not None and self.remasking == "random":

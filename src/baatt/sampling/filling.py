@@ -1,41 +1,64 @@
-"""What a step fills: logits of a block in, the token of every position and the positions that take theirs now out."""
+"""What a step fills: logits of a block in, the token of every position and the positions that take theirs now out.
+
+A confidence orders the positions of a block: the surest are filled first, the others stay masked.
+"""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from baatt.models.config import ModelConfig
-from baatt.sampling.config import SamplerConfig
-from baatt.sampling.remasking import REMASKING
 
 
-def guess(
-    logits: Tensor, masked: Tensor, model_config: ModelConfig, config: SamplerConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """The token [B, L] each position would take, how sure the model is of it [B, L] fp64; masked: still to fill."""
+def low_confidence(logits: Tensor, guesses: Tensor, masked: Tensor, generator: torch.Generator) -> Tensor:
+    """Probability [B, L] of the guesses under the un-noised logits [B, L, V]."""
+    return logits.softmax(dim=-1).gather(-1, guesses[..., None])[..., 0]
+
+
+def left_to_right(logits: Tensor, guesses: Tensor, masked: Tensor, generator: torch.Generator) -> Tensor:
+    """The least of the probabilities [B, L] up to and including a position, so that none is surer than one before it.
+
+    The leftmost positions are filled first; with a threshold, all up to the first one that is not sure. For answers of
+    which a place is not known before what stands to its left, such as lists of words of several tokens.
+    """
+    confidence = low_confidence(logits, guesses, masked, generator)
+    return confidence.masked_fill(~masked, 1).cummin(dim=-1).values
+
+
+def random_confidence(logits: Tensor, guesses: Tensor, masked: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform random numbers [B, L]: positions are filled in random order."""
+    return torch.rand(guesses.shape, generator=generator, device=guesses.device, dtype=logits.dtype)
+
+
+#: logits [B, L, V], guesses [B, L], masked [B, L] bool (True: still to be filled), generator -> confidence [B, L].
+REMASKING: dict[str, Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]] = {
+    "low_confidence": low_confidence,
+    "left_to_right": left_to_right,
+    "random": random_confidence,
+}
+
+
+def guess(logits: Tensor, model: ModelConfig, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The token [B, L] each position would take, and the logits [B, L, V] without tokens that none may take."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
-    forbidden = (ids == model_config.mask_token_id) | (ids >= model_config.vocab_size)
-    logits = logits.masked_fill(forbidden, -math.inf)
-    noisy = logits
-    if config.temperature > 0:
-        # argmax of exp(logits) / (-log u)^T, as LLaDA, in logarithms.
-        uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-        noisy = logits - config.temperature * torch.log(-torch.log(uniform))
-    guesses = noisy.argmax(dim=-1)
-    return guesses, REMASKING[config.remasking](logits, guesses, masked, generator)
+    logits = logits.masked_fill((ids == model.mask_token_id) | (ids >= model.vocab_size), -math.inf)
+    if temperature == 0:
+        return logits.argmax(dim=-1), logits
+    # argmax of exp(logits) / (-log u)^T, as LLaDA, in logarithms.
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+    return (logits - temperature * torch.log(-torch.log(uniform))).argmax(dim=-1), logits
 
 
-def choose(confidence: Tensor, masked: Tensor, inner: int, config: SamplerConfig) -> Tensor:
-    """Positions [B, L] bool to fill at step `inner` of a block: the surest of the masked ones, ties to the left."""
-    if config.threshold is None:
-        share, remainder = divmod(config.block_length, config.steps_per_block)
-        count = torch.full_like(masked[:, :1], share + (inner < remainder), dtype=torch.int64)
+def choose(confidence: Tensor, masked: Tensor, step: int, steps: int, threshold: float | None) -> Tensor:
+    """Positions [B, L] bool to fill at a step of a block: the surest of the masked ones, ties to the left."""
+    if threshold is None:
+        share, remainder = divmod(masked.shape[1], steps)
+        count = torch.full_like(masked[:, :1], share + (step < remainder), dtype=torch.int64)
     else:
-        steps_left = config.steps_per_block - inner
-        least = (masked.sum(dim=1, keepdim=True) + steps_left - 1) // steps_left
-        sure = (masked & (confidence > config.threshold)).sum(dim=1, keepdim=True)
-        count = torch.maximum(least, sure)
+        left = steps - step
+        least = (masked.sum(dim=1, keepdim=True) + left - 1) // left
+        count = torch.maximum(least, (masked & (confidence > threshold)).sum(dim=1, keepdim=True))
     order = confidence.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)
-    return masked & (rank < count)
+    return masked & (order.argsort(dim=1) < count)

@@ -6,14 +6,29 @@ Knows nothing of text, tokenizers or how attention is computed.
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from baatt.models.cache import KeyValueCache
+from baatt.models.config import ModelConfig
 from baatt.sampling.caching import CACHES, Span
 from baatt.sampling.config import SamplerConfig
-from baatt.sampling.run import BlockCache, DenoisingModel, Run, denoise, start_run
+from baatt.sampling.filling import REMASKING, choose, guess
+
+
+class DenoisingModel(Protocol):
+    """What the sampler needs of a model: its config and the call of `MaskedDiffusionLM.forward`.
+
+    `cache` and `start` are given only where `SamplerConfig.cache` is not "none".
+    """
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
 
 
 class StepInfo(NamedTuple):
@@ -52,6 +67,49 @@ class SampleResult(NamedTuple):
         return self.filled / self.seconds
 
 
+class Run(NamedTuple):
+    """One generation under way; `tokens` and `unmasked_at` are written in place."""
+
+    model: DenoisingModel
+    config: SamplerConfig
+    generator: torch.Generator
+    tokens: Tensor  # [B, N + gen_length] int64
+    padding: Tensor | None  # [B, N + gen_length] bool, True = real token
+    prompt_length: int
+    unmasked_at: Tensor  # [B, gen_length] int64, -1 = still masked
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and generation together."""
+        return self.tokens.shape[1]
+
+    def span(self, block: int) -> Span:
+        """Where a block lies in `tokens`."""
+        start = self.prompt_length + block * self.config.block_length
+        return Span(start, start + self.config.block_length)
+
+    def masked(self, block: int) -> Tensor:
+        """Positions [B, block_length] bool of a block that are still to be filled."""
+        return self.tokens[:, slice(*self.span(block))] == self.model.config.mask_token_id
+
+    def unfinished(self, block: int) -> list[int]:
+        """Rows of the batch that have a position of a block still to be filled; waits for the device."""
+        open_rows = self.masked(block).any(dim=1).tolist()
+        return [row for row, is_open in enumerate(open_rows) if is_open]
+
+    def rows(self, chosen: Tensor) -> "Run":
+        """A copy with the rows [B'] int64."""
+        padding = None if self.padding is None else self.padding[chosen]
+        return self._replace(tokens=self.tokens[chosen], padding=padding, unmasked_at=self.unmasked_at[chosen])
+
+    def finish_rows(self, block: int, end: int) -> None:
+        """Fill rows that have ended before a block with end-of-text tokens."""
+        generated = self.tokens[:, self.prompt_length :]
+        done = block * self.config.block_length
+        ended = generated[:, :done].eq(end).any(dim=1, keepdim=True)
+        generated[:, done:].masked_fill_(ended, end)
+
+
 @torch.inference_mode()
 def generate(
     model: DenoisingModel,
@@ -86,11 +144,7 @@ def generate(
     end = model.config.eos_token_id
     if config.stop_at_eos and end is None:
         raise ValueError("stop_at_eos must be False for a model whose config has no eos_token_id, got True")
-    run = start_run(model, prompt_ids, attention_mask, config)
-
-    def begin(step: int) -> None:
-        if on_step is not None:
-            on_step(step, config.steps)
+    run = _start(model, prompt_ids, attention_mask, config)
 
     def report(step: int) -> None:
         if progress is None:
@@ -104,7 +158,7 @@ def generate(
     for block in range(config.blocks):
         if config.stop_at_eos and end is not None:
             run.finish_rows(block, end)
-        taken = _fill_block(run, block, begin, report)
+        taken = _fill_block(run, block, on_step, report)
         steps += taken
         full += min(taken, 1) if config.cache != "none" else taken
     if run.tokens.is_cuda:
@@ -115,33 +169,78 @@ def generate(
     return SampleResult(tokens, steps, seconds, unmasked_at, steps - full)
 
 
-def _fill_block(run: Run, block: int, begin: Callable[[int], None], report: Callable[[int], None]) -> int:
+def _start(model: DenoisingModel, prompt_ids: Tensor, attention_mask: Tensor | None, config: SamplerConfig) -> Run:
+    """A generation before its first step. Arguments as `generate`, already checked."""
+    blank = prompt_ids.new_full((prompt_ids.shape[0], config.gen_length), model.config.mask_token_id)
+    padding = None
+    if attention_mask is not None and not bool(attention_mask.bool().all()):
+        padding = torch.cat((attention_mask.bool(), torch.ones_like(blank, dtype=torch.bool)), dim=1)
+    return Run(
+        model=model,
+        config=config,
+        generator=torch.Generator(prompt_ids.device).manual_seed(config.seed),
+        tokens=torch.cat((prompt_ids, blank), dim=1),
+        padding=padding,
+        prompt_length=prompt_ids.shape[1],
+        unmasked_at=torch.full_like(blank, -1),
+    )
+
+
+def _fill_block(run: Run, block: int, on_step: Callable[[int, int], None] | None, report: Callable[[int], None]) -> int:
     """All steps of a block; returns how many it took. The first one fills the cache for the others."""
-    config, everything = run.config, Span(0, run.length)
+    config, everything, device = run.config, Span(0, run.length), run.tokens.device
     later = CACHES[config.cache](run.span(block), run.length)
-    reused = later != everything and config.steps_per_block > 1
-    kept: BlockCache | None = None
+    cache = KeyValueCache() if later != everything and config.steps_per_block > 1 else None
+    held = run.unfinished(block)
     for inner in range(config.steps_per_block):
-        rows = run.unfinished(block)
+        rows = run.unfinished(block) if inner else held
         if not rows:
             return inner
-        if reused and kept is None:
-            kept = BlockCache(rows, guided=config.cfg_scale > 0)
-        if kept is not None:
-            kept.keep(rows, run.tokens.device)
-        span = everything if inner == 0 else later
+        if cache is not None and rows != held:
+            kept = torch.tensor([held.index(row) for row in rows], device=device)
+            cache.keep_rows(torch.cat((kept, kept + len(held))) if config.cfg_scale > 0 else kept)
+        held = rows
         step = block * config.steps_per_block + inner
-        cache = None if kept is None else kept.cache
-        begin(step)
-        if len(rows) == run.tokens.shape[0]:
-            denoise(run, step, span, cache)
-        else:
-            chosen = torch.tensor(rows, device=run.tokens.device)
-            some = run.rows(chosen)
-            denoise(some, step, span, cache)
-            run.tokens[chosen], run.unmasked_at[chosen] = some.tokens, some.unmasked_at
+        if on_step is not None:
+            on_step(step, config.steps)
+        chosen = torch.tensor(rows, device=device)
+        some = run.rows(chosen)
+        _denoise(some, step, later if inner else everything, cache)
+        run.tokens[chosen], run.unmasked_at[chosen] = some.tokens, some.unmasked_at
         report(step)
     return config.steps_per_block
+
+
+def _denoise(run: Run, step: int, span: Span, cache: KeyValueCache | None) -> None:
+    """One step: evaluate a span that holds the step's block, choose positions of the block, fill them."""
+    config = run.config
+    block, inner = divmod(step, config.steps_per_block)
+    masked, place = run.masked(block), run.span(block)
+    guesses, logits = guess(_predict(run, block, span, cache), run.model.config, config.temperature, run.generator)
+    confidence = REMASKING[config.remasking](logits, guesses, masked, run.generator)
+    chosen = choose(confidence, masked, inner, config.steps_per_block, config.threshold)
+    current = run.tokens[:, slice(*place)]
+    current.copy_(torch.where(chosen, guesses, current))
+    run.unmasked_at[:, place.start - run.prompt_length : place.stop - run.prompt_length].masked_fill_(chosen, step)
+
+
+def _predict(run: Run, block: int, span: Span, cache: KeyValueCache | None) -> Tensor:
+    """Logits [B, block_length, V] fp64 of a block, guided away from the model's guess without a prompt."""
+    scale, place = run.config.cfg_scale, run.span(block)
+    tokens, padding = run.tokens[:, slice(*span)], run.padding
+    if scale > 0:
+        blind = tokens.clone()
+        blind[:, : max(0, run.prompt_length - span.start)] = run.model.config.mask_token_id
+        tokens = torch.cat((tokens, blind))
+        padding = None if padding is None else torch.cat((padding, padding))
+    held = {} if cache is None else {"cache": cache, "start": span.start}
+    wanted = {"logits_from": place.start - span.start, "logits_to": place.stop - span.start}
+    logits: Tensor = run.model(tokens, padding, **wanted, **held)
+    logits = logits.double()
+    if scale == 0:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + (scale + 1) * (conditional - unconditional)
 
 
 def _check_prompt(prompt_ids: Tensor, attention_mask: Tensor | None) -> None:
