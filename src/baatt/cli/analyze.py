@@ -31,11 +31,10 @@ from baatt.cli.options import (
 )
 from baatt.config import PRESETS, BAAttConfig
 from baatt.integrations.enable import enable
-from baatt.integrations.loading import load_transformers
 from baatt.lab.capture import Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
 from baatt.lab.layers import measure_bound, measure_layers
-from baatt.lab.loading import DTYPES, check_memory
+from baatt.lab.loading import DTYPES, check_memory, load_transformers
 from baatt.lab.maps import Panel, attention_cells, draw_maps, maps_page, most_structured_head
 from baatt.lab.options import given, variants
 from baatt.lab.plots import draw_bound, draw_recall

@@ -4,7 +4,6 @@ The node, `torch.ops.baatt.routed_attention`, runs eagerly when the graph runs: 
 there and nothing is compiled again for them. Knows no library and no policy: it asks the handle whose number it holds.
 """
 
-import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_numbers = itertools.count()
-_handles: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+#: Handles by number, as long as they live.
+HANDLES: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
 
 class SdpaCall(NamedTuple):
@@ -63,28 +62,12 @@ class SdpaCall(NamedTuple):
         return self._replace(query=q, key=k, value=v, attn_mask=mask)
 
 
-def take_number(handle: Any) -> int:
-    """The number under which the node finds a handle, as long as it lives."""
-    number = next(_numbers)
-    _handles[number] = handle
-    return number
-
-
-def into_graph(
-    number: int, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor] = ()
-) -> Tensor:
-    """Put a call that is being traced into the graph; `told` are tensors for what must not be part of the graph."""
-    q, k, v, mask = call[:4]
-    routed: Tensor = torch.ops.baatt.routed_attention(q, k, v, mask, call.scale, layer, is_cross, list(told), number)
-    return routed
-
-
 # A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
 @torch.library.custom_op("baatt::routed_attention", mutates_args=(), tags=_TAGS)
-def _routed(
+def routed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -95,12 +78,12 @@ def _routed(
     told: Sequence[Tensor],
     number: int,
 ) -> Tensor:
-    """`Handle.in_graph` as one node of a compiled graph."""
+    """`Handle.in_graph` as one node of a compiled graph; `told` are tensors for what must not be part of the graph."""
     call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    out: Tensor = _handles[number].in_graph(call, layer, is_cross, told)
+    out: Tensor = HANDLES[number].in_graph(call, layer, is_cross, told)
     return out.to(q.dtype).contiguous()
 
 
-@_routed.register_fake
+@routed_attention.register_fake
 def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)

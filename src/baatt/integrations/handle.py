@@ -6,6 +6,7 @@ is one opaque operator that runs eagerly, so steps and counts stay right there a
 """
 
 import functools
+import itertools
 import math
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from torch import Tensor
 from baatt.attention import ba_attention
 from baatt.backend import IMPLS, Workload, choose_backend
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.calls import SdpaCall, into_graph, take_number
+from baatt.integrations.calls import HANDLES, SdpaCall, routed_attention
 from baatt.integrations.masks import KeyMaskReader
 from baatt.integrations.progress import DenoisingProgress
 from baatt.stages.dense import dense_attention
@@ -30,6 +31,8 @@ TokenPermutation = Callable[[int, torch.device], Tensor | None]
 
 #: Is shown every call: layer, q [B, H, N, D], k and v [B, G, M, D], key mask, factor on q.k.
 Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float], None]
+
+_numbers = itertools.count()
 
 #: Reasons that a policy asked for: a forward without a sparse call is no surprise then.
 BY_POLICY = "policy: "
@@ -86,7 +89,8 @@ class Handle:
         self.progress = DenoisingProgress()
         self.layer_count: int | None = None
         self._dense_layers = frozenset(self.policy.dense_layers)
-        self.number = take_number(self)
+        self.number = next(_numbers)
+        HANDLES[self.number] = self
         self.undo = ExitStack()
         self.key_mask = KeyMaskReader()
         self.read_step: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
@@ -292,7 +296,8 @@ class Handle:
         elif refusal is None and v.shape != k.shape:  # before the operator, whose result has the shape of q
             refusal = "values of another shape than keys"
         if refusal is None and torch.compiler.is_compiling():
-            return into_graph(self.number, call, layer, is_cross, told)
+            routed: Tensor = routed_attention(q, k, v, mask, call.scale, layer, is_cross, list(told), self.number)
+            return routed
         if dense is None:
             dense = functools.partial(dense_attention, q, k, v, key_mask=mask, scale=call.scale)
         if refusal is not None:

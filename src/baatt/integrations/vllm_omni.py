@@ -18,7 +18,7 @@ from torch import Tensor
 
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.handle import Handle
-from baatt.integrations.masks import NO_MASK, KeyMask, as_key_mask
+from baatt.integrations.masks import as_key_mask
 from baatt.integrations.progress import DenoisingProgress
 
 CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
@@ -76,7 +76,8 @@ class SparseAttention:
         q, k, v = (rearrange(x, "B N H D -> B H N D") for x in (query, key, value))
         handle = self.handle(params)
         handle.progress = read_progress(params) if handle.policy.dense_steps > 0 else DenoisingProgress()
-        mask, found = read_mask(params, k)
+        mask = read_mask(params)
+        found = as_key_mask(mask, k.shape[0], k.shape[2])
         refusal = "causal attention" if is_causal else found.refusal
         dense = functools.partial(_dense, q, k, v, mask, is_causal, softmax_scale)
         out = handle.attention(
@@ -116,31 +117,26 @@ class SparseAttention:
 
 def read_progress(params: Mapping[str, Any]) -> DenoisingProgress:
     """How far the loop is, by its least advanced sample; told nothing where the engine does not say."""
-    progress = DenoisingProgress()
-    if "denoise_step_idx" in params and "total_denoise_steps" in params:
-        steps, totals = (_numbers(params[name]) for name in ("denoise_step_idx", "total_denoise_steps"))
-        progress.set(*min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1]))
+    progress, names = DenoisingProgress(), ("denoise_step_idx", "total_denoise_steps")
+    if all(name in params for name in names):
+        steps, totals = (torch.as_tensor(params[name]).flatten().tolist() for name in names)
+        step, total = min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1])
+        progress.set(int(step), int(total))
     return progress
 
 
-def read_mask(params: Mapping[str, Any], k: Tensor) -> tuple[Tensor | None, KeyMask]:
-    """The mask with four axes or None, and the key mask that it amounts to.
+def read_mask(params: Mapping[str, Any]) -> Tensor | None:
+    """The mask with four axes or None.
 
     Raises:
         ValueError: a mask with another number of axes than 2 or 4.
     """
-    mask = params.get("attn_mask", params.get("attention_mask"))
-    if mask is None:
-        return None, NO_MASK
-    if mask.ndim == 2:  # the engine's own backends take it for one of tokens, whatever its dtype
+    mask: Tensor | None = params.get("attn_mask", params.get("attention_mask"))
+    if mask is not None and mask.ndim == 2:  # the engine's own backends take it for one of tokens, whatever its dtype
         mask = rearrange(mask.bool(), "B M -> B 1 1 M")
-    if mask.ndim != 4:
+    if mask is not None and mask.ndim != 4:
         raise ValueError(f"attn_mask must have shape [B, M] or [B, H, N, M], got {tuple(mask.shape)}")
-    return mask, as_key_mask(mask, k.shape[0], k.shape[2])
-
-
-def _numbers(value: Any) -> list[int]:
-    return [int(one) for one in value.flatten()] if isinstance(value, Tensor) else [int(value)]
+    return mask
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -148,9 +144,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     if causal and mask is not None:
         visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         mask = mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
-    grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+        q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -48,6 +48,32 @@ def load_model(
 
     folder = folder or shipped_model()
     return MaskedDiffusionLM.from_pretrained(folder, dtype=dtype, device=device), load_tokenizer(folder)
+
+
+def load_transformers(
+    name: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> tuple[Any, Tokenizer]:
+    """The model, in evaluation mode, and the fast tokenizer of a folder or hub name of transformers.
+
+    Args:
+        trust_remote_code: whether the modelling code that the folder brings may run.
+
+    Raises:
+        ImportError: transformers is not installed, with the extra that brings it.
+        ValueError: the folder has no fast tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise ImportError(f"{name} needs transformers: pip install 'baatt[transformers]'") from None
+    model = AutoModel.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(fast, Tokenizer):
+        raise ValueError(f"{name} must have a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
+    return model, fast
 
 
 def free_bytes(device: torch.device) -> int:
