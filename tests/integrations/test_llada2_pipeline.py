@@ -5,7 +5,6 @@ import torch
 
 import baatt
 from baatt import BAAttConfig, Policy
-from baatt.integrations import diffusers as adapter
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -108,6 +107,5 @@ def test_nothing_is_left_behind(pipeline):
 
 def test_a_model_that_nobody_knows_is_refused(pipeline):
     pipeline.model = torch.nn.Linear(2, 2).eval()
-    assert adapter.roots(pipeline)
     with pytest.raises(ValueError, match=r"model must be of a known kind: .*; got torch.nn.modules.linear.Linear"):
         baatt.enable(pipeline, HALF)
