@@ -26,7 +26,7 @@ from baatt.lab.describe import layers_name, order_name
 from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.model import RulerAnswer, RulerModel, RulerSetup
-from baatt.lab.ruler.run import answer_work, draw_ahead, open_work
+from baatt.lab.ruler.run import Run
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.statistics import wilson_interval
 from baatt.lab.tables import Record, percent
@@ -41,7 +41,7 @@ def make_cells(arguments: argparse.Namespace, length: int) -> list[Cell]:
     """Every combination of cache, attention and threshold."""
     kinds = {"dense": (None, Policy()), "sparse": read_sparse(arguments)}
     return [
-        change(Cell(arguments.task, length, *kinds[kind], read_sampler(arguments)), cache=cache, threshold=threshold)
+        Cell(arguments.task, length, *kinds[kind], read_sampler(arguments)).sampled(cache=cache, threshold=threshold)
         for cache, kind, threshold in itertools.product(arguments.caches, arguments.attention, arguments.thresholds)
     ]
 
@@ -61,11 +61,6 @@ def read_sparse(arguments: argparse.Namespace) -> tuple[BAAttConfig, Policy]:
     )
 
 
-def change(cell: Cell, **changes: Any) -> Cell:
-    """A cell with another sampler."""
-    return cell._replace(sampler=dataclasses.replace(cell.sampler, **changes))
-
-
 def check(result: SampleResult, model: MaskedDiffusionLM) -> None:
     """Raises RuntimeError for tokens that no decoder may leave."""
     config, tokens = model.config, result.tokens
@@ -80,12 +75,12 @@ def verify_and_warm_up(asked: RulerModel, cells: Sequence[Cell], samples: Sequen
     ids, mask = asked.prompts(samples)
     for cell in cells:
         blocks = cell.sampler.blocks
-        result, _ = asked.generate(change(cell, steps=blocks), ids, mask)
-        exact, _ = asked.generate(change(cell, steps=blocks, cache="none"), ids, mask)
+        result, _ = asked.generate(cell.sampled(steps=blocks), ids, mask)
+        exact, _ = asked.generate(cell.sampled(steps=blocks, cache="none"), ids, mask)
         check(result, asked.model)
         if not torch.equal(result.tokens, exact.tokens):
             raise RuntimeError(f"{cell}: one step a block must give the tokens of decoding without a cache")
-        for checked in (change(cell, steps=2 * blocks), cell):
+        for checked in (cell.sampled(steps=2 * blocks), cell):
             check(asked.generate(checked, ids, mask)[0], asked.model)
 
 
@@ -102,8 +97,8 @@ def make_records(
     rates = {cell: sum(one.tokens for one in some) / seconds[cell] for cell, some in found.items()}
     records = []
     for cell, some in found.items():
-        uncached = found.get(change(cell, cache="none"))
-        slowest = rates.get(Cell(cell.task, cell.length, sampler=change(cell, cache="none", threshold=None).sampler))
+        uncached = found.get(cell.sampled(cache="none"))
+        slowest = rates.get(Cell(cell.task, cell.length, sampler=cell.sampled(cache="none", threshold=None).sampler))
         right, text_tokens = sum(one.whole == 1 for one in some), sum(one.text_tokens for one in some)
         batches = [one for one in some if one.number % batch_size == 0]  # all answers of one name its evaluations
         cached = sum(one.cached_evaluations for one in batches)
@@ -125,20 +120,17 @@ def measure(
     asked: RulerModel, cells: Sequence[Cell], arguments: argparse.Namespace, report: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The records of one length; the file is written after every batch."""
-    store, numbers = AnswerStore(None), range(arguments.count)
-    works = open_work(cells, numbers, asked.setup, store)
-    (samples,) = draw_ahead([works[0]._replace(cells=((cells[0], numbers[: arguments.batch_size]),))], asked, 0)
-    verify_and_warm_up(asked, cells, list(samples.values()))
+    run = Run(asked, AnswerStore(None), cells, range(arguments.count))
+    first = min(arguments.batch_size, arguments.count)
+    verify_and_warm_up(asked, cells, asked.draw(cells[0].task, cells[0].length, first))
 
     def records() -> list[dict[str, Any]]:
-        keys = [asked.setup.keys(cell, numbers).values() for cell in cells]
-        answers = [[RulerAnswer(**store[key]) for key in some if key in store] for some in keys]
-        return make_records(cells, answers, arguments.batch_size)
+        return make_records(cells, run.kept(), arguments.batch_size)
 
     def keep(cell: Cell, count: int) -> None:
         write_json({**report, "records": [*report["records"], *records()]}, arguments.json)
 
-    answer_work(works, asked, store, watch=keep, shuffle=random.Random(arguments.seed))
+    run.answer(keep, random.Random(arguments.seed))
     return records()
 
 

@@ -6,7 +6,6 @@ FOLDER/answers: a run that was cut, by hand or by --seconds, goes on where it st
 """
 
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -15,9 +14,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,11 +59,11 @@ class Job(NamedTuple):
 
 def make_jobs(settings: Sequence[str], lengths: Sequence[int], sparsity: str) -> list[Job]:
     """All but dense attention, from short to long; a setting is complete before the next one begins."""
-    sparse = [name for name in settings if name != "dense"]
     return [
         Job(name, length, part)
         for length in sorted(lengths)
-        for name in sparse
+        for name in settings
+        if name != "dense"
         for part in (sparsity.split(",") if length >= LONG else [sparsity])
     ]
 
@@ -76,7 +75,6 @@ class Grid:
         self.arguments = arguments
         self.answers: Path = arguments.folder / "answers"
         self.deadline = time.monotonic() + arguments.seconds
-        self.unfinished: set[str] = set()
         self.weights = weights_of(checksums(arguments.model or shipped_model()))
 
     def command(self, setting: str, lengths: str, sparsity: str, store: Path, summary: Path) -> list[str]:
@@ -90,52 +88,53 @@ class Grid:
             "--json", str(summary),
         ]  # fmt: skip
 
-    def call(self, arguments: Sequence[str], log: Path, gpu: int | None = None) -> bool:
-        """Run `baatt` on one GPU, or on all; False if it failed or the time was up."""
-        if time.monotonic() > self.deadline:
-            return False
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.arguments.gpus)]
-        several = gpu is None and self.arguments.gpus > 1
+    def call(self, name: str, arguments: Sequence[str], gpu: int | None = None) -> bool:
+        """Run `baatt` on one GPU, or on all; False, which is said, if it failed or the time was up."""
+        started, log, gpus = time.monotonic(), self.answers / f"{name}.log", self.arguments.gpus
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if gpu is not None and self.arguments.device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        with log.open("a") as output:
-            process = subprocess.Popen(
-                [sys.executable, *(launcher if several else []), "-m", "baatt", *arguments],
-                env=environment, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            try:
-                return process.wait(max(0.0, self.deadline - time.monotonic())) == 0
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)  # it ends its own workers then
-            try:
-                process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            return False
+        done = False
+        if started < self.deadline:
+            program = [sys.executable, *(several if gpu is None and gpus > 1 else []), "-m", "baatt", *arguments]
+            with log.open("a") as output:
+                process = subprocess.Popen(program, env=environment, stdout=output, stderr=subprocess.STDOUT)
+                done = self.wait(process)
+        say(f"{name}: {'done' if done else f'not finished, see {log}'}, {time.monotonic() - started:.0f} s")
+        return done
+
+    def wait(self, process: "subprocess.Popen[bytes]") -> bool:
+        """Whether it ends well before the time is up."""
+        try:
+            return process.wait(max(0.0, self.deadline - time.monotonic())) == 0
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it ends its own workers then
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return False
 
     def dense(self) -> bool:
         """The answers that all settings are compared with."""
-        given, store = self.arguments, self.answers / "dense"
+        store = self.answers / "dense"
         store.mkdir(parents=True, exist_ok=True)
-        lengths = ",".join(map(str, given.lengths))
-        summary = given.folder / "ruler_dense.json"
-        return self.call(self.command("dense", lengths, "0", store, summary), self.answers / "dense.log")
+        lengths, summary = ",".join(map(str, self.arguments.lengths)), self.arguments.folder / "ruler_dense.json"
+        return self.call("dense", self.command("dense", lengths, "0", store, summary))
 
-    def run(self, job: Job, gpu: int) -> None:
+    def run(self, job: Job, gpu: int) -> bool:
         """One job; what it had answered before stays."""
         store = self.answers / job.name
         store.mkdir(exist_ok=True)
-        started = time.monotonic()
         with (store / "rank1.jsonl").open("wb") as dense:  # read by the job, which writes into rank0.jsonl
             for file in sorted((self.answers / "dense").glob("rank*.jsonl")):
                 dense.write(file.read_bytes())
-        log = self.answers / f"{job.name}.log"
-        command = self.command(job.setting, str(job.length), job.sparsity, store, store / "summary.json")
-        done = self.call(command, log, gpu)
-        if not done:
-            self.unfinished.add(job.name)
-        say(f"{job.name}: {'done' if done else f'not finished, see {log}'}, {time.monotonic() - started:.0f} s")
+        return self.call(job.name, self.command_of(job), gpu)
+
+    def command_of(self, job: Job) -> list[str]:
+        store = self.answers / job.name
+        return self.command(job.setting, str(job.length), job.sparsity, store, store / "summary.json")
 
     def summary(self, job: Job) -> dict[str, Any] | None:
         """What a finished job has stored; None if it is not finished, or is of other weights or options."""
@@ -143,8 +142,7 @@ class Grid:
         if not path.exists():
             return None
         stored: dict[str, Any] = json.loads(path.read_text())
-        expected = self.command(job.setting, str(job.length), job.sparsity, path.parent, path)
-        same = without_paths(shlex.split(stored["command"])[1:]) == without_paths(expected)
+        same = without_paths(shlex.split(stored["command"])[1:]) == without_paths(self.command_of(job))
         return stored if same and stored["weights"] == self.weights else None
 
 
@@ -174,25 +172,21 @@ def join(jobs: Iterable[Job], summaries: dict[Job, dict[str, Any]]) -> dict[str,
     return settings
 
 
-def on_all_gpus(gpus: int, tasks: Sequence[Callable[[int], None]]) -> None:
-    """Call every task with the number of a GPU; each GPU takes the next one as it becomes free."""
-    waiting: queue.SimpleQueue[Callable[[int], None]] = queue.SimpleQueue()
-    for task in tasks:
-        waiting.put(task)
+def on_all_gpus(gpus: int, work: Callable[[Job, int], bool], jobs: Sequence[Job]) -> list[Job]:
+    """Every job on a GPU as one becomes free; returns those that did not finish."""
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for gpu in range(gpus):
+        free.put(gpu)
 
-    def work(gpu: int) -> None:
-        while True:
-            try:
-                task = waiting.get_nowait()
-            except queue.Empty:
-                return
-            task(gpu)
+    def one(job: Job) -> bool:
+        gpu = free.get()
+        try:
+            return work(job, gpu)
+        finally:
+            free.put(gpu)
 
-    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in range(gpus)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(gpus) as pool:
+        return [job for job, done in zip(jobs, pool.map(one, jobs), strict=True) if not done]
 
 
 def say(text: str) -> None:
@@ -231,12 +225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     grid = Grid(arguments)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     jobs = make_jobs(arguments.settings, arguments.lengths, arguments.sparsity)
-    started, open_jobs = time.monotonic(), [job for job in jobs if grid.summary(job) is None]
-    if open_jobs or "dense" in arguments.settings:
-        if not grid.dense():
-            sys.exit(f"dense: not finished, see {grid.answers}/dense.log")
-        say(f"dense: done, {time.monotonic() - started:.0f} s")
-    on_all_gpus(arguments.gpus, [functools.partial(grid.run, job) for job in open_jobs])
+    open_jobs = [job for job in jobs if grid.summary(job) is None]
+    if (open_jobs or "dense" in arguments.settings) and not grid.dense():
+        sys.exit(f"dense: not finished, see {grid.answers}/dense.log")
+    unfinished = on_all_gpus(arguments.gpus, grid.run, open_jobs)
     summaries = {job: summary for job in jobs if (summary := grid.summary(job)) is not None}
     if settings := join(jobs, summaries):
         first = next(iter(summaries.values()))
@@ -244,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = {name: first[name] for name in ("commit", "device", "versions")}
         joined = {"study": "ruler grid", "command": command, **run, "settings": settings}
         write_json(joined, arguments.folder / "grid.json", indent=None)
-    if grid.unfinished:
-        sys.exit(f"not finished: {', '.join(sorted(grid.unfinished))}; the same command goes on")
+    if unfinished:
+        sys.exit(f"not finished: {', '.join(sorted(job.name for job in unfinished))}; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ import torch
 from baatt.config import BAAttConfig, Policy
 from baatt.lab.answers import AnswerStore
 from baatt.lab.options import read_options
-from baatt.lab.ranks import Ranks
 from baatt.lab.records import RecordFile, provenance
 from baatt.lab.ruler.cells import RULER_SAMPLER, Cell, choose_tasks
 from baatt.lab.ruler.model import RulerAnswer, RulerModel, RulerSetup, checksums, weights_of
-from baatt.lab.ruler.run import answer_work, gather_answers, open_work
+from baatt.lab.ruler.run import Run
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.statistics import wilson_interval
 from baatt.models import MaskedDiffusionLM
@@ -63,16 +62,15 @@ def measure(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
     })  # fmt: skip
     store, numbers = AnswerStore(arguments.json.with_suffix(".answers")), range(arguments.count)
-    stamp = {"commit": made["commit"], "device": made["device"]}
     for name in arguments.settings:
         config, policy = read_setting(name)
         for length in arguments.lengths:
             batched = dataclasses.replace(setup, batch_size=max(1, arguments.batch_tokens // length))
-            asked = RulerModel(model, tokenizer, batched, stamp=stamp)
+            asked = RulerModel(model, tokenizer, batched, made=made)
             cells = [Cell(task, length, config, policy) for task in choose_tasks(arguments.tasks, Sources())]
-            answer_work(open_work(cells, numbers, batched, store), asked, store, workers=arguments.workers)
-            answers = gather_answers(cells, numbers, batched, store, Ranks()) or []
-            for cell, found in zip(cells, answers, strict=True):
+            run = Run(asked, store, cells, numbers, arguments.workers)
+            run.answer()
+            for cell, found in zip(cells, run.kept(), strict=True):
                 file.add(make_record(name, cell, found))
                 last = file.records[-1]
                 wrong = [(one.text, one.values) for one in found if one.score < 1][:2]

@@ -12,14 +12,13 @@ import torch
 from rich.console import Console
 
 from baatt.cli.main import main, replace_alias
-from baatt.cli.ruler_report import AnswerBar, setting_names, show_averages, show_length
+from baatt.cli.ruler_report import answer_bar, setting_names, show_averages, show_length
 from baatt.config import BAAttConfig, Policy
 from baatt.lab import loading
 from baatt.lab.describe import settings_text
 from baatt.lab.options import variants
 from baatt.lab.ruler.cells import Cell, make_cells
 from baatt.lab.ruler.model import RulerAnswer
-from baatt.lab.ruler.run import Work
 from baatt.lab.ruler.summary import make_averages, make_records
 from tests.lab.lm_eval.harness import tiny_folder
 
@@ -121,15 +120,35 @@ def test_a_run_that_was_cut_goes_on(model, here, capsys):
     assert json.loads((here / "run.json").read_text()) == again
 
 
-def test_two_processes_give_the_same_summary(model, here):
-    assert main(command(model, "--json", "one.json")) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "baatt"]
-    both = [sys.executable, *launcher, *command(model, "--json", "two.json", "--workers", "1")]
+#: What both processes do one after the other in one world: a run with different seeds, then the same run.
+START = """
+import json, os, sys
+from baatt.cli import evaluate
+from baatt.cli.main import main
+if __name__ == "__main__":
+    different, same = json.loads(sys.argv[1])
+    leave, evaluate.leave_process_group = evaluate.leave_process_group, lambda: None
+    print("refused with", main([*different, "--seed", os.environ["RANK"]]), flush=True)
+    evaluate.leave_process_group = leave
+    sys.exit(main(same))
+"""
+
+
+def test_two_processes_give_the_same_summary_or_stop_if_their_options_differ(model, here):
+    few = ["--tasks", "niah_multivalue", "--lengths", "512"]
+    assert main(command(model, *few, "--json", "one.json")) == 0
+    (here / "start.py").write_text(START)
+    calls = [command(model, *few, "--json", f"{name}.json", "--workers", "1") for name in ("zero", "two")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "start.py"]
     # Records name the threads of the device; torchrun would give its processes one each.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    both = [sys.executable, *launcher, json.dumps(calls)]
     run = subprocess.run(both, check=True, capture_output=True, text=True, timeout=240, cwd=here, env=threads)
+    assert run.stdout.count("refused with 2") == 2
+    assert run.stderr.count("baatt: all processes must run the same model with the same options") == 2
+    assert not (here / "zero.json").exists()
     assert run.stdout.count("RULER at 512 tokens") == run.stdout.count("Summary: two.json") == 1
-    assert run.stderr.count("made for up to 256 tokens") == 1
+    assert run.stderr.count("made for up to 256 tokens") == 2  # once a run
     one, two = (json.loads((here / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert untimed(two["records"]) == untimed(one["records"])
@@ -140,22 +159,9 @@ def test_two_processes_give_the_same_summary(model, here):
     ]
     assert numbers == [{0, 2}, {1}]
     # One process alone goes on with what both have kept.
-    assert main(command(model, "--json", "three.json", "--store", "two.answers")) == 0
+    assert main(command(model, *few, "--json", "three.json", "--store", "two.answers")) == 0
     assert untimed(json.loads((here / "three.json").read_text())["records"]) == untimed(one["records"])
-    assert len((here / "two.answers/rank0.jsonl").read_text().splitlines()) == 16
-
-
-def test_processes_with_different_options_stop(model, here):
-    (here / "start.py").write_text(
-        "import os, sys\nfrom baatt.cli.main import main\n"
-        "sys.exit(main([*sys.argv[1:], '--seed', os.environ['RANK']]))\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "start.py"]
-    both = [sys.executable, *launcher, *command(model)]
-    run = subprocess.run(both, capture_output=True, text=True, timeout=240, cwd=here, check=False)
-    assert run.returncode != 0
-    assert "baatt: all processes must run the same model with the same options" in run.stderr
-    assert not (here / "ruler.json").exists()
+    assert len((here / "two.answers/rank0.jsonl").read_text().splitlines()) == 4
 
 
 def test_the_shipped_model_answers(here):
@@ -386,16 +392,16 @@ def test_the_settings_in_words():
 
 def test_the_bar_counts_tokens(monkeypatch):
     cells = [Cell("a", length) for length in (512, 1024)]
-    works = [Work("a", cell.length, ((cell, (0, 1)),)) for cell in cells]
+    places = {("a", cell.length): {cell: [0, 1]} for cell in cells}
     lines, clock = [], iter([0.0, 10.0, 20.0])
     monkeypatch.setattr("baatt.cli.ruler_report.time.monotonic", lambda: next(clock))
     with open("/dev/null", "w") as nowhere:  # noqa: PTH123
         console = Console(file=nowhere)
         monkeypatch.setattr(console, "print", lambda text, **_: lines.append(text))
-        with AnswerBar(works, console, shown=True) as bar:
-            bar.advance(cells[0], 1)
-            bar.advance(cells[0], 1)
-            bar.advance(cells[1], 1)
+        with answer_bar(places, console, shown=True) as advance:
+            advance(cells[0], 1)
+            advance(cells[0], 1)
+            advance(cells[1], 1)
     assert lines == ["512 a dense: 1/4 answers, 0:00:50 left", "1024 a dense: 3/4 answers, 0:00:10 left"]
 
 

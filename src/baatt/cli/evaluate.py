@@ -18,28 +18,18 @@ from rich.console import Console
 from baatt.assets import shipped_model
 from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, at_least, check_files, lengths, load_model
-from baatt.cli.ruler_report import AnswerBar, show_averages, show_length
+from baatt.cli.ruler_report import answer_bar, show_averages, show_length
 from baatt.config import PRESETS, BAAttConfig, Policy
 from baatt.lab.answers import AnswerStore
 from baatt.lab.chat import load_chat_templates
 from baatt.lab.describe import layers_name, settings_text
-from baatt.lab.loading import check_memory
 from baatt.lab.options import add_options, chosen, given, options_of, read_dials, variants
 from baatt.lab.plots import draw_accuracy
 from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.records import load_records, provenance, write_json
 from baatt.lab.ruler.cells import RULER_SAMPLER, Cell, check_questions, choose_tasks, make_cells
 from baatt.lab.ruler.model import RulerModel, RulerSetup, checksums, weights_of
-from baatt.lab.ruler.run import (
-    RECALL,
-    Work,
-    answer_work,
-    gather_answers,
-    measure_recalls,
-    open_work,
-    prepare,
-    same_everywhere,
-)
+from baatt.lab.ruler.run import Run, same_everywhere
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.summary import STUDY, make_averages, make_records
 from baatt.lab.ruler.tasks import check_sources
@@ -49,6 +39,10 @@ from baatt.sampling import SamplerConfig
 SAMPLING = ("gen_length", "block_length", "steps", "threshold", "remasking", "cache")
 USUAL_SAMPLER = dataclasses.replace(RULER_SAMPLER, steps=RULER_SAMPLER.gen_length)
 SOURCES = ("essay", "squad", "hotpot", "words", "english_words", "sentences")
+#: What --dial spans.
+DIALS: dict[type, Sequence[str]] = {
+    BAAttConfig: list(options_of(BAAttConfig)), Policy: ["dense_layers"], SamplerConfig: SAMPLING
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,41 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     summary = "RULER's tasks at any length: accuracy beside dense attention, with intervals and paired tests."
     ruler = benchmarks.add_parser("ruler", help=summary, description=summary)
-    ruler.set_defaults(evaluate=run_ruler)
-    ruler.add_argument(
-        "--tasks", default="all",
-        help="by commas; needles: the eight needle tasks; all: the eleven that need no data set, and qa_1 and qa_2 "
-        "where --squad and --hotpot are given (default: all)",
-    )  # fmt: skip
-    ruler.add_argument(
-        "--lengths", type=lengths, default=[4096], help="tokens of prompt and answer, by commas (default: 4096)"
-    )
-    ruler.add_argument("--count", type=at_least(1), default=200, help="samples per task and length (default: 200)")
-    ruler.add_argument("--seed", type=int, default=42, help="which samples (default: 42)")
-    ruler.add_argument(
-        "--dial", action="append", default=[], metavar="NAME=VALUE,...",
-        help="values to try of an option of the method, of the sampler, or of dense_layers (0+1,none); every "
-        "combination is run: --dial beta=0,0.5 --dial sort=none,qk",
-    )  # fmt: skip
-    ruler.add_argument(
-        "--recall-samples", type=at_least(0), default=0,
-        help="samples of each task on which the attention mass kept in sparse layers is measured (default: 0)",
-    )  # fmt: skip
-    ruler.add_argument("--batch-size", type=at_least(1), default=1, help="prompts answered together (default: 1)")
-    ruler.add_argument(
-        "--workers", type=at_least(0), default=0,
-        help="processes that draw samples while others are answered (default: 0)",
-    )  # fmt: skip
-    ruler.add_argument("--json", type=Path, default=Path("ruler.json"), help="the summary (default: ruler.json)")
-    ruler.add_argument("--plot", type=Path, metavar="FILE.png", help="picture of accuracy over sparsity")
-    ruler.add_argument("--draw", type=Path, metavar="FILE.json", help="only draw a stored file to --plot, run nothing")
-    ruler.add_argument(
-        "--store", type=Path, metavar="FOLDER",
-        help="where answers are kept, of any number of runs (default: ruler.answers beside ruler.json)",
-    )  # fmt: skip
-    ruler.add_argument(
-        "--chat", action="store_true", help="put prompts through the model's chat template, which counts in the length"
-    )
+    add = ruler.add_argument
+    add("--tasks", default="all", help="by commas; needles: the eight needle tasks; all: the eleven that need no data "
+        "set, and qa_1 and qa_2 where --squad and --hotpot are given (default: all)")  # fmt: skip
+    add("--lengths", type=lengths, default=[4096], help="tokens of prompt and answer, by commas (default: 4096)")
+    add("--count", type=at_least(1), default=200, help="samples per task and length (default: 200)")
+    add("--seed", type=int, default=42, help="which samples (default: 42)")
+    add("--dial", action="append", default=[], metavar="NAME=VALUE,...", help="values to try of an option of the "
+        "method, of the sampler, or of dense_layers (0+1,none); every combination is run: --dial beta=0,0.5 --dial "
+        "sort=none,qk")  # fmt: skip
+    add("--recall-samples", type=at_least(0), default=0, help="samples of each task on which the attention mass kept "
+        "in sparse layers is measured (default: 0)")  # fmt: skip
+    add("--batch-size", type=at_least(1), default=1, help="prompts answered together (default: 1)")
+    add("--workers", type=at_least(0), default=0, help="processes that draw samples while others are answered "
+        "(default: 0)")  # fmt: skip
+    add("--json", type=Path, default=Path("ruler.json"), help="the summary (default: ruler.json)")
+    add("--plot", type=Path, metavar="FILE.png", help="picture of accuracy over sparsity")
+    add("--draw", type=Path, metavar="FILE.json", help="only draw a stored file to --plot, run nothing")
+    add("--store", type=Path, metavar="FOLDER", help="where answers are kept, of any number of runs (default: "
+        "ruler.answers beside ruler.json)")  # fmt: skip
+    add("--chat", action="store_true", help="put prompts through the model's chat template, which counts in the length")
     group = ruler.add_argument_group("what the samples are made from")
     add_options(group, Sources, only=SOURCES, defaults=Sources())
     add_options(ruler.add_argument_group("sampler"), SamplerConfig, only=SAMPLING, defaults=USUAL_SAMPLER)
@@ -99,11 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The chosen benchmark."""
-    arguments.evaluate(arguments)
-
-
-def run_ruler(arguments: argparse.Namespace) -> None:
     """All answers, then tables and summary; or a picture of a stored file."""
     if arguments.draw is not None:
         draw_stored(arguments)
@@ -111,22 +85,29 @@ def run_ruler(arguments: argparse.Namespace) -> None:
     store_folder = check_outputs(arguments)
     sources = chosen(arguments, Sources())
     cells = read_cells(arguments, sources)
-    check_sources({cell.task for cell in cells}, sources)
-    check_questions({cell.task for cell in cells}, arguments.count, sources)
+    tasks = {cell.task for cell in cells}
+    check_sources(tasks, sources)
+    check_questions(tasks, arguments.count, sources)
     ranks = Ranks()
     try:
         arguments.device = str(ranks.device(arguments.device))
         made = provenance(arguments.command, torch.device(arguments.device))  # of what is about to run
         model = open_model(arguments, cells, sources, made)
         if model.model.config.eos_token_id is None:  # it writes all it may
-            cells = [cell._replace(sampler=dataclasses.replace(cell.sampler, stop_at_eos=False)) for cell in cells]
+            cells = [cell.sampled(stop_at_eos=False) for cell in cells]
         warn_of_length(model, cells, ranks.rank)
         if not same_everywhere(model.setup, cells, arguments.count, ranks):
             raise UsageError("all processes must run the same model with the same options")
-        store = AnswerStore(store_folder, ranks.rank)
-        numbers = range(ranks.rank, arguments.count, ranks.size)
-        ask(arguments, cells, numbers, model, store, ranks)
-        answers = gather_answers(cells, numbers, model.setup, store, ranks, arguments.recall_samples)
+        store, numbers = AnswerStore(store_folder, ranks.rank), range(ranks.rank, arguments.count, ranks.size)
+        share = Run(model, store, cells, numbers, arguments.workers, arguments.recall_samples)
+        try:
+            share.prepare()
+        except RuntimeError as error:
+            raise UsageError(f"--impl {arguments.impl} cannot run this model: {error}") from None
+        with answer_bar(share.open(), Console(stderr=True), shown=ranks.rank == 0) as advance:
+            share.answer(advance)
+        share.measure_recalls()
+        answers = share.gather(ranks)
     finally:
         leave_process_group()
     if answers is None:
@@ -140,41 +121,28 @@ def read_cells(arguments: argparse.Namespace, sources: Sources) -> list[Cell]:
     """The grid: tasks, lengths, and every combination of what several values were given for.
 
     Raises:
-        UsageError: an unknown task.
+        UsageError: an unknown task, or an unknown option of --dial.
         TypeError, ValueError: a value that an option does not take.
     """
     try:
         tasks = choose_tasks(arguments.tasks, sources)
     except ValueError as error:
         raise UsageError(f"--tasks: {error}") from None
-    preset, dials = PRESETS[arguments.preset], split_dials(arguments.dial)
-    values = given(arguments, BAAttConfig) | dials[BAAttConfig]
-    sparsities = sorted({value for value in values.pop("sparsity") if value != 0})  # 0 is dense attention, there anyway
-    configs = [one for config in variants(preset.config, values) for one in variants(config, {"sparsity": sparsities})]
-    policies = variants(preset.policy, given(arguments, Policy) | dials[Policy])
-    samplers = variants(USUAL_SAMPLER, given(arguments, SamplerConfig) | dials[SamplerConfig])
-    return make_cells(tasks, arguments.lengths, configs, policies, samplers)
-
-
-def split_dials(texts: Sequence[str]) -> dict[type, dict[str, list[Any]]]:
-    """The values of --dial by the dataclass that has the option.
-
-    Raises:
-        UsageError: an unknown option.
-        ValueError: as `read_dials`.
-    """
-    known: dict[type, Sequence[str]] = {
-        BAAttConfig: list(options_of(BAAttConfig)), Policy: ["dense_layers"], SamplerConfig: SAMPLING
-    }  # fmt: skip
-    parts: dict[type, list[str]] = {cls: [] for cls in known}
-    for text in texts:
-        name = text.partition("=")[0]
-        owner = next((cls for cls, names in known.items() if name in names), None)
+    texts: dict[type, list[str]] = {cls: [] for cls in DIALS}
+    for text in arguments.dial:
+        owner = next((cls for cls, names in DIALS.items() if text.partition("=")[0] in names), None)
         if owner is None:
-            names = ", ".join(name for names in known.values() for name in names)
-            raise UsageError(f"--dial must be NAME=VALUE,... once for each of {names}, got {text!r}")
-        parts[owner].append(text)
-    return {cls: read_dials(found, cls) for cls, found in parts.items()}
+            known = ", ".join(name for names in DIALS.values() for name in names)
+            raise UsageError(f"--dial must be NAME=VALUE,... once for each of {known}, got {text!r}")
+        texts[owner].append(text)
+    values = {cls: given(arguments, cls) | read_dials(found, cls) for cls, found in texts.items()}
+    preset = PRESETS[arguments.preset]
+    # Not sorted among the other options, and without 0: that is dense attention, there anyway.
+    sparsities = sorted({value for value in values[BAAttConfig].pop("sparsity") if value != 0})
+    configs = variants(preset.config, values[BAAttConfig])
+    configs = [one for config in configs for one in variants(config, {"sparsity": sparsities})]
+    policies, samplers = variants(preset.policy, values[Policy]), variants(USUAL_SAMPLER, values[SamplerConfig])
+    return make_cells(tasks, arguments.lengths, configs, policies, samplers)
 
 
 def open_model(
@@ -188,57 +156,24 @@ def open_model(
     folder = arguments.model or shipped_model()
     layers = dict.fromkeys(layer for cell in cells for layer in cell.dense_layers)
     model, tokenizer = load_model(arguments, Policy(dense_layers=tuple(layers)))
-    setup = RulerSetup(
-        checksums(folder), arguments.dtype, arguments.seed, sources, arguments.impl, arguments.batch_size,
-        arguments.chat,
-    )  # fmt: skip
-    stamp = {name: made[name] for name in ("commit", "device")}
-    return RulerModel(model, tokenizer, setup, load_chat_templates(folder), stamp)
-
-
-def ask(
-    arguments: argparse.Namespace,
-    cells: Sequence[Cell],
-    numbers: Sequence[int],
-    model: RulerModel,
-    store: AnswerStore,
-    ranks: Ranks,
-) -> None:
-    """Answer and measure what is open, with a bar on the first process.
-
-    Raises:
-        UsageError: an implementation that cannot do this model's work.
-        ValueError: a length that does not fit into memory.
-    """
-    works = open_work(cells, numbers, model.setup, store)
-    sparse = [cell for cell in cells if cell.config is not None]
-    some = [number for number in numbers if number < arguments.recall_samples]
-    recalls = open_work(sparse, some, model.setup, store, RECALL)
-    refuse_what_cannot_run(arguments, works, model)
-    with AnswerBar(works, Console(stderr=True), shown=ranks.rank == 0) as bar:
-        answer_work(works, model, store, workers=arguments.workers, watch=bar.advance)
-    measure_recalls(recalls, model, store, arguments.workers)
-
-
-def refuse_what_cannot_run(arguments: argparse.Namespace, works: Sequence[Work], model: RulerModel) -> None:
-    """As `ask` raises; answers of a larger machine can be counted on a small one."""
-    if works:
-        tokens = model.setup.batch_size * max(work.length for work in works)
-        check_memory(model.model.config, tokens, model.device)
-    try:
-        prepare(works, model)
-    except RuntimeError as error:
-        raise UsageError(f"--impl {arguments.impl} cannot run this model: {error}") from None
+    own = {name: getattr(arguments, name) for name in ("dtype", "seed", "impl", "batch_size", "chat")}
+    setup = RulerSetup(checksums(folder), sources=sources, **own)
+    return RulerModel(model, tokenizer, setup, load_chat_templates(folder), made)
 
 
 def warn_of_length(model: RulerModel, cells: Sequence[Cell], rank: int) -> None:
     """Say that the model was not trained for a length."""
     longest, trained = max(cell.length for cell in cells), model.model.config.max_sequence_length
     if longest > trained and rank == 0:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[yellow]The model was made for up to {trained} tokens, --lengths go up to {longest}: what it answers "
-            "beyond says little.[/yellow]"
-        )  # fmt: skip
+        warn(
+            f"The model was made for up to {trained} tokens, --lengths go up to {longest}: what it answers beyond says "
+            "little."
+        )
+
+
+def warn(text: str) -> None:
+    """A line in yellow on stderr."""
+    Console(stderr=True, soft_wrap=True).print(f"[yellow]{text}[/yellow]")
 
 
 def check_outputs(arguments: argparse.Namespace) -> Path:
@@ -257,17 +192,13 @@ def check_outputs(arguments: argparse.Namespace) -> Path:
 
 def make_header(arguments: argparse.Namespace, model: RulerModel, cells: Sequence[Cell]) -> dict[str, Any]:
     """What a run depends on. Of dense layers and sampler the first ones; records say where others are tried."""
-    setup = model.setup
+    setup = dataclasses.asdict(model.setup)
+    sources = {name: str(one) if isinstance(one, Path) else one for name, one in setup.pop("sources").items()}
     return {
         "study": STUDY, "model": arguments.model.name if arguments.model else "needle-18m",
-        "weights": weights_of(setup.files), "max_sequence_length": model.model.config.max_sequence_length,
-        "dtype": setup.dtype, "seed": setup.seed, "count": arguments.count, "batch_size": setup.batch_size,
-        "impl": setup.impl, "chat": setup.chat, "sampler": dataclasses.asdict(cells[0].sampler),
-        "dense_layers": next((cell.dense_layers for cell in cells if cell.config is not None), []),
-        "sources": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(setup.sources).items()
-        },
+        "weights": weights_of(setup.pop("files")), "max_sequence_length": model.model.config.max_sequence_length,
+        "count": arguments.count, **setup, "sampler": dataclasses.asdict(cells[0].sampler),
+        "dense_layers": next((cell.dense_layers for cell in cells if cell.config is not None), []), "sources": sources,
     }  # fmt: skip
 
 
@@ -282,10 +213,10 @@ def report(header: dict[str, Any], records: list[dict[str, Any]], arguments: arg
     console.print(show_averages(averages).rich(), highlight=False)
     sparse = [one for one in records if one["config"]]
     if sparse and not any(one["sparsity_achieved"] for one in sparse):
-        Console(stderr=True, soft_wrap=True).print(
-            "[yellow]No attention call skipped a block: --dense-layers keep every layer dense, or the lengths have too "
-            "few blocks of --block-size.[/yellow]"
-        )  # fmt: skip
+        warn(
+            "No attention call skipped a block: --dense-layers keep every layer dense, or the lengths have too few "
+            "blocks of --block-size."
+        )
     write_json(header | {"averages": averages, "records": records}, arguments.json, indent=None)
     if arguments.plot is not None:
         draw(header, records, arguments.plot)

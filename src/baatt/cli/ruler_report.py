@@ -4,9 +4,9 @@ In: records and averages of `lab.ruler.summary`. Scores are printed in percent, 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from baatt.lab.describe import differences, setting_name
 from baatt.lab.ruler.cells import Cell
-from baatt.lab.ruler.run import Work
+from baatt.lab.ruler.run import Open, Watch
 from baatt.lab.ruler.summary import setting_of
 from baatt.lab.ruler.tasks import TASKS
 from baatt.lab.tables import MISSING, Table, interval, signed_interval
@@ -24,48 +24,35 @@ Record = Mapping[str, Any]
 COLUMNS = 5
 
 
-class AnswerBar:
-    """How far this process is, and how long the rest takes if a token takes as long as so far.
+@contextmanager
+def answer_bar(places: Open, console: Console, *, shown: bool) -> Iterator[Watch]:
+    """How far this process is, and how long the rest takes if a token takes as long as so far; gives what to tell after
+    every batch. Without a terminal a line of the same says when a cell begins."""
+    cells = {cell: len(numbers) for some in places.values() for cell, numbers in some.items()}
+    among, answers = [cell.options for cell in cells], sum(cells.values())
+    tokens = sum(cell.length * count for cell, count in cells.items())
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[answers]} answers"),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+        disable=not shown or not console.is_terminal, speed_estimate_period=3600,
+    )  # fmt: skip
+    task = bar.add_task("drawing samples", total=tokens, answers=f"0/{answers}")
+    done: dict[Cell, int] = {}
+    started = time.monotonic()
 
-    Without a terminal a line of the same says when a cell begins.
-    """
+    def advance(cell: Cell, count: int) -> None:
+        begins = cell not in done
+        done[cell] = done.get(cell, 0) + count
+        place = f"{cell.length} {cell.task} {setting_name(cell.options, among)}"
+        text = f"{sum(done.values())}/{answers}"
+        bar.update(task, advance=cell.length * count, description=place, answers=text)
+        if begins and shown and not console.is_terminal:
+            rest = tokens / sum(one.length * number for one, number in done.items()) - 1
+            left = timedelta(seconds=round((time.monotonic() - started) * rest))
+            console.print(f"{place}: {text} answers, {left} left", highlight=False, soft_wrap=True)
 
-    def __init__(self, works: Sequence[Work], console: Console, *, shown: bool) -> None:
-        cells = [(cell, len(numbers)) for work in works for cell, numbers in work.cells]
-        self._among = [cell.options for cell, _ in cells]
-        self._answers, self._tokens = sum(n for _, n in cells), sum(cell.length * n for cell, n in cells)
-        self._console, self._lines = console, shown and not console.is_terminal
-        self._done = self._done_tokens = 0
-        self._cell: Cell | None = None
-        self._started = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[answers]} answers"))
-        self._bar = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
-            disable=not shown or not console.is_terminal, speed_estimate_period=3600,
-        )  # fmt: skip
-        self._task = self._bar.add_task("drawing samples", total=self._tokens, answers=f"0/{self._answers}")
-
-    def __enter__(self) -> "AnswerBar":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def advance(self, cell: Cell, count: int) -> None:
-        """`count` samples of a cell are answered."""
-        self._done += count
-        self._done_tokens += cell.length * count
-        place = f"{cell.length} {cell.task} {setting_name(cell.options, self._among)}"
-        answers = f"{self._done}/{self._answers}"
-        self._bar.update(self._task, advance=cell.length * count, description=place, answers=answers)
-        if self._lines and cell != self._cell:
-            seconds = time.monotonic() - self._started
-            left = timedelta(seconds=round(seconds * (self._tokens / self._done_tokens - 1)))
-            self._console.print(f"{place}: {answers} answers, {left} left", highlight=False, soft_wrap=True)
-        self._cell = cell
+    with bar:
+        yield advance
 
 
 def setting_names(settings: Sequence[Record]) -> list[str]:
@@ -84,16 +71,14 @@ def show_length(header: Record, records: Sequence[Record], averages: Sequence[Re
     here = [one for one in records if one["length"] == length]
     settings = [[one for one in here if setting_of(one) == setting_of(each)] for each in averages]
     rows = {
-        task: [f"{score(one)}\n{against_dense(one)}".rstrip() for found in settings for one in found
-               if one["task"] == task]
+        task: [beside_dense(one) for found in settings for one in found if one["task"] == task]
         for task in dict.fromkeys(one["task"] for one in here)
-    }  # fmt: skip
+    }
     tasks = len(rows)
-    mean = [next(one for one in each["by_length"] if one["length"] == length) for each in averages]
-    differences = [difference(one) if each["config"] else "" for one, each in zip(mean, averages, strict=True)]
-    rows[f"average, {tasks_text(averages)}"] = [
-        f"{score(one)}\n{beside}".rstrip() for one, beside in zip(mean, differences, strict=True)
+    mean = [
+        {**one, "config": each["config"]} for each in averages for one in each["by_length"] if one["length"] == length
     ]
+    rows[f"average, {tasks_text(averages)}"] = [beside_dense(one) for one in mean]
     rows["whole words only"] = [f"{100 * one['accuracy_whole']:.1f}" for one in mean]
     for label, field, form in (
         ("attention mass kept", "recall_mean", "{:.3f}"), ("seconds a sample", "seconds_per_answer", "{:.3g}"),
@@ -136,13 +121,14 @@ def score(one: Record) -> str:
     return interval(one["accuracy"], one["ci_low"], one["ci_high"])
 
 
-def against_dense(one: Record) -> str:
-    """`3 lost, 1 won, p 0.62` or `-2.5 [-4.0, -1.0]`; nothing for dense attention itself."""
+def beside_dense(one: Record) -> str:
+    """The score; of sparse attention, below it `3 lost, 1 won, p 0.62` or `-2.5 [-4.0, -1.0]`."""
     if not one["config"]:
-        return ""
-    if one["mcnemar_p"] is None:
-        return difference(one)
-    return f"{one['only_dense_right']} lost, {one['only_sparse_right']} won, p {one['mcnemar_p']:.2g}"
+        return score(one)
+    if one.get("mcnemar_p") is None:
+        return f"{score(one)}\n{difference(one)}"
+    counts = f"{one['only_dense_right']} lost, {one['only_sparse_right']} won, p {one['mcnemar_p']:.2g}"
+    return f"{score(one)}\n{counts}"
 
 
 def difference(one: Record) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-class AnswerStore:
-    """Answers by key.
+class AnswerStore(dict[str, Any]):
+    """Answers by key; `put` adds one.
 
     Args:
         folder: where the files lie, made if missing; None keeps nothing.
@@ -26,41 +26,34 @@ class AnswerStore:
     """
 
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
-        self._answers: dict[str, Any] = {}
-        self._file: Path | None = None
+        super().__init__()
+        self._file = None if folder is None else folder / f"rank{rank}.jsonl"
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob("rank*.jsonl")):
-            self._read(file, own=file.name == f"rank{rank}.jsonl")
-        self._file = folder / f"rank{rank}.jsonl"
-        if self._answers:
-            logger.info("%s: %d answers of an earlier run", folder, len(self._answers))
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> Any:
-        return self._answers[key]
+            self._read(file)
+        if self:
+            logger.info("%s: %d answers of an earlier run", folder, len(self))
 
     def put(self, key: str, answer: Any) -> None:
         """Keep an answer that JSON can hold."""
-        self._answers[key] = answer
+        self[key] = answer
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"key": key, "answer": answer}) + "\n")
 
-    def _read(self, file: Path, *, own: bool) -> None:
+    def _read(self, file: Path) -> None:
         """Take over a file. What follows its last end of line was interrupted: its owner cuts it off."""
         data = file.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 record = json.loads(line)
-                self._answers[record["key"]] = record["answer"]
+                self[record["key"]] = record["answer"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{file}: line {number} must be an answer written by an earlier run") from error
-        if own and len(whole) < len(data):
+        if file == self._file and len(whole) < len(data):
             logger.warning("%s: the last answer was interrupted and is asked again", file)
             with file.open("r+b") as lines:
                 lines.truncate(len(whole))

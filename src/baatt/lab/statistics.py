@@ -79,6 +79,30 @@ def bootstrap_interval(scores: Sequence[float], *, resamples: int = 10_000, seed
     return Interval(float(low), float(high))
 
 
+def is_right_or_wrong(scores: Sequence[float]) -> bool:
+    """Whether every score is 0 or 1."""
+    return all(score in (0, 1) for score in scores)
+
+
+def score_interval(scores: Sequence[float]) -> Interval:
+    """95 % interval of a mean score: Wilson's where every score is 0 or 1, else the bootstrap's."""
+    if is_right_or_wrong(scores):
+        return wilson_interval(round(sum(scores)), len(scores))
+    return bootstrap_interval(scores)
+
+
+def average_interval(tasks: Sequence[tuple[float, float, float]]) -> Interval:
+    """95 % interval of the mean of several accuracies, from the limits of their own: (accuracy, low, high) of each.
+
+    The distances from each accuracy to its limits are added as independent errors are (Zou and Donner's MOVER), so
+    tasks that are all right or all wrong keep the width of their Wilson intervals, of which a bootstrap knows nothing.
+    """
+    mean = sum(value for value, _, _ in tasks) / len(tasks)
+    below = math.hypot(*(value - low for value, low, _ in tasks)) / len(tasks)
+    above = math.hypot(*(high - value for value, _, high in tasks)) / len(tasks)
+    return Interval(mean - below, mean + above)
+
+
 def pearson(x: Tensor, y: Tensor) -> float:
     """Correlation of two tensors of one shape over all places where both are finite.
 

@@ -17,21 +17,12 @@ from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.ranks import Ranks
 from baatt.lab.ruler.cells import Cell, check_questions, choose_tasks, make_cells
 from baatt.lab.ruler.model import RulerAnswer, RulerModel, RulerSetup, checksums, shortened, source_digest
-from baatt.lab.ruler.run import (
-    RECALL,
-    answer_work,
-    draw_ahead,
-    gather_answers,
-    measure_recalls,
-    open_work,
-    prepare,
-    same_everywhere,
-)
+from baatt.lab.ruler.run import Run, same_everywhere
 from baatt.lab.ruler.scoring import METRICS
 from baatt.lab.ruler.sources import Sources
-from baatt.lab.ruler.summary import average_interval, compare, make_averages, make_records, score_interval
+from baatt.lab.ruler.summary import compare, make_averages, make_records
 from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples
-from baatt.lab.statistics import bootstrap_interval, mcnemar_p, wilson_interval
+from baatt.lab.statistics import average_interval, bootstrap_interval, mcnemar_p, score_interval, wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig, generate
@@ -83,11 +74,9 @@ def cells_of(*tasks, length=512, policy=POLICY):
 def run(model, store, cells, numbers=range(3), workers=0, shuffle=None):
     """Answers of every cell, and how many of each cell were asked."""
     asked = []
-    works = open_work(cells, numbers, model.setup, store)
-    answer_work(
-        works, model, store, workers=workers, watch=lambda cell, count: asked.append((cell, count)), shuffle=shuffle
-    )
-    return gather_answers(cells, numbers, model.setup, store, Ranks()), asked
+    share = Run(model, store, cells, numbers, workers)
+    share.answer(lambda cell, count: asked.append((cell, count)), shuffle)
+    return share.gather(Ranks()), asked
 
 
 # --- what an answer depends on ---------------------------------------------------------------------------------------
@@ -242,10 +231,9 @@ def test_attention_mass_is_kept_beside_the_answers(make, tmp_path):
     everywhere = half._replace(policy=Policy(dense_layers=(0, 1, 2)))
     cells = [dense, half, less, oracle, everywhere]
     run(model, store, cells, range(2))
-    works = open_work(cells[1:], range(1), model.setup, store, RECALL)
-    measure_recalls(works, model, store)
-    assert open_work(cells[1:], range(1), model.setup, AnswerStore(tmp_path), RECALL) == []
-    gathered = gather_answers(cells, range(2), model.setup, AnswerStore(tmp_path), Ranks(), recalls=2)
+    Run(model, store, cells, range(2), recalls=1).measure_recalls()
+    assert Run(model, AnswerStore(tmp_path), cells, range(2), recalls=1).open_recalls() == {}
+    gathered = Run(model, AnswerStore(tmp_path), cells, range(2), recalls=2).gather(Ranks())
     recalls = [[one.recall for one in answers] for answers in gathered]
     assert all(second is None for _, second in recalls)
     assert recalls[0][0] is recalls[4][0] is None
@@ -253,7 +241,7 @@ def test_attention_mass_is_kept_beside_the_answers(make, tmp_path):
     assert 0 < means[1] < means[0] <= means[2] < 1
     kept = [one.get("recall_mean") for one in make_records(cells, gathered)]
     assert kept == [None, *means, None]
-    plain = gather_answers(cells, range(2), model.setup, store, Ranks())
+    plain = Run(model, store, cells, range(2)).gather(Ranks())
     assert all(one.recall is None for answers in plain for one in answers)
 
 
@@ -295,10 +283,10 @@ def test_what_does_not_fit_is_refused(make):
         make().check("vt", 512)
     with pytest.raises(ValueError, match=r"dense_layers must lie in \[-3, 3\)"):
         make().warm_up(cells_of("vt", policy=Policy(dense_layers=(3,)))[1])
-    works = open_work(cells_of("niah_single_1"), range(1), make().setup, AnswerStore(None))
-    prepare(works, make())
+    share = Run(make(), AnswerStore(None), cells_of("niah_single_1"), range(1))
+    share.prepare()
     with pytest.raises(RuntimeError, match="impl='hopper' cannot run"):
-        prepare(works, make(impl="hopper"))
+        dataclasses.replace(share, model=make(impl="hopper")).prepare()
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -337,14 +325,14 @@ def test_only_missing_samples_are_drawn_ahead(make, tmp_path):
     cells = [cell for task in ("niah_single_1", "niah_single_2", "niah_single_3") for cell in cells_of(task)]
     store = AnswerStore(tmp_path)
     run(model, store, cells[:2], [1])
-    works = open_work(cells, range(3), model.setup, store)
-    assert works[0].cells == ((cells[0], (0, 2)), (cells[1], (0, 2)), (cells[2], (0, 1, 2)))
-    assert works[0].numbers == (0, 1, 2)
-    works[0] = works[0]._replace(cells=works[0].cells[:2])
-    here = list(draw_ahead(works, model, 0))
+    share = Run(model, store, cells, range(3))
+    places = share.open()
+    assert places["niah_single_1", 512] == {cells[0]: [0, 2], cells[1]: [0, 2], cells[2]: [0, 1, 2]}
+    del places["niah_single_1", 512][cells[2]]
+    here = list(share.draw(places))
     assert [sorted(samples) for samples in here] == [[0, 2], [0, 1, 2], [0, 1, 2]]
     assert here[1] == dict(enumerate(draw_samples("niah_single_2", 512, 3, model.tokenizer, seed=1)))
-    assert list(draw_ahead(works, model, 2)) == here
+    assert list(dataclasses.replace(share, workers=2).draw(places)) == here
 
 
 def test_processes_that_differ_are_noticed(setup, monkeypatch):
@@ -403,7 +391,8 @@ def test_averages():
     assert [one["accuracy"] for one in dense["by_length"]] == [0.875, 0.75]
     short, long = sparse["by_length"]
     assert (short["accuracy"], short["dense_accuracy"], short["difference"]) == (0.375, 0.875, -0.5)
-    assert (short["ci_low"], short["ci_high"]) == average_interval([records[1], records[3]])
+    own = [(one["accuracy"], one["ci_low"], one["ci_high"]) for one in (records[1], records[3])]
+    assert (short["ci_low"], short["ci_high"]) == average_interval(own)
     assert (short["difference_low"], short["difference_high"]) == bootstrap_interval([-0.5, -0.5])
     assert (long["difference_low"], long["difference_high"]) == (0, 0)
     assert sparse["mean"] == (0.375 + 0.75) / 2
@@ -414,11 +403,8 @@ def test_averages():
 def test_intervals():
     assert score_interval([1.0, 1.0]) == wilson_interval(2, 2)
     assert score_interval([1.0, 0.5]) == bootstrap_interval([1.0, 0.5])
-    low, high = average_interval([
-        {"accuracy": 1.0, "ci_low": 0.7, "ci_high": 1.0}, {"accuracy": 0.5, "ci_low": 0.1, "ci_high": 0.9}
-    ])  # fmt: skip
+    low, high = average_interval([(1.0, 0.7, 1.0), (0.5, 0.1, 0.9)])
     assert (low, high) == (pytest.approx(0.75 - 0.25), pytest.approx(0.75 + 0.2))
-    alone = average_interval([{"accuracy": 0.5, "ci_low": 0.25, "ci_high": 0.75}])
-    assert alone == (0.25, 0.75)
+    assert average_interval([(0.5, 0.25, 0.75)]) == (0.25, 0.75)
     with pytest.raises(ValueError, match="both must answer the same samples, got 1 and 2"):
         compare([1.0], [1.0, 0.0])

@@ -39,6 +39,10 @@ class Cell(NamedTuple):
         """Of a sparse cell."""
         return [] if self.config is None else list(self.policy.dense_layers)
 
+    def sampled(self, **changes: Any) -> "Cell":
+        """The cell with other options of its sampler."""
+        return self._replace(sampler=dataclasses.replace(self.sampler, **changes))
+
 
 def make_cells(
     tasks: Sequence[str],

@@ -1,14 +1,13 @@
 """How a model answers RULER's samples, and what an answer is kept as.
 
 In: a model, its tokenizer and chat template, a `RulerSetup`, numbered samples of a cell. Out: a `RulerAnswer` each, the
-key it is kept by, which names everything it depends on, and the attention mass a cell keeps of a sample. Knows nothing
-of stores, processes and tables.
+key it is kept by, and the attention mass a cell keeps of a sample. Knows nothing of stores, processes and tables.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +21,14 @@ from baatt.integrations.enable import enable
 from baatt.lab.answers import request_key
 from baatt.lab.capture import Recorder
 from baatt.lab.chat import ChatTemplates
+from baatt.lab.loading import check_memory
 from baatt.lab.prompts import answer_text, end_tokens, pad_left
 from baatt.lab.recall import measure_recall
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.scoring import METRICS, WHOLE_METRICS
 from baatt.lab.ruler.sources import Sources
-from baatt.lab.ruler.tasks import draw, find_task
+from baatt.lab.ruler.tasks import draw_samples, find_task
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, SampleResult, generate
 
@@ -103,19 +103,13 @@ class RulerSetup:
         )  # fmt: skip
         return {number: f"{common}-{number}" for number in numbers}
 
-    def draw(self, task: str, length: int, number: int, tokenizer: Tokenizer, reserve: int) -> RulerSample:
-        """One sample; raises ValueError as `tasks.draw`."""
-        return draw(
-            find_task(task), length, number, tokenizer, seed=self.seed, sources=self.sources, reserve=reserve
-        )  # fmt: skip
-
 
 class RulerModel:
     """A model that answers.
 
     Args:
         templates: of the model's folder; used if the setup says so.
-        stamp: `commit` and `device` of the answers.
+        made: `records.provenance` of the run; answers keep its commit and device.
 
     Raises:
         ValueError: a chat template is asked for, and the folder has none.
@@ -127,15 +121,26 @@ class RulerModel:
         tokenizer: Tokenizer,
         setup: RulerSetup = RulerSetup(),
         templates: ChatTemplates = ChatTemplates({}, {}),  # noqa: B008  (never written to)
-        stamp: Mapping[str, Any] | None = None,
+        made: Mapping[str, Any] | None = None,
     ) -> None:
         tokenizer.no_truncation()  # a length stored in tokenizer.json must not cut a prompt unseen
         tokenizer.no_padding()
         self.model, self.tokenizer, self.setup = model, tokenizer, setup
         self.device = next(model.parameters()).device
-        self._templates, self._stamp = templates, stamp or {"commit": None, "device": None}
+        self._templates, self._stamp = templates, {name: (made or {}).get(name) for name in ("commit", "device")}
         self._ends = end_tokens(tokenizer, model.config.eos_token_id, templates.special_tokens)
-        self.reserve = self._template_tokens() if setup.chat else 0
+        self.reserve = 0
+        if setup.chat:
+            with_template, plain = (len(self.ids(PROBE, PROBE_PREFIX, chat=chat)) for chat in (True, False))
+            self.reserve = max(0, with_template - plain) + SLACK
+
+    @property
+    def draw(self) -> Callable[..., list[RulerSample]]:
+        """`tasks.draw_samples` for this model; what it holds can be sent to another process."""
+        return functools.partial(
+            draw_samples, tokenizer=self.tokenizer, seed=self.setup.seed, sources=self.setup.sources,
+            reserve=self.reserve,
+        )  # fmt: skip
 
     def ids(self, prompt: str, prefix: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt and the beginning of its answer; a template that begins the text gets no second one."""
@@ -144,16 +149,16 @@ class RulerModel:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": prefix}]
             text = self._templates.render(turns, continue_final_message=True)
         begins = self._templates.special_tokens.get("bos_token")
-        special = not (begins and text.startswith(begins))
-        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=not (begins and text.startswith(begins))).ids)
 
     def check(self, task: str, length: int) -> None:
         """Draw one sample, so that a length that is too small or too large for a task is refused at once.
 
         Raises:
-            ValueError: such a length, or a chat template that leaves no room.
+            ValueError: such a length, one that does not fit into memory, or a chat template that leaves no room.
         """
-        sample = self.setup.draw(task, length, 0, self.tokenizer, self.reserve)
+        check_memory(self.model.config, self.setup.batch_size * length, self.device)
+        (sample,) = self.draw(task, length, 1)
         tokens = len(self._sample_ids(sample)) + sample.answer_tokens
         if tokens > length:
             raise ValueError(f"{task} with its chat template must have at most {length} tokens, got {tokens}")
@@ -166,8 +171,7 @@ class RulerModel:
             ValueError: a policy that does not fit the model.
         """
         prompt = torch.zeros(1, WARM_UP_TOKENS, dtype=torch.int64, device=self.device)
-        sampler = dataclasses.replace(cell.sampler, gen_length=cell.sampler.block_length, steps=1)
-        self.generate(cell._replace(sampler=sampler), prompt, None)
+        self.generate(cell.sampled(gen_length=cell.sampler.block_length, steps=1), prompt, None)
 
     def generate(self, cell: Cell, ids: Tensor, mask: Tensor | None) -> tuple[SampleResult, float]:
         """Continue prompts [B, N] as a cell says; beside the tokens the share of block pairs skipped."""
@@ -184,10 +188,10 @@ class RulerModel:
         samples = [sample for _, sample in batch]
         sampler = shortened(cell.sampler, max(sample.answer_tokens for sample in samples))
         result, sparsity = self.generate(cell._replace(sampler=sampler), *self.prompts(samples))
-        filled, rows = (result.unmasked_at >= 0).sum(dim=1).tolist(), result.tokens.tolist()
+        filled = (result.unmasked_at >= 0).sum(dim=1).tolist()
         setting = cell.options | {"dense_layers": cell.dense_layers} if cell.options else {}
         answers = []
-        for (number, sample), tokens, positions in zip(batch, rows, filled, strict=True):
+        for (number, sample), tokens, positions in zip(batch, result.tokens.tolist(), filled, strict=True):
             text = answer_text(self.tokenizer, tokens[: sample.answer_tokens], self._ends)
             score, whole = (metrics[sample.metric](text, sample.values) for metrics in (METRICS, WHOLE_METRICS))
             answers.append(RulerAnswer(
@@ -201,41 +205,34 @@ class RulerModel:
     def recalls(self, cells: Sequence[Cell], sample: RulerSample) -> list[Sequence[float] | None]:
         """Mean and 5th percentile of the attention mass that sparse cells keep in their sparse layers, while the model
         reads a sample densely; None for a cell without sparse layers."""
-        count = self.model.config.n_layers
         recorder = Recorder()
-        ids = torch.tensor([self._sample_ids(sample)], device=self.device)
         with enable(self.model, None) as handle, torch.inference_mode():
             handle.watch(recorder.keep)
-            self.model(ids)
+            self.model(torch.tensor([self._sample_ids(sample)], device=self.device))
         captured = recorder.result(self.model.config.head_size**-0.5, {})
         heads = {layer: type(x)(*(y.to(self.device) for y in x)) for layer, x in captured.layers.items()}
         found: dict[Cell, Sequence[float]] = {}
-        for dense in {cell.policy.check_layers(count) for cell in cells}:
-            some = {cell: cell.config for cell in cells if cell.config and cell.policy.check_layers(count) == dense}
+        for policy in dict.fromkeys(cell.policy for cell in cells):
+            dense = policy.check_layers(self.model.config.n_layers)
+            some = {cell: cell.config for cell in cells if cell.config and cell.policy == policy}
+            if len(dense) == len(heads):
+                continue
             sparse = captured._replace(layers={layer: x for layer, x in heads.items() if layer not in dense})
-            configs = list(dict.fromkeys(some.values()))
-            if sparse.layers and configs:  # the records over all layers come last
-                whole = measure_recall(sparse, configs, outputs=False)[-len(configs) :]
-                pairs = {
-                    config: (one["recall_mean"], one["recall_p5"]) for config, one in zip(configs, whole, strict=True)
-                }
-                found |= {cell: pairs[config] for cell, config in some.items()}
+            configs = list(dict.fromkeys(some.values()))  # their records over all layers come last
+            whole = zip(configs, measure_recall(sparse, configs, outputs=False)[-len(configs) :], strict=True)
+            kept = {config: (one["recall_mean"], one["recall_p5"]) for config, one in whole}
+            found |= {cell: kept[config] for cell, config in some.items()}
         return [found.get(cell) for cell in cells]
 
     def _sample_ids(self, sample: RulerSample) -> list[int]:
         return self.ids(sample.prompt, sample.answer_prefix, chat=self.setup.chat)
 
-    def _template_tokens(self) -> int:
-        with_template, plain = (len(self.ids(PROBE, PROBE_PREFIX, chat=chat)) for chat in (True, False))
-        return max(0, with_template - plain) + SLACK
-
 
 def shortened(sampler: SamplerConfig, tokens: int) -> SamplerConfig:
     """The sampler with no more blocks than `tokens` tokens need, and the same steps a block."""
     blocks = min(sampler.blocks, -(-tokens // sampler.block_length))
-    return dataclasses.replace(
-        sampler, gen_length=blocks * sampler.block_length, steps=blocks * sampler.steps_per_block
-    )
+    changes = {"gen_length": blocks * sampler.block_length, "steps": blocks * sampler.steps_per_block}
+    return dataclasses.replace(sampler, **changes)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -263,8 +260,7 @@ def source_digest(task: str, sources: Sources) -> str:
     Raises:
         ValueError: as `check_sources`.
     """
-    needs = find_task(task).needs
-    if needs:
+    if needs := find_task(task).needs:
         return request_key(sources.questions(needs))
     return request_key(
         sources.pool, sources.word_lists(), sources.essay_words(), sources.starts_anywhere, sources.sentences

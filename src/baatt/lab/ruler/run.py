@@ -1,21 +1,21 @@
 """A run of RULER: which answers it needs, the asking of those that no earlier run has kept, and all of them together.
 
-In: cells, the numbers of the samples that are this process's share, a `RulerModel` and an `AnswerStore`. Out: the
-answers of every cell on the first process. An interrupted run goes on with its store, and more settings find the dense
-answers there. Knows nothing of intervals and tables.
+In: a `RulerModel`, an `AnswerStore`, cells and the numbers of this process's samples. Out: the answers of every cell on
+the first process. An interrupted run goes on with its store, and more settings find the dense answers there. Knows
+nothing of intervals and tables.
 """
 
 import functools
+import itertools
 import multiprocessing
 import random
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 
 from baatt.lab.answers import AnswerStore, request_key
 from baatt.lab.ranks import Ranks
@@ -25,21 +25,12 @@ from baatt.lab.ruler.sample import RulerSample
 
 #: Places whose samples are drawn ahead of their use; all at once would not fit into memory at 128K tokens.
 PLACES_AHEAD = 2
+#: What the key of a recall has behind that of its answer.
+RECALL = "-recall"
+#: What is still to be asked: place, a task at a length -> its cells, each with the numbers of its open samples.
+Open = dict[tuple[str, int], dict[Cell, list[int]]]
 #: What is told after every batch: its cell, and how many samples it had.
 Watch = Callable[[Cell, int], None]
-
-
-class Work(NamedTuple):
-    """What is still to be asked of one task at one length: its cells, each with the numbers of its open samples."""
-
-    task: str
-    length: int
-    cells: tuple[tuple[Cell, tuple[int, ...]], ...]
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Samples that have to be drawn."""
-        return tuple(sorted({number for _, numbers in self.cells for number in numbers}))
 
 
 def same_everywhere(setup: RulerSetup, cells: Sequence[Cell], count: int, ranks: Ranks) -> bool:
@@ -49,129 +40,127 @@ def same_everywhere(setup: RulerSetup, cells: Sequence[Cell], count: int, ranks:
     return bool((found == found.flatten()[0]).all())
 
 
-def open_work(
-    cells: Sequence[Cell], numbers: Iterable[int], setup: RulerSetup, store: AnswerStore, suffix: str = ""
-) -> list[Work]:
-    """What the store has no answer for, in the order of the cells; with `RECALL` as suffix, no recall."""
-    numbers = tuple(numbers)
-    places: dict[tuple[str, int], list[tuple[Cell, tuple[int, ...]]]] = {}
-    for cell in cells:
-        missing = tuple(number for number, key in setup.keys(cell, numbers).items() if key + suffix not in store)
-        if missing:
-            places.setdefault((cell.task, cell.length), []).append((cell, missing))
-    return [Work(task, length, tuple(open_cells)) for (task, length), open_cells in places.items()]
-
-
-#: What the key of a recall has behind that of its answer.
-RECALL = "-recall"
-
-
-def prepare(works: Sequence[Work], model: RulerModel) -> None:
-    """Refuse what cannot run before anything is asked, and warm up every setting.
-
-    Raises:
-        RuntimeError, ValueError: as `RulerModel.check` and `RulerModel.warm_up`.
-    """
-    for work in works:
-        model.check(work.task, work.length)
-    for cell in {cell[2:]: cell for work in works for cell, _ in work.cells}.values():
-        model.warm_up(cell)
-
-
-def draw_ahead(works: Sequence[Work], model: RulerModel, workers: int) -> Generator[dict[int, RulerSample], None, None]:
-    """The samples of every work in turn, drawn in worker processes while earlier ones are answered.
+@dataclass(frozen=True)
+class Run:
+    """The share of one process.
 
     Args:
-        workers: processes; 0 draws here, when asked. Close the iterator to end them.
-    """
-    draw = functools.partial(_draw_part, setup=model.setup, tokenizer=model.tokenizer, reserve=model.reserve)
-    if workers == 0:
-        yield from (draw(work.task, work.length, work.numbers) for work in works)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        waiting: deque[list[Any]] = deque()
-        for work in works:
-            parts = [work.numbers[first::workers] for first in range(min(workers, len(work.numbers)))]
-            waiting.append([pool.submit(draw, work.task, work.length, part) for part in parts])
-            if len(waiting) > PLACES_AHEAD:
-                yield {number: sample for job in waiting.popleft() for number, sample in job.result().items()}
-        while waiting:
-            yield {number: sample for job in waiting.popleft() for number, sample in job.result().items()}
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def answer_work(
-    works: Sequence[Work],
-    model: RulerModel,
-    store: AnswerStore,
-    *,
-    workers: int = 0,
-    watch: Watch = lambda cell, count: None,
-    shuffle: random.Random | None = None,
-) -> None:
-    """Ask everything that is open and keep the answers.
-
-    Args:
-        workers: processes that draw samples, see `draw_ahead`.
-        watch: told after every batch.
-        shuffle: asks the batches of a task and length in random order, so that all cells meet the same machine.
-    """
-    size = model.setup.batch_size
-    with closing(draw_ahead(works, model, workers)) as drawn:
-        for work, samples in zip(works, drawn, strict=True):
-            batches = [
-                (cell, numbers[first : first + size])
-                for cell, numbers in work.cells
-                for first in range(0, len(numbers), size)
-            ]
-            if shuffle is not None:
-                shuffle.shuffle(batches)
-            for cell, numbers in batches:
-                keys = model.setup.keys(cell, numbers)
-                for answer in model.answer(cell, [(number, samples[number]) for number in numbers]):
-                    store.put(keys[answer.number], answer._asdict())
-                watch(cell, len(numbers))
-
-
-def measure_recalls(works: Sequence[Work], model: RulerModel, store: AnswerStore, workers: int = 0) -> None:
-    """Measure the attention mass that sparse cells keep, wherever the store has none.
-
-    Args:
-        works: of `open_work` with the suffix `RECALL`.
-    """
-    with closing(draw_ahead(works, model, workers)) as drawn:
-        for work, samples in zip(works, drawn, strict=True):
-            for number in work.numbers:
-                cells = [cell for cell, numbers in work.cells if number in numbers]
-                for cell, found in zip(cells, model.recalls(cells, samples[number]), strict=True):
-                    store.put(model.setup.keys(cell, [number])[number] + RECALL, found)
-
-
-def gather_answers(
-    cells: Sequence[Cell], numbers: Sequence[int], setup: RulerSetup, store: AnswerStore, ranks: Ranks, recalls: int = 0
-) -> list[list[RulerAnswer]] | None:
-    """All answers of each cell in the order of their numbers, on rank 0; None on the others.
-
-    Args:
-        numbers: the share of this process.
-        recalls: samples whose recall is put beside the answer.
+        model: answers.
+        store: keeps what it answers.
+        cells: as `make_cells` has them.
+        numbers: of the samples of every cell.
+        workers: processes that draw samples while earlier ones are answered; 0 draws here, when asked.
+        recalls: samples below this number are also asked for the attention mass that sparse cells keep.
     """
 
-    def kept(number: int, key: str) -> dict[str, Any]:
-        recall = store[key + RECALL] if number < recalls and key + RECALL in store else None
-        return {**store[key], "recall": recall}
+    model: RulerModel
+    store: AnswerStore
+    cells: Sequence[Cell]
+    numbers: Sequence[int]
+    workers: int = 0
+    recalls: int = 0
 
-    own = [[kept(*pair) for pair in setup.keys(cell, numbers).items()] for cell in cells]
-    shares = ranks.gather_object(own)
-    if shares is None:
-        return None
-    joined = ([RulerAnswer(**one) for share in shares for one in share[place]] for place in range(len(cells)))
-    return [sorted(answers, key=lambda one: one.number) for answers in joined]
+    def open(self) -> Open:
+        """What the store has no answer for, in the order of the cells."""
+        return self._missing(self.cells, self.numbers)
+
+    def open_recalls(self) -> Open:
+        """What the store has no recall for."""
+        sparse = [cell for cell in self.cells if cell.config is not None]
+        return self._missing(sparse, [number for number in self.numbers if number < self.recalls], RECALL)
+
+    def _missing(self, cells: Iterable[Cell], numbers: Sequence[int], suffix: str = "") -> Open:
+        places: Open = {}
+        for cell in cells:
+            keys = self.model.setup.keys(cell, numbers)
+            if missing := [number for number, key in keys.items() if key + suffix not in self.store]:
+                places.setdefault((cell.task, cell.length), {})[cell] = missing
+        return places
+
+    def prepare(self) -> None:
+        """Refuse what cannot run before anything is asked, and warm up every setting.
+
+        Raises:
+            RuntimeError, ValueError: as `RulerModel.check` and `RulerModel.warm_up`.
+        """
+        places = self.open()
+        for task, length in places:
+            self.model.check(task, length)
+        for cell in {cell[2:]: cell for cells in places.values() for cell in cells}.values():
+            self.model.warm_up(cell)
+
+    def draw(self, places: Open) -> Generator[dict[int, RulerSample], None, None]:
+        """The samples of every place in turn, by number. Close the iterator to end the workers."""
+        draw = functools.partial(_draw_some, self.model.draw)
+        wanted = [(*place, sorted({n for some in cells.values() for n in some})) for place, cells in places.items()]
+        if self.workers == 0:
+            yield from (draw(*place) for place in wanted)
+            return
+        pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
+        try:
+            waiting: deque[list[Future[dict[int, RulerSample]]]] = deque()
+            following = iter(wanted)
+            for _ in wanted:
+                for task, length, numbers in itertools.islice(following, PLACES_AHEAD + 1 - len(waiting)):
+                    parts = [numbers[first :: self.workers] for first in range(min(self.workers, len(numbers)))]
+                    waiting.append([pool.submit(draw, task, length, part) for part in parts])
+                yield {number: sample for part in waiting.popleft() for number, sample in part.result().items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def answer(self, watch: Watch = lambda cell, count: None, shuffle: random.Random | None = None) -> None:
+        """Ask everything that is open and keep the answers.
+
+        Args:
+            watch: told after every batch.
+            shuffle: asks the batches of a place in random order, so that all cells meet the same machine.
+        """
+        size, places = self.model.setup.batch_size, self.open()
+        with closing(self.draw(places)) as drawn:
+            for cells, samples in zip(places.values(), drawn, strict=True):
+                batches = [
+                    (cell, numbers[first : first + size])
+                    for cell, numbers in cells.items()
+                    for first in range(0, len(numbers), size)
+                ]
+                if shuffle is not None:
+                    shuffle.shuffle(batches)
+                for cell, numbers in batches:
+                    keys = self.model.setup.keys(cell, numbers)
+                    for answer in self.model.answer(cell, [(number, samples[number]) for number in numbers]):
+                        self.store.put(keys[answer.number], answer._asdict())
+                    watch(cell, len(numbers))
+
+    def measure_recalls(self) -> None:
+        """Measure the attention mass that sparse cells keep, wherever the store has none."""
+        places = self.open_recalls()
+        with closing(self.draw(places)) as drawn:
+            for open_cells, samples in zip(places.values(), drawn, strict=True):
+                for number, sample in samples.items():
+                    cells = [cell for cell, numbers in open_cells.items() if number in numbers]
+                    for cell, found in zip(cells, self.model.recalls(cells, sample), strict=True):
+                        self.store.put(self.model.setup.keys(cell, [number])[number] + RECALL, found)
+
+    def kept(self) -> list[list[RulerAnswer]]:
+        """The answers of each cell that the store has, with the recalls that were asked for."""
+        found = []
+        for cell in self.cells:
+            keys = self.model.setup.keys(cell, self.numbers)
+            found.append([
+                RulerAnswer(**self.store[key] | {"recall": self.store.get(key + RECALL) if n < self.recalls else None})
+                for n, key in keys.items() if key in self.store
+            ])  # fmt: skip
+        return found
+
+    def gather(self, ranks: Ranks) -> list[list[RulerAnswer]] | None:
+        """All answers of each cell in the order of their numbers, on rank 0; None on the others."""
+        shares = ranks.gather_object(self.kept())
+        if shares is None:
+            return None
+        return [sorted(itertools.chain(*parts), key=lambda one: one.number) for parts in zip(*shares, strict=True)]
 
 
-def _draw_part(
-    task: str, length: int, numbers: Sequence[int], setup: RulerSetup, tokenizer: Tokenizer, reserve: int
+def _draw_some(
+    draw: Callable[..., list[RulerSample]], task: str, length: int, numbers: Iterable[int]
 ) -> dict[int, RulerSample]:
-    return {number: setup.draw(task, length, number, tokenizer, reserve) for number in numbers}
+    return {number: draw(task, length, 1, first=number)[0] for number in numbers}

@@ -7,7 +7,6 @@ share of four values found, bootstrap intervals of the mean and of the paired di
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.scoring import averages
-from baatt.lab.statistics import Interval, bootstrap_interval, mcnemar_p, wilson_interval
+from baatt.lab.statistics import average_interval, bootstrap_interval, is_right_or_wrong, mcnemar_p, score_interval
 
 STUDY = "ruler"
 Record = dict[str, Any]
@@ -46,7 +45,7 @@ def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]]
         if cell.config is None:
             dense[place] = scores
         low, high = score_interval(scores)
-        recalls = [one.recall for one in found if one.recall is not None]
+        recalls = list(zip(*(one.recall for one in found if one.recall is not None), strict=True))
         seconds, count = sum(one.seconds for one in found), len(found)
         records.append({
             "study": STUDY, "task": cell.task, "length": cell.length, "config": cell.options,
@@ -56,8 +55,7 @@ def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]]
             "accuracy_exact": _mean([one.exact for one in found]),
             "dense_accuracy": sum(dense[place]) / count, **compare(dense[place], scores),
             "sparsity_achieved": sum(one.sparsity for one in found) / count,
-            **({f"recall_{name}": _mean(values) for name, values in zip(("mean", "p5"), zip(*recalls, strict=True),
-               strict=True)} if recalls else {}),
+            **({"recall_mean": _mean(recalls[0]), "recall_p5": _mean(recalls[1])} if recalls else {}),
             "seconds_per_answer": seconds / count,
             "tokens_per_second": sum(one.tokens for one in found) / seconds,
             "evaluations_per_answer": sum(one.evaluations for one in found) / count,
@@ -87,13 +85,13 @@ def make_averages(records: Sequence[Record]) -> list[Record]:
         settings.setdefault(json.dumps(setting_of(one)), []).append(one)
     found = []
     for members in settings.values():
-        by_length: dict[int, dict[str, float]] = {}
+        scores: dict[int, dict[str, float]] = {}
         for one in members:
-            by_length.setdefault(one["length"], {})[one["task"]] = one["accuracy"]
-        over = averages(by_length)
+            scores.setdefault(one["length"], {})[one["task"]] = one["accuracy"]
+        over = averages(scores)
         dense = [one for one in records if not one["config"] and one.get("sampler") == members[0].get("sampler")]
         found.append({
-            **setting_of(members[0]), "tasks": list(by_length[min(by_length)]),
+            **setting_of(members[0]), "tasks": list(scores[min(scores)]),
             "by_length": [_average_at(length, members, dense) for length in over.by_length],
             "mean": over.mean, "rising": over.rising, "falling": over.falling,
         })  # fmt: skip
@@ -106,31 +104,13 @@ def _average_at(length: int, members: Sequence[Record], dense: Sequence[Record])
     mean, dense_mean = (float(np.mean([one["accuracy"] for one in records])) for records in (here, beside))
     # Samples of different tasks are independent: the mean over tasks of their n-th samples is a sample of the average.
     rows = np.mean([one["scores"] for one in here], axis=0) - np.mean([one["scores"] for one in beside], axis=0)
-    interval, difference = average_interval(here), bootstrap_interval(rows.tolist())
+    low, high = average_interval([(one["accuracy"], one["ci_low"], one["ci_high"]) for one in here])
+    difference = bootstrap_interval(rows.tolist())
     return {
-        "length": length, "accuracy": mean, "ci_low": interval.low, "ci_high": interval.high,
+        "length": length, "accuracy": mean, "ci_low": low, "ci_high": high,
         "accuracy_whole": float(np.mean([one["accuracy_whole"] for one in here])), "dense_accuracy": dense_mean,
         "difference": mean - dense_mean, "difference_low": difference.low, "difference_high": difference.high,
     }  # fmt: skip
-
-
-def average_interval(records: Sequence[Record]) -> Interval:
-    """95 % interval of the mean of several tasks' accuracies, from their own intervals.
-
-    The distances from each accuracy to its limits are added as independent errors are (Zou and Donner's MOVER), so
-    tasks that are all right or all wrong keep the width of their Wilson intervals, of which a bootstrap knows nothing.
-    """
-    mean = sum(one["accuracy"] for one in records) / len(records)
-    below = math.hypot(*(one["accuracy"] - one["ci_low"] for one in records)) / len(records)
-    above = math.hypot(*(one["ci_high"] - one["accuracy"] for one in records)) / len(records)
-    return Interval(mean - below, mean + above)
-
-
-def score_interval(scores: Sequence[float]) -> Interval:
-    """95 % interval of a mean score: Wilson's where every score is 0 or 1, else the bootstrap's."""
-    if is_right_or_wrong(scores):
-        return wilson_interval(round(sum(scores)), len(scores))
-    return bootstrap_interval(scores)
 
 
 def compare(dense: Sequence[float], sparse: Sequence[float]) -> Record:
@@ -146,22 +126,16 @@ def compare(dense: Sequence[float], sparse: Sequence[float]) -> Record:
     if len(dense) != len(sparse):
         raise ValueError(f"both must answer the same samples, got {len(dense)} and {len(sparse)}")
     differences = [after - before for before, after in zip(dense, sparse, strict=True)]
-    found: Record = dict.fromkeys(
-        ("difference_low", "difference_high", "only_dense_right", "only_sparse_right", "mcnemar_p")
-    )
-    found["difference"] = sum(differences) / len(differences)
+    low = high = lost = won = p = None
     if is_right_or_wrong([*dense, *sparse]):
-        right = [round(score) for score in dense], [round(score) for score in sparse]
-        found["only_dense_right"], found["only_sparse_right"] = differences.count(-1), differences.count(1)
-        found["mcnemar_p"] = mcnemar_p(*right)
+        lost, won = differences.count(-1), differences.count(1)
+        p = mcnemar_p(list(map(round, dense)), list(map(round, sparse)))
     else:
-        found["difference_low"], found["difference_high"] = bootstrap_interval(differences)
-    return found
-
-
-def is_right_or_wrong(scores: Sequence[float]) -> bool:
-    """Whether every score is 0 or 1."""
-    return all(score in (0, 1) for score in scores)
+        low, high = bootstrap_interval(differences)
+    return {
+        "difference_low": low, "difference_high": high, "only_dense_right": lost, "only_sparse_right": won,
+        "mcnemar_p": p, "difference": sum(differences) / len(differences),
+    }  # fmt: skip
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
