@@ -27,7 +27,7 @@ from baatt.lab.options import add_options, chosen, given, options_of, read_dials
 from baatt.lab.plots import draw_accuracy
 from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.records import load_records, provenance, write_json
-from baatt.lab.ruler.cells import RULER_SAMPLER, Cell, check_questions, choose_tasks, make_cells
+from baatt.lab.ruler.cells import RULER_SAMPLER, Cell, choose_tasks, make_cells
 from baatt.lab.ruler.model import RulerModel, RulerSetup, checksums, weights_of
 from baatt.lab.ruler.run import Run, same_everywhere
 from baatt.lab.ruler.sources import Sources
@@ -85,9 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     store_folder = check_outputs(arguments)
     sources = chosen(arguments, Sources())
     cells = read_cells(arguments, sources)
-    tasks = {cell.task for cell in cells}
-    check_sources(tasks, sources)
-    check_questions(tasks, arguments.count, sources)
+    check_sources({cell.task for cell in cells}, sources, arguments.count)
     ranks = Ranks()
     try:
         arguments.device = str(ranks.device(arguments.device))

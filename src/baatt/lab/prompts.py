@@ -45,9 +45,7 @@ def fit_prompt(ids: Sequence[int], side: str, *, max_length: int, answer_length:
     if side not in TRUNCATIONS:
         raise ValueError(f"truncation must be one of {list(TRUNCATIONS)}, got {side!r}")
     limit = max_length - answer_length
-    if len(ids) <= limit:
-        return list(ids)
-    if limit < 2:
+    if len(ids) > limit < 2:
         raise ValueError(
             f"max_length must leave two tokens for the prompt beside {answer_length} for the answer, got {max_length}"
         )

@@ -15,13 +15,13 @@ from baatt.lab.chat import load_chat_templates
 from baatt.lab.options import variants
 from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.ranks import Ranks
-from baatt.lab.ruler.cells import Cell, check_questions, choose_tasks, make_cells
+from baatt.lab.ruler.cells import Cell, choose_tasks, make_cells
 from baatt.lab.ruler.model import RulerAnswer, RulerModel, RulerSetup, checksums, shortened, source_digest
 from baatt.lab.ruler.run import Run, same_everywhere
 from baatt.lab.ruler.scoring import METRICS
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.summary import compare, make_averages, make_records
-from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples
+from baatt.lab.ruler.tasks import OFFLINE_TASKS, check_sources, draw_samples
 from baatt.lab.statistics import average_interval, bootstrap_interval, mcnemar_p, score_interval, wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
@@ -167,9 +167,9 @@ def test_tasks(tmp_path):
         choose_tasks("qa_2", Sources())
     (tmp_path / "squad.json").write_text(json.dumps(SQUAD))
     sources = Sources(squad=tmp_path / "squad.json")
-    check_questions(("qa_1", "vt"), 2, sources)
+    check_sources(("qa_1", "vt"), sources, 2)
     with pytest.raises(ValueError, match="count must be at most 2, the questions that qa_1 has, got 3"):
-        check_questions(("qa_1", "vt"), 3, sources)
+        check_sources(("qa_1", "vt"), sources, 3)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

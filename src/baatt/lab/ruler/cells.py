@@ -6,7 +6,7 @@ compared with it. Knows no model.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from baatt.config import BAAttConfig, Policy
@@ -87,15 +87,3 @@ def choose_tasks(names: str, sources: Sources) -> list[str]:
         needed = ", ".join(f"{name} needs {TASKS[name].needs}" for name in missing)
         raise ValueError(f"tasks must have their data sets: {needed}, got none")
     return chosen
-
-
-def check_questions(tasks: Iterable[str], count: int, sources: Sources) -> None:
-    """Sample n of a task with a data set is question n of its file.
-
-    Raises:
-        ValueError: fewer questions than samples.
-    """
-    for name in tasks:
-        needs = TASKS[name].needs
-        if needs and (found := len(sources.questions(needs).questions)) < count:
-            raise ValueError(f"count must be at most {found}, the questions that {name} has, got {count}")

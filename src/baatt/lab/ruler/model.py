@@ -231,8 +231,8 @@ class RulerModel:
 def shortened(sampler: SamplerConfig, tokens: int) -> SamplerConfig:
     """The sampler with no more blocks than `tokens` tokens need, and the same steps a block."""
     blocks = min(sampler.blocks, -(-tokens // sampler.block_length))
-    changes = {"gen_length": blocks * sampler.block_length, "steps": blocks * sampler.steps_per_block}
-    return dataclasses.replace(sampler, **changes)
+    length, steps = blocks * sampler.block_length, blocks * sampler.steps_per_block
+    return dataclasses.replace(sampler, gen_length=length, steps=steps)
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -59,15 +59,18 @@ def find_task(name: str) -> RulerTask:
     return TASKS[name]
 
 
-def check_sources(names: Iterable[str], sources: Sources) -> None:
+def check_sources(names: Iterable[str], sources: Sources, count: int = 1) -> None:
     """Reads all that is given or needed, so that a long run does not stop half-way for want of a file.
 
+    Args:
+        count: samples of each task; sample n of a task with a data set is question n of its file.
+
     Raises:
-        ValueError: an unknown task, or sources that one of them cannot be made from.
+        ValueError: an unknown task, sources that one of them cannot be made from, or fewer questions than samples.
     """
     for task in map(find_task, names):
-        if task.needs:
-            sources.questions(task.needs)
+        if task.needs and (found := len(sources.questions(task.needs).questions)) < count:
+            raise ValueError(f"count must be at most {found}, the questions that {task.name} has, got {count}")
     SENTENCES[sources.sentences](" ".join(sources.essay_words()[:100]))
     sources.word_lists()
 
