@@ -212,7 +212,7 @@ def test_an_essay_as_a_whole():
                 assert tuple(choices) == niah.DEPTHS
                 return depths
 
-        return niah.essay_context(sentences, size, Fixed(), words)
+        return niah.fill_haystack(ONE, sentences, size, Fixed(), POOL, words)
 
     assert context(6, [51], ["N."]) == "One two. Three! N. Four five? Six"
     assert context(5, [67], ["N."]) == "One two. Three! N. Four five?"

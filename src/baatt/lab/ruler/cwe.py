@@ -51,11 +51,7 @@ def numbered(words: Sequence[str]) -> str:
 
 
 def draw_list(random: Random, words: Sequence[str], size: int, repeats: Repeats) -> tuple[list[str], list[str]]:
-    """A shuffled list of `size` distinct words with repeats, and its ten common words in the order drawn.
-
-    Raises:
-        ValueError: fewer than ten words asked for, or more than there are.
-    """
+    """A shuffled list of `size` distinct words, 10 to all, with repeats, and its common words in the order drawn."""
     if not COMMON_WORDS <= size <= len(words):
         raise ValueError(f"size must be in [{COMMON_WORDS}, {len(words)}] distinct words, got {size}")
     drawn = random.sample(words, size)
@@ -68,11 +64,7 @@ def draw_list(random: Random, words: Sequence[str], size: int, repeats: Repeats)
 def build(random: Random, words: Sequence[str], size: int, shape: Shape = LONG, example: bool = True) -> RulerSample:
     """One sample of `size` distinct words, ten of them common; the values are in order of their first appearance.
 
-    Args:
-        example: a worked question with its answer comes first.
-
-    Raises:
-        ValueError: as `draw_list`.
+    With `example`, a worked question with its answer comes first. ValueError: fewer than ten words, or more than given.
     """
     before = ""
     if example:
@@ -85,10 +77,9 @@ def build(random: Random, words: Sequence[str], size: int, shape: Shape = LONG, 
 
 
 def shape_of(request: Request) -> Shape:
-    """RULER's repeats at a length: the short form below 4096 tokens, else the long one.
+    """RULER's repeats at a length: the short form below 4096 tokens, else the long one if it fits.
 
-    Also the short form where the long one, with no more distinct words than its example has, is too long. This is
-    decided once for a seed, length and tokenizer, not by sample.
+    As many distinct words as its example has must fit. Decided once for a seed, length and tokenizer, not by sample.
     """
     if request.length < SHORT_BELOW:
         return SHORT

@@ -24,21 +24,15 @@ ANSWER_PREFIX = " Answer: According to the coded text above, the three most freq
 ANSWER_TOKENS = 50
 WORD_LENGTH = 6
 ALPHA = 2.0
-DOTS = "..."
 TOKENS_PER_VOCABULARY_WORD = 50
 TOKENS_PER_WORD = 3.0
 
 
 def zeta(alpha: float) -> float:
-    """Riemann's zeta function.
-
-    Raises:
-        ValueError: alpha is not above 1.
-    """
+    """Riemann's zeta function, of an alpha above 1."""
     if not (math.isfinite(alpha) and alpha > 1):
         raise ValueError(f"alpha must be above 1, got {alpha}")
-    arguments = torch.tensor([alpha, 1.0], dtype=torch.float64)
-    return float(torch.special.zeta(arguments[0], arguments[1]))
+    return float(torch.special.zeta(torch.tensor(alpha, dtype=torch.float64), 1.0))
 
 
 def frequencies(size: int, vocabulary: int, alpha: float = ALPHA) -> list[int]:
@@ -55,9 +49,8 @@ def smallest_size(alpha: float = ALPHA) -> int:
 def build(random: Random, size: int, vocabulary: int, alpha: float = ALPHA) -> RulerSample:
     """One sample of about `size` words, of which `vocabulary` are distinct, the dots with them.
 
-    Raises:
-        ValueError: a size at which ranks may tie, fewer than the four ranks the question needs, more words than half of
-            those there are, or as `zeta`.
+    ValueError: a size at which ranks may tie, fewer than the four ranks the question needs, more words than half of
+    those there are, or as `zeta`.
     """
     if size < smallest_size(alpha):
         raise ValueError(f"size must be at least {smallest_size(alpha)} words for alpha={alpha}, got {size}")
@@ -65,12 +58,11 @@ def build(random: Random, size: int, vocabulary: int, alpha: float = ALPHA) -> R
         raise ValueError(f"vocabulary must have 4 to {26**WORD_LENGTH // 2} words, got {vocabulary}")
     ranked = sorted(draw_distinct(lambda: "".join(random.choices(ascii_lowercase, k=WORD_LENGTH)), vocabulary))
     random.shuffle(ranked)
-    ranked[0] = DOTS
-    counts = frequencies(size, vocabulary, alpha)
-    words = [word for word, count in zip(ranked, counts, strict=True) for _ in range(count)]
+    ranked[0] = "..."
+    counted = zip(ranked, frequencies(size, vocabulary, alpha), strict=True)
+    words = [word for word, count in counted for _ in range(count)]
     random.shuffle(words)
-    values = tuple(ranked[1:4])
-    prompt = TEMPLATE.format(context=" ".join(words))
+    values, prompt = tuple(ranked[1:4]), TEMPLATE.format(context=" ".join(words))
     return RulerSample("fwe", prompt, ANSWER_PREFIX, f" {', '.join(values)}.", values, size, ANSWER_TOKENS)
 
 
@@ -78,6 +70,5 @@ def recipe(request: Request, alpha: float = ALPHA) -> Recipe:
     """How the sample of a request looks with any number of words; the vocabulary grows with the length."""
     # Four ranks at least; that many tokens hold no sample anyway.
     vocabulary = max(4, request.length // TOKENS_PER_VOCABULARY_WORD)
-    return Recipe(
-        lambda size: build(request.random(), size, vocabulary, alpha), smallest_size(alpha), TOKENS_PER_WORD
-    )  # fmt: skip
+    smallest = smallest_size(alpha)
+    return Recipe(lambda size: build(request.random(), size, vocabulary, alpha), smallest, TOKENS_PER_WORD)

@@ -52,27 +52,8 @@ class Needle(NamedTuple):
     value: str
 
 
-def random_number(random: Random, words: WordPool) -> str:
-    """Seven digits."""
-    return str(random.randint(10**6, 10**7 - 1))
-
-
-def random_words(random: Random, words: WordPool) -> str:
-    """`adjective-noun` from the pool."""
-    return f"{random.choice(words.adjectives)}-{random.choice(words.nouns)}"
-
-
-def random_uuid(random: Random, words: WordPool) -> str:
-    """A version 4 UUID."""
-    return str(uuid.UUID(int=random.getrandbits(128), version=4))
-
-
 def draw_needles(task: NeedleTask, random: Random, words: WordPool, count: int) -> list[Needle]:
-    """`count` distinct keys with `task.values` values each, grouped by key.
-
-    Raises:
-        ValueError: the pool has fewer adjective-noun pairs than keys are asked for.
-    """
+    """`count` distinct keys with `task.values` values each, grouped by key; ValueError: the pool has fewer pairs."""
     draw_key, draw_value = ITEMS[task.key_type], ITEMS[task.value_type]
     pairs = len(words.adjectives) * len(words.nouns)
     if task.key_type == "words" and count > pairs:
@@ -93,25 +74,12 @@ def join_list(items: list[str]) -> str:
 
 def question(task: NeedleTask, keys: list[str], value_count: int) -> tuple[str, str]:
     """The template (with `{context}` still open) and the answer prefix, in the singular for a single value."""
-    template, prefix, kind = TEMPLATE, ANSWER_PREFIX, task.value_type
+    texts, kind, query = [TEMPLATE, ANSWER_PREFIX], task.value_type, join_list(keys)
     if value_count == 1:
-        template, prefix = (
-            text.replace("Some", "A").replace("are all", "is").replace("are", "is") for text in (template, prefix)
-        )
+        texts = [text.replace("Some", "A").replace("are all", "is").replace("are", "is") for text in texts]
         kind = kind[:-1]
-    query = join_list(keys)
-    return template.format(type=kind, query=query, context="{context}"), prefix.format(type=kind, query=query)
-
-
-def noise_line(task: NeedleTask, random: Random, words: WordPool) -> str:
-    """The one line that is repeated."""
-    return NOISE_LINE
-
-
-def needle_line(task: NeedleTask, random: Random, words: WordPool) -> str:
-    """A distractor needle with a key and a value of its own, drawn without a look at the others."""
-    key, value = ITEMS[task.key_type](random, words), ITEMS[task.value_type](random, words)
-    return needle_sentence(task, Needle(key, value))
+    template, prefix = (text.format(type=kind, query=query, context="{context}") for text in texts)
+    return template, prefix
 
 
 def fill_haystack(
@@ -123,22 +91,20 @@ def fill_haystack(
     essay: Sequence[str],
     split: Callable[[str], list[str]] = split_sentences,
 ) -> str:
-    """The task's haystack of `size` units, lines of their own or words of the essay, with the needles' sentences."""
-    if task.haystack == "essay":
-        return essay_context(sentences, size, random, essay, split)
-    lines = [LINES[task.haystack](task, random, words) for _ in range(max(size, len(sentences)))]
-    return "\n".join(hide_lines(lines, sentences[::-1], random))
+    """The task's haystack of `size` units, lines of their own or words of the essay, with the needles' sentences.
 
-
-def essay_context(
-    sentences: list[str],
-    size: int,
-    random: Random,
-    essay: Sequence[str],
-    split: Callable[[str], list[str]] = split_sentences,
-) -> str:
-    """The first `size` words of running text, repeated if it has fewer, needles between its sentences at distinct
-    depths. Two needles at one place, or one at either end, leave a doubled or outer space, as in RULER."""
+    Needles go between the sentences of the essay, at distinct depths; two at one place, or one at either end, leave a
+    doubled or outer space, as in RULER. Distractors are drawn without a look at the other needles.
+    """
+    if task.haystack != "essay":
+        count = max(size, len(sentences))
+        if task.haystack == "noise":
+            lines = [NOISE_LINE] * count
+        else:
+            draw_key, draw_value = ITEMS[task.key_type], ITEMS[task.value_type]
+            distractors = (Needle(draw_key(random, words), draw_value(random, words)) for _ in range(count))
+            lines = [needle_sentence(task, needle) for needle in distractors]
+        return "\n".join(hide_lines(lines, sentences[::-1], random))
     text = split(" ".join(itertools.islice(itertools.cycle(essay), size)))
     places = sorted(int(len(text) * depth / 100) for depth in random.sample(DEPTHS, len(sentences)))
     pieces, start = [], 0
@@ -156,12 +122,9 @@ def build(
     size: int,
     split: Callable[[str], list[str]] = split_sentences,
 ) -> RulerSample:
-    """One sample whose haystack has `size` units (lines, or words of an essay).
+    """One sample whose haystack has `size` units (lines, or words of `essay`, which a task may need: ValueError).
 
     A larger size from the same state of `random` keeps needles and question.
-
-    Raises:
-        ValueError: `essay` (words of running text) is empty though the task needs it.
     """
     if task.haystack == "essay" and not essay:
         raise ValueError(f"essay must hold words of running text for task {task.name!r}, got none")
@@ -175,9 +138,9 @@ def build(
         key=lambda needle: (keys.index(needle.key), context.index(needle_sentence(task, needle))),
     )
     template, prefix = question(task, keys, len(values))
-    answers = tuple(needle.value for needle in values)
-    answer = f" {join_list(list(answers))}."
-    return RulerSample(task.name, template.replace("{context}", context), prefix, answer, answers, size, ANSWER_TOKENS)
+    answers = [needle.value for needle in values]
+    answer, prompt = f" {join_list(answers)}.", template.replace("{context}", context)
+    return RulerSample(task.name, prompt, prefix, answer, tuple(answers), size, ANSWER_TOKENS)
 
 
 def recipe(request: Request, task: NeedleTask) -> Recipe:
@@ -196,9 +159,10 @@ def recipe(request: Request, task: NeedleTask) -> Recipe:
 
 
 ITEMS: dict[str, Callable[[Random, WordPool], str]] = {
-    "numbers": random_number, "words": random_words, "uuids": random_uuid
-}  # fmt: skip
-LINES: dict[str, Callable[[NeedleTask, Random, WordPool], str]] = {"noise": noise_line, "needle": needle_line}
+    "numbers": lambda random, words: str(random.randint(10**6, 10**7 - 1)),  # seven digits
+    "words": lambda random, words: f"{random.choice(words.adjectives)}-{random.choice(words.nouns)}",
+    "uuids": lambda random, words: str(uuid.UUID(int=random.getrandbits(128), version=4)),
+}
 NIAH_TASKS: dict[str, NeedleTask] = {
     task.name: task
     for task in (

@@ -14,7 +14,6 @@ INSTRUCTION = (
 )
 TEMPLATE = f"{INSTRUCTION}\n\nThe following are given documents.\n\n{{context}}\n\n{INSTRUCTION}\n\nQuestion: {{query}}"
 ANSWER_PREFIX = " Answer:"
-DOCUMENT = "Document {number}:\n{text}"
 ANSWER_TOKENS = 32
 TOKENS_PER_DOCUMENT = 200.0
 
@@ -33,11 +32,7 @@ def choose_documents(random: Random, question: Question, documents: int, size: i
 
 
 def build(random: Random, data: QuestionSet, number: int, size: int) -> RulerSample:
-    """Question `number` with `size` documents, shuffled.
-
-    Raises:
-        ValueError: no such question, or fewer documents than the question's own.
-    """
+    """Question `number` with `size` documents, shuffled; no fewer than its own (ValueError)."""
     if not 0 <= number < len(data.questions):
         raise ValueError(f"number must be in [0, {len(data.questions)}), the questions of the file, got {number}")
     question = data.questions[number]
@@ -45,7 +40,7 @@ def build(random: Random, data: QuestionSet, number: int, size: int) -> RulerSam
         raise ValueError(f"size must be at least the {len(question.gold)} documents of question {number}, got {size}")
     chosen = choose_documents(random, question, len(data.documents), size)
     random.shuffle(chosen)
-    texts = (DOCUMENT.format(number=place, text=data.documents[one]) for place, one in enumerate(chosen, 1))
+    texts = (f"Document {place}:\n{data.documents[one]}" for place, one in enumerate(chosen, 1))
     prompt = TEMPLATE.format(context="\n\n".join(texts), query=question.text)
     answers = question.answers
     return RulerSample("qa", prompt, ANSWER_PREFIX, f" {answers[0]}", answers, size, ANSWER_TOKENS, "part")

@@ -27,23 +27,13 @@ class QuestionSet(NamedTuple):
     documents: tuple[str, ...]
 
 
-class _Asked(NamedTuple):
-    """A question with the texts of its documents, and its place in the file."""
-
-    text: str
-    answers: list[str]
-    gold: list[str]
-    related: list[str]
-    where: str
+#: A question, its answers, the texts of its gold and its related documents, and its place in the file.
+_Asked = tuple[str, list[str], list[str], list[str], str]
 
 
 @functools.cache
 def read_questions(name: str, path: Path) -> QuestionSet:
-    """The questions of a local copy of a data set, a name in `DATA_SETS`.
-
-    Raises:
-        ValueError: no such file, not JSON, or not of that data set's form.
-    """
+    """The questions of a local copy of a data set, a name in `DATA_SETS`; ValueError: no such file, or another form."""
     parse, origin = DATA_SETS[name]
     if not path.is_file():
         raise ValueError(f"{path} must be a local copy of {origin}, got no such file")
@@ -57,22 +47,21 @@ def read_questions(name: str, path: Path) -> QuestionSet:
         raise ValueError(f"{path}: {error}") from None
     if not asked:
         raise ValueError(f"{path} must hold at least one answerable question, got none")
-    for one in asked:  # an empty answer would be found in every prediction
-        if not one.answers or not all(answer.strip() for answer in one.answers):
-            raise ValueError(f"{path}: {one.where} must have answers that are not empty, got {one.answers}")
     names = tuple(sorted(set(documents)))
     numbers = {document: number for number, document in enumerate(names)}
-
-    def numbered(texts: list[str]) -> tuple[int, ...]:
-        return tuple(numbers[text] for text in texts)
-
-    questions = (Question(one.text, tuple(one.answers), numbered(one.gold), numbered(one.related)) for one in asked)
+    questions = []
+    for text, answers, gold, related, where in asked:
+        if not answers or not all(map(str.strip, answers)):  # an empty answer would be found in every prediction
+            raise ValueError(f"{path}: {where} must have answers that are not empty, got {answers}")
+        own, others = (tuple(numbers[document] for document in texts) for texts in (gold, related))
+        questions.append(Question(text, tuple(answers), own, others))
     return QuestionSet(tuple(questions), names)
 
 
 def _parse_squad(data: Any) -> tuple[list[_Asked], list[str]]:
     """SQuAD 2.0: the answerable questions; a document is a paragraph, related ones are of the same article."""
-    asked, documents = [], []
+    asked: list[_Asked] = []
+    documents: list[str] = []
     for article_place, article in _members(data, "data", ""):
         paragraphs = _members(article, "paragraphs", article_place)
         contexts = [_member(paragraph, "context", str, place) for place, paragraph in paragraphs]
@@ -83,7 +72,7 @@ def _parse_squad(data: Any) -> tuple[list[_Asked], list[str]]:
                 if _member(entry, "is_impossible", bool, where):
                     continue
                 answers = [_member(answer, "text", str, spot) for spot, answer in _members(entry, "answers", where)]
-                asked.append(_Asked(_member(entry, "question", str, where), answers, [context], related, where))
+                asked.append((_member(entry, "question", str, where), answers, [context], related, where))
     return asked, documents
 
 
@@ -91,13 +80,15 @@ def _parse_hotpot(data: Any) -> tuple[list[_Asked], list[str]]:
     """HotpotQA, distractor setting: a document is a title, a newline and its sentences; all of a question are gold."""
     if not isinstance(data, list):
         raise ValueError(f"the file must hold a list of questions (HotpotQA), got {type(data).__name__}")
-    asked = []
+    asked: list[_Asked] = []
+    documents: list[str] = []
     for number, entry in enumerate(data):
         where = f"[{number}]"
         gold = [_hotpot_document(context, place) for place, context in _members(entry, "context", where)]
+        documents += gold
         answer = _member(entry, "answer", str, where)
-        asked.append(_Asked(_member(entry, "question", str, where), [answer], gold, [], where))
-    return asked, [document for one in asked for document in one.gold]
+        asked.append((_member(entry, "question", str, where), [answer], gold, [], where))
+    return asked, documents
 
 
 def _hotpot_document(context: Any, where: str) -> str:

@@ -14,7 +14,6 @@ from baatt.lab.ruler.sources import Sources
 class RulerSample(NamedTuple):
     """One prompt. The model reads `prompt + answer_prefix` and continues with `answer`.
 
-    task: its name.
     answer: what a model that knows everything would write, in the form of the prompt's example where there is one.
     values: the references a prediction is scored against, in the order of `answer`.
     size: units of haystack: lines, words, distinct words or documents.

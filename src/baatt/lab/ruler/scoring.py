@@ -1,11 +1,12 @@
 """Which of the expected values a prediction contains: RULER's two text metrics, a stricter form of each, averages.
 
-In: predictions and references as text. Out: shares in [0, 1] of one sample, and RULER's averages of scores over tasks
-and lengths. Knows no task and no model.
+In: predictions and references as text; no references, or an empty one, is a ValueError. Out: shares in [0, 1] of one
+sample, and RULER's averages of scores over tasks and lengths. Knows no task and no model.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from operator import mul
 from statistics import fmean
 from typing import NamedTuple
 
@@ -18,38 +19,22 @@ def normalise(prediction: str) -> str:
 
 
 def matched_share(prediction: str, references: Sequence[str]) -> float:
-    """`string_match_all` of one sample: share of the references found in the prediction, ignoring case.
-
-    Raises:
-        ValueError: no references, or an empty one.
-    """
+    """`string_match_all` of one sample: share of the references found in the prediction, ignoring case."""
     return fmean(_found(prediction, references, whole=False))
 
 
 def matched_any(prediction: str, references: Sequence[str]) -> float:
-    """`string_match_part` of one sample: 1 if any reference is found in the prediction, ignoring case, else 0.
-
-    Raises:
-        ValueError: no references, or an empty one.
-    """
+    """`string_match_part` of one sample: 1 if any reference is found in the prediction, ignoring case, else 0."""
     return float(any(_found(prediction, references, whole=False)))
 
 
 def whole_share(prediction: str, references: Sequence[str]) -> float:
-    """As `matched_share`, but a reference with a letter or digit directly next to it does not count: no 123 in 1123.
-
-    Raises:
-        ValueError: no references, or an empty one.
-    """
+    """As `matched_share`, but a reference with a letter or digit directly next to it does not count: no 123 in 1123."""
     return fmean(_found(prediction, references, whole=True))
 
 
 def whole_any(prediction: str, references: Sequence[str]) -> float:
-    """As `matched_any`, but a reference with a letter or digit directly next to it does not count.
-
-    Raises:
-        ValueError: no references, or an empty one.
-    """
+    """As `matched_any`, but a reference with a letter or digit directly next to it does not count."""
     return float(any(_found(prediction, references, whole=True)))
 
 
@@ -67,23 +52,16 @@ class Averages(NamedTuple):
 
 
 def averages(scores: Mapping[int, Mapping[str, float]]) -> Averages:
-    """Averages of scores by length and task.
-
-    Raises:
-        ValueError: no scores, or not the same tasks at every length.
-    """
+    """Averages of scores by length and task, of the same tasks at every length (ValueError)."""
     if not scores or not all(scores.values()):
         raise ValueError(f"scores must hold at least one task at every length, got {dict(scores)}")
-    tasks = [sorted(by_task) for by_task in scores.values()]
-    if any(names != tasks[0] for names in tasks):
-        raise ValueError(
-            f"scores must be of the same tasks at every length, got {dict(zip(scores, tasks, strict=True))}"
-        )
+    tasks = {length: sorted(by_task) for length, by_task in scores.items()}
+    if any(names != next(iter(tasks.values())) for names in tasks.values()):
+        raise ValueError(f"scores must be of the same tasks at every length, got {tasks}")
     by_length = {length: sum(scores[length].values()) / len(scores[length]) for length in sorted(scores)}
     values = list(by_length.values())
     weights = range(1, len(values) + 1)
-    rising = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
-    falling = sum(weight * value for weight, value in zip(reversed(weights), values, strict=True)) / sum(weights)
+    rising, falling = (sum(map(mul, order, values)) / sum(weights) for order in (weights, reversed(weights)))
     return Averages(by_length, sum(values) / len(values), rising, falling)
 
 

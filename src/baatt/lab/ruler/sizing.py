@@ -15,13 +15,9 @@ INTERPOLATIONS = 8
 def token_counter(tokenizer: Any) -> Callable[[str], int]:
     """A function text -> number of tokens.
 
-    Args:
-        tokenizer: anything with `encode(text)` that returns ids or an object with `ids` (tokenizers, transformers,
-            tiktoken, SentencePiece), or a function that returns the number itself. Tokens that `encode` adds at the
-            ends are counted: the model reads them.
-
-    Raises:
-        TypeError: neither, or a path, which is no tokenizer though a string has `encode`.
+    Of anything with `encode(text)` that returns ids or an object with `ids` (tokenizers, transformers, tiktoken,
+    SentencePiece), or of a function that returns the number itself. Tokens that `encode` adds at the ends are counted:
+    the model reads them. TypeError: neither, or a path, which is no tokenizer though a string has `encode`.
     """
     encode = getattr(tokenizer, "encode", None)
     if isinstance(tokenizer, str) or (encode is None and not callable(tokenizer)):
@@ -46,10 +42,7 @@ def largest_sample(recipe: Recipe, count: Callable[[str], int], length: int) -> 
     """The sample with the most haystack whose prompt, answer prefix and answer budget stay within `length` tokens.
 
     RULER searches one size for all samples of a run and makes single ones smaller when they overflow; here each sample
-    is as large as it can be.
-
-    Raises:
-        ValueError: not even the smallest haystack fits, or there is not enough material to fill the length.
+    is as large as it can be. ValueError: not even the smallest fits, or there is too little material for the length.
     """
 
     def cost(size: int) -> int:
@@ -69,14 +62,8 @@ def largest_size(
 ) -> int | None:
     """The largest size that costs at most `budget`: one more would cost more, or is beyond the limit.
 
-    Args:
-        cost: size -> tokens, nearly linear; `per_unit` is a guess of its slope.
-
-    Returns:
-        None if the smallest size costs more than the budget.
-
-    Raises:
-        ValueError: the cost does not grow with the size.
+    `cost` is size -> tokens, nearly linear with a slope of about `per_unit`. None if the smallest size costs more than
+    the budget; ValueError: the cost does not grow with the size.
     """
     low, low_cost = smallest, cost(smallest)
     if low_cost > budget:

@@ -37,14 +37,10 @@ class WordPool(NamedTuple):
 
 @functools.cache
 def load_words(split: str) -> WordPool:
-    """The pool of one split.
+    """The pool of one split: "train" or "heldout", whose words are disjoint; "full", both together; or "wonderwords".
 
-    Args:
-        split: "train" or "heldout", whose words are disjoint; "full", both together; or "wonderwords", the lists as
-            the installed package has them, which is what RULER uses: phrases and capitals too.
-
-    Raises:
-        ValueError: an unknown split, or "wonderwords" without the package.
+    The last are the lists as the installed package has them, which is what RULER uses: phrases and capitals too.
+    ValueError: an unknown split, or "wonderwords" without the package.
     """
     if split not in POOLS:
         raise ValueError(f"split must be one of {list(POOLS)}, got {split!r}")
@@ -81,11 +77,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def punkt_sentences(text: str) -> list[str]:
-    """The sentences of nltk's punkt, as in RULER; it knows abbreviations and closing quotes.
-
-    Raises:
-        ValueError: nltk, or its data `punkt_tab`, is not installed.
-    """
+    """The sentences of nltk's punkt, as in RULER: it knows abbreviations and closing quotes. Needs nltk and data."""
     try:
         return [str(sentence) for sentence in import_module("nltk.tokenize").sent_tokenize(text)]
     except (ImportError, LookupError) as error:
@@ -162,11 +154,7 @@ class Sources:
         return heldout_words() if self.essay is None else read_essay(self.essay)
 
     def questions(self, name: str) -> QuestionSet:
-        """The question set "squad" or "hotpot".
-
-        Raises:
-            ValueError: its path is not given, or the file is not what it should be.
-        """
+        """The question set "squad" or "hotpot"; ValueError: no path is given, or the file is not what it should be."""
         path: Path | None = getattr(self, name)
         if path is None:
             raise ValueError(f"sources.{name} must be the path of a local copy of {DATA_SETS[name][1]}, got None")
@@ -181,11 +169,7 @@ def heldout_words() -> tuple[str, ...]:
 
 @functools.cache
 def read_essay(path: Path) -> tuple[str, ...]:
-    """Words of a text file, of all .txt files of a folder, or of the member "text" of a JSON file.
-
-    Raises:
-        ValueError: nothing there, no text in it, or not UTF-8.
-    """
+    """Words of a text file, of all .txt files of a folder, or of the member "text" of a JSON file (else ValueError)."""
     if not path.exists():
         raise ValueError(f"essay must be a file or a folder of .txt files, got {path}, which does not exist")
     parts = sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -198,19 +182,14 @@ def read_essay(path: Path) -> tuple[str, ...]:
         raise ValueError(f"essay must be UTF-8 text or JSON, got {path}: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("text"), str):
         raise ValueError(f'essay must be JSON of the form {{"text": "..."}}, got another in {path}')
-    words = tuple(found["text"].split())
-    if not words:
+    if not (words := tuple(found["text"].split())):
         raise ValueError(f"essay must hold words, got none in {path}")
     return words
 
 
 @functools.cache
 def read_word_list(path: Path) -> tuple[str, ...]:
-    """Distinct words of a JSON list, or of the values of a JSON object as RULER's file has them, sorted.
-
-    Raises:
-        ValueError: no such file, or another form.
-    """
+    """Distinct words of a JSON list, or of the values of a JSON object as RULER's file has them, sorted."""
     if not path.is_file():
         raise ValueError(f"english_words must be RULER's json/english_words.json, got {path}, which does not exist")
     try:

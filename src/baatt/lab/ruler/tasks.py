@@ -16,10 +16,8 @@ from baatt.lab.ruler.sources import SENTENCES, Sources
 
 
 class RulerTask(NamedTuple):
-    """One task.
+    """One task. answer_tokens: what a model may write; part of the length. metric: a name in `scoring.METRICS`.
 
-    answer_tokens: what a model may write; part of the length.
-    metric: a name in `baatt.lab.ruler.scoring.METRICS`.
     needs: the member of `Sources` that must be given, "" for a task that runs offline as it is.
     """
 
@@ -49,11 +47,7 @@ OFFLINE_TASKS = tuple(name for name, task in TASKS.items() if not task.needs)
 
 
 def find_task(name: str) -> RulerTask:
-    """A task by its name.
-
-    Raises:
-        ValueError: no such task.
-    """
+    """A task by its name; ValueError: no such task."""
     if name not in TASKS:
         raise ValueError(f"task must be one of {list(TASKS)}, got {name!r}")
     return TASKS[name]
@@ -62,11 +56,8 @@ def find_task(name: str) -> RulerTask:
 def check_sources(names: Iterable[str], sources: Sources, count: int = 1) -> None:
     """Reads all that is given or needed, so that a long run does not stop half-way for want of a file.
 
-    Args:
-        count: samples of each task; sample n of a task with a data set is question n of its file.
-
-    Raises:
-        ValueError: an unknown task, sources that one of them cannot be made from, or fewer questions than samples.
+    ValueError: an unknown task, sources that one of them cannot be made from, or, as sample n of a task with a data set
+    is question n of its file, fewer questions than the `count` samples of each task.
     """
     for task in map(find_task, names):
         if task.needs and (found := len(sources.questions(task.needs).questions)) < count:
@@ -116,22 +107,16 @@ def draw_samples(
     count: int,
     tokenizer: Any,
     *,
-    seed: int = 42,
     first: int = 0,
-    sources: Sources = Sources(),  # noqa: B008  (frozen)
-    reserve: int = 0,
+    **options: Any,
 ) -> list[RulerSample]:
-    """`count` samples of a RULER task, by default with held-out words and held-out text.
+    """`count` samples of a RULER task from number `first` on, by default with held-out words and held-out text.
 
     Args:
-        length, tokenizer, reserve: as `draw`.
-        first: number of the first one; sample n of a seed is the same however many are drawn.
+        length, tokenizer, options: as `draw`; sample n of a seed is the same however many are drawn.
 
     Raises:
-        ValueError: an unknown task, a length too small for it, or sources it cannot be made from.
+        ValueError: an unknown task, or as `draw`.
     """
     found = find_task(task)
-    return [
-        draw(found, length, number, tokenizer, seed=seed, sources=sources, reserve=reserve)
-        for number in range(first, first + count)
-    ]
+    return [draw(found, length, number, tokenizer, **options) for number in range(first, first + count)]

@@ -42,8 +42,7 @@ class Chain(NamedTuple):
 def draw_chains(random: Random, chains: int, hops: int, letters: int) -> list[Chain]:
     """Chains of `hops` + 1 names of capitals; all names differ, and all values.
 
-    Raises:
-        ValueError: fewer than one chain or hop, or more names than half of those there are.
+    ValueError: fewer than one chain or hop, or more names than half of those there are.
     """
     if chains < 1 or hops < 1:
         raise ValueError(f"chains and hops must be at least 1, got {chains} and {hops}")
@@ -74,17 +73,12 @@ def hide(chains: list[Chain], size: int, random: Random) -> str:
 def ask(chains: list[Chain], context: str) -> RulerSample:
     """The question for the names of the first chain."""
     value, names = chains[0]
-    prompt = TEMPLATE.format(context=context, query=value)
-    prefix = ANSWER_PREFIX.format(count=len(names), query=value)
-    size = context.count(NOISE_LINE)
-    return RulerSample("vt", prompt, prefix, f" {' '.join(names)}", names, size, ANSWER_TOKENS)
+    prompt, prefix = (text.format(context=context, count=len(names), query=value) for text in (TEMPLATE, ANSWER_PREFIX))
+    return RulerSample("vt", prompt, prefix, f" {' '.join(names)}", names, context.count(NOISE_LINE), ANSWER_TOKENS)
 
 
 def make_example(random: Random, places: Random, size: int, chains: int = 1, hops: int = 4) -> RulerSample:
-    """The worked question: names and values from `random`, places from `places`.
-
-    At most 10 hops, as in RULER; the number of names it states is its own.
-    """
+    """The worked question of at most 10 hops, as in RULER: names and values from `random`, places from `places`."""
     drawn = draw_chains(random, chains, min(EXAMPLE_HOPS, hops), EXAMPLE_LETTERS)
     return ask(drawn, hide(drawn, size, places))
 
@@ -94,8 +88,7 @@ def build(
 ) -> RulerSample:
     """One sample with `size` noise lines, after a worked example if one is given.
 
-    Raises:
-        ValueError: fewer lines than a chain has assignments, or what `draw_chains` refuses.
+    ValueError: fewer lines than a chain has assignments, or what `draw_chains` refuses.
     """
     if size <= hops:
         raise ValueError(f"size must be at least hops + 1 = {hops + 1} lines, got {size}")
