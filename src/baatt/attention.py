@@ -55,7 +55,8 @@ def ba_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     backend = _backend(impl, q, config, scale)
     plan, blocks = _decide(q, k, v, config, (key_mask, query_mask), scale, backend)
-    return _carry_out(q, k, v, plan, backend, _copies(blocks))
+    copies = {"sorted_k": blocks.sorted_k, "sorted_v": blocks.sorted_v}  # those that fell out on the way
+    return _carry_out(q, k, v, plan, backend, {name: copy for name, copy in copies.items() if copy is not None})
 
 
 def make_plan(
@@ -116,30 +117,13 @@ def _decide(
     """The plan, and with it the sorted copies that fell out on the way; masks: of keys, of queries."""
     with torch.autocast(q.device.type, enabled=False):
         blocks = backend.sort_blocks(q, k, v, config, *masks)
-        selection = backend.choose_blocks(blocks.query_summary, blocks.key_summary, config, scale)
-    plan = Plan(
-        config, scale, blocks.query_order, blocks.key_order, blocks.query_summary, blocks.key_summary, selection
-    )
-    return plan, blocks
-
-
-def _copies(blocks: SortedBlocks) -> dict[str, Tensor]:
-    """The sorted copies that are there, by the names under which `sparse_attention` takes them."""
-    found = {name: getattr(blocks, name) for name in ("sorted_k", "sorted_v")}
-    return {name: copy for name, copy in found.items() if copy is not None}
+        summaries = blocks.query_summary, blocks.key_summary
+        selection = backend.choose_blocks(*summaries, config, scale)
+    return Plan(config, scale, blocks.query_order, blocks.key_order, *summaries, selection), blocks
 
 
 def _carry_out(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: Backend, copies: dict[str, Tensor]) -> Tensor:
+    decided = plan.query_order, plan.key_order, plan.selection
+    options = {"block_size": plan.config.block_size, "scale": plan.scale}
     with torch.autocast(q.device.type, enabled=False):
-        partial = backend.sparse_attention(
-            q,
-            k,
-            v,
-            plan.query_order,
-            plan.key_order,
-            plan.selection,
-            block_size=plan.config.block_size,
-            scale=plan.scale,
-            **copies,
-        )
-    return partial.out
+        return backend.sparse_attention(q, k, v, *decided, **options, **copies).out

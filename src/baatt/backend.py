@@ -29,23 +29,19 @@ logger = logging.getLogger("baatt")
 _logged: set[str] = set()
 
 
-#: (q, k, v, config, key_mask, query_mask) -> orders and summaries: a pair of `ORDERS`, `summarise` of a score; v is
-#: there, or None, because a kernel copies it on the way.
-SortBlocks = Callable[..., SortedBlocks]
-#: (query_summary, key_summary, config, scale) -> the best block pairs: `compare` of a score, then
-#: `baatt.stages.selection.select_blocks`.
-ChooseBlocks = Callable[[BlockSummary, BlockSummary, BAAttConfig, float], BlockSelection]
-#: `baatt.stages.sparse.sparse_attention` and its twins, which may take the sorted copies of `SortedBlocks` besides.
-SparseAttention = Callable[..., Partial]
-
-
 class Backend(NamedTuple):
-    """The functions of one implementation, in the order in which they run."""
+    """The functions of one implementation, in the order in which they run.
+
+    sort_blocks: (q, k, v, config, key_mask, query_mask) -> orders and summaries: a pair of `ORDERS`, `summarise` of a
+        score; v is there, or None, because a kernel copies it on the way.
+    choose_blocks: the best block pairs: `compare` of a score, then `baatt.stages.selection.select_blocks`.
+    sparse_attention: of `baatt.stages.sparse`, or a twin, which may take the sorted copies of `SortedBlocks` besides.
+    """
 
     name: str
-    sort_blocks: SortBlocks
-    choose_blocks: ChooseBlocks
-    sparse_attention: SparseAttention
+    sort_blocks: Callable[..., SortedBlocks]
+    choose_blocks: Callable[[BlockSummary, BlockSummary, BAAttConfig, float], BlockSelection]
+    sparse_attention: Callable[..., Partial]
 
 
 class Workload(NamedTuple):
@@ -87,7 +83,7 @@ def choose_backend(impl: str, device: torch.device, workload: Workload | None = 
             logger.info(message)
     elif refusal := _refusal(impl, device, workload):
         raise RuntimeError(f"impl={impl!r} cannot run: {refusal}")
-    return _BACKENDS[impl]()
+    return _backend(impl)
 
 
 def describe() -> list[Availability]:
@@ -122,38 +118,25 @@ def _automatic(device: torch.device, workload: Workload | None) -> tuple[str, st
 
 def _refusal(impl: str, device: torch.device, workload: Workload | None) -> str | None:
     """Why `impl` cannot run, or None."""
-    if impl == "cpu" and device.type != "cpu":
-        return f"it needs tensors on the CPU, got device {str(device)!r}"
-    if impl in ("triton", "hopper"):
-        return _gpu_refusal(device) or _kernel_refusal(impl, device, workload)
-    return None
-
-
-def _gpu_refusal(device: torch.device) -> str | None:
+    if impl == "reference":
+        return None
+    if impl == "cpu":
+        return None if device.type == "cpu" else f"it needs tensors on the CPU, got device {str(device)!r}"
     if device.type != "cuda":
         return f"it needs tensors on a GPU, got device {str(device)!r}"
     if importlib.util.find_spec("triton") is None:
         return "the package 'triton' is not installed"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
-    return None
-
-
-def _kernel_refusal(impl: str, device: torch.device, workload: Workload | None) -> str | None:
     module = _import_kernel(impl)
-    if isinstance(module, str):
-        return module
-    refused: str | None = module.refusal(device, workload)
+    refused: str | None = module if isinstance(module, str) else module.refusal(device, workload)
     return refused
 
 
 @functools.cache
 def _import_kernel(impl: str) -> Any:
     """The module of a Triton kernel, or why it cannot be imported; a failure stays, so that it is paid for once."""
-    module, kernel = {
-        "triton": ("triton_attention", "portable kernel"),
-        "hopper": ("hopper", "Gluon kernel"),
-    }[impl]
+    module, kernel = {"triton": ("triton_attention", "portable kernel"), "hopper": ("hopper", "Gluon kernel")}[impl]
     try:
         return importlib.import_module(f"baatt.kernels.{module}")
     except Exception as error:  # Gluon moves between versions, and a broken installation raises whatever it likes
@@ -185,24 +168,11 @@ def _choose_in_stages(
     heads, query_blocks = query_summary[0].shape[1:3]
     rows = max(1, SLAB_SCORES // (heads * key_summary.size.shape[1]))
     empty = (key_summary.size == 0)[:, None, None]
-    slabs = [slice(first, first + rows) for first in range(0, query_blocks, rows)]
-    scores = (compare(take_blocks(query_summary, slab), key_summary, config, scale) for slab in slabs)
-    parts = [
-        selection.select_blocks(some.masked_fill(empty, -math.inf), key_summary.size, config.sparsity)
-        for some in scores
-    ]
+    parts = []
+    for first in range(0, query_blocks, rows):
+        scores = compare(take_blocks(query_summary, slice(first, first + rows)), key_summary, config, scale)
+        parts.append(selection.select_blocks(scores.masked_fill(empty, -math.inf), key_summary.size, config.sparsity))
     return BlockSelection(*(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))
-
-
-def _reference() -> Backend:
-    return Backend("reference", functools.partial(_sort_in_stages, {}), _choose_in_stages, sparse.sparse_attention)
-
-
-def _cpu() -> Backend:
-    from baatt.kernels import cpu
-
-    twins = {covariance.summarise: cpu.summarise}
-    return Backend("cpu", functools.partial(_sort_in_stages, twins), _choose_in_stages, cpu.sparse_attention)
 
 
 def _choose_on_gpu(
@@ -248,34 +218,26 @@ def _sort_on_gpu(
         return function(x, config.segment, mask)
 
     order_queries, order_keys = sorting.ORDERS[config.sort]
-    masked = query_mask is not None
-    query_order = order_queries(q, config.segment, query_mask) if masked else order(q, order_queries, None)
+    given = None if query_mask is None else order_queries(q, config.segment, query_mask)
     blocks = triton_arrangement.sort_blocks(
-        q, k, v, query_order, order(k, order_keys, key_mask),
+        q, k, v, given or order(q, order_queries, None), order(k, order_keys, key_mask),
         segment=config.segment, key_mask=key_mask, block_size=config.block_size,
     )  # fmt: skip
     summarise = SCORES[config.score].summarise
     if summarise is covariance.summarise:
         return blocks
-    summaries = summarise(q, blocks.query_order, config), summarise(k, blocks.key_order, config)
-    return blocks._replace(query_summary=summaries[0], key_summary=summaries[1])
+    query_summary, key_summary = summarise(q, blocks.query_order, config), summarise(k, blocks.key_order, config)
+    return blocks._replace(query_summary=query_summary, key_summary=key_summary)
 
 
-def _triton() -> Backend:
-    from baatt.kernels import triton_attention
+@functools.cache
+def _backend(impl: str) -> Backend:
+    """The functions of an implementation that does not refuse."""
+    if impl in ("triton", "hopper"):
+        return Backend(impl, _sort_on_gpu, _choose_on_gpu, _import_kernel(impl).sparse_attention)
+    if impl == "reference":
+        return Backend(impl, functools.partial(_sort_in_stages, {}), _choose_in_stages, sparse.sparse_attention)
+    from baatt.kernels import cpu
 
-    return Backend("triton", _sort_on_gpu, _choose_on_gpu, triton_attention.sparse_attention)
-
-
-def _hopper() -> Backend:
-    from baatt.kernels import hopper
-
-    return Backend("hopper", _sort_on_gpu, _choose_on_gpu, hopper.sparse_attention)
-
-
-_BACKENDS: Mapping[str, Callable[[], Backend]] = {
-    "reference": functools.cache(_reference),
-    "cpu": functools.cache(_cpu),
-    "triton": functools.cache(_triton),
-    "hopper": functools.cache(_hopper),
-}
+    twins = {covariance.summarise: cpu.summarise}
+    return Backend(impl, functools.partial(_sort_in_stages, twins), _choose_in_stages, cpu.sparse_attention)

@@ -16,88 +16,68 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_make_plan(
-    q: Tensor,
-    k: Tensor,
-    config: BAAttConfig,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    scale: float | None,
+    q: Tensor, k: Tensor, config: BAAttConfig, key_mask: Tensor | None, query_mask: Tensor | None, scale: float | None
 ) -> None:
-    """Refuse arguments that `make_plan` cannot work with.
-
-    Raises:
-        TypeError, ValueError: with the argument, the requirement and what was given.
-    """
+    """Refuse arguments that `make_plan` cannot work with."""
     check_query_and_key(q, k)
     if not isinstance(config, BAAttConfig):
         raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
     for name, mask, x, axes in (("key_mask", key_mask, k, "[B, M]"), ("query_mask", query_mask, q, "[B, N]")):
         if mask is not None:
             _check_mask(name, mask, x, axes)
-    if scale is not None:
-        _check_scale(scale)
+    if scale is not None and (not isinstance(scale, int | float) or isinstance(scale, bool)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and positive, got {scale}")
 
 
 def check_value(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse a value that does not fit query and key.
-
-    Raises:
-        TypeError, ValueError: with the requirement and what was given.
-    """
+    """Refuse a value that does not fit query and key."""
     _check_tensor("value", v)
     if v.shape != k.shape:
-        raise ValueError(f"value must have the shape of key {_shape(k)}, got {_shape(v)}")
+        raise ValueError(f"value must have the shape of key {tuple(k.shape)}, got {tuple(v.shape)}")
     _check_like_query("value", v, q)
 
 
 def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
-    """Refuse a plan that was made for other shapes or another device.
-
-    Raises:
-        TypeError, ValueError: with the part of the plan, the requirement and what was given.
-    """
+    """Refuse a plan that was made for other shapes or another device."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan from make_plan, got {type(plan).__name__}")
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
-    query_blocks = -(-queries // plan.config.block_size)
-    kept = plan.selection.index.shape[-1]
+    rows = (batch, heads, -(-queries // plan.config.block_size))
     required: list[tuple[str, Tensor, tuple[int, ...]]] = [
         ("query_order.index", plan.query_order.index, (batch, heads, queries)),
         ("query_order.length", plan.query_order.length, (batch,)),
         ("key_order.index", plan.key_order.index, (batch, groups, keys)),
         ("key_order.length", plan.key_order.length, (batch,)),
-        ("selection.index", plan.selection.index, (batch, heads, query_blocks, kept)),
-        ("selection.count", plan.selection.count, (batch, heads, query_blocks)),
+        ("selection.index", plan.selection.index, (*rows, plan.selection.index.shape[-1])),
+        ("selection.count", plan.selection.count, rows),
     ]
     for name, x, shape in required:
         if x.shape != shape:
-            raise ValueError(f"plan.{name} must have shape {shape} to fit query and key, got {_shape(x)}")
+            raise ValueError(f"plan.{name} must have shape {shape} to fit query and key, got {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"plan.{name} must be on the device of query {q.device}, got {x.device}")
 
 
 def check_query_and_key(q: Tensor, k: Tensor) -> None:
-    """Refuse query and key that do not fit one another.
-
-    Raises:
-        TypeError, ValueError: with the argument, the requirement and what was given.
-    """
+    """Refuse query and key that do not fit one another."""
     _check_tensor("query", q)
     _check_tensor("key", k)
     if q.ndim != 4:
-        raise ValueError(f"query must have shape [B, H, N, D], got {_shape(q)}")
+        raise ValueError(f"query must have shape [B, H, N, D], got {tuple(q.shape)}")
     if 0 in q.shape:
-        raise ValueError(f"query must have shape [B, H, N, D] without an empty axis, got {_shape(q)}")
+        raise ValueError(f"query must have shape [B, H, N, D] without an empty axis, got {tuple(q.shape)}")
     batch, heads, _, channels = q.shape
     if k.ndim != 4 or k.shape[3] != channels:
-        raise ValueError(f"key must have shape [B, G, M, D] with D={channels}, got {_shape(k)}")
+        raise ValueError(f"key must have shape [B, G, M, D] with D={channels}, got {tuple(k.shape)}")
     if 0 in k.shape:
-        raise ValueError(f"key must have shape [B, G, M, D] without an empty axis, got {_shape(k)}")
+        raise ValueError(f"key must have shape [B, G, M, D] without an empty axis, got {tuple(k.shape)}")
     if k.shape[0] != batch:
-        raise ValueError(f"key must have shape [B, G, M, D] with B={batch}, got {_shape(k)}")
+        raise ValueError(f"key must have shape [B, G, M, D] with B={batch}, got {tuple(k.shape)}")
     if heads % k.shape[1]:
-        raise ValueError(f"key must have shape [B, G, M, D] with G dividing H={heads}, got {_shape(k)}")
+        raise ValueError(f"key must have shape [B, G, M, D] with G dividing H={heads}, got {tuple(k.shape)}")
     _check_like_query("key", k, q)
 
 
@@ -128,17 +108,6 @@ def _check_mask(name: str, mask: Tensor, x: Tensor, axes: str) -> None:
         raise TypeError(f"{name} must have dtype torch.bool (True = {meaning}), got {mask.dtype}")
     batch, tokens = x.shape[0], x.shape[2]
     if mask.shape != (batch, tokens):
-        raise ValueError(f"{name} must have shape {axes} = ({batch}, {tokens}), got {_shape(mask)}")
+        raise ValueError(f"{name} must have shape {axes} = ({batch}, {tokens}), got {tuple(mask.shape)}")
     if mask.device != x.device:
         raise ValueError(f"{name} must be on the device of query {x.device}, got {mask.device}")
-
-
-def _check_scale(scale: object) -> None:
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be finite and positive, got {scale}")
-
-
-def _shape(x: Tensor) -> tuple[int, ...]:
-    return tuple(x.shape)

@@ -54,11 +54,7 @@ class BAAttConfig:
 
     @classmethod
     def preset(cls, name: str) -> "BAAttConfig":
-        """The method's part of a named setting; the names are those of `PRESETS`.
-
-        Raises:
-            ValueError: an unknown name.
-        """
+        """The method's part of a named setting; ValueError if the name is not in `PRESETS`."""
         return _preset(name).config
 
     @property
@@ -126,24 +122,15 @@ class Policy:
 
     @classmethod
     def preset(cls, name: str) -> "Policy":
-        """The policy's part of a named setting; the names are those of `PRESETS`.
-
-        Raises:
-            ValueError: an unknown name.
-        """
+        """The policy's part of a named setting; ValueError if the name is not in `PRESETS`."""
         return _preset(name).policy
 
     def check_layers(self, layers: int) -> frozenset[int]:
-        """The layers that stay dense in a model of `layers` layers, counted from 0.
-
-        Raises:
-            ValueError: a layer that the model does not have.
-        """
+        """The layers that stay dense in a model of `layers` layers, counted from 0; ValueError if it lacks one."""
         for layer in self.dense_layers:
             if not -layers <= layer < layers:
-                raise ValueError(
-                    f"policy.dense_layers must lie in [{-layers}, {layers}) for {layers} layers, got {layer}"
-                )
+                required = f"must lie in [{-layers}, {layers}) for {layers} layers"
+                raise ValueError(f"policy.dense_layers {required}, got {layer}")
         return frozenset(layer % layers for layer in self.dense_layers)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: What all processes must agree on, in the order of `_sizes`.
+#: What all processes must agree on.
 _AGREED = ("B", "H", "G", "length n of q", "length m of k and v", "D", "dtype", "number of key masks")
 
 
@@ -58,7 +58,11 @@ def ulysses_attention(
     if size == 1:
         return fn(q, k, v, key_mask=key_mask)
     problem = _problem(q, k, v, key_mask, size)
-    _agree(problem, [0] * len(_AGREED) if problem else _sizes(q, k, v, key_mask), q.device, group, size)
+    sizes = [0] * len(_AGREED)
+    if problem is None:
+        (batch, heads, queries, channels), (groups, keys) = q.shape, k.shape[1:3]
+        sizes = [batch, heads, groups, queries, keys, channels, _DTYPES.index(q.dtype), int(key_mask is not None)]
+    _agree(problem, sizes, q.device, group, size)
     q, k, v = _whole_sequences(q, k, v, group, size)
     if key_mask is not None:
         key_mask = torch.cat(_gather(key_mask.to(torch.uint8), group, size), dim=1).bool()
@@ -69,8 +73,7 @@ def ulysses_attention(
     return rearrange(parts, "w B h n D -> B (w h) n D")
 
 
-def _group_size(group: "dist.ProcessGroup | None") -> int:
-    """w, of a group that this process is in."""
+def _group_size(group: Any) -> int:
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             "torch.distributed must be initialised: start the script with torchrun and call "
@@ -109,13 +112,6 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, size: int
     return None
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> list[int]:
-    """The values of `_AGREED`."""
-    batch, heads, queries, channels = q.shape
-    groups, keys = k.shape[1:3]
-    return [batch, heads, groups, queries, keys, channels, _DTYPES.index(q.dtype), int(key_mask is not None)]
-
-
 def _agree(problem: str | None, sizes: Sequence[int], device: torch.device, group: Any, size: int) -> None:
     """Raise on every process if any has a problem or they differ."""
     mine = torch.tensor([int(problem is not None), *sizes], device=device)
@@ -124,9 +120,8 @@ def _agree(problem: str | None, sizes: Sequence[int], device: torch.device, grou
         raise ValueError(problem)
     if any(refused):
         ranks = [rank for rank, flag in enumerate(refused) if flag]
-        raise ValueError(
-            f"the tensors of all processes must fit one another, those of ranks {ranks} of the group do not"
-        )
+        required = "the tensors of all processes must fit one another"
+        raise ValueError(f"{required}, those of ranks {ranks} of the group do not")
     for name, found in zip(_AGREED, values, strict=True):
         if len(set(found)) > 1:
             listed = ", ".join(str(_DTYPES[one] if name == "dtype" else one) for one in found)

@@ -31,14 +31,7 @@ def attention(
     impl: str,
     *options: Any,
 ) -> Tensor:
-    """`baatt.ba_attention` with the options of its config one by one, as `BAAttConfig.values` has them.
-
-    Returns:
-        [B, H, N, D] contiguous, in q's dtype.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as `ba_attention`.
-    """
+    """`baatt.ba_attention` with its config as `BAAttConfig.values`: same errors, the result is contiguous."""
     config = BAAttConfig(*options)
     return ba_attention(q, k, v, config, key_mask=key_mask, query_mask=query_mask, scale=scale, impl=impl)
 
