@@ -18,17 +18,15 @@ from baatt.types import BlockSelection, BlockStats, Partial, ScoreOptions, Token
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockStats:
     """Mean and population variance of each block of sorted tokens (E3); see `stages.pooling.pool_blocks`."""
-    block_size = options.block_size
-    batch, heads, tokens, channels = x.shape
+    (batch, heads, tokens, channels), block_size = x.shape, options.block_size
     blocks = -(-tokens // block_size)
-    first = torch.arange(blocks) * block_size
-    size = (rearrange(order.length, "b -> b 1") - first).clamp(0, block_size)
-    mean = x.new_zeros(batch, heads, blocks, channels, dtype=_accumulation_dtype(x))
+    size = (rearrange(order.length, "b -> b 1") - torch.arange(blocks) * block_size).clamp(0, block_size)
+    mean = x.new_zeros(batch, heads, blocks, channels, dtype=torch.promote_types(x.dtype, torch.float32))
     variance = torch.zeros_like(mean)
     for entry, length in enumerate(order.length.tolist()):
         full = length // block_size
         for head in range(heads):
-            rows = _take(x[entry, head], order.index[entry, head, :length])
+            rows = x[entry, head].index_select(0, order.index[entry, head, :length]).to(mean.dtype)
             whole = rearrange(rows[: full * block_size], "(l p) d -> l p d", p=block_size)
             if full:
                 _moments(whole, mean[entry, head, :full], variance[entry, head, :full])
@@ -50,11 +48,15 @@ def sparse_attention(
     scale: float,
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
-    _check_order("query_order", query_order)
-    _check_order("key_order", key_order)
+    for name, order in (("query_order", query_order), ("key_order", key_order)):
+        # Of a plan edited to point outside of the tensors the C kernel would read foreign memory.
+        tokens = order.index.shape[-1]
+        lowest, highest = (int(bound) for bound in torch.aminmax(order.index))
+        if lowest < 0 or highest >= tokens:
+            raise IndexError(f"plan.{name}.index must hold positions in [0, {tokens}), got {lowest} to {highest}")
     groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:3], dtype=_accumulation_dtype(q))
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     kernel = None if q.dtype == torch.float64 else cpu_native.library()
     attend_group = cpu_gather.attend_group if kernel is None else functools.partial(cpu_native.attend_group, kernel)
     for entry, length in enumerate(key_order.length.tolist()):
@@ -79,14 +81,6 @@ def sparse_attention(
     return Partial(out, lse)
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    return x.index_select(0, order).to(_accumulation_dtype(x))
-
-
 def _moments(blocks: Tensor, mean: Tensor, variance: Tensor) -> None:
     """Mean and variance of blocks [L, P, D] over P, written to [L, D] each; `blocks` is used up.
 
@@ -95,11 +89,3 @@ def _moments(blocks: Tensor, mean: Tensor, variance: Tensor) -> None:
     mean.copy_(blocks.mean(dim=1))
     blocks -= rearrange(mean, "l d -> l 1 d")
     variance.copy_(blocks.square_().mean(dim=1))
-
-
-def _check_order(name: str, order: TokenOrder) -> None:
-    """Refuse a plan edited to point outside of the tensors: the C kernel would read foreign memory."""
-    tokens = order.index.shape[-1]
-    lowest, highest = (int(bound) for bound in torch.aminmax(order.index))
-    if lowest < 0 or highest >= tokens:
-        raise IndexError(f"plan.{name}.index must hold positions in [0, {tokens}), got {lowest} to {highest}")

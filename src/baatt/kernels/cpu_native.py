@@ -16,7 +16,6 @@ import threading
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from baatt.kernels.cpu_gather import Group
 
@@ -102,7 +101,8 @@ def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: f
     Extra memory: the group's keys and values once, in the layout of the products, and some tens of KiB per thread; for
     half precision also float32 copies of the group's inputs and output.
     """
-    q, k, v = (_as_float32_rows(x) for x in (group.q, group.k, group.v))
+    inputs = (x.float() for x in (group.q, group.k, group.v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
     out = group.out if group.out.dtype == torch.float32 else torch.empty_like(group.out, dtype=torch.float32)
     heads, queries, channels = q.shape
     keys, threads = group.key_order.shape[0], torch.get_num_threads()
@@ -140,8 +140,3 @@ def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: f
     kernel.baatt_sparse_attention(ctypes.byref(problem))
     if out is not group.out:
         group.out.copy_(out)
-
-
-def _as_float32_rows(x: Tensor) -> Tensor:
-    x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()

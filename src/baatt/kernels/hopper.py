@@ -65,16 +65,11 @@ def sparse_attention(
     batch, heads, tokens, channels = q.shape
     groups, keys = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if q.stride(-1) != 1:
-        q = q.contiguous()
+    q = q if q.stride(-1) == 1 else q.contiguous()
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     query_blocks = -(-tokens // BLOCK)
-    tiles = batch * heads * query_blocks
-    dtype = DTYPES[q.dtype]
-    descriptors = (
-        _descriptor(k, (batch * groups, keys, channels), dtype),
-        _descriptor(v, (batch * groups, keys, channels), dtype),
-    )
+    tiles, dtype = batch * heads * query_blocks, DTYPES[q.dtype]
+    descriptors = [_descriptor(x, (batch * groups, keys, channels), dtype) for x in (k, v)]
     index = selection.index.contiguous()
     chunk = _tiles_per_launch(tiles, index.shape[-1], 2 * k[0, 0].nbytes, q.device)
     for first_tile in range(0, tiles, chunk):

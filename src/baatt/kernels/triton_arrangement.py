@@ -80,7 +80,12 @@ def sort_blocks(
     columns = max(16, triton.next_power_of_2(q.shape[-1]))
     masked = key_mask is not None
     if queries.norms is not None or keys.norms is not None:
-        _take_norms(queries, keys, columns, masked)
+        rows = max(16, min(64, 8192 // columns))
+        programs = [0 if side.norms is None else side.programs(rows) for side in (queries, keys)]
+        _norm_kernel[(sum(programs),)](
+            q, *queries.arguments, *q.stride(), k, *keys.arguments, *k.stride(), programs[0],
+            KEYS_MASKED=masked, CHANNELS=q.shape[-1], COLUMNS=columns, ROWS=rows, num_warps=4,
+        )  # fmt: skip
     if queries.rule != "given" or keys.rule != "given":
         programs = [side.programs(side.segment) for side in (queries, keys)]
         _order_kernel[(sum(programs),)](
@@ -107,10 +112,8 @@ def sorted_copies(
     k: Tensor, v: Tensor, order: TokenOrder, sorted_k: Tensor | None, sorted_v: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """k and v [B, G, M, D] contiguous in sorted order, masked tokens 0: what is given, or copies made now."""
-    return (
-        _permute(k, order) if sorted_k is None else sorted_k,
-        _permute(v, order) if sorted_v is None else sorted_v,
-    )
+    k = _permute(k, order) if sorted_k is None else sorted_k
+    return k, _permute(v, order) if sorted_v is None else sorted_v
 
 
 def _permute(x: Tensor, order: TokenOrder) -> Tensor:
@@ -134,32 +137,18 @@ def _room_for_stats(x: Tensor, block_size: int) -> BlockStats:
 def _prepare(x: Tensor, order: TokenOrder | str, mask: Tensor | None, segment: int | None) -> _Side:
     """One side's order, still to be filled unless it is given."""
     batch, heads, tokens, _ = x.shape
-    positions, norms, rule = None, None, "given"
     if isinstance(order, TokenOrder):
         order = TokenOrder(order.index.contiguous(), order.length.contiguous())
+        return _Side(x, order, "given", None, None, min(tokens, STRETCH))
+    index = torch.empty(batch, heads, tokens, dtype=torch.int64, device=x.device)
+    if mask is None:
+        length, positions = torch.empty(batch, dtype=torch.int64, device=x.device), None
     else:
-        rule = order
-        index = torch.empty(batch, heads, tokens, dtype=torch.int64, device=x.device)
-        if mask is None:
-            length = torch.empty(batch, dtype=torch.int64, device=x.device)
-        else:
-            length, positions = mask.sum(-1), (~mask).byte().argsort(dim=-1, stable=True)
-        order = TokenOrder(index, length)
-    if rule == "by_norm":
-        norms = torch.empty(batch, heads, tokens, dtype=torch.int32, device=x.device)
-        segment = min(tokens, segment or tokens)
-    else:
-        segment = min(tokens, STRETCH)
-    return _Side(x, order, rule, positions, norms, segment)
-
-
-def _take_norms(queries: _Side, keys: _Side, columns: int, masked: bool) -> None:
-    rows = max(16, min(64, 8192 // columns))
-    programs = [0 if side.norms is None else side.programs(rows) for side in (queries, keys)]
-    _norm_kernel[(sum(programs),)](
-        queries.x, *queries.arguments, *queries.x.stride(), keys.x, *keys.arguments, *keys.x.stride(), programs[0],
-        KEYS_MASKED=masked, CHANNELS=keys.x.shape[-1], COLUMNS=columns, ROWS=rows, num_warps=4,
-    )  # fmt: skip
+        length, positions = mask.sum(-1), (~mask).byte().argsort(dim=-1, stable=True)
+    if order != "by_norm":
+        return _Side(x, TokenOrder(index, length), order, positions, None, min(tokens, STRETCH))
+    norms = torch.empty_like(index, dtype=torch.int32)
+    return _Side(x, TokenOrder(index, length), order, positions, norms, min(tokens, segment or tokens))
 
 
 def sorting_warps(programs: int, width: int) -> int:
