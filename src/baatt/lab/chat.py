@@ -25,11 +25,7 @@ class ChatTemplates(NamedTuple):
     special_tokens: dict[str, str]
 
     def source(self, name: str | None = None) -> str:
-        """The template of a name; None: the only one, or the one named "default".
-
-        Raises:
-            ValueError: the folder has no template, or not this one.
-        """
+        """The template of a name, None for the default one; ValueError: the folder has no template, or not this one."""
         if not self.templates:
             raise ValueError("the model's folder must have a chat template (tokenizer_config.json), and has none")
         if (name := name or "default") not in self.templates:
@@ -70,45 +66,33 @@ class ChatTemplates(NamedTuple):
 
 
 def load_chat_templates(folder: str | Path) -> ChatTemplates:
-    """Read the templates of a folder; one without any gives no templates.
-
-    Raises:
-        ValueError: tokenizer_config.json is broken or its `chat_template` is no template.
-    """
+    """The templates of a folder, which may have none; ValueError: a tokenizer_config.json that is broken."""
     folder = Path(folder)
-    file = folder / "tokenizer_config.json"
+    file, alone = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     values = read_json(file) if file.is_file() else {}
     stored = values.get("chat_template")
-    if stored is None:
-        templates = {}
-    elif isinstance(stored, str):
-        templates = {"default": stored}
+    if stored is None or isinstance(stored, str):
+        templates = {} if stored is None else {"default": stored}
     elif isinstance(stored, list) and all(isinstance(x, dict) and {"name", "template"} <= set(x) for x in stored):
         templates = {str(entry["name"]): str(entry["template"]) for entry in stored}
     else:
         raise ValueError(f"{folder}: chat_template must be a text or a list of names and templates, got {stored!r:.80}")
-    if (folder / "chat_template.jinja").is_file():
-        templates["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if alone.is_file():
+        templates["default"] = alone.read_text(encoding="utf-8")
     # A special token is stored as a text or as an object with its `content`.
     texts = {name: x.get("content") if isinstance(x, dict) else x for name, x in values.items()}
-    return ChatTemplates(
-        templates, {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
-    )
+    special = {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+    return ChatTemplates(templates, special)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _raise
-    environment.filters["tojson"] = _to_json
+
+    def refuse(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     return environment
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)

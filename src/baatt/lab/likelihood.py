@@ -28,15 +28,7 @@ def draw_masks(length: int, draws: int, generator: torch.Generator) -> MaskDraws
     """Masks of l of `length` tokens, l spread evenly over 1..length from a random start, as LLaDA's evaluation does.
 
     Equal masks are joined: the model gives them the same loss, and a short answer has few. One of a single token is
-    evaluated once instead of `draws` times.
-
-    Args:
-        length: L, tokens of the answer, at least 1.
-        draws: how many masks are drawn, at least 1.
-        generator: on the CPU.
-
-    Raises:
-        ValueError: a number below 1.
+    evaluated once instead of `draws` times. Both numbers are at least 1 (ValueError), `generator` is on the CPU.
     """
     if length < 1 or draws < 1:
         raise ValueError(f"length and draws must be at least 1, got {length} and {draws}")
@@ -64,12 +56,10 @@ def log_likelihood(
     Args:
         model: a `MaskedDiffusionLM` on `device`, or anything called like one that has its `config`; `baatt.enable`
             makes it sparse.
-        context: ids before the answer; may be empty.
-        answer: ids to score.
+        context, answer: ids before the answer, which may be none, and ids to score.
         draws: masks per estimate; LLaDA's evaluation takes 128.
         batch_size: masks evaluated together.
-        seed: with the ids, fixes the draws.
-        cfg_scale: weight of classifier-free guidance, as `SamplerConfig`.
+        seed, cfg_scale: as `SamplerConfig`; with the ids, the seed fixes the draws.
 
     Raises:
         ValueError: an empty answer, or numbers below 1.
@@ -97,13 +87,10 @@ def request_seed(seed: int, *rows: Sequence[int]) -> int:
 
 
 def rolling_windows(ids: Sequence[int], window: int) -> list[tuple[list[int], list[int]]]:
-    """Split a text into (context, answer) pairs of at most `window` tokens in which every token is answer once.
+    """Split a text into (context, answer) pairs of at most `window` tokens, 2 or more; every token is answer once.
 
     The first window is all answer; the others have a token of context, the last as much context as fits: what
     lm-evaluation-harness asks of a rolling likelihood.
-
-    Raises:
-        ValueError: no ids, or a window below 2.
     """
     if not ids or window < 2:
         raise ValueError(f"ids must not be empty and window at least 2, got {len(ids)} ids and {window}")

@@ -10,11 +10,7 @@ from baatt.lab.ranks import leave_process_group
 
 
 def main() -> None:
-    """Run the harness, and show this package's messages beside its own: the settings belong to the results.
-
-    Raises:
-        ImportError: the harness is not installed, with the extra that brings it.
-    """
+    """Run the harness, and show this package's messages beside its own: the settings belong to the results."""
     import baatt.lab.lm_eval.model  # noqa: F401, I001  (first: registers the model, or names the extra)
     from lm_eval.__main__ import cli_evaluate
 

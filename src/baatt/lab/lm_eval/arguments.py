@@ -112,16 +112,12 @@ class ModelArguments:
 
 
 class Generation(NamedTuple):
-    """One request.
+    """One request."""
 
-    tokens: longest answer. stops: texts that end it. temperature: 0 = greedy. repeat: number of the repetition of a
-    sampled request, from 0.
-    """
-
-    tokens: int
-    stops: tuple[str, ...]
-    temperature: float
-    repeat: int = 0
+    tokens: int  # of the longest answer
+    stops: tuple[str, ...]  # texts that end it
+    temperature: float  # 0 = greedy
+    repeat: int = 0  # number of the repetition of a sampled request
 
     def settings(self) -> list[Any]:
         """As JSON values, without the number of the repetition."""
@@ -131,12 +127,8 @@ class Generation(NamedTuple):
 def read_generation(options: Mapping[str, Any], sampling: Sampling) -> Generation:
     """Read a request's keyword arguments.
 
-    `do_sample: false` is greedy whatever the temperature, as LongBench's tasks have it; without `do_sample` the
-    temperature decides.
-
-    Raises:
-        TypeError, ValueError: an answer length below 1, a temperature that is none, or arguments of sampling that the
-            sampler does not have.
+    `do_sample: false` is greedy whatever the temperature, as LongBench's tasks have it. ValueError: an answer length
+    below 1, a temperature that is none, or arguments of sampling that the sampler does not have.
     """
     stops = options.get("until") or ()
     stops = (stops,) if isinstance(stops, str) else stops

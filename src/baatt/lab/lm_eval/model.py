@@ -47,10 +47,7 @@ class Job(NamedTuple):
 
 @register_model("baatt_llada")
 class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
-    """A masked-diffusion model of LLaDA's architecture behind the harness's interface.
-
-    Args:
-        model_args: as `ModelArguments`, by name.
+    """A masked-diffusion model of LLaDA's architecture behind the harness's interface; as `ModelArguments`, by name.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: arguments or a folder that cannot be used, or an `impl` that does not
@@ -76,9 +73,8 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         self._identity = [self.arguments.settings(), folder_state(folder)]
         self._handle = enable(self._model, self.arguments.sparse, self.arguments.policy, impl=self.arguments.impl)
         self._truncated = 0
-        if (
-            self.arguments.sparse is not None
-        ):  # an implementation that cannot run would fail after an hour of dense steps
+        # An implementation that cannot run would fail after an hour of dense steps.
+        if self.arguments.sparse is not None:
             config, dtype = self._model.config, next(self._model.parameters()).dtype
             x = torch.zeros(1, config.n_heads, 256, config.head_size, device=self._device, dtype=dtype)
             ba_attention(x, x, x, self.arguments.sparse, impl=self.arguments.impl)
@@ -102,7 +98,6 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of every prompt, cut at the end of text and at its stop strings."""
         jobs = self._jobs(requests)
-        answers = [job.key for job in jobs]
         pending = {job.key: job for job in jobs if job.key not in self._store}
         with tqdm(total=len(pending), desc="generate_until", disable=disable_tqdm or self._rank > 0) as bar:
             for batch in _batches(list(pending.values()), self.arguments.batch_size):
@@ -110,7 +105,7 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
                     self._store.put(job.key, text)
                     self.cache_hook.add_partial("generate_until", requests[job.number].args, text)
                 bar.update(len(batch))
-        return [str(self._store[key]) for key in answers]
+        return [str(self._store[job.key]) for job in jobs]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether it is the greedy one) of every request.
@@ -239,8 +234,7 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
 
     def _score(self, context: list[int], continuation: list[int]) -> float:
         arguments = self.arguments
-        if arguments.policy.dense_steps > 0:
-            found = arguments.policy.dense_steps
+        if (found := arguments.policy.dense_steps) > 0:
             raise ValueError(f"dense_steps must be 0 for a likelihood, which has no steps, got {found}")
         return log_likelihood(
             self._model, context, continuation, device=self._device, draws=arguments.mc_num,
@@ -276,9 +270,9 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
 
 def _batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
     """Prompts of the same settings and of similar length, the longest first: what does not fit fails at once."""
-    groups: dict[Any, list[Job]] = {}
+    groups: dict[Generation, list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.generation.tokens, job.generation.temperature, job.generation.repeat), []).append(job)
+        groups.setdefault(job.generation._replace(stops=()), []).append(job)
     for group in groups.values():
         group.sort(key=lambda job: -len(job.ids))
         for first in range(0, len(group), size):
