@@ -17,7 +17,7 @@ from torch import Tensor
 
 import baatt
 from baatt import BAAttConfig, Policy
-from baatt.llada_v.config import LLaDAVConfig, PictureConfig
+from baatt.llada_v.config import LLaDAVConfig
 from baatt.llada_v.model import VisualDiffusionLM, stored_name
 from baatt.llada_v.pictures import (
     NEWLINES,
@@ -481,12 +481,14 @@ class TestFolders:
         left_out = ("mm_newline_position", "mask_token_id", "num_key_value_heads", "vision_config", "mm_hidden_size")
         values = {name: value for name, value in CONFIG.items() if name not in left_out}
         config = LLaDAVConfig.from_dict({**values, "vocab_size": 126464})
-        assert config.pictures.mm_newline_position == "one_token"
+        assert config.mm_newline_position == "one_token"
         assert config.language.mask_token_id == 126336
         assert config.language.kv_heads == 4
-        assert config.pictures.max_tiles == 4
-        assert PictureConfig("anyres", "(1x1),(2x2)").max_tiles is None
-        assert PictureConfig("pad").max_tiles is None
+        assert config.max_tiles == 4
+        assert [dataclasses.replace(config, image_aspect_ratio=ratio).max_tiles for ratio in ("anyres", "pad")] == [
+            None,
+            None,
+        ]
 
 
 TEMPLATE = (

@@ -82,11 +82,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_device(name: str) -> torch.device:
-    """What --device names.
-
-    Raises:
-        UsageError: no such device.
-    """
+    """What --device names; a UsageError where there is none."""
     try:
         return loading.find_device(name)
     except ValueError as error:

@@ -98,11 +98,8 @@ def settings_text(header: Config, records: Sequence[Config]) -> str:
     Args:
         header, records: of a summary of `baatt evaluate ruler`.
     """
-    chat = ", chat template" if header["chat"] else ""
-    text = (
-        f"Answers: {sampler_text(header['sampler'])}, batches of {header['batch_size']}{chat}; weights in "
-        f"{header['dtype']}."
-    )
+    how = f"{sampler_text(header['sampler'])}, batches of {header['batch_size']}"
+    text = f"Answers: {how}{', chat template' if header['chat'] else ''}; weights in {header['dtype']}."
     sparse = [one for one in records if one["config"]]
     configs = [one["config"] for one in sparse]
     columns = (
@@ -120,10 +117,8 @@ def sampler_text(sampler: Config) -> str:
     sure = "no threshold" if sampler["threshold"] is None else f"threshold {sampler['threshold']:g}"
     order = sampler.get("remasking", "low_confidence")
     filled = "" if order == "low_confidence" else f"{order.replace('_', ' ')}, "
-    return (
-        f"{sampler['steps']} steps for {sampler['gen_length']} tokens in blocks of {sampler['block_length']}, "
-        f"{filled}{sure}, cache {sampler['cache']}"
-    )
+    blocks = f"{sampler['gen_length']} tokens in blocks of {sampler['block_length']}"
+    return f"{sampler['steps']} steps for {blocks}, {filled}{sure}, cache {sampler['cache']}"
 
 
 def _blocks(config: Config) -> str:

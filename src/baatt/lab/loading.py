@@ -25,11 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of a name; None is a GPU if there is one.
-
-    Raises:
-        ValueError: no such device.
-    """
+    """The device of a name, None is a GPU if there is one; a ValueError where there is no such device."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -84,23 +80,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_bytes(what: str, needs: str, needed: int, device: torch.device) -> None:
-    """Refuse what cannot fit, before anything is allocated.
-
-    Raises:
-        ValueError: with the estimate and what is free.
-    """
+    """Refuse what cannot fit, before anything is allocated, with a ValueError: the estimate and what is free."""
     if needed > (free := free_bytes(device)):
-        raise ValueError(
-            f"{what} must fit into memory: {needs} about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        )
+        estimate = f"{needs} about {needed / 2**30:.1f} GiB"
+        raise ValueError(f"{what} must fit into memory: {estimate}, {free / 2**30:.1f} GiB are free")
 
 
 def check_memory(config: ModelConfig, tokens: int, device: torch.device) -> None:
-    """Refuse a length whose activations cannot fit.
-
-    Raises:
-        ValueError: as `check_bytes`.
-    """
+    """Refuse a length whose activations cannot fit, as `check_bytes`."""
     # Widest moment of a layer in fp32: residual, q, k, v, their rotated and sorted copies, both halves of the MLP.
     estimate = 4 * tokens * (10 * config.d_model + 3 * config.mlp_hidden_size)
     check_bytes(f"{tokens} tokens", "one layer needs", estimate, device)

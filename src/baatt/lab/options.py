@@ -132,11 +132,7 @@ def given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 def chosen(arguments: argparse.Namespace, base: T) -> T:
-    """An instance of a dataclass, changed by the options that were given.
-
-    Raises:
-        TypeError, ValueError: what the dataclass refuses, under the option's name.
-    """
+    """An instance of a dataclass, changed by the options that were given; errors as `variants`."""
     return variants(base, given(arguments, type(base)))[0]
 
 
@@ -164,11 +160,7 @@ def variants(base: T, values: Mapping[str, Any]) -> list[T]:
 
 
 def read_value(cls: type, name: str, value: object) -> Any:
-    """The value of one field.
-
-    Raises:
-        ValueError: no such field, or not of its kind.
-    """
+    """The value of one field; a ValueError where there is no such field or it is not of its kind."""
     _refuse_unknown([name], list(options_of(cls)), "an option")
     try:
         return options_of(cls)[name].read(value)

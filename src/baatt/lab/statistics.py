@@ -41,10 +41,8 @@ def wilson_interval(successes: int, samples: int) -> Interval:
 def mcnemar_p(first: Sequence[int], second: Sequence[int]) -> float:
     """Two-sided p-value of McNemar's exact test: are two accuracies on the same samples different?
 
-    Only samples that the two answer differently count; without any the p-value is 1.
-
-    Raises:
-        ValueError: not the same number of samples.
+    Only samples that the two answer differently count; without any the p-value is 1. Other numbers of samples on the
+    two sides are a ValueError.
     """
     if len(first) != len(second):
         raise ValueError(f"both must answer the same samples, got {len(first)} and {len(second)}")

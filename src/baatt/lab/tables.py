@@ -55,11 +55,7 @@ class Table(NamedTuple):
 def pivot(
     records: Iterable[Record], row: Callable[[Record], Row], column: Callable[[Record], Column]
 ) -> dict[Row, dict[Column, Record]]:
-    """Records as rows of columns, in the order in which they were made.
-
-    Raises:
-        ValueError: two for one cell.
-    """
+    """Records as rows of columns, in the order in which they were made; two for one cell are a ValueError."""
     grid: dict[Row, dict[Column, Record]] = {}
     for one in records:
         if column(one) in grid.setdefault(row(one), {}):

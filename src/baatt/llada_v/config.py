@@ -6,8 +6,8 @@ the same default here; what would change the computation and is not implemented 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers import SiglipVisionConfig
 
@@ -62,8 +62,8 @@ ANYRES = re.compile(r"anyres(?:_max_(\d+))?")
 
 
 @dataclass(frozen=True)
-class PictureConfig:
-    """How pictures become visual tokens, in the field names of LLaDA-V's config.json.
+class LLaDAVConfig:
+    """The parts of a config.json: language model, vision tower, and in its field names how pictures become tokens.
 
     Args:
         image_aspect_ratio: "anyres", or "anyres_max_9" for about nine tiles at most, cuts a single image into tiles;
@@ -77,6 +77,8 @@ class PictureConfig:
         ValueError: something that is not implemented.
     """
 
+    language: ModelConfig
+    vision: SiglipVisionConfig
     image_aspect_ratio: str
     image_grid_pinpoints: str | Sequence[Sequence[int]] | None = None
     mm_newline_position: str = "one_token"
@@ -98,14 +100,6 @@ class PictureConfig:
         found = ANYRES.fullmatch(self.image_aspect_ratio)
         return int(found[1]) if found is not None and found[1] else None
 
-
-class LLaDAVConfig(NamedTuple):
-    """The parts of a config.json: language model, vision tower and what lies between."""
-
-    language: ModelConfig
-    vision: SiglipVisionConfig
-    pictures: PictureConfig
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], vision: SiglipVisionConfig | None = None) -> "LLaDAVConfig":
         """Read the contents of LLaDA-V's config.json.
@@ -126,8 +120,8 @@ class LLaDAVConfig(NamedTuple):
             raise ValueError(f"mm_vision_tower must name a SigLIP model, got {values.get('mm_vision_tower')!r}")
         vision = vision or read_vision_config(values.get("vision_config", {}))
         language = {field: values[key] for key, field in LANGUAGE_KEYS.items() if key in values}
-        pictures = {name: values[name] for name in PictureConfig.__dataclass_fields__ if name in values}
-        return cls(ModelConfig(**{"mask_token_id": MASK_TOKEN_ID, **language}), vision, PictureConfig(**pictures))
+        pictures = {field.name: values[field.name] for field in fields(cls)[2:] if field.name in values}
+        return cls(ModelConfig(**{"mask_token_id": MASK_TOKEN_ID, **language}), vision, **pictures)
 
 
 def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:

@@ -45,14 +45,14 @@ class VisualDiffusionLM(nn.Module):
     """LLaDA-V. `language` is a `MaskedDiffusionLM` like any other; this module brings pictures to it.
 
     Attributes:
-        config: of the language model. pictures: how pictures become visual tokens.
+        config: of the language model. pictures: how they become visual tokens.
         image_size: pixels of a side of what the tower sees. side: n, patches along it.
         language, vision, projector, newline: the parts.
     """
 
     def __init__(self, config: LLaDAVConfig) -> None:
         super().__init__()
-        self.config, self.pictures = config.language, config.pictures
+        self.config, self.pictures = config.language, config
         width = config.language.d_model
         self.language = MaskedDiffusionLM(config.language)
         vision: Any = config.vision

@@ -158,7 +158,15 @@ def image_tokens(features: Tensor, grid: TileGrid, newline: Tensor, max_tiles: i
     patches = features.shape[1]
     pattern = "(rows columns) (h w) D -> (rows h) (columns w) D"
     tiles = rearrange(features[1:], pattern, rows=grid.rows, columns=grid.columns, h=math.isqrt(patches))
-    tiles = _without_margin(tiles, grid.width, grid.height)
+    height, width = tiles.shape[:2]
+    # The margin of the canvas that the image leaves empty goes. In the published order of operations: another one
+    # rounds differently for some sizes.
+    if grid.width / grid.height > width / height:
+        margin = (height - int(grid.height * (width / grid.width))) // 2
+        tiles = tiles[margin : height - margin]
+    else:
+        margin = (width - int(grid.width * (height / grid.height))) // 2
+        tiles = tiles[:, margin : width - margin]
     height, width = tiles.shape[:2]
     excess = 0.0 if max_tiles is None else math.sqrt(height * width / (max_tiles * patches))
     if excess > TOLERATED_EXCESS:
@@ -181,17 +189,6 @@ def video_tokens(features: Tensor, newline: Tensor, *, stride: int, mode: str, n
     return _with_newlines(frames, newline, NEWLINES[newlines])
 
 
-def _without_margin(tiles: Tensor, width: int, height: int) -> Tensor:
-    """Cut what an image of this size leaves empty of a canvas [h, w, D] that it was centred on."""
-    rows, columns = tiles.shape[:2]
-    # In the published order of operations: another one rounds differently for some sizes.
-    if width / height > columns / rows:
-        margin = (rows - int(height * (columns / width))) // 2
-        return tiles[margin : rows - margin]
-    margin = (columns - int(width * (rows / height))) // 2
-    return tiles[:, margin : columns - margin]
-
-
 def _with_newlines(frames: Tensor, newline: Tensor, groups: str | None) -> Tensor:
     """Tokens of frames [F, h, w, D] in their order, a newline behind every group of them."""
     if groups is None:
@@ -200,14 +197,9 @@ def _with_newlines(frames: Tensor, newline: Tensor, groups: str | None) -> Tenso
     return rearrange(torch.cat((grouped, repeat(newline, "D -> G 1 D", G=len(grouped))), dim=1), "G N D -> (G N) D")
 
 
-def pool_bilinear(channels: Tensor, stride: int) -> Tensor:
-    """Interpolate [F, D, h, w] to ceil(h / stride) x ceil(w / stride)."""
-    return F.interpolate(channels, size=[math.ceil(side / stride) for side in channels.shape[2:]], mode="bilinear")
-
-
 #: [F, D, h, w] and a stride -> [F, D, h / stride, w / stride]. The last two drop an incomplete row or column.
 POOLING: Mapping[str, Callable[[Tensor, int], Tensor]] = {
-    "bilinear": pool_bilinear,
+    "bilinear": lambda x, stride: F.interpolate(x, [math.ceil(side / stride) for side in x.shape[2:]], mode="bilinear"),
     "average": F.avg_pool2d,
     "max": F.max_pool2d,
 }

@@ -81,11 +81,7 @@ def answer_rules(
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that LLaDA-V's tokenizer has.
-
-    Raises:
-        ValueError: this one has not.
-    """
+    """The id of a token that LLaDA-V's tokenizer has; a ValueError where this one has not."""
     found: int | None = tokenizer.token_to_id(token)
     if found is None:
         raise ValueError(f"the tokenizer must have the token {token}, as LLaDA-V's has")
@@ -109,21 +105,14 @@ class PicturePrompt:
     """
 
     def __init__(
-        self,
-        language: MaskedDiffusionLM,
-        ids: Sequence[int],
-        visual: Tensor,
-        *,
-        stops: Sequence[Sequence[int]] = (),
-        forbidden: Sequence[int] = (),
-    ) -> None:
+        self, language: MaskedDiffusionLM, ids: Sequence[int], visual: Tensor, *,
+        stops: Sequence[Sequence[int]] = (), forbidden: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self.language, self.config = language, language.config
         rows = self.config.logit_size
         if not ids or min(ids) < -len(visual) or max(ids) >= rows:
-            raise ValueError(
-                f"ids must be in [-{len(visual)}, {rows}), and at least one, got {min(ids, default=None)} to "
-                f"{max(ids, default=None)}"
-            )
+            received = f"{min(ids, default=None)} to {max(ids, default=None)}"
+            raise ValueError(f"ids must be in [-{len(visual)}, {rows}), and at least one, got {received}")
         table = language.transformer.wte.weight
         device = table.device
         self.visual = visual.to(device, table.dtype)

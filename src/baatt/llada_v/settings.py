@@ -29,6 +29,7 @@ class TaskSetting:
 
 CHOICE = TaskSetting(2, 2, 2)
 MATHVISTA = ("mathvista_testmini", "mathvista_testmini_cot", "mathvista_testmini_solution", "mathvista_testmini_format")
+MATHVERSE = [f"mathverse_testmini_vision{part}" for part in ("", "_dominant", "_intensive", "_only")]
 #: eval/scripts/evaluate.sh of LLaDA-V; a task that is a group there has the setting in all its parts.
 PUBLISHED: Mapping[str, TaskSetting] = {
     **dict.fromkeys(("mmmu_val", "mmmu_pro_standard", "mmmu_pro_vision", "mmstar", "ai2d", "seedbench"), CHOICE),
@@ -36,10 +37,7 @@ PUBLISHED: Mapping[str, TaskSetting] = {
     "chartqa": TaskSetting(16, 16, 16, stops=("\n",)),
     **dict.fromkeys(("docvqa_val", "infovqa_val"), TaskSetting(32, 32, 16)),
     **dict.fromkeys(MATHVISTA, TaskSetting(96, 96, 48, "think")),
-    **{
-        f"mathverse_testmini_vision{part}": TaskSetting(64, 64, 32, "think")
-        for part in ("", "_dominant", "_intensive", "_only")
-    },
+    **dict.fromkeys(MATHVERSE, TaskSetting(64, 64, 32, "think")),
 }
 #: Fields of a setting that --model_args and --gen_kwargs change; the first three make a setting.
 CHANGED = ("gen_length", "block_length", "gen_steps", "think_mode")
@@ -107,10 +105,8 @@ def read_setting(task: str, gen_kwargs: Mapping[str, Any], arguments: LLaDAVArgu
         changed["stops"] = (stops,) if isinstance(stops, str) else tuple(stops)
     missing = [name for name in CHANGED[:3] if name not in changed]
     if task not in PUBLISHED and missing:
-        raise ValueError(
-            f"{task} has no published setting for LLaDA-V: give {', '.join(missing)} in --model_args; there are "
-            f"settings for {', '.join(PUBLISHED)}"
-        )
+        needed = f"give {', '.join(missing)} in --model_args; there are settings for {', '.join(PUBLISHED)}"
+        raise ValueError(f"{task} has no published setting for LLaDA-V: {needed}")
     setting = replace(PUBLISHED.get(task, CHOICE), **changed)
     if setting.think_mode not in THINK_MODES:
         raise ValueError(f"think_mode must be one of {list(THINK_MODES)}, got {setting.think_mode!r}")

@@ -5,16 +5,7 @@ values in their place and attends to all that are held; those of other tokens st
 have changed with the tokens: that is the approximation. Knows nothing of models, attention and sampling.
 """
 
-from typing import NamedTuple
-
 from torch import Tensor
-
-
-class KeysValues(NamedTuple):
-    """What a layer holds: keys after positional encoding and values, each [B, G, N, D]."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class KeyValueCache:
@@ -23,40 +14,34 @@ class KeyValueCache:
     Later passes write into the tensors that it holds and that attention has been given: who keeps them, copies them.
 
     Attributes:
-        layers: what every layer holds, in their order.
+        layers: what every layer holds, in their order: keys after positional encoding and values, each [B, G, N, D].
     """
 
     def __init__(self) -> None:
-        self.layers: list[KeysValues] = []
+        self.layers: list[tuple[Tensor, Tensor]] = []
 
     @property
     def length(self) -> int | None:
         """N, tokens of the sequence; None while the cache is empty."""
-        return self.layers[0].keys.shape[2] if self.layers else None
+        return self.layers[0][0].shape[2] if self.layers else None
 
     @property
     def batch(self) -> int | None:
         """B, rows of the batch; None while the cache is empty."""
-        return self.layers[0].keys.shape[0] if self.layers else None
+        return self.layers[0][0].shape[0] if self.layers else None
 
-    @property
-    def bytes_held(self) -> int:
-        """Memory of all keys and values."""
-        return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
-
-    def replace(self, layer: int, start: int, keys: Tensor, values: Tensor) -> KeysValues:
+    def replace(self, layer: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Hold the keys and values [B, G, n, D] of tokens [start, start + n) of a layer; returns those of all tokens.
 
         Layers of an empty cache come in their order, with all tokens.
         """
         if layer == len(self.layers):
-            self.layers.append(KeysValues(keys, values))
+            self.layers.append((keys, values))
         else:
-            held, stop = self.layers[layer], start + keys.shape[2]
-            held.keys[:, :, start:stop] = keys
-            held.values[:, :, start:stop] = values
+            for held, new in zip(self.layers[layer], (keys, values), strict=True):
+                held[:, :, start : start + new.shape[2]] = new
         return self.layers[layer]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget all rows of the batch but these, [B'] int64."""
-        self.layers = [KeysValues(held.keys[rows], held.values[rows]) for held in self.layers]
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]

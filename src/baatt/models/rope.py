@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: Keys about RoPE that the model reads itself, or that change nothing here: its tables are in float32 anyway.
-READ_BY_THE_MODEL = {"rope", "rope_theta", "rope_full_precision"}
 #: Keys of a scaling, as transformers writes them: before version 5, and since.
 SCALING_KEYS = ("rope_scaling", "rope_parameters")
 
@@ -67,7 +65,8 @@ def resolve_rope_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError, TypeError: another kind or another key about RoPE, both keys at once, a scaling without what it
             needs, or a `rope_theta` inside it that contradicts the one outside.
     """
-    known = {*READ_BY_THE_MODEL, *SCALING_KEYS}
+    # The first two the model reads itself, the third changes nothing: its tables are in float32 anyway.
+    known = {"rope", "rope_theta", "rope_full_precision", *SCALING_KEYS}
     present = {key for key, value in values.items() if (key.startswith("rope") or "ntk" in key) and value is not None}
     if present - known:
         raise ValueError(f"config.json must have no key about RoPE but {sorted(known)}, got {sorted(present - known)}")
@@ -79,7 +78,6 @@ def resolve_rope_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaled_base(key: str, scaling: object, values: Mapping[str, Any]) -> float:
-    """The base that a scaling under this key makes of the other contents of config.json."""
     if not isinstance(scaling, Mapping):
         raise TypeError(f"{key} must be an object or null, got {scaling!r}")
     inner, outer = scaling.get("rope_theta"), values.get("rope_theta")
