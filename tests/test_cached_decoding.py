@@ -24,7 +24,7 @@ from baatt.lab.ruler.tasks import draw_samples
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate
-from baatt.sampling.caching import Span
+from baatt.sampling.config import Span
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]

@@ -1,10 +1,30 @@
 """The options of the sampler, frozen and validated once; the loop never checks one again."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from baatt.sampling.caching import CACHES
+from baatt.models.config import check_positive_integer
 from baatt.sampling.filling import REMASKING
+
+
+class Span(NamedTuple):
+    """Tokens [start, stop) of a sequence, prompt included."""
+
+    start: int
+    stop: int
+
+
+#: A block's span and the sequence's length -> the span that its steps after the first one evaluate: Fast-dLLM's prefix
+#: and dual cache (arXiv 2505.22618). The first step evaluates the whole sequence and keeps keys and values. A later one
+#: evaluates its span against all that is kept, with its own keys and values in their place: those of other tokens are
+#: of the first step, before the block began to fill.
+CACHES: dict[str, Callable[[Span, int], Span]] = {
+    "none": lambda block, length: Span(0, length),
+    "prefix": lambda block, length: Span(block.start, length),
+    "dual": lambda block, length: block,
+}
 
 
 @dataclass(frozen=True)
@@ -43,12 +63,10 @@ class SamplerConfig:
     cache: str = field(default="none", metadata={"choices": CACHES})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "gen_length", "block_length", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1 and name != "seed":
-                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("steps", "gen_length", "block_length"):
+            check_positive_integer(name, getattr(self, name))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"seed must be an int, got {self.seed!r}")
         if not isinstance(self.stop_at_eos, bool):
             raise TypeError(f"stop_at_eos must be a bool, got {self.stop_at_eos!r}")
         for name in ("temperature", "cfg_scale", "threshold"):

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from baatt.models.cache import KeyValueCache
 from baatt.models.config import ModelConfig
-from baatt.sampling.caching import CACHES, Span
-from baatt.sampling.config import SamplerConfig
+from baatt.sampling.config import CACHES, SamplerConfig, Span
 from baatt.sampling.filling import REMASKING, choose, guess
 
 
@@ -244,14 +243,13 @@ def _predict(run: Run, block: int, span: Span, cache: KeyValueCache | None) -> T
 
 
 def _check_prompt(prompt_ids: Tensor, attention_mask: Tensor | None) -> None:
+    shape = tuple(prompt_ids.shape)
     if prompt_ids.dim() != 2 or prompt_ids.dtype != torch.int64 or prompt_ids.numel() == 0:
-        raise ValueError(
-            f"prompt_ids must be [B, N] int64 with B, N >= 1, got {tuple(prompt_ids.shape)} {prompt_ids.dtype}"
-        )
+        raise ValueError(f"prompt_ids must be [B, N] int64 with B, N >= 1, got {shape} {prompt_ids.dtype}")
     if attention_mask is None:
         return
     if attention_mask.shape != prompt_ids.shape:
-        expected, received = tuple(prompt_ids.shape), tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask must have the shape of prompt_ids {expected}, got {received}")
+        received = tuple(attention_mask.shape)
+        raise ValueError(f"attention_mask must have the shape of prompt_ids {shape}, got {received}")
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(f"attention_mask must be bool or integer, got {attention_mask.dtype}")
