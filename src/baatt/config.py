@@ -71,20 +71,18 @@ class BAAttConfig:
             raise TypeError(f"block_size must be an int, got {self.block_size!r}")
         if self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {list(BLOCK_SIZES)}, got {self.block_size}")
-        if not _is_number(self.sparsity):
-            raise TypeError(f"sparsity must be a finite number, got {self.sparsity!r}")
+        for name in ("sparsity", "beta"):
+            if not _is_number(getattr(self, name)):
+                raise TypeError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.sort not in ORDERS:
-            raise ValueError(f"sort must be one of {list(ORDERS)}, got {self.sort!r}")
+        for name, known in (("sort", ORDERS), ("score", SCORES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
         if self.segment is not None and not _is_integer(self.segment):
             raise TypeError(f"segment must be an int or None, got {self.segment!r}")
         if self.segment is not None and (self.segment < 1 or self.segment % self.block_size):
             raise ValueError(f"segment must be a positive multiple of block_size={self.block_size}, got {self.segment}")
-        if self.score not in SCORES:
-            raise ValueError(f"score must be one of {list(SCORES)}, got {self.score!r}")
-        if not _is_number(self.beta):
-            raise TypeError(f"beta must be a finite number, got {self.beta!r}")
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
 

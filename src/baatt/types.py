@@ -35,6 +35,13 @@ class BlockStats(NamedTuple):
     size: Tensor
 
 
+class BlockTokens(NamedTuple):
+    """tokens: [B, H or G, L, P, D], 0 where none is or it is masked; size: [B, L] int64, how many of each are not."""
+
+    tokens: Tensor
+    size: Tensor
+
+
 #: What a score remembers of the blocks of one side: a named tuple of its own. The first field is a tensor [B, H or G,
 #: L, ...], `size` [B, L] int64 counts the tokens of each block that are not masked; other tensors have their blocks on
 #: the third axis. `BlockStats` is one.

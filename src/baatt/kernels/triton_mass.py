@@ -26,7 +26,7 @@ def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Ten
     """Attention mass of every block pair, averaged over the queries of a block; see `scores.exact.compare`.
 
     Args:
-        queries, keys: `scores.exact.BlockTokens`, any strides for queries, of one dtype that is not float64.
+        queries, keys: `BlockTokens`, any strides for queries, of one dtype that is not float64.
         options: block_size, a power of two from 16 to 128.
         scale: s, the factor on q.k, of any sign.
 

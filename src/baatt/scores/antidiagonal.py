@@ -5,35 +5,23 @@ the sums of those products, divided by the stride, go through a softmax over all
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
 from baatt.stages.pooling import gather_blocks
-from baatt.types import ScoreOptions, TokenOrder
+from baatt.types import BlockTokens, ScoreOptions, TokenOrder
 
 
-class TokenRuns(NamedTuple):
-    """tokens: [B, H, L, P, D] float32 (float64 for float64), 0 where masked; size: [B, L] int64."""
-
-    tokens: Tensor
-    size: Tensor
-
-
-def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, stride: int) -> TokenRuns:
-    """The tokens themselves.
-
-    Raises:
-        ValueError: a stride that does not divide the block size.
-    """
+def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, stride: int) -> BlockTokens:
+    """The tokens themselves in float32 (float64 for float64); ValueError if `stride` does not divide the block size."""
     if options.block_size % stride:
         raise ValueError(f"stride must divide block_size={options.block_size}, got {stride}")
-    return TokenRuns(*gather_blocks(x, order, options.block_size))
+    return gather_blocks(x, order, options.block_size)
 
 
-def compare(queries: TokenRuns, keys: TokenRuns, options: ScoreOptions, scale: float, *, stride: int) -> Tensor:
+def compare(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float, *, stride: int) -> Tensor:
     """Sums of the sampled weights, [B, H, i, J]; head by head, which bounds the memory."""
     heads, runs = queries.tokens.shape[1], options.block_size // stride
     repeats = heads // keys.tokens.shape[1]

@@ -5,29 +5,21 @@ against. Weights exist for a slab of query rows of one head at a time, so memory
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
 from baatt.stages.pooling import gather_blocks
-from baatt.types import ScoreOptions, TokenOrder
+from baatt.types import BlockTokens, ScoreOptions, TokenOrder
 
 #: Attention weights in memory at once: on a CPU, on a GPU.
 SLAB_WEIGHTS = (2**23, 2**28)
 
 
-class BlockTokens(NamedTuple):
-    """tokens: [B, H, L, P, D] in x's dtype, 0 where masked; size: [B, L] int64."""
-
-    tokens: Tensor
-    size: Tensor
-
-
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockTokens:
-    """The tokens themselves."""
-    return BlockTokens(*gather_blocks(x, order, options.block_size, x.dtype))
+    """The tokens themselves, in x's dtype."""
+    return gather_blocks(x, order, options.block_size, x.dtype)
 
 
 def compare(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float) -> Tensor:

@@ -27,11 +27,7 @@ class RunStats(NamedTuple):
 
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, run: int) -> RunStats:
-    """Mean and variance of every run of `run` tokens.
-
-    Raises:
-        ValueError: a run that does not divide the block size.
-    """
+    """Mean and variance of every run of `run` tokens; ValueError if that does not divide the block size."""
     if options.block_size % run:
         raise ValueError(f"run must divide block_size={options.block_size}, got {run}")
     runs = options.block_size // run

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from baatt.types import BlockStats, TokenOrder
+from baatt.types import BlockStats, BlockTokens, TokenOrder
 
 
 def pool_blocks(x: Tensor, order: TokenOrder, block_size: int) -> BlockStats:
@@ -31,9 +31,7 @@ def pool_blocks(x: Tensor, order: TokenOrder, block_size: int) -> BlockStats:
     return BlockStats(mean, variance, size)
 
 
-def gather_blocks(
-    x: Tensor, order: TokenOrder, block_size: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def gather_blocks(x: Tensor, order: TokenOrder, block_size: int, dtype: torch.dtype | None = None) -> BlockTokens:
     """The sorted tokens cut into blocks.
 
     Args:
@@ -43,7 +41,7 @@ def gather_blocks(
         dtype: of the result; None = float32 (float64 for float64).
 
     Returns:
-        Tokens [B, H, L, P, D], 0 where none is or it is masked; and size [B, L] int64, how many of each block are not.
+        BlockTokens with tokens [B, H, L, P, D] and size [B, L].
     """
     tokens, channels = x.shape[2], x.shape[3]
     blocks = -(-tokens // block_size)
@@ -54,4 +52,4 @@ def gather_blocks(
     # where, not a product: 0 * NaN would let a masked token in.
     sorted_x = torch.where(rearrange(present, "b n -> b 1 n 1"), sorted_x, 0)
     size = reduce(present.long(), "b (l p) -> b l", "sum", p=block_size)
-    return rearrange(sorted_x, "b h (l p) d -> b h l p d", p=block_size), size
+    return BlockTokens(rearrange(sorted_x, "b h (l p) d -> b h l p d", p=block_size), size)

@@ -18,16 +18,7 @@ OrderFunction = Callable[[Tensor, int | None, Tensor | None], TokenOrder]
 
 
 def by_position(x: Tensor, segment: int | None, mask: Tensor | None) -> TokenOrder:
-    """Keep the tokens in their order; masked ones go to the end.
-
-    Args:
-        x: [B, H, N, D].
-        segment: tokens per sorting segment; without effect here.
-        mask: [B, N] bool, True = the token counts; None = all do.
-
-    Returns:
-        TokenOrder with index [B, H, N] and length [B].
-    """
+    """Keep the tokens in their order; masked ones go to the end. Arguments as `by_norm`, `segment` without effect."""
     compacted, length = _unmasked_first(x, mask)
     return TokenOrder(repeat(compacted, "b n -> b h n", h=x.shape[1]), length)
 
