@@ -122,21 +122,11 @@ def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: f
         "packed_value": q.new_empty(padded_keys, kernel.baatt_padded_channels(channels)),
         "scratch": q.new_empty(threads, kernel.baatt_scratch_size(block_size, channels)),
     }
-    problem = _Problem(
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        query_head_stride=q.stride(0),
-        query_row_stride=q.stride(1),
-        key_row_stride=k.stride(0),
-        value_row_stride=v.stride(0),
-        heads=heads,
-        queries=queries,
-        keys=keys,
-        channels=channels,
-        block_size=block_size,
-        kept_slots=group.kept.shape[-1],
-        threads=threads,
-        scale=scale,
-    )
+    strides = q.stride(0), q.stride(1), k.stride(0), v.stride(0)
+    counts = heads, queries, keys, channels, block_size, group.kept.shape[-1], threads
+    sizes = dict(zip(_SIZES, (*strides, *counts), strict=True))
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    problem = _Problem(**pointers, **sizes, scale=scale)
     kernel.baatt_sparse_attention(ctypes.byref(problem))
     if out is not group.out:
         group.out.copy_(out)
