@@ -23,11 +23,7 @@ TITLES = {
 
 
 def order_name(order: Config) -> str:
-    """`unsorted`, `qk in 1024`, `k in one segment`: which side is sorted by norm, and in segments of how many tokens.
-
-    Args:
-        order: anything with `sort` and `segment`.
-    """
+    """`unsorted`, `qk in 1024`, `k in one segment`: which side is sorted by norm, and in segments of how many tokens."""
     return "unsorted" if order["sort"] == "none" else f"{order['sort']} in {order['segment'] or 'one segment'}"
 
 
@@ -93,11 +89,7 @@ def options_text(config: BAAttConfig, policy: Policy) -> str:
 
 
 def settings_text(header: Config, records: Sequence[Config]) -> str:
-    """How the samples of an evaluation are answered, and on a second line what all its sparse settings share.
-
-    Args:
-        header, records: of a summary of `baatt evaluate ruler`.
-    """
+    """Of a summary of `baatt evaluate ruler`: how samples are answered, on a second line what sparse settings share."""
     how = f"{sampler_text(header['sampler'])}, batches of {header['batch_size']}"
     text = f"Answers: {how}{', chat template' if header['chat'] else ''}; weights in {header['dtype']}."
     sparse = [one for one in records if one["config"]]

@@ -31,8 +31,6 @@ IMPLEMENTED: Mapping[str, tuple[object, ...]] = {
     "mm_use_im_start_end": (False, None),
     "mm_use_im_patch_token": (False, None),
     "add_faster_video": (False, None),
-}
-IMPLEMENTED_VISION: Mapping[str, tuple[object, ...]] = {
     "model_type of the vision tower": ("siglip_vision_model",),
     "hidden_act of the vision tower": ("gelu_pytorch_tanh",),
     "num_channels of the vision tower": (3,),
@@ -135,7 +133,7 @@ def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:
     """
     if values.get("model_type") in ("siglip", "siglip2"):
         values = values.get("vision_config") or {}
-    check_implemented({f"{name} of the vision tower": value for name, value in values.items()}, IMPLEMENTED_VISION)
+    check_implemented({f"{name} of the vision tower": value for name, value in values.items()}, IMPLEMENTED)
     sizes = {name: values.get(name, published) for name, published in VISION_SIZES.items()}
     for name, size in sizes.items():
         check_positive_integer(f"{name} of the vision tower", size)

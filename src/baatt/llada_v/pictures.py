@@ -50,13 +50,10 @@ def pad_to_square(image: Image.Image) -> Image.Image:
 def cut_into_tiles(
     image: Image.Image, canvases: list[tuple[int, int]], size: int
 ) -> tuple[list[Image.Image], TileGrid]:
-    """The whole image and its tiles of size x size.
+    """The whole image, stretched to one tile of size x size, then its tiles row by row; and how they lie.
 
     Args:
         canvases: (width, height) it may be scaled to; the one that shows most of it and wastes least is taken.
-
-    Returns:
-        The image stretched to one tile, then the tiles row by row; and how they lie.
     """
     # Takes (height, width) by its names; what it computes is the same with both exchanged.
     width, height = select_best_resolution(image.size, canvases)

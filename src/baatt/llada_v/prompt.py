@@ -69,11 +69,9 @@ def answer_rules(
     """Sequences of ids that end an answer of the published sampler, and ids that it never has.
 
     Args:
+        tokenizer: LLaDA-V's, another one is a ValueError.
         vocabulary: ids that the model has; those that the tokenizer does not have never occur.
         stop_texts: besides the end of the turn.
-
-    Raises:
-        ValueError: a tokenizer that is not LLaDA-V's.
     """
     named = [special_id(tokenizer, name) for name in (END, BEGIN, HEADER, HEADER_END)]
     stops = [tokenizer.encode(text, add_special_tokens=False).ids for text in (*stop_texts, TURN_END)]

@@ -20,7 +20,6 @@ from torch import Tensor
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SHARD_PATTERN = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
-NAMES_IN_ERROR = 5
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -159,8 +158,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def list_names(names: Sequence[str]) -> str:
     """At most five of them, and how many more there are."""
-    more = f" and {len(names) - NAMES_IN_ERROR} more" if len(names) > NAMES_IN_ERROR else ""
-    return ", ".join(sorted(names)[:NAMES_IN_ERROR]) + more
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _folder(path: str | Path) -> Path:

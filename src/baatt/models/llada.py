@@ -59,13 +59,17 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=bias)
         self.ff_out = nn.Linear(hidden, width, bias=bias)
 
-    def forward(self, x: Tensor, rotary: Rotary, attention: AttentionFunction, key_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotary, attention: AttentionFunction, key_mask: Tensor | None,
+        keep: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:  # fmt: skip
         normed = self.attn_norm(x)
         q, k = self.q_norm(self.q_proj(normed)), self.k_norm(self.k_proj(normed))
         v = self.v_proj(normed)
         q, k, v = (rearrange(y, "B N (H D) -> B H N D", D=self.head_size) for y in (q, k, v))
         # Norms and RoPE may have widened q and k (autocast); attention wants one dtype.
         q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
+        k, v = (k, v) if keep is None else keep(k, v)
         out = attention(q, k, v, key_mask=key_mask)
         x = x + self.attn_out(rearrange(out, "B H N D -> B N (H D)"))
         normed = self.ff_norm(x)
@@ -197,21 +201,13 @@ class MaskedDiffusionLM(nn.Module):
         positions = torch.arange(start, stop, device=input_ids.device)[None]
         if key_mask is not None:
             positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:stop]
-        if cache is not None:
-            functions = [functools.partial(_attend_cached, cache, start, *layer) for layer in enumerate(functions)]
         dtype = torch.promote_types(transformer.wte.weight.dtype, torch.float32)
         rotary = rotary_tables(positions, config.head_size, config.rope_theta, dtype)
         x = (embedding or transformer.wte)(input_ids)
-        for block, function in zip(transformer.blocks, functions, strict=True):
-            x = block(x, rotary, function, key_mask)
+        for layer, (block, function) in enumerate(zip(transformer.blocks, functions, strict=True)):
+            keep = None if cache is None else functools.partial(cache.replace, layer, start)
+            x = block(x, rotary, function, key_mask, keep)
         return transformer.head(transformer.ln_f(x[:, logits_from:logits_to]))
-
-
-def _attend_cached(
-    cache: KeyValueCache, start: int, layer: int, attention: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, /, *,
-    key_mask: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return attention(q, *cache.replace(layer, start, k, v), key_mask=key_mask)
 
 
 def _check_inputs(

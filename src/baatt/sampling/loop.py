@@ -77,11 +77,6 @@ class Run(NamedTuple):
     prompt_length: int
     unmasked_at: Tensor  # [B, gen_length] int64, -1 = still masked
 
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and generation together."""
-        return self.tokens.shape[1]
-
     def span(self, block: int) -> Span:
         """Where a block lies in `tokens`."""
         start = self.prompt_length + block * self.config.block_length
@@ -95,11 +90,6 @@ class Run(NamedTuple):
         """Rows of the batch that have a position of a block still to be filled; waits for the device."""
         open_rows = self.masked(block).any(dim=1).tolist()
         return [row for row, is_open in enumerate(open_rows) if is_open]
-
-    def rows(self, chosen: Tensor) -> "Run":
-        """A copy with the rows [B'] int64."""
-        padding = None if self.padding is None else self.padding[chosen]
-        return self._replace(tokens=self.tokens[chosen], padding=padding, unmasked_at=self.unmasked_at[chosen])
 
     def finish_rows(self, block: int, end: int) -> None:
         """Fill rows that have ended before a block with end-of-text tokens."""
@@ -187,8 +177,8 @@ def _start(model: DenoisingModel, prompt_ids: Tensor, attention_mask: Tensor | N
 
 def _fill_block(run: Run, block: int, on_step: Callable[[int, int], None] | None, report: Callable[[int], None]) -> int:
     """All steps of a block; returns how many it took. The first one fills the cache for the others."""
-    config, everything, device = run.config, Span(0, run.length), run.tokens.device
-    later = CACHES[config.cache](run.span(block), run.length)
+    config, everything, device = run.config, Span(0, run.tokens.shape[1]), run.tokens.device
+    later = CACHES[config.cache](run.span(block), everything.stop)
     cache = KeyValueCache() if later != everything and config.steps_per_block > 1 else None
     held = run.unfinished(block)
     for inner in range(config.steps_per_block):
@@ -203,7 +193,8 @@ def _fill_block(run: Run, block: int, on_step: Callable[[int, int], None] | None
         if on_step is not None:
             on_step(step, config.steps)
         chosen = torch.tensor(rows, device=device)
-        some = run.rows(chosen)
+        padding = None if run.padding is None else run.padding[chosen]
+        some = run._replace(tokens=run.tokens[chosen], padding=padding, unmasked_at=run.unmasked_at[chosen])
         _denoise(some, step, later if inner else everything, cache)
         run.tokens[chosen], run.unmasked_at[chosen] = some.tokens, some.unmasked_at
         report(step)
