@@ -23,7 +23,7 @@ TITLES = {
 
 
 def order_name(order: Config) -> str:
-    """`unsorted`, `qk in 1024`, `k in one segment`: which side is sorted by norm, and in segments of how many tokens."""
+    """`unsorted`, `qk in 1024`, `k in one segment`: which side is sorted by norm, in segments of how many tokens."""
     return "unsorted" if order["sort"] == "none" else f"{order['sort']} in {order['segment'] or 'one segment'}"
 
 
