@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from baatt import BAAttConfig, make_plan
-from baatt.lab.recall import block_mass, kept_mass, summarise
+from baatt.lab.recall import block_mass, kept_mass
 from baatt.scores import exact
 from baatt.types import BlockSelection
 
@@ -83,13 +83,3 @@ def test_slots_beyond_the_count_keep_nothing():
     selection = BlockSelection(torch.tensor([[[[1, 1, 1]]]]).int(), torch.tensor([[[1]]]).int())
     assert kept_mass(mass, selection).tolist() == [[[pytest.approx(0.3)]]]
     assert kept_mass(mass, selection._replace(count=torch.tensor([[[0]]]))).tolist() == [[[0.0]]]
-
-
-def test_summary():
-    shares = torch.rand(3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = summarise(shares)
-    assert found.mean == pytest.approx(float(shares.mean()))
-    assert found.fifth_percentile == pytest.approx(float(shares.flatten().quantile(0.05)))
-    assert summarise(torch.tensor([0.25])) == (0.25, 0.25)
-    with pytest.raises(ValueError, match="at least one number"):
-        summarise(torch.empty(0))

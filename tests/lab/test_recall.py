@@ -42,6 +42,7 @@ def test_recall(recorded, tmp_path):
     shares = kept_mass(block_mass(q, k, plan), plan.selection)
     one = by_key[3, "qk", 0.8, "covariance"]
     assert one["recall_mean"] == pytest.approx(float(shares.mean()))
+    assert one["recall_p5"] == pytest.approx(float(shares.flatten().quantile(0.05)))
     assert one["achieved_sparsity"] == pytest.approx(1 - 2 / 6)
     out = ba_attention(q, k, v, config, scale=0.4)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.4, enable_gqa=True)

@@ -134,7 +134,7 @@ def run_capture(arguments: argparse.Namespace) -> None:
             f"--layers {missing or 'all'} of {name} made no bidirectional attention call, {sorted(recorder.found)} did"
             f"{''.join(f'; {reason}' for reason in handle.reasons)}"
         )
-    save_capture(recorder.result(recorder.scale, about), arguments.output)
+    save_capture(Capture(dict(sorted(recorder.found.items())), recorder.scale, about), arguments.output)
     Console().print(
         f"{arguments.output}: {name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}", soft_wrap=True
     )
@@ -286,7 +286,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Capture, dict[str, Any]]:
     check_files(arguments, "json", pictures=("plot",))
     device = read_device(arguments.device)
     recorded = load_capture(arguments.capture, arguments.layers)
-    moved = {layer: type(heads)(*(x.to(device) for x in heads)) for layer, heads in recorded.layers.items()}
+    moved = {layer: heads.to(device) for layer, heads in recorded.layers.items()}
     return recorded._replace(layers=moved), provenance(arguments.command, device) | {"about": dict(recorded.about)}
 
 

@@ -32,6 +32,10 @@ class Heads(NamedTuple):
         """At least float32, so that what is measured is the selection and not the rounding."""
         return Heads(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in self))
 
+    def to(self, device: torch.device) -> "Heads":
+        """The same on a device."""
+        return Heads(*(x.to(device) for x in self))
+
 
 class Capture(NamedTuple):
     """layers: by number; scale: factor on q.k; about: where it comes from, free text by name."""
@@ -78,17 +82,6 @@ class Recorder:
         self.scale = scale
         self.found[layer] = Heads(*(x.detach().to("cpu", copy=True).contiguous() for x in (q, k, v)))
 
-    def result(self, scale: float, about: Mapping[str, str]) -> Capture:
-        """What was found, in the order of the layers.
-
-        Raises:
-            RuntimeError: a wanted layer was never called, or none at all.
-        """
-        missing = sorted((self.wanted or set()) - self.found.keys())
-        if missing or not self.found:
-            raise RuntimeError(f"attention of layers {missing or 'of any number'} was never called")
-        return Capture({layer: self.found[layer] for layer in sorted(self.found)}, scale, dict(about))
-
 
 def save_capture(recorded: Capture, path: Path) -> None:
     """Write the file; a reader never sees half of one."""
@@ -117,24 +110,17 @@ def load_capture(path: Path, layers: Sequence[int] | None = None) -> Capture:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} must have the metadata format={FORMAT}, got {metadata.get('format')!r}")
             there = sorted({int(name.split(".")[1]) for name in names})
-            missing = sorted(set(layers or ()) - set(there))
-            if missing:
+            if missing := sorted(set(layers or ()) - set(there)):
                 raise ValueError(f"{path} holds layers {there}, asked for {missing}")
             chosen = there if layers is None else layers
             found = {layer: Heads(*(file.get_tensor(f"layers.{layer}.{name}") for name in "qkv")) for layer in chosen}
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file with q, k and v of every layer: {error}") from None
     for layer, heads in found.items():
-        _check(path, layer, heads)
+        q, k, v = heads
+        fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
+        if not fits or q.shape[1] % k.shape[1]:
+            needed = f"{path}, layer {layer}: q must be [B, H, N, D], k and v [B, G, M, D], H % G == 0"
+            raise ValueError(f"{needed}, got {', '.join(str(tuple(x.shape)) for x in heads)}")
     default = next(iter(found.values())).q.shape[-1] ** -0.5
     return Capture(found, float(metadata.get("scale", default)), json.loads(metadata.get("about", "{}")))
-
-
-def _check(path: Path, layer: int, heads: Heads) -> None:
-    q, k, v = heads
-    fits = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
-    if not fits or q.shape[1] % k.shape[1]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in heads)
-        raise ValueError(
-            f"{path}, layer {layer}: q must be [B, H, N, D], k and v [B, G, M, D], H % G == 0, got {shapes}"
-        )

@@ -93,11 +93,8 @@ def draw_maps(panels: Sequence[Panel], head: int, caption: str, path: Path) -> N
 
         norm = LogNorm(vmin=0.03, vmax=max(float(panel.mass.max()) for panel in panels))
         for axis, (mass, plan, title) in zip(axes[0], panels, strict=True):
-            size, rows, columns = (
-                plan.config.block_size,
-                plan.query_order.index.shape[-1],
-                int(plan.key_order.length[0]),
-            )
+            size, rows = plan.config.block_size, plan.query_order.index.shape[-1]
+            columns = int(plan.key_order.length[0])
             extent = (0, columns, rows, 0)
             image = axis.imshow(mass.numpy(), norm=norm, cmap="magma", interpolation="nearest", extent=extent)
             boxes = [

@@ -23,13 +23,6 @@ from baatt.stages.dense import dense_attention
 from baatt.types import BlockSelection
 
 
-class Recall(NamedTuple):
-    """mean and 5th percentile, over heads and query blocks, of the attention mass that is kept, 0 to 1."""
-
-    mean: float
-    fifth_percentile: float
-
-
 class OutputError(NamedTuple):
     """relative_l1: sum |x - y| / sum |y|; relative_l2: of the norms; cosine: mean over the rows, 1 = same direction."""
 
@@ -69,18 +62,6 @@ def kept_mass(mass: Tensor, selection: BlockSelection) -> Tensor:
     """Share of the attention mass in the kept blocks, [B, H, I]."""
     slots = torch.arange(selection.index.shape[-1], device=mass.device) < selection.count[..., None]
     return torch.where(slots, mass.gather(-1, selection.index.long()), 0).sum(dim=-1)
-
-
-def summarise(shares: Tensor) -> Recall:
-    """Mean and 5th percentile of the kept masses of any number of layers, heads and query blocks.
-
-    Raises:
-        ValueError: nothing to summarise.
-    """
-    if shares.numel() == 0:
-        raise ValueError(f"shares must hold at least one number, got shape {tuple(shares.shape)}")
-    flat = shares.flatten().double().cpu().numpy()  # torch.quantile refuses large inputs
-    return Recall(float(flat.mean()), float(np.quantile(flat, 0.05)))
 
 
 def measure_recall(
@@ -144,14 +125,15 @@ def output_error(found: Tensor, dense: Tensor) -> OutputError:
 def _record(
     layer: int | None, config: BAAttConfig, found: Sequence[tuple[Tensor, float, OutputError | None]]
 ) -> dict[str, Any]:
-    recall = summarise(torch.cat([shares.flatten() for shares, _, _ in found]))
+    # In NumPy, for torch.quantile refuses large inputs.
+    kept = torch.cat([shares.flatten() for shares, _, _ in found]).double().cpu().numpy()
     errors = [error for _, _, error in found if error is not None]
     means = [sum(values) / len(errors) for values in zip(*errors, strict=True)] if errors else [None] * 3
     return {
         "layer": layer,
         **dataclasses.asdict(config),
         "achieved_sparsity": sum(skipped for _, skipped, _ in found) / len(found),
-        "recall_mean": recall.mean,
-        "recall_p5": recall.fifth_percentile,
+        "recall_mean": float(kept.mean()),
+        "recall_p5": float(np.quantile(kept, 0.05)),
         **dict(zip(OutputError._fields, means, strict=True)),
     }

@@ -66,8 +66,7 @@ def static_refusals(case: Case) -> dict[str, str]:
 
 def first_line(error: Exception) -> str:
     """A message of many lines, shortened to the first that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else "no message"
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), "no message")
 
 
 def sort_tokens(x: Tensor, order: TokenOrder) -> Tensor:
@@ -93,8 +92,7 @@ def _prepare_flex(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
     options = {"block_mask": block_mask(plan, k.shape[2]), "scale": plan.scale, "enable_gqa": q.shape[1] != k.shape[1]}
     # Past its limit of recompilations PyTorch would run the eager version; a whole graph or an error instead.
     torch.compiler.reset()
-    compiled = compile_flex()
-    function = functools.partial(compiled, q, k, v, **options)
+    function = functools.partial(compile_flex(), q, k, v, **options)
     out = torch.empty_like(inputs.q)
     out.scatter_(2, rearrange(plan.query_order.index, "b h n -> b h n 1").expand_as(out), function())
     # A baseline that computes something else is none; twice our own limit, for it is not what is judged here.
@@ -120,13 +118,9 @@ def block_mask(plan: Plan, keys: int) -> Any:
     padded = F.pad(index, (0, key_blocks - index.shape[-1])).contiguous()
     count = count.contiguous()
     return BlockMask.from_kv_blocks(
-        torch.zeros_like(count),
-        torch.zeros_like(padded),
-        count,
-        padded,
-        BLOCK_SIZE=plan.config.block_size,
+        torch.zeros_like(count), torch.zeros_like(padded), count, padded, BLOCK_SIZE=plan.config.block_size,
         seq_lengths=(plan.query_order.index.shape[-1], keys),
-    )
+    )  # fmt: skip
 
 
 #: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler

@@ -34,10 +34,7 @@ REPORT = ("command", "commit", "device", "versions", "matrix_peak_tflops", "matr
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Verify, then time.
-
-    Returns:
-        What was found, as it is stored, field by field in `_record`.
+    """Verify, then time; what was found as it is stored, field by field in `_record`.
 
     Raises:
         VerificationError: the output is out of budget; nothing was timed.
@@ -70,8 +67,8 @@ def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, 
     plan = make_plan(inputs.q, inputs.k, case.config, impl=backend.name)
     stages: dict[str, Callable[[], Any]] = {
         "arrange": functools.partial(backend.sort_blocks, *inputs, plan.config, None),
-        "score_and_select": functools.partial(
-            backend.choose_blocks, plan.query_summary, plan.key_summary, plan.config, plan.scale
+        "score_and_select": lambda: backend.choose_blocks(
+            plan.query_summary, plan.key_summary, plan.config, plan.scale
         ),
         "attend": attention_kernel(inputs, plan, backend),
     }
@@ -156,12 +153,9 @@ def _record(
     case: Case, backend: Backend, inputs: Inputs, plan: Plan, call: Callable[[], Tensor],
     stages: Mapping[str, Callable[[], Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """Verifies `call`, then times the stages; what only the whole operator has is empty.
-
-    Raises:
-        VerificationError: the output is out of budget.
-    """
-    found = require_verified(case.title(backend), verify(*inputs, plan, call()))
+    """Verifies `call`, then times the stages; what only the whole operator has is empty."""
+    name = f"{case.what} {backend.name} at {case.shape}, sparsity {case.config.sparsity:g}"
+    found = require_verified(name, verify(*inputs, plan, call()))
     peak = peak_bytes(call, case.device)
     graph = case.device.type == "cuda" and case.shape.tokens <= GRAPH_TOKENS and backend.name in KERNELS
     stage_ms = median_times(stages, case.device, graph=graph)

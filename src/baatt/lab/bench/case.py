@@ -58,10 +58,6 @@ class Case(NamedTuple):
         """J, key blocks of a head."""
         return -(-self.shape.tokens // self.config.block_size)
 
-    def title(self, backend: Backend) -> str:
-        """What runs, in a few words."""
-        return f"{self.what} {backend.name} at {self.shape}, sparsity {self.config.sparsity:g}"
-
 
 def resolve(case: Case) -> Backend:
     """The backend of a case; RuntimeError with the reason if it cannot run."""

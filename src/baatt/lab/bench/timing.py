@@ -37,9 +37,6 @@ def median_times(
         device: where they work; the type decides how time is taken.
         least: timed calls of each; more where that takes less than 0.3 s.
         graph: time replays of a CUDA graph of each.
-
-    Returns:
-        Milliseconds by name.
     """
     if graph:
         functions = {name: captured(function, device) for name, function in functions.items()}

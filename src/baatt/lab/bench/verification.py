@@ -63,11 +63,7 @@ def verify(q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor) -> Verifica
 
 
 def require_verified(name: str, found: Verification, factor: float = 1.0) -> Verification:
-    """The verification, unless the output is beyond `factor` times the limit.
-
-    Raises:
-        VerificationError: with name, error and limit.
-    """
+    """The verification, or `VerificationError` with name, error and limit beyond `factor` times the limit."""
     limit = factor * found.limit
     if not found.error <= limit:
         raise VerificationError(
@@ -87,5 +83,4 @@ def kept_tokens(plan: Plan, entry: int, head: int, key_head: int, block: int) ->
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    weights = (q.to(dtype) @ k.to(dtype).T * scale).softmax(-1)
-    return weights @ v.to(dtype)
+    return (q.to(dtype) @ k.to(dtype).T * scale).softmax(-1) @ v.to(dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from baatt import __version__
 from baatt.integrations.enable import enable
 from baatt.lab.answers import request_key
-from baatt.lab.capture import Recorder
+from baatt.lab.capture import Capture, Recorder
 from baatt.lab.chat import ChatTemplates
 from baatt.lab.loading import check_memory
 from baatt.lab.prompts import answer_text, end_tokens, pad_left
@@ -209,17 +209,17 @@ class RulerModel:
         with enable(self.model, None) as handle, torch.inference_mode():
             handle.watch(recorder.keep)
             self.model(torch.tensor([self._sample_ids(sample)], device=self.device))
-        captured = recorder.result(self.model.config.head_size**-0.5, {})
-        heads = {layer: type(x)(*(y.to(self.device) for y in x)) for layer, x in captured.layers.items()}
+        heads = {layer: found.to(self.device) for layer, found in recorder.found.items()}
         found: dict[Cell, Sequence[float]] = {}
         for policy in dict.fromkeys(cell.policy for cell in cells):
             dense = policy.check_layers(self.model.config.n_layers)
             some = {cell: cell.config for cell in cells if cell.config and cell.policy == policy}
             if len(dense) == len(heads):
                 continue
-            sparse = captured._replace(layers={layer: x for layer, x in heads.items() if layer not in dense})
+            sparse = {layer: x for layer, x in heads.items() if layer not in dense}
+            capture = Capture(sparse, self.model.config.head_size**-0.5, {})
             configs = list(dict.fromkeys(some.values()))  # their records over all layers come last
-            whole = zip(configs, measure_recall(sparse, configs, outputs=False)[-len(configs) :], strict=True)
+            whole = zip(configs, measure_recall(capture, configs, outputs=False)[-len(configs) :], strict=True)
             kept = {config: (one["recall_mean"], one["recall_p5"]) for config, one in whole}
             found |= {cell: kept[config] for cell, config in some.items()}
         return [found.get(cell) for cell in cells]
