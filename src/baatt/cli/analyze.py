@@ -65,27 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One parser per action."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     capture = _add_action(actions, "capture", "Record q, k and v of a model's layers on a text.", run_capture)
-    capture.add_argument(
-        "--output", type=Path, default=Path("capture.safetensors"), help="(default: capture.safetensors)"
-    )
-    capture.add_argument("--layers", type=layer_numbers, help="numbers like 0,2,-1 (default: all)")
+    add = capture.add_argument
+    add("--output", type=Path, default=Path("capture.safetensors"), help="(default: capture.safetensors)")
+    add("--layers", type=layer_numbers, help="numbers like 0,2,-1 (default: all)")
     text = capture.add_mutually_exclusive_group()
     text.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text (default: a document of --task)")
     text.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
-    capture.add_argument("--length", type=int, default=4096, help="tokens of a document of --task (default: 4096)")
-    capture.add_argument("--seed", type=int, default=0, help="which document (default: 0)")
-    capture.add_argument("--impl", default="auto", help=argparse.SUPPRESS)
-    capture.add_argument(
-        "--trust-remote-code", action="store_true", help="run the modelling code that a transformers folder brings"
-    )
+    add("--length", type=int, default=4096, help="tokens of a document of --task (default: 4096)")
+    add("--seed", type=int, default=0, help="which document (default: 0)")
+    add("--impl", default="auto", help=argparse.SUPPRESS)
+    add("--trust-remote-code", action="store_true", help="run the modelling code that a transformers folder brings")
     add_model_options(capture)
 
     studies = {name: _add_action(actions, name, study.summary, run_study) for name, study in STUDIES.items()}
     _add_study_options(studies["recall"], {"sparsity": (0.3, 0.5, 0.7, 0.9), "beta": None}, ["score"])
-    studies["recall"].add_argument(
-        "--scores", type=names_of(SCORES), default=list(SCORES), help=f"by commas (default: {','.join(SCORES)})"
-    )
-    studies["recall"].add_argument(
+    add, usual = studies["recall"].add_argument, ",".join(SCORES)
+    add("--scores", type=names_of(SCORES), default=list(SCORES), help=f"by commas (default: {usual})")
+    add(
         "--no-outputs", dest="measured", action="store_const", const={"outputs": False}, default={},
         help="skip the error of the output, which takes longest",
     )  # fmt: skip
@@ -135,9 +131,8 @@ def run_capture(arguments: argparse.Namespace) -> None:
             f"{''.join(f'; {reason}' for reason in handle.reasons)}"
         )
     save_capture(Capture(dict(sorted(recorder.found.items())), recorder.scale, about), arguments.output)
-    Console().print(
-        f"{arguments.output}: {name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}", soft_wrap=True
-    )
+    found = f"{name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}"
+    Console().print(f"{arguments.output}: {found}", soft_wrap=True)
 
 
 def run_study(arguments: argparse.Namespace) -> None:
@@ -145,11 +140,8 @@ def run_study(arguments: argparse.Namespace) -> None:
     study = STUDIES[arguments.action]
     if arguments.plot is not None and study.draw is None:
         raise UsageError(f"--plot has nothing to draw here: {arguments.action} are a table")
-    configs = [
-        dataclasses.replace(config, score=score)
-        for config in _configs(arguments)
-        for score in getattr(arguments, "scores", [config.score])
-    ]
+    scores = getattr(arguments, "scores", None)
+    configs = [one for config in _configs(arguments) for one in variants(config, {"score": scores} if scores else {})]
     recorded, header = _read(arguments)
     with _progress(len(recorded.layers) * len(configs)) as step:
         records = study.measure(recorded, configs, step, **getattr(arguments, "measured", {}))
@@ -181,18 +173,11 @@ def recall_tables(records: Sequence[Record]) -> list[Table]:
 
 def layer_tables(records: Sequence[Record], columns: Mapping[str, str]) -> list[Table]:
     """A table per order with a row per layer; columns: title -> field of the records."""
-    return [
-        Table(
-            ("layer", *columns),
-            [
-                (str(one["layer"]), *(f"{one[field]:.3g}" for field in columns.values()))
-                for one in records
-                if order_name(one) == order
-            ],
-            title=order,
-        )
-        for order in dict.fromkeys(map(order_name, records))
-    ]
+    tables: dict[str, list[list[str]]] = {}
+    for one in records:
+        row = [str(one["layer"]), *(f"{one[field]:.3g}" for field in columns.values())]
+        tables.setdefault(order_name(one), []).append(row)
+    return [Table(("layer", *columns), rows, title=order) for order, rows in tables.items()]
 
 
 def run_maps(arguments: argparse.Namespace) -> None:
@@ -222,21 +207,15 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     head = most_structured_head(heads.q, heads.k, plans[0]) if arguments.head is None else arguments.head
     if not 0 <= head < heads.q.shape[1]:
         raise UsageError(f"--head must be from 0 to {heads.q.shape[1] - 1}, got {head}")
-    panels = [
-        Panel(attention_cells(heads.q, heads.k, plan, head), plan, order_name(vars(plan.config))) for plan in plans
-    ]
+    names = [order_name(vars(config)) for config in configs]
+    cells = [attention_cells(heads.q, heads.k, plan, head) for plan in plans]
     caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {percent(configs[0].sparsity)} sparsity"
-    draw_maps(panels, head, caption, arguments.plot)
+    draw_maps(list(map(Panel, cells, plans, names)), head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
 
 
 def _open_model(arguments: argparse.Namespace) -> tuple[Any, Tokenizer]:
-    """The model of --model: of LLaDA's layout by us, of every other by transformers.
-
-    Raises:
-        UsageError: transformers is needed and missing.
-        ValueError: a model of no known kind, or without a fast tokenizer.
-    """
+    """The model of --model: of LLaDA's layout by us, of every other by transformers."""
     try:
         config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) if arguments.model else None
     except (OSError, ValueError):
@@ -266,9 +245,8 @@ def _add_study_options(
     parser.description = f"{parser.description} Orders are none and the preset's where --sort is not given."
     parser.add_argument("capture", type=Path, help="file of `baatt analyze capture`")
     parser.add_argument("--layers", type=layer_numbers, help="numbers like 0,2 (default: all in the file)")
-    add_sparse_options(
-        parser, many={"sort": None, "segment": None, **many}, without=without, dense_layers=False, impl=False
-    )
+    orders = {"sort": None, "segment": None}
+    add_sparse_options(parser, many=orders | dict(many), without=without, dense_layers=False, impl=False)
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" (default: cpu)')
     parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--plot", type=Path, help="picture, a PNG")
@@ -308,25 +286,19 @@ def _title(recorded: Capture) -> str:
 STUDIES = {
     "recall": Study(
         "How much attention mass each score keeps at equal budgets, beside the oracle.",
-        "attention mass kept, mean (5th percentile)",
-        measure_recall,
-        recall_tables,
-        draw_recall,
+        "attention mass kept, mean (5th percentile)", measure_recall, recall_tables, draw_recall,
     ),
     "bound": Study(
         "The error bound U against the true deviation (E9, Fig. 2).",
-        "the bound U (E9) against the deviation of logits",
-        measure_bound,
+        "the bound U (E9) against the deviation of logits", measure_bound,
         partial(layer_tables, columns={
             "R, largest": "correlation_largest", "R, mean": "correlation_mean", "mean U": "bound_mean",
             "mean largest": "largest_mean", "mean deviation": "deviation_mean",
-        }),
-        draw_bound,
+        }), draw_bound,
     ),
     "layers": Study(
         "What an order does to each layer: norms, width of blocks, spread of attention.",
-        "what an order does to each layer",
-        measure_layers,
+        "what an order does to each layer", measure_layers,
         partial(layer_tables, columns={
             "norms of q vary": "query_norm_variation", "norms of k vary": "key_norm_variation",
             "radius of q blocks": "query_radius", "radius of k blocks": "key_radius",

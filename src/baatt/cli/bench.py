@@ -84,11 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure_all(console: Console, cases: Sequence[Case], report: RecordFile) -> None:
-    """Measure case by case, store after each, print a table per shape.
-
-    Raises:
-        UsageError: an output out of budget, a kernel that refuses, or memory that does not suffice.
-    """
+    """Measure case by case, store after each, print a table per shape; what one refuses ends the run."""
     for _, group in itertools.groupby(cases, key=lambda case: case.shape):
         found: list[Record] = []
         try:

@@ -6,6 +6,7 @@ with both answers and their times, and writes a picture of one early layer's att
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,21 +40,11 @@ class Reading(NamedTuple):
     """One run over the document: what was answered, what it cost, and q and k of the layer that is drawn."""
 
     text: str
-    right: bool
     steps: int
     seconds: float
     attention_seconds: float
     sparsity: float
     drawn: tuple[Tensor, Tensor]
-
-
-class Question(NamedTuple):
-    """What both runs are asked."""
-
-    sample: RulerSample
-    prompt: Tensor  # [1, N]
-    drawn_layer: int
-    impl: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,22 +76,22 @@ def run(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     dense_layers = setting.policy.check_layers(model.config.n_layers)
     drawn = next((layer for layer in range(model.config.n_layers) if layer not in dense_layers), 0)
-    prompt = torch.tensor([ids], device=arguments.device)
     # One sparse call on a few tokens: building a kernel is not part of reading a document.
     weight = next(model.parameters())
     q = torch.randn(1, model.config.n_heads, 256, model.config.head_size, device=weight.device, dtype=weight.dtype)
     attend(q, q, q, make_plan(q, q, setting.config, impl=arguments.impl), impl=arguments.impl)
-    question = Question(sample, prompt, drawn, arguments.impl)
-    full, sparse = (read(console, model, tokenizer, question, one) for one in (None, setting))
+    ask = partial(read, console, model, tokenizer, torch.tensor([ids], device=arguments.device), arguments.impl, drawn)
+    full, sparse = ask(None), ask(setting)
     console.print(table(sample, full, sparse).rich())
     draw(*sparse.drawn, setting.config, drawn, arguments.output)
     console.print(f"Attention map of layer {drawn}, kept blocks outlined: {arguments.output}")
 
 
 def read(
-    console: Console, model: MaskedDiffusionLM, tokenizer: Tokenizer, question: Question, setting: Preset | None
-) -> Reading:
-    """Answer the question once, with a progress bar. What is drawn is of the first step, when the answer is masked."""
+    console: Console, model: MaskedDiffusionLM, tokenizer: Tokenizer, prompt: Tensor, impl: str, drawn_layer: int,
+    setting: Preset | None,
+) -> Reading:  # fmt: skip
+    """Answer a prompt [1, N] once, with a progress bar. Drawn is the first step, when the answer is masked."""
     name = "full attention" if setting is None else "BA-Att"
     config, policy = (None, Policy()) if setting is None else setting
     drawn: list[tuple[Tensor, Tensor]] = []
@@ -109,29 +100,29 @@ def read(
         task = bar.add_task("", total=DEMO_SAMPLER.gen_length)
 
         def watch(layer: int | None, q: Tensor, k: Tensor, *_: object) -> None:
-            if layer == question.drawn_layer and not drawn:
+            if layer == drawn_layer and not drawn:
                 drawn.append((q, k))
 
         def progress(info: StepInfo) -> None:
             bar.update(task, completed=DEMO_SAMPLER.gen_length - info.masked_remaining)
 
-        with enable(model, config, policy, impl=question.impl) as handle:
+        with enable(model, config, policy, impl=impl) as handle:
             handle.watch(watch)
             handle.is_timed = True
-            result = generate(model, question.prompt, None, DEMO_SAMPLER, on_step=handle.at_step, progress=progress)
+            result = generate(model, prompt, None, DEMO_SAMPLER, on_step=handle.at_step, progress=progress)
     text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
-    right = whole_share(text, question.sample.values) == 1
-    return Reading(text.strip(), right, result.steps, result.seconds, handle.seconds, handle.sparsity, drawn[0])
+    return Reading(text.strip(), result.steps, result.seconds, handle.seconds, handle.sparsity, drawn[0])
 
 
 def table(sample: RulerSample, dense: Reading, sparse: Reading) -> Table:
     """Both readings side by side."""
     both = dense, sparse
+    right = [whole_share(one.text, sample.values) == 1 for one in both]
     per_step = [one.seconds / one.steps for one in both]
     attention = [one.attention_seconds / one.steps for one in both]
     rows = [
         ("answer", *(one.text for one in both)),
-        ("right", *("[green]yes[/green]" if one.right else "[red]no[/red]" for one in both)),
+        ("right", *("[green]yes[/green]" if one else "[red]no[/red]" for one in right)),
         ("model evaluations", *(str(one.steps) for one in both)),
         ("seconds per step", *(f"{seconds:.2f}" for seconds in per_step)),
         ("of which attention", *(f"{seconds:.2f}" for seconds in attention)),

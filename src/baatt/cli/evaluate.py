@@ -93,7 +93,10 @@ def run(arguments: argparse.Namespace) -> None:
         model = open_model(arguments, cells, sources, made)
         if model.model.config.eos_token_id is None:  # it writes all it may
             cells = [cell.sampled(stop_at_eos=False) for cell in cells]
-        warn_of_length(model, cells, ranks.rank)
+        longest, trained = max(cell.length for cell in cells), model.model.config.max_sequence_length
+        if longest > trained and ranks.rank == 0:
+            warn(f"The model was made for up to {trained} tokens, --lengths go up to {longest}: what it answers beyond "
+                 "says little.")  # fmt: skip
         if not same_everywhere(model.setup, cells, arguments.count, ranks):
             raise UsageError("all processes must run the same model with the same options")
         store, numbers = AnswerStore(store_folder, ranks.rank), range(ranks.rank, arguments.count, ranks.size)
@@ -116,12 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_cells(arguments: argparse.Namespace, sources: Sources) -> list[Cell]:
-    """The grid: tasks, lengths, and every combination of what several values were given for.
-
-    Raises:
-        UsageError: an unknown task, or an unknown option of --dial.
-        TypeError, ValueError: a value that an option does not take.
-    """
+    """The grid: tasks, lengths, and every combination of what several values were given for."""
     try:
         tasks = choose_tasks(arguments.tasks, sources)
     except ValueError as error:
@@ -146,11 +144,7 @@ def read_cells(arguments: argparse.Namespace, sources: Sources) -> list[Cell]:
 def open_model(
     arguments: argparse.Namespace, cells: Sequence[Cell], sources: Sources, made: Mapping[str, Any]
 ) -> RulerModel:
-    """The model of --model on this process's device.
-
-    Raises:
-        UsageError: as `load_model`, for the dense layers of any cell.
-    """
+    """The model of --model on this process's device; `load_model` refuses dense layers of any cell."""
     folder = arguments.model or shipped_model()
     layers = dict.fromkeys(layer for cell in cells for layer in cell.dense_layers)
     model, tokenizer = load_model(arguments, Policy(dense_layers=tuple(layers)))
@@ -159,27 +153,13 @@ def open_model(
     return RulerModel(model, tokenizer, setup, load_chat_templates(folder), made)
 
 
-def warn_of_length(model: RulerModel, cells: Sequence[Cell], rank: int) -> None:
-    """Say that the model was not trained for a length."""
-    longest, trained = max(cell.length for cell in cells), model.model.config.max_sequence_length
-    if longest > trained and rank == 0:
-        warn(
-            f"The model was made for up to {trained} tokens, --lengths go up to {longest}: what it answers beyond says "
-            "little."
-        )
-
-
 def warn(text: str) -> None:
     """A line in yellow on stderr."""
     Console(stderr=True, soft_wrap=True).print(f"[yellow]{text}[/yellow]")
 
 
 def check_outputs(arguments: argparse.Namespace) -> Path:
-    """Refuse places that cannot be written, before anything is read; returns the folder of the answers.
-
-    Raises:
-        UsageError: such a place.
-    """
+    """Refuse places that cannot be written, before anything is read; returns the folder of the answers."""
     check_files(arguments, "json", pictures=("plot",))
     folder: Path = arguments.store or arguments.json.with_suffix(".answers")
     nearest = next(one for one in (folder, *folder.parents) if one.exists())
@@ -211,10 +191,8 @@ def report(header: dict[str, Any], records: list[dict[str, Any]], arguments: arg
     console.print(show_averages(averages).rich(), highlight=False)
     sparse = [one for one in records if one["config"]]
     if sparse and not any(one["sparsity_achieved"] for one in sparse):
-        warn(
-            "No attention call skipped a block: --dense-layers keep every layer dense, or the lengths have too few "
-            "blocks of --block-size."
-        )
+        warn("No attention call skipped a block: --dense-layers keep every layer dense, or the lengths have too few "
+             "blocks of --block-size.")  # fmt: skip
     write_json(header | {"averages": averages, "records": records}, arguments.json, indent=None)
     if arguments.plot is not None:
         draw(header, records, arguments.plot)

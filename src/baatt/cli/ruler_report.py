@@ -75,9 +75,8 @@ def show_length(header: Record, records: Sequence[Record], averages: Sequence[Re
         for task in dict.fromkeys(one["task"] for one in here)
     }
     tasks = len(rows)
-    mean = [
-        {**one, "config": each["config"]} for each in averages for one in each["by_length"] if one["length"] == length
-    ]
+    averaged = ((each["config"], one) for each in averages for one in each["by_length"])
+    mean = [one | {"config": config} for config, one in averaged if one["length"] == length]
     rows[f"average, {tasks_text(averages)}"] = [beside_dense(one) for one in mean]
     rows["whole words only"] = [f"{100 * one['accuracy_whole']:.1f}" for one in mean]
     for label, field, form in (
@@ -88,9 +87,8 @@ def show_length(header: Record, records: Sequence[Record], averages: Sequence[Re
         if any(values):
             rows[label] = [form.format(sum(found) / len(found)) if found else MISSING for found in values]
     names = setting_names(averages)
-    wide = len(names) > COLUMNS
     columns, lines = ["task", *names], [[label, *cells] for label, cells in rows.items()]
-    if wide:
+    if wide := len(names) > COLUMNS:
         columns, lines = ["setting", *rows], [list(line) for line in zip(names, *rows.values(), strict=True)]
     return Table(
         columns, lines, parted=None if wide else tasks,
