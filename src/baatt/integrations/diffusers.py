@@ -52,7 +52,7 @@ def roots(model: Any) -> list[nn.Module]:
 
 
 def attach(model: Any, handle: Handle) -> int:
-    """Put a proxy in the place of the processor of every self-attention layer.
+    """Put a proxy in the place of every self-attention processor, and our backend where the dispatch is known.
 
     Raises:
         ValueError: ring attention, two transformers of different depth, or an order that puts the text elsewhere.
@@ -78,7 +78,15 @@ def attach(model: Any, handle: Handle) -> int:
         handle.undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
     formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
     for number, attention in (layer for layers in found for layer in layers):
-        _put_proxy(attention, number, route, formers)
+        processor: Any = attention.processor
+        _refuse_ring(processor)
+        if id(processor) not in formers:
+            formers[id(processor)] = getattr(processor, "_attention_backend", None)
+            if route.member is not None and hasattr(processor, "_attention_backend"):
+                handle.override(processor, "_attention_backend", route.member)
+        kind: Any = type(processor)
+        proxy = _proxy_class(kind)(processor, route, torch.tensor(number), formers[id(processor)])
+        handle.override(attention, "processor", proxy)
     return counts.pop()
 
 
@@ -114,19 +122,6 @@ def _proxy_class(kind: type) -> type[ProcessorProxy]:
             route.layer = None
 
     return type(f"Proxy{kind.__name__}", (ProcessorProxy,), {"__call__": functools.wraps(kind.__call__)(call)})
-
-
-def _put_proxy(attention: Any, number: int, route: DiffusersRoute, formers: dict[int, Any]) -> None:
-    """Replace the processor of an attention layer, and its backend where the dispatch is known."""
-    processor = attention.processor
-    _refuse_ring(processor)
-    if id(processor) not in formers:
-        formers[id(processor)] = getattr(processor, "_attention_backend", None)
-        if route.member is not None and hasattr(processor, "_attention_backend"):
-            route.handle.override(processor, "_attention_backend", route.member)
-    kind: Any = type(processor)
-    proxy = _proxy_class(kind)(processor, route, torch.tensor(number), formers[id(processor)])
-    route.handle.override(attention, "processor", proxy)
 
 
 def _refuse_ring(processor: Any) -> None:
@@ -166,5 +161,4 @@ def _language_model(pipeline: Any) -> nn.Module | None:
 
 
 def _is_a(model: Any, name: str) -> bool:
-    """Whether a class of diffusers by that name is among its bases."""
     return any(base.__name__ == name and base.__module__.startswith("diffusers.") for base in type(model).__mro__)

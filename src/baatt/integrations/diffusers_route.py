@@ -50,14 +50,8 @@ class DiffusersRoute:
         self.member: Any = None
         self.mode = SparseSDPA(self.attention)
 
-    # What a forward tells.
-
     def take_order(self, transformer: nn.Module) -> None:
-        """Take over a `VideoTiles` that has no grid.
-
-        Raises:
-            ValueError: it has the text on another side than the transformer.
-        """
+        """Take over a `VideoTiles` that has no grid; a ValueError for one with the text on another side."""
         order, name = self.handle.order, type(uncompiled(transformer)).__name__
         if not isinstance(order, VideoTiles):
             return
@@ -67,11 +61,7 @@ class DiffusersRoute:
         self.handle.undo.callback(setattr, order, "grid", order.grid)
 
     def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward of a transformer: the grid of its latents.
-
-        Raises:
-            ValueError: `VideoTiles` without a grid, for latents that do not show theirs.
-        """
+        """Before a forward of a transformer: the grid of its latents; a ValueError where nothing tells it."""
         is_traced = torch.compiler.is_compiling()
         grid = None if self.tiles is None else latent_grid(module, args, kwargs)
         # Traced code must not change the order: the graph does when it runs.
@@ -109,8 +99,6 @@ class DiffusersRoute:
         self.handle.progress.share = index / len(timesteps)
         return True
 
-    # What a call goes through.
-
     def attention(self, call: SdpaCall, dense: Callable[[], Tensor]) -> Tensor:
         """`Handle.sdpa` of the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
         if not torch.compiler.is_compiling():
@@ -128,8 +116,6 @@ class DiffusersRoute:
                 # No hook has run. Before its first step a scheduler has no index.
                 self._read_scheduler(at_start=getattr(self.scheduler(), "begin_index", None) or 0)
         return int(number)
-
-    # The backend.
 
     def register(self) -> None:
         """Register a backend with diffusers, if it is built as we know it."""
@@ -245,11 +231,8 @@ def training_timestep(timestep: Any, schedule: Sequence[float]) -> float:
         return value
     if not schedule:
         return value * TRAINING_TIMESTEPS
-
-    def distance(candidate: float) -> float:
-        return min(abs(candidate - one) / max(abs(one), 1e-3) for one in schedule)
-
-    return min((value, value * TRAINING_TIMESTEPS, (1 - value) * TRAINING_TIMESTEPS), key=distance)
+    candidates = value, value * TRAINING_TIMESTEPS, (1 - value) * TRAINING_TIMESTEPS
+    return min(candidates, key=lambda one: min(abs(one - step) / max(abs(step), 1e-3) for step in schedule))
 
 
 def parameters(module: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ exit. An adapter is one file with the two functions of `Adapter` and one line in
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 from weakref import WeakSet
 
@@ -89,7 +89,7 @@ def enable(
         handle.disable()
         raise
     for root in roots:
-        handle.undo.callback(_watch(root, handle))
+        _watch(root, handle)
     _attached.update(modules)
     handle.undo.callback(_attached.difference_update, modules)
     return handle
@@ -116,8 +116,8 @@ def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
     )
 
 
-def _watch(root: nn.Module, handle: Handle) -> Callable[[], None]:
-    """Hook every forward: read the step before, warn once after one without a sparse call; returns what ends it.
+def _watch(root: nn.Module, handle: Handle) -> None:
+    """Hook every forward: read the step before, warn once after one without a sparse call.
 
     A traced graph has no side effects, so there nothing is told and nothing is warned of.
     """
@@ -143,10 +143,5 @@ def _watch(root: nn.Module, handle: Handle) -> Callable[[], None]:
             stacklevel=3,
         )
 
-    hooks = root.register_forward_pre_hook(start, with_kwargs=True, prepend=True), root.register_forward_hook(finish)
-
-    def end() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return end
+    handle.undo.callback(root.register_forward_pre_hook(start, with_kwargs=True, prepend=True).remove)
+    handle.undo.callback(root.register_forward_hook(finish).remove)

@@ -100,8 +100,6 @@ class Handle:
         self.is_timed, self.seconds = False, 0.0
         self._watcher: Watcher | None = None
 
-    # What a user reads.
-
     @property
     def sparse_calls(self) -> int:
         """Attention calls that went sparse."""
@@ -140,12 +138,9 @@ class Handle:
 
     def report(self) -> str:
         """The counts in a few lines."""
-        lines = [
-            f"{self.sparse_calls} sparse and {self.dense_calls} dense attention calls, "
-            f"{100 * self.sparsity:.1f} % of block pairs skipped"
-        ]
-        lines += [f"  {count} dense: {reason}" for reason, count in sorted(self.reasons.items())]
-        return "\n".join(lines)
+        calls = f"{self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
+        lines = [f"  {count} dense: {reason}" for reason, count in sorted(self.reasons.items())]
+        return "\n".join([f"{calls}, {100 * self.sparsity:.1f} % of block pairs skipped", *lines])
 
     def reset(self) -> None:
         """Start counting anew."""
@@ -174,14 +169,8 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.disable()
 
-    # What an adapter calls.
-
     def set_layers(self, count: int) -> None:
-        """Say how many layers the model has.
-
-        Raises:
-            ValueError: the policy names a layer that it does not have.
-        """
+        """Say how many layers the model has; a ValueError if the policy names one that it does not have."""
         self._dense_layers, self.layer_count = self.policy.check_layers(count), count
 
     @property
@@ -272,10 +261,9 @@ class Handle:
         if call.attn_mask is None or call.attn_mask.ndim == 2:
             return self._attend(call, None, layer, is_cross)
         q, k, v, mask = call[:4]
-
-        def dense() -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa)
-
+        dense = functools.partial(
+            F.scaled_dot_product_attention, q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa
+        )
         return self.sdpa(call, dense, layer=layer, is_cross=is_cross)
 
     def _attend(
@@ -334,14 +322,11 @@ class Handle:
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
         masks = {"key_mask": key_mask, "query_mask": key_mask if is_square and not is_cross else None}
         permutation = self.order(q.shape[2], q.device) if self.order is not None and is_square else None
-        if permutation is None:
-            return ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
-        masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}
-        q, k, v = (x[:, :, permutation] for x in (q, k, v))
-        permuted = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
-        out = torch.empty_like(permuted)
-        out[:, :, permutation] = permuted
-        return out
+        if permutation is not None:
+            masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}
+            q, k, v = (x[:, :, permutation] for x in (q, k, v))
+        out = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
+        return out if permutation is None else torch.empty_like(out).index_copy(2, permutation, out)
 
     def _refusal(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int | None, is_cross: bool) -> str | None:
         """Why the policy, or the device, has a call stay dense, or None."""

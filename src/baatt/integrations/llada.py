@@ -8,7 +8,7 @@ hands its mask to the method keeps that one. Needs no transformers, whose versio
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +56,9 @@ def owners(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def layer_numbers(modules: list[nn.Module], attribute: str) -> list[int]:
     """The layers of modules by an attribute of theirs, or by their order if those are not 0, 1, ... in some order."""
-    numbers = [getattr(module, attribute, None) for module in modules]
-    if set(numbers) != set(range(len(modules))):
-        return list(range(len(modules)))
-    return cast(list[int], numbers)
+    order = list(range(len(modules)))
+    numbers: list[Any] = [getattr(module, attribute, None) for module in modules]
+    return numbers if set(numbers) == set(order) else order
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -70,8 +69,6 @@ def _is_block(module: nn.Module) -> bool:
 def _routed(
     handle: Handle, given: Current[Tensor | None], layer: int, native: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    """The method of one block."""
-
     @functools.wraps(native)
     def attention(
         q: Tensor,
@@ -82,9 +79,9 @@ def _routed(
         is_causal: bool = False,
         **others: Any,
     ) -> Tensor:
-        def dense() -> Tensor:
-            return native(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **others)
-
+        dense = functools.partial(
+            native, q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **others
+        )
         unknown = [name for name, value in others.items() if value is not None]
         padding, mask = NO_MASK, given.get()
         if attn_mask is None and mask is not None:  # blocks may be on several devices
@@ -98,7 +95,7 @@ def _routed(
 
 
 def _remembering(given: Current[Tensor | None], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that holds the padding mask it is given while it runs."""
+    """A forward that holds the padding mask it is given while it runs, unless it sees that nothing is padded."""
     names = list(inspect.signature(forward).parameters)
 
     @functools.wraps(forward)
@@ -106,20 +103,13 @@ def _remembering(given: Current[Tensor | None], forward: Callable[..., Any]) -> 
         mask = by_name(names, args, kwargs).get("attention_mask")
         if not isinstance(mask, Tensor):
             return forward(*args, **kwargs)
-        outer = given.get()
-        given.set(_padding(mask))
+        if mask.ndim == 2 or not mask.is_floating_point():
+            mask = mask != 0  # as LLaDA reads it
+        outer, is_seen = given.get(), mask.dtype == torch.bool and not torch.compiler.is_compiling()
+        given.set(None if is_seen and bool(mask.all()) else mask)
         try:
             return forward(*args, **kwargs)
         finally:
             given.set(outer)
 
     return remembering
-
-
-def _padding(mask: Tensor) -> Tensor | None:
-    """A mask as LLaDA reads it, where 1 = attend; None for one without padding, unless a compiled graph hides that."""
-    if mask.ndim == 2 or not mask.is_floating_point():
-        mask = mask != 0
-        if not torch.compiler.is_compiling() and bool(mask.all()):
-            return None
-    return mask

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from baatt.integrations.handle import Handle
 from baatt.models.llada import MaskedDiffusionLM
@@ -24,22 +24,14 @@ def attach(model: Any, handle: Handle) -> int:
     """Put the handle in place of dense attention at every forward of the language model."""
     (model,) = roots(model)
     layers: int = model.config.n_layers
-    routed = [functools.partial(_routed, handle, layer) for layer in range(layers)]
+    routed = [functools.partial(handle.attention, layer=layer) for layer in range(layers)]
 
-    def choose(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         asked: AttentionFunction | Sequence[AttentionFunction] = kwargs.get("attention", dense_attention)
         functions = [asked] * layers if callable(asked) else asked
-        chosen = [
-            routed[layer] if function is dense_attention else function for layer, function in enumerate(functions)
-        ]
+        chosen = [routed[layer] if one is dense_attention else one for layer, one in enumerate(functions)]
         return args, kwargs | {"attention": chosen}
 
     handle.undo.callback(model.register_forward_pre_hook(choose, with_kwargs=True).remove)
     handle.read_step = handle.progress.token_reader(model, model.config.mask_token_id)
     return layers
-
-
-def _routed(handle: Handle, layer: int, q: Tensor, k: Tensor, v: Tensor, /, *, key_mask: Tensor | None) -> Tensor:
-    return handle.attention(q, k, v, layer=layer, key_mask=key_mask)

@@ -135,5 +135,4 @@ def _compare_rows(mask: Tensor) -> KeyMask:
 
 
 def _attended(x: Tensor) -> Tensor:
-    """Which entries of a mask let a query see a key."""
     return x if x.dtype == torch.bool else x == 0

@@ -73,22 +73,17 @@ class _LayerWatch:
         self.layer, self.called = Current[int | None](None), False
 
     def start(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before an attention layer."""
         self.layer.set(number)
         self.called = False
 
     def ask(self) -> int | None:
-        """The layer of a call."""
         self.called = True
         return self.layer.get()
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After an attention layer; one that failed has no output."""
         layer = self.layer.get()
         self.layer.set(None)
-        if not self.called and output is not None:
-            self.handle.count_dense(
-                layer,
-                f"{type(module).__name__} does not call scaled_dot_product_attention: "
-                "load the model with attn_implementation='sdpa'",
-            )
+        if not self.called and output is not None:  # a layer that failed has none
+            advice = "load the model with attn_implementation='sdpa'"
+            reason = f"{type(module).__name__} does not call scaled_dot_product_attention: {advice}"
+            self.handle.count_dense(layer, reason)

@@ -31,13 +31,11 @@ class Current(Generic[T]):
         self._own = threading.local()
 
     def set(self, value: T) -> None:
-        """Hold another value."""
         self.last = value
         if not torch.compiler.is_compiling():
             self._own.value = value
 
     def get(self) -> T:
-        """The value that this thread holds."""
         if torch.compiler.is_compiling():
             return self.last
         value: T = getattr(self._own, "value", self.default)

@@ -233,7 +233,10 @@ class _Pair:
             return None
         end = kv_offset + kv_length
         padded = F.pad(attention_mask.bool(), (0, max(0, end - attention_mask.shape[-1])))[:, kv_offset:end]
-        return None if _may_look_at(padded) and bool(padded.all()) else rearrange(padded, "b m -> b 1 1 m")
+        # A graph must not depend on values.
+        in_graph = torch.compiler.is_compiling() or torch._C._is_tracing()
+        in_graph = in_graph or (padded.is_cuda and torch.cuda.is_current_stream_capturing())
+        return None if not in_graph and bool(padded.all()) else rearrange(padded, "b m -> b 1 1 m")
 
 
 def _key_mask(call: _Call) -> KeyMask:
@@ -322,7 +325,6 @@ def _places(model: nn.Module, number: int) -> list[tuple[nn.Module, _Place]]:
 
 
 def _layer_of(module: nn.Module) -> int | None:
-    """Layer that a module holds, if any."""
     layer = getattr(module, "layer_idx", None)
     return layer if isinstance(layer, int) else None
 
@@ -334,14 +336,7 @@ def _is_cross(module: nn.Module, name: str = "") -> bool:
     return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
 
 
-def _may_look_at(x: Tensor) -> bool:
-    """Whether control flow may depend on values: not in a traced graph."""
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (capturing or torch.compiler.is_compiling() or torch._C._is_tracing())
-
-
 def _library(part: str) -> Any:
-    """A module of transformers."""
     try:
         return importlib.import_module(f"transformers.{part}")
     except ModuleNotFoundError as error:

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+Sizes = tuple[int, int, int]
+
 TEXT_SIDES = ("after", "before")
 
 #: Permutations that are remembered; prompts of another length need another one.
@@ -35,13 +37,7 @@ class VideoTiles:
         ValueError: sizes below 1, or another side.
     """
 
-    def __init__(
-        self,
-        tile: tuple[int, int, int] = (4, 8, 4),
-        grid: tuple[int, int, int] | None = None,
-        *,
-        text: str = "after",
-    ) -> None:
+    def __init__(self, tile: Sizes = (4, 8, 4), grid: Sizes | None = None, *, text: str = "after") -> None:
         if text not in TEXT_SIDES:
             raise ValueError(f"text must be one of {list(TEXT_SIDES)}, got {text!r}")
         self.tile = _three_sizes("tile", tile)
@@ -49,12 +45,12 @@ class VideoTiles:
         self.grid = grid
 
     @property
-    def grid(self) -> tuple[int, int, int] | None:
+    def grid(self) -> Sizes | None:
         """Frames, rows and columns of the video under way, or None."""
         return self._grid
 
     @grid.setter
-    def grid(self, grid: tuple[int, int, int] | None) -> None:
+    def grid(self, grid: Sizes | None) -> None:
         self._grid = None if grid is None else _three_sizes("grid", grid)
 
     def __call__(self, length: int, device: torch.device) -> Tensor | None:
@@ -65,9 +61,7 @@ class VideoTiles:
 
 
 @functools.lru_cache(REMEMBERED)
-def _permutation(
-    sizes: tuple[int, int, int], grid: tuple[int, int, int], text: str, length: int, device: torch.device
-) -> Tensor:
+def _permutation(sizes: Sizes, grid: Sizes, text: str, length: int, device: torch.device) -> Tensor:
     tile = [min(size, extent) for size, extent in zip(sizes, grid, strict=True)]
     tiles = [math.ceil(extent / size) for size, extent in zip(tile, grid, strict=True)]
     axes = torch.meshgrid(*(torch.arange(extent) for extent in grid), indexing="ij")
@@ -83,8 +77,7 @@ def _permutation(
     return torch.cat(parts).to(device)
 
 
-def _three_sizes(name: str, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Three ints of at least 1, as a tuple."""
+def _three_sizes(name: str, sizes: Sizes) -> Sizes:
     values = tuple(sizes) if isinstance(sizes, tuple | list) else ()
     if len(values) != 3 or not all(isinstance(size, int) and not isinstance(size, bool) for size in values):
         raise TypeError(f"{name} must be three ints (frames, rows, columns), got {sizes!r}")

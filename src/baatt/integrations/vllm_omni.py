@@ -126,11 +126,7 @@ def read_progress(params: Mapping[str, Any]) -> DenoisingProgress:
 
 
 def read_mask(params: Mapping[str, Any]) -> Tensor | None:
-    """The mask with four axes or None.
-
-    Raises:
-        ValueError: a mask with another number of axes than 2 or 4.
-    """
+    """The mask with four axes or None; a ValueError for one with another number of axes than 2 or 4."""
     mask: Tensor | None = params.get("attn_mask", params.get("attention_mask"))
     if mask is not None and mask.ndim == 2:  # the engine's own backends take it for one of tokens, whatever its dtype
         mask = rearrange(mask.bool(), "B M -> B 1 1 M")
