@@ -270,7 +270,6 @@ def _read(arguments: argparse.Namespace) -> tuple[Capture, dict[str, Any]]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar; call what it gives after each layer and config."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("layers and settings", total=total)
         yield lambda: bar.advance(task)

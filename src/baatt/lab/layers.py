@@ -141,7 +141,6 @@ def deviation(q: Tensor, k: Tensor, plan: Plan) -> Deviation:
 def _planned(
     capture: Capture, configs: Sequence[BAAttConfig], progress: Callable[[], None]
 ) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, Plan]]:
-    """How a record begins, q, k and the plan of every layer in every order."""
     for (layer, heads), config in itertools.product(capture.layers.items(), configs):
         q, k, _ = heads.widened()
         about = {"layer": layer, "sort": config.sort, "segment": config.segment, "block_size": config.block_size}

@@ -142,7 +142,6 @@ def maps_page(
 
 
 def _map(cells: Tensor, plan: Plan, head: int) -> dict[str, Any]:
-    """One map in the words of the page; batch entry 0."""
     queries, keys = plan.query_order.index.shape[-1], int(plan.key_order.length[0])
     kept = kept_table(plan, head)
     positive = cells[cells > 0].log()

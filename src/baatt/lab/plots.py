@@ -110,7 +110,6 @@ def draw_accuracy(records: Records, caption: str, path: Path) -> None:
 def _grouped(
     records: Records, panel_of: Callable[[Record], str], line_of: Callable[[Record], str]
 ) -> dict[str, dict[str, list[Record]]]:
-    """The records of every line of every panel."""
     panels: dict[str, dict[str, list[Record]]] = {}
     for one in records:
         panels.setdefault(panel_of(one), {}).setdefault(line_of(one), []).append(one)
@@ -118,7 +117,6 @@ def _grouped(
 
 
 def _legend_below(axes: Any, columns: int) -> None:
-    """One legend below all panels, with the labels of the first."""
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure = axes[0][0].figure
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)

@@ -28,8 +28,7 @@ class Ranks:
 
     def __init__(self, backend: str = "gloo") -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = 0
-        self._local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.rank, self._local_rank = 0, int(os.environ.get("LOCAL_RANK", "0"))
         self._group: dist.ProcessGroup | None = None
         patience = PATIENCE if backend == "gloo" else None
         if self.size == 1:

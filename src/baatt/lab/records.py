@@ -21,9 +21,9 @@ import baatt
 
 def provenance(command: str, device: torch.device) -> dict[str, Any]:
     """How to repeat what is about to run, and where: command, commit, device, versions."""
-    return {
-        "command": command, "commit": commit_here(), "device": device_name(device), "versions": versions_here(device),
-    }  # fmt: skip
+    processor = f"{processor_name()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
+    return {"command": command, "commit": commit_here(), "device": name, "versions": versions_here(device)}
 
 
 class RecordFile:
@@ -106,13 +106,6 @@ def short_commit(commit: str | None) -> str:
         return "unknown"
     name, *changed = re.split(r"[+-]", commit, maxsplit=1)
     return name[:10] + ("-dirty" if changed else "")
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or of the processor with the threads in use."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def processor_name() -> str:

@@ -37,10 +37,7 @@ def verify(q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor) -> Verifica
     Args:
         q: [B, H, N, D]; k, v: [B, G, N, D] in float32, bfloat16 or float16.
         plan: which keys every query attends to.
-        out: [B, H, N, D] to be judged, in q's dtype and in the original order.
-
-    Returns:
-        Verification; the error of an output that is not finite is infinite.
+        out: [B, H, N, D] to be judged, in q's dtype and in the original order; not finite, its error is infinite.
     """
     batch, heads, blocks = plan.selection.count.shape
     chosen = range(blocks) if batch * heads * blocks <= ALL_BLOCKS else sorted({0, blocks // 2, blocks - 1})

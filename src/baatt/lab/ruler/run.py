@@ -45,10 +45,7 @@ class Run:
     """The share of one process.
 
     Args:
-        model: answers.
-        store: keeps what it answers.
-        cells: as `make_cells` has them.
-        numbers: of the samples of every cell.
+        cells: as `make_cells` has them. numbers: of the samples of every cell.
         workers: processes that draw samples while earlier ones are answered; 0 draws here, when asked.
         recalls: samples below this number are also asked for the attention mass that sparse cells keep.
     """
@@ -154,8 +151,7 @@ class Run:
 
     def gather(self, ranks: Ranks) -> list[list[RulerAnswer]] | None:
         """All answers of each cell in the order of their numbers, on rank 0; None on the others."""
-        shares = ranks.gather_object(self.kept())
-        if shares is None:
+        if (shares := ranks.gather_object(self.kept())) is None:
             return None
         return [sorted(itertools.chain(*parts), key=lambda one: one.number) for parts in zip(*shares, strict=True)]
 

@@ -99,7 +99,6 @@ def make_averages(records: Sequence[Record]) -> list[Record]:
 
 
 def _average_at(length: int, members: Sequence[Record], dense: Sequence[Record]) -> Record:
-    """The average of one setting at one length, beside that of dense attention."""
     here, beside = ([one for one in records if one["length"] == length] for records in (members, dense))
     mean, dense_mean = (float(np.mean([one["accuracy"] for one in records])) for records in (here, beside))
     # Samples of different tasks are independent: the mean over tasks of their n-th samples is a sample of the average.
