@@ -45,8 +45,7 @@ class DiffusersRoute:
         self.traced: list[Tensor] = []
         # A `VideoTiles` that came without a grid.
         self.tiles: VideoTiles | None = None
-        # diffusers' dispatch and our member of its enum.
-        self.dispatch: Any = None
+        self.dispatch: Any = None  # diffusers', and our member of its enum
         self.member: Any = None
         self.mode = SparseSDPA(self.attention)
 
@@ -185,7 +184,6 @@ def _no_backward(*_: Any, **__: Any) -> Any:
 
 
 def _dispatch() -> Any:
-    """diffusers' dispatch, or None where it is not what we know."""
     try:
         dispatch: Any = importlib.import_module("diffusers.models.attention_dispatch")
     except ImportError:

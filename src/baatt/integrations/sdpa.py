@@ -52,7 +52,6 @@ class SparseSDPA(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Route `scaled_dot_product_attention`; everything else is called as it is."""
         kwargs = {} if kwargs is None else kwargs
         if func is F.scaled_dot_product_attention:
             return self.attention(SdpaCall(*args, **kwargs), lambda: func(*args, **kwargs))

@@ -76,7 +76,11 @@ class SparseAttention:
         q, k, v = (rearrange(x, "B N H D -> B H N D") for x in (query, key, value))
         handle = self.handle(params)
         handle.progress = read_progress(params) if handle.policy.dense_steps > 0 else DenoisingProgress()
-        mask = read_mask(params)
+        mask: Tensor | None = params.get("attn_mask", params.get("attention_mask"))
+        if mask is not None and mask.ndim == 2:  # to the engine's own backends one of tokens, whatever its dtype
+            mask = rearrange(mask.bool(), "B M -> B 1 1 M")
+        if mask is not None and mask.ndim != 4:
+            raise ValueError(f"attn_mask must have shape [B, M] or [B, H, N, M], got {tuple(mask.shape)}")
         found = as_key_mask(mask, k.shape[0], k.shape[2])
         refusal = "causal attention" if is_causal else found.refusal
         dense = functools.partial(_dense, q, k, v, mask, is_causal, softmax_scale)
@@ -123,16 +127,6 @@ def read_progress(params: Mapping[str, Any]) -> DenoisingProgress:
         step, total = min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1])
         progress.set(int(step), int(total))
     return progress
-
-
-def read_mask(params: Mapping[str, Any]) -> Tensor | None:
-    """The mask with four axes or None; a ValueError for one with another number of axes than 2 or 4."""
-    mask: Tensor | None = params.get("attn_mask", params.get("attention_mask"))
-    if mask is not None and mask.ndim == 2:  # the engine's own backends take it for one of tokens, whatever its dtype
-        mask = rearrange(mask.bool(), "B M -> B 1 1 M")
-    if mask is not None and mask.ndim != 4:
-        raise ValueError(f"attn_mask must have shape [B, M] or [B, H, N, M], got {tuple(mask.shape)}")
-    return mask
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
