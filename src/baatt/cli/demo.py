@@ -70,10 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"[bold]Question[/bold] {sample.prompt.rsplit(chr(10), 1)[1]}", highlight=False)
     console.print(f"[bold]Setting[/bold]  {arguments.preset}: {options_text(*setting)}", highlight=False)
     if arguments.length > model.config.max_sequence_length:
-        console.print(
-            f"[yellow]The model was trained up to {model.config.max_sequence_length} tokens: beyond, times mean "
-            "something, answers often do not.[/yellow]"
-        )  # fmt: skip
+        console.print(f"[yellow]The model was trained up to {model.config.max_sequence_length} tokens: beyond, times "
+                      "mean something, answers often do not.[/yellow]")  # fmt: skip
     dense_layers = setting.policy.check_layers(model.config.n_layers)
     drawn = next((layer for layer in range(model.config.n_layers) if layer not in dense_layers), 0)
     # One sparse call on a few tokens: building a kernel is not part of reading a document.

@@ -85,11 +85,8 @@ class Recorder:
 
 def save_capture(recorded: Capture, path: Path) -> None:
     """Write the file; a reader never sees half of one."""
-    tensors = {
-        f"layers.{layer}.{name}": x.contiguous()
-        for layer, heads in recorded.layers.items()
-        for name, x in heads._asdict().items()
-    }
+    layers = [(f"layers.{layer}", heads._asdict()) for layer, heads in recorded.layers.items()]
+    tensors = {f"{layer}.{name}": x.contiguous() for layer, heads in layers for name, x in heads.items()}
     metadata = {"format": FORMAT, "scale": repr(recorded.scale), "about": json.dumps(dict(recorded.about))}
     with written_at_once(path) as partial:
         save_file(tensors, partial, metadata)
