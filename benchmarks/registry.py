@@ -57,7 +57,7 @@ ABLATION = "baatt evaluate ruler --lengths 4096 --count 500 --json FILE --tasks 
 CASES: dict[str, Case] = {
     "cpu_operator": Case(
         "the operator on a processor beside PyTorch's dense attention: time, memory, error",
-        "baatt bench --shape 1x8x8192x64 --sparsity 0,0.5,0.75,0.875 --against dense --json FILE",
+        "baatt bench --shape 1x8x8192x64 --sparsity 0,0.5,0.75,0.875 --against dense --preset paper --json FILE",
         ("cpu_operator.json",),
         {"cpu_operator": tables.cpu_operator},
     ),
