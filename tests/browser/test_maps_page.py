@@ -58,7 +58,7 @@ def capture():
 def page(capture, browser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     save_capture(capture, folder / "capture.safetensors")
-    sizes = ["--block-size", str(SIZE), "--segment", "128", "--sparsity", "0.75"]
+    sizes = ["--sort", "none,qk", "--block-size", str(SIZE), "--segment", "128", "--sparsity", "0.75"]
     html = folder / "maps.html"
     assert main(["analyze", "maps", str(folder / "capture.safetensors"), *sizes, "--html", str(html)]) == 0
     assert "src=" not in html.read_text()  # nothing is fetched from elsewhere
