@@ -103,3 +103,42 @@ def naive_ba_attention(
                 for n in block:
                     out[b, h, n], lse[b, h, n] = naive_row(rows[n], keys, values, attended, scale)
     return out, lse, selection
+
+
+def naive_clusters(x: Tensor, block: list[int], representatives: int, refinements: int) -> list[tuple[Tensor, int]]:
+    """C1 and C2 for the tokens of one block of x [N, D]: mean and number of every cluster that is not empty."""
+
+    def squared(a: Tensor, b: Tensor) -> float:
+        return sum(float(difference) ** 2 for difference in a - b)
+
+    mean = sum(x[n] for n in block) / len(block)
+    points = [x[min(block, key=lambda n: squared(x[n], mean))]]
+    while len(points) < representatives:
+        points.append(x[max(block, key=lambda n: min(squared(x[n], point) for point in points))])
+    for _ in range(refinements + 1):
+        members: list[list[int]] = [[] for _ in points]
+        for n in block:
+            members[min(range(len(points)), key=lambda r: squared(x[n], points[r]))].append(n)
+        points = [
+            sum(x[n] for n in some) / len(some) if some else point for some, point in zip(members, points, strict=True)
+        ]
+    return [(point, len(some)) for some, point in zip(members, points, strict=True) if some]
+
+
+def naive_cluster_scores(
+    query: list[tuple[Tensor, int]], keys: list[list[tuple[Tensor, int]]], scale: float, peak: bool
+) -> list[float]:
+    """C3 to C5 for one query block: a score of every key block, from their clusters."""
+    of_clusters = []
+    for mean, _ in query:
+        weights = [[count * math.exp(scale * float(mean @ point)) for point, count in block] for block in keys]
+        total = sum(sum(block) for block in weights)
+        of_clusters.append([sum(block) / total for block in weights])
+    if peak:
+        return [max(shares) for shares in zip(*of_clusters, strict=True)]
+    tokens = sum(count for _, count in query)
+    counts = [count for _, count in query]
+    return [
+        sum(count * share for count, share in zip(counts, shares, strict=True)) / tokens
+        for shares in zip(*of_clusters, strict=True)
+    ]

@@ -171,7 +171,8 @@ def _choose_in_stages(
     parts = []
     for first in range(0, query_blocks, rows):
         scores = compare(take_blocks(query_summary, slice(first, first + rows)), key_summary, config, scale)
-        parts.append(selection.select_blocks(scores.masked_fill(empty, -math.inf), key_summary.size, config.sparsity))
+        scores, size = scores.masked_fill(empty, -math.inf), key_summary.size
+        parts.append(selection.select_blocks(scores, size, config.sparsity, config.keep_first))
     return BlockSelection(*(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))
 
 
@@ -182,7 +183,7 @@ def _choose_on_gpu(
 
     compare = gpu_comparison(SCORES[config.score].compare, query_summary[0].dtype)
     score = functools.partial(compare, options=config, scale=scale)
-    return triton_selection.choose_blocks(query_summary, key_summary, score, config.sparsity)
+    return triton_selection.choose_blocks(query_summary, key_summary, score, config.sparsity, config.keep_first)
 
 
 def gpu_comparison(compare: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:

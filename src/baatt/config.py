@@ -38,6 +38,11 @@ class BAAttConfig:
         segment: tokens per sorting segment, a multiple of `block_size`; None sorts the whole sequence.
         score: how a block pair is scored, a name in `baatt.scores.SCORES`.
         beta: weight of the covariance compensation (E5), at least 0; 0 scores by block means alone (E4).
+        representatives: clusters of tokens that a block is remembered by (C1, C2), from 1 to 128; a block of fewer
+            tokens has as many as tokens.
+        refinements: rounds of Lloyd that move the clusters (C2), at least 0.
+        peak: score by the cluster of queries that wants a key block most (C5); else by the mean over the queries.
+        keep_first: key blocks from the front that are kept whatever their score (C6); they count in the budget.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -51,6 +56,10 @@ class BAAttConfig:
     segment: int | None = field(default=256, metadata={"none": "whole"})
     score: str = field(default="covariance", metadata={"choices": SCORES})
     beta: float = 0.5
+    representatives: int = 16
+    refinements: int = 2
+    peak: bool = True
+    keep_first: int = 0
 
     @classmethod
     def preset(cls, name: str) -> "BAAttConfig":
@@ -85,6 +94,15 @@ class BAAttConfig:
             raise ValueError(f"segment must be a positive multiple of block_size={self.block_size}, got {self.segment}")
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
+        for name, least in (("representatives", 1), ("refinements", 0), ("keep_first", 0)):
+            if not _is_integer(getattr(self, name)):
+                raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.representatives > max(BLOCK_SIZES):
+            raise ValueError(f"representatives must be at most {max(BLOCK_SIZES)}, got {self.representatives}")
+        if not isinstance(self.peak, bool):
+            raise TypeError(f"peak must be a bool, got {self.peak!r}")
 
 
 #: Name of an option -> its type.

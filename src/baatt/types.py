@@ -57,6 +57,15 @@ class ScoreOptions(Protocol):
     @property
     def beta(self) -> float: ...
 
+    @property
+    def representatives(self) -> int: ...
+
+    @property
+    def refinements(self) -> int: ...
+
+    @property
+    def peak(self) -> bool: ...
+
 
 class Score(NamedTuple):
     """How pairs of blocks are scored.

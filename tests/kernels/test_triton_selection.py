@@ -41,10 +41,11 @@ def test_selection_in_slabs(sparsity, masked, beta, poisoned_memory, monkeypatch
     scores = theirs(query_stats, key_stats)
     torch.testing.assert_close(ours(query_stats, key_stats), scores, atol=2e-6, rtol=2e-6)
     monkeypatch.setattr(triton_selection, "SLAB_SCORES", 2 * 4 * 21 * 3)  # three query blocks at a time
-    actual = triton_selection.choose_blocks(query_stats, key_stats, ours, sparsity)
-    expected = selection.select_blocks(scores, key_stats.size, sparsity)
-    assert torch.equal(actual.index, expected.index)
-    assert torch.equal(actual.count, expected.count)
+    for keep_first in (0, 1, 3):
+        actual = triton_selection.choose_blocks(query_stats, key_stats, ours, sparsity, keep_first)
+        expected = selection.select_blocks(scores, key_stats.size, sparsity, keep_first)
+        assert torch.equal(actual.index, expected.index)
+        assert torch.equal(actual.count, expected.count)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.3, 1 - 1 / 3, 0.7, 0.95, 0.999])

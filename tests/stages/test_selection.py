@@ -43,3 +43,16 @@ def test_count_of_a_shorter_entry_is_that_of_the_entry_alone(sparsity):
 def test_of_equal_scores_the_lower_id_wins():
     selection = select_blocks(torch.zeros(1, 1, 1, 8), torch.ones(1, 8, dtype=torch.int64), 0.5)
     assert selection.index.flatten().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("keep_first", [1, 2, 9])
+def test_the_first_blocks_are_kept_inside_the_budget(keep_first):
+    scores, size = torch.arange(8.0).view(1, 1, 1, 8), torch.ones(1, 8, dtype=torch.int64)
+    first = min(keep_first, 4)
+    expected = [*range(first), *range(4 + first, 8)]
+    assert select_blocks(scores, size, 0.5, keep_first).index.flatten().tolist() == expected
+    size[0, 2:] = 0  # two blocks with tokens, of which one is kept
+    scores[..., 2:] = -math.inf
+    selection = select_blocks(scores, size, 0.5, keep_first)
+    assert selection.count.item() == 1
+    assert selection.index[0, 0, 0, 0].item() == 0

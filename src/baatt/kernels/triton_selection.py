@@ -27,6 +27,7 @@ def choose_blocks(
     key_summary: BlockSummary,
     score: Callable[[BlockSummary, BlockSummary], Tensor],
     sparsity: float,
+    keep_first: int = 0,
 ) -> BlockSelection:
     """Score every block pair and keep the K best of every row (E7), ties to the lower id.
 
@@ -35,6 +36,7 @@ def choose_blocks(
         key_summary: of [B, G, J] blocks.
         score: (query_summary, key_summary) -> [B, H, i, J], called with slabs of query blocks.
         sparsity: share of key blocks skipped.
+        keep_first: key blocks from the front that are kept whatever their score.
 
     Returns:
         BlockSelection as `stages.selection.select_blocks`.
@@ -48,7 +50,7 @@ def choose_blocks(
     for start in range(0, query_blocks, rows):
         slab = slice(start, start + rows)
         scores = score(take_blocks(query_summary, slab), key_summary)
-        _select(scores.float().contiguous(), size, sparsity, selection, start)
+        _select(scores.float().contiguous(), size, sparsity, selection, start, keep_first)
     return selection
 
 
@@ -81,14 +83,16 @@ def covariance_score(queries: BlockStats, keys: BlockStats, *, scale: float, bet
     return scores
 
 
-def _select(scores: Tensor, key_size: Tensor, sparsity: float, selection: BlockSelection, start: int) -> None:
+def _select(
+    scores: Tensor, key_size: Tensor, sparsity: float, selection: BlockSelection, start: int, keep_first: int = 0
+) -> None:
     """Fill rows `start` and following of `selection` from scores [B, H, i, J]."""
     batch, heads, rows, key_blocks = scores.shape
     width = max(16, triton.next_power_of_2(key_blocks))
     share = struct.unpack("<q", struct.pack("<d", 1 - sparsity))[0]  # a float argument would be rounded to fp32
     _select_kernel[(rows, batch * heads)](
         scores, key_size, selection.count, selection.index, heads, rows, key_blocks,
-        selection.index.shape[2], selection.index.shape[3], start, share,
+        selection.index.shape[2], selection.index.shape[3], start, share, keep_first,
         WIDTH=width, num_warps=min(16, max(1, width // 1024)),
     )  # fmt: skip
 
@@ -142,7 +146,7 @@ def _ordered(scores):
 @triton.jit
 def _select_kernel(
     scores_ptr, size_ptr, count_ptr, index_ptr, heads, rows, key_blocks, query_blocks, capacity, start, share,
-    WIDTH: tl.constexpr,
+    keep_first, WIDTH: tl.constexpr,
 ):  # fmt: skip
     head_entry = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0)
@@ -156,6 +160,7 @@ def _select_kernel(
     tl.store(count_ptr + list_start, count)
     scores = tl.load(scores_ptr + (head_entry * rows + row) * key_blocks + columns, mask=inside, other=float("-inf"))
     values = tl.where(filled, _ordered(scores), 0)  # an empty block is below all others
+    values = tl.where(filled & (columns < keep_first), tl.full((), 0xFFFFFFFF, tl.uint32), values)
     # The largest threshold that at least `count` values reach, bit by bit.
     low = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)

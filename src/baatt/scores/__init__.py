@@ -7,7 +7,7 @@ matter: none is ever kept. A new score is one file here and one entry below.
 
 import functools
 
-from baatt.scores import antidiagonal, covariance, exact, runs, simple
+from baatt.scores import antidiagonal, clusters, covariance, exact, runs, simple
 from baatt.types import Score
 
 _OF_8_TOKENS = Score(
@@ -17,6 +17,7 @@ _EXACT = Score(exact.summarise, exact.compare)
 
 #: `BAAttConfig.score` -> the score.
 SCORES: dict[str, Score] = {
+    "clusters": Score(clusters.summarise, clusters.compare, ("representatives", "refinements", "peak")),
     "covariance": Score(covariance.summarise, covariance.compare, ("beta",)),
     "mean": Score(covariance.summarise, simple.compare_means),
     "covariance-16": Score(functools.partial(runs.summarise, run=16), runs.compare, ("beta",)),

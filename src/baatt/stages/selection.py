@@ -4,6 +4,8 @@ In: scores [B, H, I, J]. Out: a `BlockSelection`. The number kept follows from t
 that hold a token, per batch entry, so padding changes nothing. Never waits for the device.
 """
 
+import math
+
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from baatt.types import BlockSelection, kept_blocks
 
 
-def select_blocks(scores: Tensor, key_block_size: Tensor, sparsity: float) -> BlockSelection:
+def select_blocks(scores: Tensor, key_block_size: Tensor, sparsity: float, keep_first: int = 0) -> BlockSelection:
     """Keep the K key blocks of the highest score, K = max(1, ceil((1 - sparsity) * J)) (E7).
 
     Of equal scores the lower block id wins. Per batch entry J counts the non-empty key blocks only; an entry without
@@ -21,16 +23,19 @@ def select_blocks(scores: Tensor, key_block_size: Tensor, sparsity: float) -> Bl
         scores: [B, H, I, J], -inf for empty key blocks.
         key_block_size: [B, J] int64, tokens in each key block (`BlockStats.size`).
         sparsity: share of key blocks skipped, in [0, 1).
+        keep_first: key blocks from the front that are kept whatever their score, as far as K goes (C6).
 
     Returns:
         BlockSelection with index [B, H, I, K] and count [B, H, I] int32.
     """
     _, heads, query_blocks, key_blocks = scores.shape
+    first = torch.arange(key_blocks, device=scores.device) < keep_first
     capacity = kept_blocks(sparsity, key_blocks)
     available = (key_block_size > 0).sum(-1)
     # The same float64 product as above, so that an entry without padding keeps exactly `capacity` blocks.
     count = ((1 - sparsity) * available.double()).ceil().long().clamp(min=1).minimum(available)
 
+    scores = torch.where(first & (rearrange(key_block_size, "b j -> b 1 1 j") > 0), math.inf, scores)
     ranked = scores.argsort(dim=-1, descending=True, stable=True)[..., :capacity]
     surplus = torch.arange(capacity, device=scores.device) >= rearrange(count, "b -> b 1 1 1")
     ascending = ranked.masked_fill(surplus, key_blocks).sort(dim=-1).values
