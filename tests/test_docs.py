@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -282,15 +281,15 @@ def test_the_defaults_are_ahead_of_no_sorting_wherever_both_were_measured(sparse
         exact = totals(sparse, key) | totals(layers, key)
         for dense in ("", ",dense_layers=0", ",dense_layers=0+1"):
             assert exact[f"sort=k,segment=256{dense}"] > exact[f"sort=none{dense}"]
-    assert dataclasses.asdict(BAAttConfig()) == sparse[SAFE, "single_1"]["config"]
+    assert BAAttConfig() == BAAttConfig(**sparse[SAFE, "single_1"]["config"])
 
 
 def test_the_presets_are_measured_settings(sparse):
-    from baatt.config import PRESETS
+    from baatt.config import PRESETS, BAAttConfig
 
     for preset, name in (("safe", SAFE), ("paper", PAPER)):
         one = sparse[name, "single_1"]
-        assert dataclasses.asdict(PRESETS[preset].config) == one["config"]
+        assert PRESETS[preset].config == BAAttConfig(**one["config"])
         assert list(PRESETS[preset].policy.dense_layers) == one["policy"]["dense_layers"]
 
 

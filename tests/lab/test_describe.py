@@ -18,6 +18,13 @@ def test_orders_and_scores():
     assert describe.order_name({"sort": "none", "segment": 256}) == "unsorted"
     assert describe.score_name(CONFIG) == "beta 0.5"
     assert describe.score_name(CONFIG | {"score": "oracle"}) == "oracle"
+    clusters = CONFIG | {"score": "clusters", "sort": "none"}
+    assert describe.score_name(clusters | {"keep_first": 1}) == "16 clusters, first block kept"
+    assert describe.score_name(clusters | {"representatives": 8, "refinements": 0, "peak": False, "keep_first": 2}) == (
+        "8 clusters, refinements 0, mean over queries, first 2 blocks kept"
+    )
+    assert describe.selection_name(clusters | {"keep_first": 1}, []) == "16 clusters, first block kept, unsorted"
+    assert describe.selection_name(CONFIG | {"keep_first": 1}, []) == "BA-Att, first block kept, k in 256"
 
 
 def test_a_setting_and_what_a_run_shares():

@@ -26,17 +26,17 @@ class Extended(BAAttConfig):
     """A config of next year.
 
     Args:
-        representatives: tokens that stand for a block, 100 % of them real.
-        budget: who shares the kept blocks.
+        delegates: tokens that stand for a block, 100 % of them real.
+        ballot: who shares the kept blocks.
     """
 
-    representatives: int = 16
-    budget: str = field(default="row", metadata={"choices": {"row": 1, "head": 2}})
+    delegates: int = 16
+    ballot: str = field(default="row", metadata={"choices": {"row": 1, "head": 2}})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.representatives < 1:
-            raise ValueError(f"representatives must be positive, got {self.representatives}")
+        if self.delegates < 1:
+            raise ValueError(f"delegates must be positive, got {self.delegates}")
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,14 @@ def test_what_was_given_changes_the_base():
 
 
 def test_a_new_field_is_an_option_everywhere():
-    argv = ["--representatives", "4", "--budget", "head", "--sort", "k"]
+    argv = ["--delegates", "4", "--ballot", "head", "--sort", "k"]
     arguments = parse(argv, Extended)
-    assert chosen(arguments, Extended()) == Extended(representatives=4, budget="head")
+    assert chosen(arguments, Extended()) == Extended(delegates=4, ballot="head")
     assert given(arguments, BAAttConfig) == {}  # another class has other options
-    assert read_options(Arguments, {"pretrained": "x", "sparsity": 0.5, "representatives": 4}).sparse == Extended(
-        representatives=4
-    )
-    assert read_dials(["representatives=4,8"], Extended) == {"representatives": [4, 8]}
-    with pytest.raises(ValueError, match=r"^--representatives must be positive, got 0"):
-        chosen(parse(["--representatives", "0"], Extended), Extended())
+    assert read_options(Arguments, {"pretrained": "x", "sparsity": 0.5, "delegates": 4}).sparse == Extended(delegates=4)
+    assert read_dials(["delegates=4,8"], Extended) == {"delegates": [4, 8]}
+    with pytest.raises(ValueError, match=r"^--delegates must be positive, got 0"):
+        chosen(parse(["--delegates", "0"], Extended), Extended())
 
 
 def test_several_values_make_every_combination():
@@ -107,12 +105,12 @@ def test_several_values_make_every_combination():
 
 def test_help_is_the_docstring_with_choices_and_defaults(capsys):
     parser = argparse.ArgumentParser(prog="x")
-    add_options(parser, Extended, only=("sort", "segment", "representatives"), defaults=Extended(segment=None))
+    add_options(parser, Extended, only=("sort", "segment", "delegates"), defaults=Extended(segment=None))
     text = " ".join(parser.format_help().split())
     assert "--sort {none,q,k,qk} which side is sorted by norm (E2)" in text
     assert "--segment N|whole tokens per sorting segment" in text
     assert "(default: whole)" in text
-    assert "--representatives N tokens that stand for a block, 100 % of them real (default: 16)" in text
+    assert "--delegates N tokens that stand for a block, 100 % of them real (default: 16)" in text
     assert "--beta" not in text
 
 

@@ -28,8 +28,9 @@ def order_name(order: Config) -> str:
 
 
 def score_name(config: Config) -> str:
-    """`beta 0.5` for the default score, else its name."""
-    return f"beta {config['beta']:g}" if config["score"] == "covariance" else str(config["score"])
+    """`beta 0.5` for BA-Att's score, `16 clusters, first block kept`, else the name of the score."""
+    name = f"beta {config['beta']:g}" if config["score"] == "covariance" else _clusters(config)
+    return name + _first_blocks(config)
 
 
 def setting_name(config: Config, among: Sequence[Config] = ()) -> str:
@@ -74,7 +75,8 @@ def selection_name(config: Config, dense_layers: Sequence[int]) -> str:
     layers = " and ".join(map(str, dense_layers))
     dense = f", layer{'s' if len(dense_layers) > 1 else ''} {layers} dense" if layers else ""
     without = " with beta 0" if config["score"].startswith("covariance") and config["beta"] == 0 else ""
-    return f"{TITLES.get(config['score'], config['score'])}{without}, {order_name(config)}{dense}"
+    name = TITLES.get(config["score"], _clusters(config)) + without + _first_blocks(config)
+    return f"{name}, {order_name(config)}{dense}"
 
 
 def layers_name(layers: Sequence[int]) -> str:
@@ -111,6 +113,19 @@ def sampler_text(sampler: Config) -> str:
     filled = "" if order == "low_confidence" else f"{order.replace('_', ' ')}, "
     blocks = f"{sampler['gen_length']} tokens in blocks of {sampler['block_length']}"
     return f"{sampler['steps']} steps for {blocks}, {filled}{sure}, cache {sampler['cache']}"
+
+
+def _clusters(config: Config) -> str:
+    """`8 clusters, mean over queries`, what differs from the defaults; of another score its name."""
+    if config["score"] != "clusters":
+        return str(config["score"])
+    rounds = "" if config["refinements"] == 2 else f", refinements {config['refinements']}"
+    return f"{config['representatives']} clusters{rounds}{'' if config['peak'] else ', mean over queries'}"
+
+
+def _first_blocks(config: Config) -> str:
+    first = config.get("keep_first", 0)  # older records have no such field
+    return {0: "", 1: ", first block kept"}.get(first, f", first {first} blocks kept")
 
 
 def _blocks(config: Config) -> str:

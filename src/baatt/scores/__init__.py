@@ -17,8 +17,8 @@ _EXACT = Score(exact.summarise, exact.compare)
 
 #: `BAAttConfig.score` -> the score.
 SCORES: dict[str, Score] = {
-    "clusters": Score(clusters.summarise, clusters.compare, ("representatives", "refinements", "peak")),
     "covariance": Score(covariance.summarise, covariance.compare, ("beta",)),
+    "clusters": Score(clusters.summarise, clusters.compare, ("representatives", "refinements", "peak")),
     "mean": Score(covariance.summarise, simple.compare_means),
     "covariance-16": Score(functools.partial(runs.summarise, run=16), runs.compare, ("beta",)),
     "covariance-8": Score(functools.partial(runs.summarise, run=8), runs.compare, ("beta",)),
