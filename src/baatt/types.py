@@ -35,6 +35,18 @@ class BlockStats(NamedTuple):
     size: Tensor
 
 
+class BlockClusters(NamedTuple):
+    """Clusters of the tokens of each block (C2), float32 (float64 for float64 input).
+
+    mean: [B, H or G, L, R, D], 0 where a cluster is empty; tokens: [B, H or G, L, R] int64, how many each has;
+    size: [B, L] int64, tokens in each block that are not masked.
+    """
+
+    mean: Tensor
+    tokens: Tensor
+    size: Tensor
+
+
 class BlockTokens(NamedTuple):
     """tokens: [B, H or G, L, P, D], 0 where none is or it is masked; size: [B, L] int64, how many of each are not."""
 

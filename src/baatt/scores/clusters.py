@@ -7,26 +7,16 @@ One representative is the block mean (E4, E6), as many as tokens are the exact m
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from baatt.stages.pooling import gather_blocks
-from baatt.types import ScoreOptions, TokenOrder
+from baatt.types import BlockClusters, ScoreOptions, TokenOrder
 
 #: Logits of one head in memory at once: 256 MiB in float32.
 SLAB_LOGITS = 2**26
-
-
-class BlockClusters(NamedTuple):
-    """mean: [B, H, L, R, D] float32 (float64 for float64), 0 where a cluster is empty; tokens: [B, H, L, R] int64, how
-    many each has; size: [B, L] int64."""
-
-    mean: Tensor
-    tokens: Tensor
-    size: Tensor
 
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClusters:
