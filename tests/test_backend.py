@@ -7,19 +7,29 @@ import torch
 
 from baatt import backend
 from baatt.backend import IMPLS, choose_backend, describe
-from baatt.kernels import cpu
-from baatt.scores import covariance
+from baatt.kernels import cpu, cpu_native, cpu_scores
+from baatt.scores import antidiagonal, clusters, covariance
 from baatt.stages import sparse
 
 
 def test_explicit_choices_are_what_they_say():
-    for name, twins, attention in (
-        ("reference", {}, sparse.sparse_attention),
-        ("cpu", {covariance.summarise: cpu.summarise}, cpu.sparse_attention),
+    for name, twin, attention in (
+        ("reference", backend._itself, sparse.sparse_attention),
+        ("cpu", backend.cpu_twin, cpu.sparse_attention),
     ):
         chosen = choose_backend(name, torch.device("cpu"))
         assert (chosen.name, chosen.sparse_attention) == (name, attention)
-        assert chosen.sort_blocks.args == (twins,)
+        assert chosen.sort_blocks.args == chosen.choose_blocks.args == (twin,)
+
+
+def test_scores_are_eager_where_c_does_not_go(monkeypatch):
+    functions = (covariance.summarise, clusters.compare, antidiagonal.compare)
+    if cpu_native.library() is not None:
+        twins = [backend.cpu_twin(function, torch.float32) for function in functions]
+        assert twins == [cpu_scores.summarise_moments, cpu_scores.compare_clusters, antidiagonal.compare]
+    assert all(backend.cpu_twin(function, torch.float64) is function for function in functions)
+    monkeypatch.setattr(cpu_native, "library", lambda: None)
+    assert all(backend.cpu_twin(function, torch.float32) is function for function in functions)
 
 
 def test_every_impl_says_why_it_cannot_run():

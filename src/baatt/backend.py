@@ -9,14 +9,14 @@ import importlib
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig
-from baatt.scores import SCORES, covariance, exact, simple
+from baatt.scores import SCORES, clusters, covariance, exact, simple
 from baatt.stages import selection, sorting, sparse
 from baatt.types import BlockSelection, BlockSummary, Partial, SortedBlocks, TokenOrder, take_blocks
 
@@ -143,8 +143,28 @@ def _import_kernel(impl: str) -> Any:
         return f"the {kernel} does not work with this Triton: {type(error).__name__}: {error}"
 
 
+def _itself(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """The twin of an eager function where none is wanted."""
+    return function
+
+
+def cpu_twin(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """The twin in C of a score's `summarise` or `compare`, or itself where there is none, or no compiler."""
+    from baatt.kernels import cpu_native, cpu_scores
+
+    twins: dict[Any, Callable[..., Any]] = {
+        covariance.summarise: cpu_scores.summarise_moments,
+        covariance.compare: cpu_scores.compare_covariance,
+        simple.compare_means: cpu_scores.compare_means,
+        clusters.summarise: cpu_scores.summarise_clusters,
+        clusters.compare: cpu_scores.compare_clusters,
+    }
+    known = function in twins and dtype in cpu_scores.KINDS and cpu_native.library() is not None
+    return twins[function] if known else function
+
+
 def _sort_in_stages(
-    twins: Mapping[Any, Any],
+    twin: Callable[..., Callable[..., Any]],
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -153,18 +173,21 @@ def _sort_in_stages(
     query_mask: Tensor | None = None,
 ) -> SortedBlocks:
     order_queries, order_keys = sorting.ORDERS[config.sort]
-    score = SCORES[config.score]
-    summarise = twins.get(score.summarise, score.summarise)
+    summarise = twin(SCORES[config.score].summarise, q.dtype)
     query_order = order_queries(q, config.segment, query_mask)
     key_order = order_keys(k, config.segment, key_mask)
     return SortedBlocks(query_order, summarise(q, query_order, config), key_order, summarise(k, key_order, config))
 
 
 def _choose_in_stages(
-    query_summary: BlockSummary, key_summary: BlockSummary, config: BAAttConfig, scale: float
+    twin: Callable[..., Callable[..., Any]],
+    query_summary: BlockSummary,
+    key_summary: BlockSummary,
+    config: BAAttConfig,
+    scale: float,
 ) -> BlockSelection:
     """Slab by slab of query blocks, as many as need no more than `SLAB_SCORES` a batch entry."""
-    compare = SCORES[config.score].compare
+    compare = twin(SCORES[config.score].compare, query_summary[0].dtype)
     heads, query_blocks = query_summary[0].shape[1:3]
     rows = max(1, SLAB_SCORES // (heads * key_summary.size.shape[1]))
     empty = (key_summary.size == 0)[:, None, None]
@@ -236,9 +259,11 @@ def _backend(impl: str) -> Backend:
     """The functions of an implementation that does not refuse."""
     if impl in ("triton", "hopper"):
         return Backend(impl, _sort_on_gpu, _choose_on_gpu, _import_kernel(impl).sparse_attention)
-    if impl == "reference":
-        return Backend(impl, functools.partial(_sort_in_stages, {}), _choose_in_stages, sparse.sparse_attention)
-    from baatt.kernels import cpu
+    twin, attention = _itself, sparse.sparse_attention
+    if impl == "cpu":
+        from baatt.kernels import cpu
 
-    twins = {covariance.summarise: cpu.summarise}
-    return Backend(impl, functools.partial(_sort_in_stages, twins), _choose_in_stages, cpu.sparse_attention)
+        twin, attention = cpu_twin, cpu.sparse_attention
+    return Backend(
+        impl, functools.partial(_sort_in_stages, twin), functools.partial(_choose_in_stages, twin), attention
+    )

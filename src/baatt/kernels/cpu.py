@@ -1,39 +1,18 @@
-"""CPU twins of `scores.covariance.summarise` and `stages.sparse`.
+"""CPU twin of `stages.sparse`.
 
-Both go through the heads one by one, so what they need besides inputs and output is a fraction of one head, and what
-they compute for a batch entry cannot depend on the others. Attention takes the C kernel of `cpu_native`, or
-`cpu_gather` where no C compiler is present and for float64.
+It goes through the heads one by one, so what it needs besides inputs and output is a fraction of one head, and what it
+computes for a batch entry cannot depend on the others. It takes the C kernel of `cpu_native`, or `cpu_gather` where no
+C compiler is present and for float64.
 """
 
 import functools
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from baatt.kernels import cpu_gather, cpu_native
-from baatt.types import BlockSelection, BlockStats, Partial, ScoreOptions, TokenOrder
-
-
-def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockStats:
-    """Mean and population variance of each block of sorted tokens (E3); see `stages.pooling.pool_blocks`."""
-    (batch, heads, tokens, channels), block_size = x.shape, options.block_size
-    blocks = -(-tokens // block_size)
-    size = (rearrange(order.length, "b -> b 1") - torch.arange(blocks) * block_size).clamp(0, block_size)
-    mean = x.new_zeros(batch, heads, blocks, channels, dtype=torch.promote_types(x.dtype, torch.float32))
-    variance = torch.zeros_like(mean)
-    for entry, length in enumerate(order.length.tolist()):
-        full = length // block_size
-        for head in range(heads):
-            rows = x[entry, head].index_select(0, order.index[entry, head, :length]).to(mean.dtype)
-            whole = rearrange(rows[: full * block_size], "(l p) d -> l p d", p=block_size)
-            if full:
-                _moments(whole, mean[entry, head, :full], variance[entry, head, :full])
-            if length % block_size:
-                rest = rearrange(rows[full * block_size :], "p d -> 1 p d")
-                _moments(rest, mean[entry, head, full : full + 1], variance[entry, head, full : full + 1])
-    return BlockStats(mean, variance, size)
+from baatt.types import BlockSelection, Partial, TokenOrder
 
 
 def sparse_attention(
@@ -79,13 +58,3 @@ def sparse_attention(
             )
             attend_group(group, block_size=block_size, scale=scale)
     return Partial(out, lse)
-
-
-def _moments(blocks: Tensor, mean: Tensor, variance: Tensor) -> None:
-    """Mean and variance of blocks [L, P, D] over P, written to [L, D] each; `blocks` is used up.
-
-    Two sums and not torch.var_mean, which takes six times as long over an axis that is not the last.
-    """
-    mean.copy_(blocks.mean(dim=1))
-    blocks -= rearrange(mean, "l d -> l 1 d")
-    variance.copy_(blocks.square_().mean(dim=1))

@@ -1,8 +1,8 @@
-"""Builds `cpu_native.c` with the C compiler of this machine, once per process, and calls it on tensors.
+"""Builds the C files of this folder with the C compiler of this machine, once per process, and calls them on tensors.
 
 Built at the first call and for this very CPU, into a directory that is gone once the library is loaded: nothing is
-cached on disk, so nothing can be stale or belong to another machine. It takes about half a second. Without a compiler
-`library` returns None and the caller uses `cpu_gather`.
+cached on disk, so nothing can be stale or belong to another machine. It takes about a second. Without a compiler
+`library` returns None: attention then gathers (`cpu_gather`), and scores are eager.
 """
 
 import ctypes
@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from baatt.kernels.cpu_gather import Group
 
-SOURCE = Path(__file__).with_name("cpu_native.c")
+SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.c") for name in ("native", "summaries", "comparisons"))
 COMPILERS = ("cc", "gcc", "clang")
 #: Tried in turn: the second is how Clang spells the first on ARM, the third builds anywhere.
 CPU_FLAGS = (("-march=native",), ("-mcpu=native",), ())
@@ -29,23 +31,28 @@ BUILD_SECONDS = 120
 logger = logging.getLogger("baatt")
 _build_lock = threading.Lock()
 
-_POINTERS = (
-    *("query", "key", "value", "query_order", "key_order", "kept", "count"),
-    *("output", "lse", "packed_key", "packed_value", "scratch"),
-)
-_SIZES = (
-    *("query_head_stride", "query_row_stride", "key_row_stride", "value_row_stride"),
-    *("heads", "queries", "keys", "channels", "block_size", "kept_slots", "threads"),
-)
+
+def fields(
+    pointers: tuple[str, ...], sizes: tuple[str, ...], factors: tuple[str, ...] = ()
+) -> tuple[tuple[str, type], ...]:
+    """`_fields_` of a struct of pointers, then 64-bit integers, then doubles."""
+    kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (factors, ctypes.c_double))
+    return tuple((name, kind) for names, kind in kinds for name in names)
 
 
 class _Problem(ctypes.Structure):
     """`Problem` of cpu_native.c: the same fields in the same order."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("scale", ctypes.c_double),
+    _fields_ = fields(
+        pointers=(
+            *("query", "key", "value", "query_order", "key_order", "kept", "count"),
+            *("output", "lse", "packed_key", "packed_value", "scratch"),
+        ),
+        sizes=(
+            *("query_head_stride", "query_row_stride", "key_row_stride", "value_row_stride"),
+            *("heads", "queries", "keys", "channels", "block_size", "kept_slots", "threads"),
+        ),
+        factors=("scale",),
     )
 
 
@@ -72,14 +79,13 @@ def _library() -> ctypes.CDLL | None:
         loaded = _build(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        logger.warning("impl='cpu' gathers blocks with PyTorch: building %s failed: %s", SOURCE.name, detail)
+        logger.warning("impl='cpu' gathers blocks with PyTorch: building its C files failed: %s", detail)
         return None
-    for name in ("baatt_scratch_size", "baatt_padded_channels"):
-        getattr(loaded, name).restype = ctypes.c_int64
+    sizes = ("scratch_size", "padded_channels", "summary_scratch", "packed_size", "comparison_scratch")
+    for name in sizes:
+        getattr(loaded, f"baatt_{name}").restype = ctypes.c_int64
     loaded.baatt_scratch_size.argtypes = (ctypes.c_int64, ctypes.c_int64)
     loaded.baatt_padded_channels.argtypes = (ctypes.c_int64,)
-    loaded.baatt_sparse_attention.argtypes = (ctypes.POINTER(_Problem),)
-    loaded.baatt_sparse_attention.restype = None
     return loaded
 
 
@@ -87,12 +93,24 @@ def _build(compiler: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="baatt-") as directory:
         target = Path(directory) / "cpu_native.so"
         for cpu_flags in CPU_FLAGS:
-            command = [compiler, *FLAGS, *cpu_flags, "-o", str(target), str(SOURCE), "-lm"]
+            command = [compiler, *FLAGS, *cpu_flags, "-o", str(target), *map(str, SOURCES), "-lm"]
             built = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
             if built.returncode == 0:
                 break
         built.check_returncode()
         return ctypes.CDLL(str(target))
+
+
+def point(problem: ctypes.Structure, tensors: Mapping[str, Tensor]) -> None:
+    """Let the pointers of a problem point to contiguous tensors, which the caller holds until the call is over."""
+    for name, tensor in tensors.items():
+        setattr(problem, name, tensor.data_ptr())
+
+
+def call(function: Callable[..., None], problem: ctypes.Structure, tensors: Mapping[str, Tensor]) -> None:
+    """A function of the library on a problem, given its tensors by the names of its pointers."""
+    point(problem, tensors)
+    function(ctypes.byref(problem))
 
 
 def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: float) -> None:
@@ -107,7 +125,6 @@ def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: f
     heads, queries, channels = q.shape
     keys, threads = group.key_order.shape[0], torch.get_num_threads()
     padded_keys = -(-keys // block_size) * block_size
-    # The dict holds every copy until the call is over.
     tensors = {
         "query": q,
         "key": k,
@@ -122,11 +139,11 @@ def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: f
         "packed_value": q.new_empty(padded_keys, kernel.baatt_padded_channels(channels)),
         "scratch": q.new_empty(threads, kernel.baatt_scratch_size(block_size, channels)),
     }
-    strides = q.stride(0), q.stride(1), k.stride(0), v.stride(0)
-    counts = heads, queries, keys, channels, block_size, group.kept.shape[-1], threads
-    sizes = dict(zip(_SIZES, (*strides, *counts), strict=True))
-    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    problem = _Problem(**pointers, **sizes, scale=scale)
-    kernel.baatt_sparse_attention(ctypes.byref(problem))
+    problem = _Problem(
+        query_head_stride=q.stride(0), query_row_stride=q.stride(1), key_row_stride=k.stride(0),
+        value_row_stride=v.stride(0), heads=heads, queries=queries, keys=keys, channels=channels,
+        block_size=block_size, kept_slots=group.kept.shape[-1], threads=threads, scale=scale,
+    )  # fmt: skip
+    call(kernel.baatt_sparse_attention, problem, tensors)
     if out is not group.out:
         group.out.copy_(out)
