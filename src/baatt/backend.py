@@ -216,7 +216,7 @@ def gpu_comparison(compare: Callable[..., Tensor], dtype: torch.dtype) -> Callab
     twins: dict[Any, Callable[..., Tensor]] = {}
     twins |= {covariance.compare: triton_selection.compare, simple.compare_means: triton_selection.compare_means}
     if dtype in (torch.bfloat16, torch.float16):  # of float32, without matrix units, the eager one is faster
-        twins[exact.compare] = triton_mass.compare
+        twins |= {exact.compare: triton_mass.compare, exact.compare_peak: triton_mass.compare_peak}
     return twins.get(compare, compare)
 
 

@@ -85,6 +85,7 @@ for dtype, channels, block_size, masked in CASES[: int(count)]:
     blocks, size = -(-300 // block_size), torch.zeros(1, -(-300 // block_size), dtype=torch.int64)
     tokens = [exact.BlockTokens(x.new_zeros(*x.shape[:2], blocks, block_size, channels), size) for x in (q, k)]
     triton_mass.compare(*tokens, config, 0.1)
+    triton_mass.compare_peak(*tokens, config, 0.1)
 print(architecture, *sorted(done))
 """
 KERNELS = ["_attention_kernel", "_covariance_kernel", "_gather_kernel", "_norm_kernel", "_order_kernel"]

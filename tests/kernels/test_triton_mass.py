@@ -40,15 +40,15 @@ def case(shape, dtype, sort="qk", masked=True):
     return q, k, make_plan(q, k, config, key_mask=mask, impl="reference")
 
 
-def mass(q, k, plan, room=triton_mass):
+def mass(q, k, plan, room=triton_mass, name="compare"):
     tokens = (exact.summarise(x, order, plan.config) for x, order in ((q, plan.query_order), (k, plan.key_order)))
-    return room.compare(*tokens, plan.config, plan.scale)
+    return getattr(room, name)(*tokens, plan.config, plan.scale)
 
 
-def check(q, k, plan):
-    actual, eager = mass(q, k, plan), mass(q, k, plan, exact)
+def check(q, k, plan, name="compare"):
+    actual, eager = mass(q, k, plan, name=name), mass(q, k, plan, exact, name)
     assert actual.dtype == torch.float32
-    assert_within_budget(actual, eager, mass(q.double(), k.double(), plan, exact))
+    assert_within_budget(actual, eager, mass(q.double(), k.double(), plan, exact, name))
     # Nothing at all, and not a little, where there is no key.
     empty = (plan.key_summary.size == 0)[:, None, None].expand(actual.shape)
     assert (actual[empty] == 0).all()
@@ -60,6 +60,11 @@ def check(q, k, plan):
 def test_within_the_error_budget(shape, dtype, poisoned_memory):
     actual = check(*case(shape, dtype))
     torch.testing.assert_close(actual[0].sum(-1), torch.ones_like(actual[0, ..., 0]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peak(shape, poisoned_memory):
+    check(*case(shape, torch.float32), "compare_peak")
 
 
 @pytest.mark.parametrize(("sort", "masked"), [("none", True), ("k", False), ("q", True)])
@@ -88,11 +93,12 @@ def test_several_parts_of_the_channels(poisoned_memory):
     check(*case((1, 2, 1, 40, 70, 200, 32), torch.float16))
 
 
-def test_a_query_that_is_not_a_number_spoils_its_block_only(poisoned_memory):
+@pytest.mark.parametrize("name", ["compare", "compare_peak"])
+def test_a_query_that_is_not_a_number_spoils_its_block_only(name, poisoned_memory):
     q, k, plan = case(SHAPES[0], torch.float32, "none")
-    clean = mass(q, k, plan)
+    clean = mass(q, k, plan, name=name)
     q[0, 1, 20, 3] = float("nan")
-    spoilt, expected = mass(q, k, plan), mass(q, k, plan, exact)
+    spoilt, expected = mass(q, k, plan, name=name), mass(q, k, plan, exact, name)
     assert torch.equal(spoilt.isnan(), expected.isnan())
     assert spoilt.isnan().any()
     assert torch.equal(spoilt[~spoilt.isnan()], clean[~spoilt.isnan()])

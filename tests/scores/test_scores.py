@@ -1,6 +1,7 @@
 """Scores that are not the paper's: shapes, masks and budget of all, sums of some entry by entry, the oracle above."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_antidiagonal_entry_by_entry():
 def run_mass(q, k, plan, run):
     summaries = (runs.summarise(x, o, plan.config, run=run) for x, o in ((q, plan.query_order), (k, plan.key_order)))
     return runs.compare(*summaries, plan.config, plan.scale)
+
+
+def test_exact_peak_is_the_most_that_one_query_attends():
+    q, k, plan = case("q")
+    peaks = scores_of(SCORES["exact-peak"], q, k, plan)
+    expected = torch.zeros_like(peaks)
+    for entry, head, row in itertools.product(range(q.shape[0]), range(q.shape[1]), range(q.shape[2])):
+        length = int(plan.key_order.length[entry])
+        keys = k[entry, head // 2, plan.key_order.index[entry, head // 2, :length]]
+        weights = (plan.scale * q[entry, head, plan.query_order.index[entry, head, row]] @ keys.T).softmax(-1)
+        for block, part in enumerate(weights.split(16)):
+            place = entry, head, row // 16, block
+            expected[place] = max(expected[place], part.sum())
+    torch.testing.assert_close(peaks, expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])

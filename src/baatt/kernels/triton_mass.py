@@ -1,7 +1,8 @@
-"""Attention mass of every block pair on the GPU: the twin of `scores.exact.compare` (E1).
+"""Attention mass of every block pair on the GPU: the twin of `scores.exact`, `compare` (E1) and `compare_peak`.
 
 Two launches a slab of query rows. The first multiplies once and keeps, of every row and run of keys, the log of the
-sum of exponentials; the second turns those into shares of the row, adds the runs of a block and averages its rows.
+sum of exponentials; the second turns those into shares of the row, adds the runs of a block and takes the mean or the
+peak of its rows.
 Between them stands one number for the up to 64 keys of a run, in slabs of bounded size. Walking over the keys twice,
 first for the sum of the row and then for the shares, would need none of it but twice the matrix products.
 """
@@ -33,6 +34,15 @@ def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Ten
     Returns:
         [B, H, i, J] float32, each row sums to 1; 0 without queries or keys.
     """
+    return _mass(queries, keys, scale, peak=False)
+
+
+def compare_peak(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Tensor:
+    """As `compare`, of the query of a block that attends to the key block most; see `scores.exact.compare_peak`."""
+    return _mass(queries, keys, scale, peak=True)
+
+
+def _mass(queries: Any, keys: Any, scale: float, *, peak: bool) -> Tensor:
     q, k = queries.tokens, keys.tokens.contiguous()
     batch, heads, query_blocks, block_size, channels = q.shape
     groups, key_blocks = k.shape[1:3]
@@ -51,7 +61,7 @@ def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Ten
         )  # fmt: skip
         _share_kernel[(count, batch * heads)](
             sums, query_size, key_size, mass, heads, query_blocks, key_blocks, runs, first, blocks * block_size,
-            BLOCK=block_size, RUN=run, WIDTH=WIDTH, num_warps=4,
+            BLOCK=block_size, RUN=run, WIDTH=WIDTH, PEAK=peak, num_warps=4,
         )  # fmt: skip
     return mass
 
@@ -118,9 +128,9 @@ def _sum_kernel(
 @triton.jit
 def _share_kernel(
     sums_ptr, query_size_ptr, key_size_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block, stride_sums,
-    BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PEAK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the runs of keys in the rows of one query block, added up by key block, averaged over the rows."""
+    """Softmax over the runs of keys in the rows of one query block, added up by key block, the rows' mean or peak."""
     head_entry = tl.program_id(1).to(tl.int64)
     block = first_block + tl.program_id(0)
     length = _count_keys(key_size_ptr + head_entry // heads * key_blocks, key_blocks, BLOCK).to(tl.int32)
@@ -139,8 +149,14 @@ def _share_kernel(
     mass_ptr += (head_entry * query_blocks + block) * key_blocks
     for first in range(0, key_blocks * (BLOCK // RUN), WIDTH):
         sums = _load_sums(sums_ptr, first, filled, rows, count, stride_sums, WIDTH)
-        share = tl.sum(tl.exp2(sums - running_max[None, :]) / divisor[None, :], axis=1)
-        mass = tl.sum(tl.reshape(share, (WIDTH // (BLOCK // RUN), BLOCK // RUN)), axis=1) / tl.maximum(count, 1)
+        shares = tl.exp2(sums - running_max[None, :]) / divisor[None, :]
+        if PEAK:
+            of_blocks = tl.sum(tl.reshape(shares, (WIDTH // (BLOCK // RUN), BLOCK // RUN, BLOCK)), axis=1)
+            # A maximum passes over what is not a number, a sum does not.
+            mass = tl.max(of_blocks, axis=1) + 0.0 * tl.sum(of_blocks, axis=1)
+        else:
+            share = tl.sum(shares, axis=1)
+            mass = tl.sum(tl.reshape(share, (WIDTH // (BLOCK // RUN), BLOCK // RUN)), axis=1) / tl.maximum(count, 1)
         columns = first // (BLOCK // RUN) + tl.arange(0, WIDTH // (BLOCK // RUN))
         # A row that is not a number makes the blocks with keys so, not the others.
         mass = tl.where(columns < tl.cdiv(length, BLOCK), mass, 0.0)

@@ -31,4 +31,5 @@ SCORES: dict[str, Score] = {
     "random": Score(simple.summarise_places, simple.compare_random),
     "oracle": _EXACT,
     "exact": _EXACT,
+    "exact-peak": Score(exact.summarise, exact.compare_peak),
 }

@@ -1,10 +1,12 @@
 """The oracle: the exact attention mass of every block pair (E1), which needs dense attention.
 
 A block is remembered by all its tokens. What an ideal selector by mass would rank by, and what recall is measured
-against. Weights exist for a slab of query rows of one head at a time, so memory is never N x M.
+against; by its peak instead of its mean, as `clusters` estimates it (C5). Weights exist for a slab of query rows of one
+head at a time, so memory is never N x M.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from einops import rearrange, reduce
@@ -29,6 +31,26 @@ def compare(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scal
         [B, H, i, J] float32 (float64 for float64), each row sums to 1; 0 for query blocks and key blocks without a
         token, and for a batch entry without keys.
     """
+    return _mass(queries, keys, scale, _mean)
+
+
+def compare_peak(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float) -> Tensor:
+    """As `compare`, of the query of a block that attends to the key block most; rows sum to 1 or more."""
+    return _mass(queries, keys, scale, _peak)
+
+
+def _mean(shares: Tensor, size: Tensor) -> Tensor:
+    """Over the queries of [i, P, J], of which `size` [i] are there and the others 0."""
+    return shares.sum(dim=1) / rearrange(size.clamp(min=1), "i -> i 1")
+
+
+def _peak(shares: Tensor, size: Tensor) -> Tensor:
+    return shares.amax(dim=1)
+
+
+def _mass(
+    queries: BlockTokens, keys: BlockTokens, scale: float, over_queries: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     batch, heads, rows, size, _ = queries.tokens.shape
     groups, blocks = keys.tokens.shape[1:3]
     dtype = torch.promote_types(queries.tokens.dtype, torch.float32)
@@ -44,7 +66,7 @@ def compare(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scal
                 logits = scale * rearrange(queries.tokens[entry, head, slab], "i p d -> (i p) d").to(dtype) @ columns
                 weights = logits.masked_fill(absent_keys[entry], -math.inf).softmax(-1)
                 shares = reduce(weights, "(i p) (j c) -> i p j", "sum", p=size, c=size)
-                counted = torch.where(present[entry, slab], shares, 0).sum(dim=1)
-                mass[entry, head, slab] = counted / rearrange(queries.size[entry, slab].clamp(min=1), "i -> i 1")
+                counted = torch.where(present[entry, slab], shares, 0)
+                mass[entry, head, slab] = over_queries(counted, queries.size[entry, slab])
     # Where there is no key the softmax is 0 / 0; a query that is not a number makes the blocks with keys so.
     return mass.masked_fill(rearrange(keys.size == 0, "b j -> b 1 1 j"), 0)
