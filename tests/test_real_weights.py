@@ -127,7 +127,8 @@ def test_a_run_goes_on_and_is_rendered(weights, model, monkeypatch, tmp_path, ca
     ]
     assert capsys.readouterr().out.count("dense") == 1
     assert stored["records"][0]["kl"] == 0
-    assert 0 < stored["records"][1]["kl"] < 1e-3 < stored["records"][2]["kl"]
+    assert abs(stored["records"][1]["kl"]) < 1e-5  # rounding may go below 0
+    assert stored["records"][2]["kl"] > 1e-3
     with pytest.raises(ValueError, match="--json must go on with documents 2, got 1"):
         weights.main([*options, "--documents", "1"])
 
