@@ -16,7 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 #: Files that take longest: `make test` gives files to processes in this order, and none of these should come last.
-LONGEST = ("test_triton_compilation", "test_hopper", "test_evaluate", "test_docs", "test_examples", "test_diffusers")
+LONGEST = (
+    *("test_transformers", "test_decoding_benchmark", "test_diffusers", "test_triton_compilation", "test_evaluate"),
+    *("test_triton_arrangement", "test_triton_mass", "test_docs", "test_cpu", "test_pins"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,8 +1,6 @@
 """Ulysses attention of 2 and 4 processes (gloo) against one process, its errors on every process, and the example."""
 
 import functools
-import subprocess
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -11,11 +9,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from baatt import BAAttConfig, ba_attention
 from baatt.distributed import ulysses_attention
+from tests.processes import run_ranks, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS, CHANNELS = 8, 16
@@ -136,7 +134,7 @@ def worker(rank: int, size: int, folder: Path) -> None:
 def run(request, tmp_path_factory):
     """(number of processes, what each of them stored)."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(worker, (request.param, folder), nprocs=request.param)
+    run_ranks(worker, request.param, folder, size=request.param)
     return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -250,13 +248,9 @@ def test_one_process_calls_the_function_directly():
 
 
 def test_the_example_agrees():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*command, "examples/ulysses.py"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0, run.stderr
+    out, _ = run_script("examples/ulysses.py", folder=ROOT)
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
     limit = 0.0 if device == "cpu" else 0.02
-    text, _, difference = run.stdout.strip().rpartition(" ")
+    text, _, difference = out.strip().rpartition(" ")
     assert text == f"2 processes on {device}, largest difference to one process:"
     assert float(difference) <= limit

@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "benchmarks/results/ulysses_scaling.json"
@@ -29,19 +30,9 @@ def measured(tmp_path_factory):
     """The file of a dry run: 2 processes, 4 query heads, 1 key head that has to be sent twice."""
     path = tmp_path_factory.mktemp("ulysses") / "ulysses.json"
     options = "--device cpu --tokens 256,130 --sparsity 0.5,0.9 --heads 4 --groups 1 --channels 16 --block-size 16"
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("benchmarks/ulysses.py", *options.split(), "--dtype", "float32", "--rounds", "1", "--json", str(path)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("equal bit for bit") == 4
+    arguments = [*options.split(), "--dtype", "float32", "--rounds", "1", "--json", str(path)]
+    out, _ = run_script("benchmarks/ulysses.py", *arguments, folder=ROOT)
+    assert out.count("equal bit for bit") == 4
     return json.loads(path.read_text())
 
 

@@ -169,7 +169,9 @@ def test_runs_without_the_packages_of_other_verbs() -> None:
     """A GPU machine of ours has torch, triton, numpy, einops and rich."""
     absent = "sys.modules.update(dict.fromkeys(['tokenizers', 'safetensors', 'matplotlib', 'transformers']))"
     call = "['bench', '--device', 'cpu', '--shape', '1x1x64x16', '--sparsity', '0']"
-    code = f"import sys; {absent}; from baatt.cli.main import main; sys.exit(main({call}))"
+    quick = "timing.ENOUGH_MS = 0.0; timing.MATRIX_SIZES['cpu'] = (128,); timing.COPY_BYTES['cpu'] = 2**20"
+    code = f"import sys; {absent}; from baatt.lab.bench import timing; {quick}"
+    code += f"; from baatt.cli.main import main; sys.exit(main({call}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "speed-up over dense" in run.stdout

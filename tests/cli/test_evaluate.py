@@ -1,14 +1,10 @@
 """`baatt evaluate ruler`: runs that are cut, grow or are shared by processes, its tables and its refusals."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from baatt.cli.main import main, replace_alias
@@ -21,6 +17,7 @@ from baatt.lab.ruler.cells import Cell, make_cells
 from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.summary import make_averages, make_records
 from tests.lab.lm_eval.harness import tiny_folder
+from tests.processes import run_script
 
 SHORT = ["--gen-length", "32", "--block-length", "16", "--steps", "4", "--threshold", "none"]
 DIALS = ["--block-size", "16", "--segment", "64", "--dense-layers", "0"]
@@ -136,17 +133,13 @@ def test_two_processes_give_the_same_summary_or_stop_if_their_options_differ(mod
     few = ["--tasks", "niah_multivalue", "--lengths", "512"]
     assert main(command(model, *few, "--json", "one.json")) == 0
     (here / "start.py").write_text(START)
-    calls = [command(model, *few, "--json", f"{name}.json", "--workers", "1") for name in ("zero", "two")]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "start.py"]
-    # Records name the threads of the device; torchrun would give its processes one each.
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    both = [sys.executable, *launcher, json.dumps(calls)]
-    run = subprocess.run(both, check=True, capture_output=True, text=True, timeout=240, cwd=here, env=threads)
-    assert run.stdout.count("refused with 2") == 2
-    assert run.stderr.count("baatt: all processes must run the same model with the same options") == 2
+    calls = [command(model, *few, "--json", f"{name}.json", "--workers", "0") for name in ("zero", "two")]
+    out, error = run_script("start.py", json.dumps(calls), folder=here)
+    assert out.count("refused with 2") == 2
+    assert error.count("baatt: all processes must run the same model with the same options") == 2
     assert not (here / "zero.json").exists()
-    assert run.stdout.count("RULER at 512 tokens") == run.stdout.count("Summary: two.json") == 1
-    assert run.stderr.count("made for up to 256 tokens") == 2  # once a run
+    assert out.count("RULER at 512 tokens") == out.count("Summary: two.json") == 1
+    assert error.count("made for up to 256 tokens") == 2  # once a run
     one, two = (json.loads((here / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert untimed(two["records"]) == untimed(one["records"])

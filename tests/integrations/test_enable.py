@@ -234,7 +234,7 @@ def test_a_permutation_before_the_blocks_changes_nothing_when_all_are_kept(model
     assert asked == [70] * 3
 
 
-@pytest.mark.parametrize("when", ["inside", "before"])
+@pytest.mark.parametrize("when", ["inside", pytest.param("before", marks=pytest.mark.slow)])
 def test_a_compiled_graph_counts_and_follows_steps(model, tokens, when):
     torch._dynamo.reset()
     expected = run(model, tokens)

@@ -326,7 +326,11 @@ def test_what_is_recognised(dream):
 
 @pytest.mark.parametrize(
     ("name", "when", "backend"),
-    [("Dream", "before", "eager"), ("Dream", "inside", "aot_eager"), ("LLaDA-V", "inside", "eager")],
+    [
+        ("Dream", "before", "eager"),
+        pytest.param("Dream", "inside", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("LLaDA-V", "inside", "eager", marks=pytest.mark.slow),
+    ],
 )
 def test_in_a_compiled_graph(name, when, backend, tokens, mask):
     torch._dynamo.reset()

@@ -306,8 +306,16 @@ def net(x, mask=None, causal=False):
     return (out + imported_by_name(q, k, v)).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("when", ["before", "inside"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("when", "dynamic"),
+    [
+        ("before", True),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in (("before", False), ("inside", False), ("inside", True))
+        ),
+    ],
+)
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_in_a_compiled_graph(real, when, dynamic):
     torch._dynamo.reset()

@@ -13,13 +13,13 @@ from baatt.kernels import triton_arrangement
 from baatt.stages import pooling, sorting
 
 CASES = [  # B, H, G, N, M, D, P, segment, masked
-    (2, 2, 1, 75, 90, 40, 16, 32, False),
-    (1, 2, 1, 200, 130, 64, 64, None, False),
-    (2, 1, 1, 101, 140, 16, 32, 64, True),
+    (1, 2, 1, 75, 90, 40, 16, 32, False),
+    (1, 2, 1, 100, 130, 64, 64, None, False),
+    (2, 1, 1, 40, 70, 16, 32, 32, True),
     (1, 1, 1, 1, 3, 3, 16, 16, False),
-    (1, 1, 1, 20, 1100, 8, 128, 1152, True),
+    (1, 1, 1, 20, 200, 8, 128, 256, True),
 ]
-#: Orders per shape, hand-picked: every order in every dtype. The interpreter takes seconds for the longest segment.
+#: Orders per shape, hand-picked: every order in every dtype. The interpreter's time goes with the numbers it sorts.
 PICKED = {
     torch.float32: ("qk", "k", "none", "q", "k"),
     torch.bfloat16: ("q", "none", "k", "qk"),
@@ -64,7 +64,10 @@ def check_copy(x, order, copy):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "sort"),
-    [(shape, dtype, sort) for dtype, sorts in PICKED.items() for shape, sort in zip(CASES, sorts, strict=False)],
+    [
+        *((shape, dtype, sort) for dtype, sorts in PICKED.items() for shape, sort in zip(CASES, sorts, strict=False)),
+        pytest.param((1, 1, 1, 20, 1100, 8, 128, 1152, True), torch.float32, "k", marks=pytest.mark.slow),
+    ],
 )
 def test_orders_moments_and_copies(shape, dtype, sort, poisoned_memory):
     q, k, v, mask, block_size, segment = case(shape, dtype)
@@ -100,7 +103,7 @@ def test_equal_and_nan_norms_keep_their_order():
 
 @pytest.mark.parametrize("sort", ["none", "k", "qk"])
 def test_masked_queries_stand_behind_and_are_not_pooled(sort, poisoned_memory):
-    q, k, v, mask, block_size, _ = case((2, 2, 2, 140, 140, 16, 32, 64, True), torch.float32)
-    found = _sort_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=64), mask, mask)
+    q, k, v, mask, block_size, _ = case((2, 1, 1, 70, 70, 16, 16, 32, True), torch.float32)
+    found = _sort_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=32), mask, mask)
     by_norm = sorting.by_norm if sort == "qk" else sorting.by_position
-    check_side(q, found.query_order, found.query_summary, by_norm(q, 64, mask), block_size)
+    check_side(q, found.query_order, found.query_summary, by_norm(q, 32, mask), block_size)

@@ -30,7 +30,7 @@ for text in sys.argv[1:]:
 else:
     sys.exit(0)
 
-backend, architecture, warp, shared_memory, count = text.split(",")
+backend, architecture, warp, shared_memory, chosen = text.split(",")
 target = GPUTarget(backend, int(architecture) if backend == "cuda" else architecture, int(warp))
 shared_memory = int(shared_memory) * 1024
 if backend == "hip":
@@ -42,10 +42,11 @@ from baatt.scores import exact
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
          torch.bool: "i1"}
-CASES = [  # the first three are every dtype and the most shared memory
-    (torch.bfloat16, 128, 128, True), (torch.float16, 64, 64, False), (torch.float32, 256, 128, False),
-    (torch.bfloat16, 256, 128, False), (torch.float32, 40, 16, True),
-]
+CASES = {
+    "usual": (torch.bfloat16, 128, 128, True), "half": (torch.float16, 64, 64, False),
+    "most shared memory": (torch.float32, 256, 128, False), "wide": (torch.bfloat16, 256, 128, False),
+    "small": (torch.float32, 40, 16, True),
+}
 done = set()
 
 
@@ -73,7 +74,7 @@ def compile_launch(kernel, *args, grid, warmup, **options):
 
 JITFunction.run = compile_launch
 triton_attention._shared_memory = triton_mass._shared_memory = lambda device: shared_memory
-for dtype, channels, block_size, masked in CASES[: int(count)]:
+for dtype, channels, block_size, masked in [CASES[chosen]] if chosen in CASES else CASES.values():
     q, k, v = (torch.zeros(1, heads, 300, channels, dtype=dtype) for heads in (4, 2, 2))
     mask = torch.ones(1, 300, dtype=torch.bool) if masked else None
     config = BAAttConfig(block_size=block_size, sparsity=0.5, segment=256)
@@ -95,16 +96,19 @@ OLDER = ["cuda,80,32,163", "cuda,86,32,99"]
 
 
 @pytest.mark.parametrize(
-    ("targets", "cases"),
-    [(NEWEST, 3), pytest.param(NEWEST + OLDER, 5, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    "targets",
+    [
+        {NEWEST[0]: "usual", NEWEST[1]: "half"},
+        pytest.param(dict.fromkeys(NEWEST + OLDER, "all"), marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
     ids=["newest", "all"],
 )
-def test_every_launch_compiles(targets, cases, tmp_path):
+def test_every_launch_compiles(targets, tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", SCRIPT, *(f"{target},{cases}" for target in targets)]
+    command = [sys.executable, "-c", SCRIPT, *(f"{target},{case}" for target, case in targets.items())]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     kernels = " ".join([*KERNELS, "_permute_kernel", "_select_kernel", "_share_kernel", "_sum_kernel"])

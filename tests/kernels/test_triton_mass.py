@@ -13,7 +13,7 @@ from baatt.scores import exact
 from tests.budget import assert_within_budget
 
 SHAPES = [  # B, H, G, N, M, D, P
-    (3, 4, 2, 75, 101, 16, 16),
+    (3, 2, 1, 40, 70, 16, 16),
     (2, 2, 1, 33, 150, 40, 32),
     (2, 4, 4, 130, 101, 96, 64),
     (2, 2, 1, 257, 300, 64, 128),
@@ -72,10 +72,13 @@ def test_orders(sort, masked, poisoned_memory):
     check(*case(SHAPES[0], torch.float32, sort, masked))
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
-@pytest.mark.parametrize("slab", [1, 3 * 2 * 4 * 128 * 7])
-def test_slabs(slab, block_size, poisoned_memory, monkeypatch):
-    q, k, plan = case((2, 2, 1, 300, 201, 16, block_size), torch.float32)
+@pytest.mark.parametrize(
+    ("queries", "keys", "block_size", "slab"),
+    # A query block at a time; three of seven; two of three.
+    [(100, 70, 16, 1), (100, 70, 16, 3 * 4 * 5 * 16), (300, 201, 128, 1), (300, 201, 128, 2 * 4 * 8 * 128)],
+)
+def test_slabs(queries, keys, block_size, slab, poisoned_memory, monkeypatch):
+    q, k, plan = case((2, 2, 1, queries, keys, 16, block_size), torch.float32)
     together = check(q, k, plan)
     monkeypatch.setattr(triton_mass, "SLAB_SUMS", slab)
     # A row stands at another place in its tile, and NumPy's products, which the interpreter takes, may round by place.

@@ -14,6 +14,7 @@ sys.path.insert(0, str(TRAINING))
 from averaging import add_up, agree, average_gradients  # noqa: E402
 
 from baatt.lab.ranks import Ranks, leave_process_group  # noqa: E402
+from tests.processes import START  # noqa: E402
 
 
 def work(rank: int, port: int, results: "torch.multiprocessing.Queue") -> None:
@@ -38,7 +39,7 @@ def test_two_processes() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free_port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context(START)
     results = context.Queue()
     workers = [context.Process(target=work, args=(rank, free_port, results)) for rank in range(2)]
     for worker in workers:

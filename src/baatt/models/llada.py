@@ -76,12 +76,20 @@ class Block(nn.Module):
         return x + cast(Tensor, self.ff_out(F.silu(self.ff_proj(normed)) * self.up_proj(normed)))
 
 
+class Embedding(nn.Embedding):
+    """Draws nothing on the meta device, where drawing makes torch import its compiler, for seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """The parameters of LLaDA's `model.transformer`: wte, blocks, ln_f and, unless tied, ff_out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.logit_size, config.d_model)
+        self.wte = Embedding(config.logit_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_out = None
@@ -146,6 +154,8 @@ class MaskedDiffusionLM(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw weights from N(0, init_std^2), projections back to the residual stream scaled by 1/sqrt(2 n_layers)."""
+        if self.transformer.wte.weight.is_meta:  # see Embedding
+            return
         for name, parameter in self.named_parameters():
             residual = name.endswith(("attn_out.weight", "ff_out.weight")) and ".blocks." in name
             scale = (2 * self.config.n_layers) ** -0.5 if residual else 1.0
