@@ -27,10 +27,13 @@ def case(batch, heads, tokens, channels, masked, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "masked", "beta"),
-    [(0.0, False, 0.5), (0.0, True, 0.0), (0.5, False, 0.0), (0.5, True, 0.5), (0.9, False, 0.5), (0.9, True, 0.0)],
+    ("sparsity", "masked", "beta", "keep_first"),
+    [
+        *((0.0, False, 0.5, 1), (0.0, True, 0.0, 0), (0.5, False, 0.0, 0), (0.5, True, 0.5, 3)),
+        *((0.9, False, 0.5, 1), (0.9, True, 0.0, 0), (0.9, True, 0.0, 3)),
+    ],
 )
-def test_selection_in_slabs(sparsity, masked, beta, poisoned_memory, monkeypatch):
+def test_selection_in_slabs(sparsity, masked, beta, keep_first, poisoned_memory, monkeypatch):
     q, _ = case(2, 2, 70, 24, False)
     k, mask = case(2, 1, 150, 24, masked)
     query_stats = pooling.pool_blocks(q, sorting.by_norm(q, 32, None), 16)
@@ -41,11 +44,10 @@ def test_selection_in_slabs(sparsity, masked, beta, poisoned_memory, monkeypatch
     scores = theirs(query_stats, key_stats)
     torch.testing.assert_close(ours(query_stats, key_stats), scores, atol=2e-6, rtol=2e-6)
     monkeypatch.setattr(triton_selection, "SLAB_SCORES", 2 * 2 * 10 * 3)  # three of the five query blocks at a time
-    for keep_first in (0, 1, 3):
-        actual = triton_selection.choose_blocks(query_stats, key_stats, ours, sparsity, keep_first)
-        expected = selection.select_blocks(scores, key_stats.size, sparsity, keep_first)
-        assert torch.equal(actual.index, expected.index)
-        assert torch.equal(actual.count, expected.count)
+    actual = triton_selection.choose_blocks(query_stats, key_stats, ours, sparsity, keep_first)
+    expected = selection.select_blocks(scores, key_stats.size, sparsity, keep_first)
+    assert torch.equal(actual.index, expected.index)
+    assert torch.equal(actual.count, expected.count)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.3, 1 - 1 / 3, 0.7, 0.95, 0.999])
