@@ -56,6 +56,28 @@ def naive_selection(scores: list[float], sparsity: float) -> list[int]:
     return sorted(sorted(range(len(scores)), key=lambda block: (-scores[block], block))[:kept])
 
 
+def naive_head_selection(
+    scores: list[list[float]], rows: list[bool], sparsity: float, keep_first: int
+) -> list[list[int]]:
+    """E7 with one budget for a head, from its scores [I][J]; the rows that have no token keep what they would alone."""
+    if not scores[0]:
+        return [[] for _ in scores]
+    kept = max(1, math.ceil((1 - sparsity) * len(scores[0])))
+    first = list(range(min(keep_first, kept)))
+    chosen = []
+    for i, row in enumerate(scores):
+        best = min(range(len(row)), key=lambda block: (-row[block], block))
+        chosen.append({*first, best} if keep_first < kept else set(first))
+        if not rows[i]:
+            others = sorted((j for j in range(len(row)) if j not in first), key=lambda block: (-row[block], block))
+            chosen[i] = {*first, *others[: kept - len(first)]}
+    pairs = [(i, j) for i, row in enumerate(scores) for j in range(len(row)) if rows[i] and j not in chosen[i]]
+    room = kept * sum(rows) - sum(len(one) for one, real in zip(chosen, rows, strict=True) if real)
+    for i, j in sorted(pairs, key=lambda pair: (-scores[pair[0]][pair[1]], *pair))[:room]:
+        chosen[i].add(j)
+    return [sorted(one) for one in chosen]
+
+
 def naive_row(query: Tensor, k: Tensor, v: Tensor, keys: list[int], scale: float) -> tuple[Tensor, float]:
     """E8 for one query [D] over the given keys of k, v [M, D]: output [D] and log-sum-exp."""
     if not keys:

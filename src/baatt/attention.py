@@ -72,8 +72,8 @@ def make_plan(
     """Decide which key blocks every query block attends to (E2-E7). Arguments and errors as `ba_attention`.
 
     Returns:
-        Plan with query_order.index [B, H, N], key_order.index [B, G, M], selection.index [B, H, I, K] ascending and
-        selection.count [B, H, I].
+        Plan with query_order.index [B, H, N], key_order.index [B, G, M], selection.index [B, H, I, K] ascending
+        ([B, H, I, J] with budget "head") and selection.count [B, H, I].
     """
     check_make_plan(q, k, config, key_mask, query_mask, scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

@@ -18,7 +18,15 @@ from torch import Tensor
 from baatt.config import BAAttConfig
 from baatt.scores import SCORES, clusters, covariance, exact, simple
 from baatt.stages import selection, sorting, sparse
-from baatt.types import BlockSelection, BlockSummary, Partial, SortedBlocks, TokenOrder, take_blocks
+from baatt.types import (
+    BlockSelection,
+    BlockSummary,
+    Partial,
+    SortedBlocks,
+    TokenOrder,
+    slabs_of_heads,
+    take_blocks,
+)
 
 IMPLS = ("auto", "reference", "cpu", "triton", "hopper")
 
@@ -186,27 +194,39 @@ def _choose_in_stages(
     config: BAAttConfig,
     scale: float,
 ) -> BlockSelection:
-    """Slab by slab of query blocks, as many as need no more than `SLAB_SCORES` a batch entry."""
-    compare = twin(SCORES[config.score].compare, query_summary[0].dtype)
-    heads, query_blocks = query_summary[0].shape[1:3]
-    rows = max(1, SLAB_SCORES // (heads * key_summary.size.shape[1]))
+    """Slab by slab of query blocks or, where they share a budget, of heads: up to `SLAB_SCORES` a batch entry."""
+    score, (heads, query_blocks) = SCORES[config.score], query_summary[0].shape[1:3]
+    compare = twin(score.compare, query_summary[0].dtype)
+    if config.budget == "row":
+        rows = max(1, SLAB_SCORES // (heads * key_summary.size.shape[1]))
+        slabs = [slice(first, first + rows) for first in range(0, query_blocks, rows)]
+        sides = [(take_blocks(query_summary, slab), key_summary) for slab in slabs]
+    else:
+        sides = [some[1:] for some in slabs_of_heads(query_summary, key_summary, SLAB_SCORES)]
     empty = (key_summary.size == 0)[:, None, None]
     parts = []
-    for first in range(0, query_blocks, rows):
-        scores = compare(take_blocks(query_summary, slice(first, first + rows)), key_summary, config, scale)
-        scores, size = scores.masked_fill(empty, -math.inf), key_summary.size
-        parts.append(selection.select_blocks(scores, size, config.sparsity, config.keep_first))
-    return BlockSelection(*(torch.cat(part, dim=2) for part in zip(*parts, strict=True)))
+    for queries, keys in sides:
+        scores = compare(queries, keys, config, scale).masked_fill(empty, -math.inf)
+        if config.budget == "head" and score.logits:
+            scores = selection.log_distribution(scores)
+        options = {"budget": config.budget, "query_block_size": queries.size}
+        parts.append(selection.select_blocks(scores, keys.size, config.sparsity, config.keep_first, **options))
+    axis = 2 if config.budget == "row" else 1
+    index, count = torch.cat([part.index for part in parts], axis), torch.cat([part.count for part in parts], axis)
+    return BlockSelection(index, count, parts[0].mean_count)
 
 
 def _choose_on_gpu(
     query_summary: BlockSummary, key_summary: BlockSummary, config: BAAttConfig, scale: float
 ) -> BlockSelection:
-    from baatt.kernels import triton_selection
+    from baatt.kernels import triton_budget, triton_selection
 
-    compare = gpu_comparison(SCORES[config.score].compare, query_summary[0].dtype)
-    score = functools.partial(compare, options=config, scale=scale)
-    return triton_selection.choose_blocks(query_summary, key_summary, score, config.sparsity, config.keep_first)
+    score = SCORES[config.score]
+    compare = functools.partial(gpu_comparison(score.compare, query_summary[0].dtype), options=config, scale=scale)
+    sides, budget = (query_summary, key_summary, compare), (config.sparsity, config.keep_first)
+    if config.budget == "row":
+        return triton_selection.choose_blocks(*sides, *budget)
+    return triton_budget.choose_blocks(*sides, *budget, logits=score.logits)
 
 
 def gpu_comparison(compare: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from baatt.scores import SCORES
+from baatt.stages.selection import BUDGETS
 from baatt.stages.sorting import ORDERS
 from baatt.types import kept_blocks
 
@@ -43,6 +44,8 @@ class BAAttConfig:
         refinements: rounds of Lloyd that move the clusters (C2), at least 0.
         peak: score by the cluster of queries that wants a key block most (C5); else by the mean over the queries.
         keep_first: key blocks from the front that are kept whatever their score (C6); they count in the budget.
+        budget: who has a budget of blocks: "row" keeps K key blocks of every query block; "head" keeps as many block
+            pairs in all, by one threshold over all query blocks of a head, and at least one of every query block.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -60,6 +63,7 @@ class BAAttConfig:
     refinements: int = 2
     peak: bool = True
     keep_first: int = 0
+    budget: str = field(default="row", metadata={"choices": BUDGETS})
 
     @classmethod
     def preset(cls, name: str) -> "BAAttConfig":
@@ -72,7 +76,7 @@ class BAAttConfig:
         return tuple([getattr(self, name) for name in OPTION_TYPES])
 
     def kept_blocks(self, key_blocks: int) -> int:
-        """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
+        """K = max(1, ceil((1 - sparsity) * J)) (E7), of every query block or on average over those of a head."""
         return kept_blocks(self.sparsity, key_blocks)
 
     def __post_init__(self) -> None:
@@ -85,7 +89,7 @@ class BAAttConfig:
                 raise TypeError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        for name, known in (("sort", ORDERS), ("score", SCORES)):
+        for name, known in (("sort", ORDERS), ("score", SCORES), ("budget", BUDGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
         if self.segment is not None and not _is_integer(self.segment):

@@ -5,7 +5,7 @@ P block size, I = ceil(N / P) query blocks, J = ceil(M / P) key blocks, K kept k
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -86,11 +86,14 @@ class Score(NamedTuple):
     compare: (summary of i query blocks, summary of all J key blocks, `ScoreOptions`, scale: the factor on q.k) ->
         [B, H, i, J], larger = kept sooner.
     options: fields of `BAAttConfig` that change the scores, besides those that cut the blocks.
+    logits: the scores mean the same in every row only after a softmax over the key blocks (E6); without it they are
+        shares, or something else that one threshold may cut through all rows of a head.
     """
 
     summarise: Callable[[Tensor, TokenOrder, ScoreOptions], BlockSummary]
     compare: Callable[[BlockSummary, BlockSummary, ScoreOptions, float], Tensor]
     options: tuple[str, ...] = ()
+    logits: bool = False
 
 
 def take_blocks(summary: BlockSummary, blocks: slice) -> BlockSummary:
@@ -99,6 +102,28 @@ def take_blocks(summary: BlockSummary, blocks: slice) -> BlockSummary:
     return summary._replace(
         **{name: x[:, blocks] if name == "size" else x[:, :, blocks] for name, x in tensors.items()}
     )
+
+
+def take_heads(summary: BlockSummary, heads: slice) -> BlockSummary:
+    """The summary of some heads; an axis of one is shared by all of them."""
+    tensors = {name: x for name, x in summary._asdict().items() if isinstance(x, Tensor) and name != "size"}
+    return summary._replace(**{name: x if x.shape[1] == 1 else x[:, heads] for name, x in tensors.items()})
+
+
+def slabs_of_heads(
+    queries: BlockSummary, keys: BlockSummary, pairs: int
+) -> Iterator[tuple[slice, BlockSummary, BlockSummary]]:
+    """Query heads and the summaries of both sides for them: as many as have up to `pairs` block pairs, at least one.
+
+    A slab has whole groups of query heads, or a part of one that divides it: in both, heads and key heads fit.
+    """
+    heads, groups = queries[0].shape[1], keys[0].shape[1]
+    repeats, most = heads // groups, max(1, pairs // (queries.size.shape[1] * keys.size.shape[1]))
+    step = most // repeats * repeats or max(part for part in range(1, most + 1) if repeats % part == 0)
+    for first in range(0, heads, step):
+        last = min(first + step, heads)
+        of_keys = slice(first // repeats, -(-last // repeats))
+        yield slice(first, last), take_heads(queries, slice(first, last)), take_heads(keys, of_keys)
 
 
 class SortedBlocks(NamedTuple):
@@ -122,10 +147,12 @@ class BlockSelection(NamedTuple):
 
     index: [B, H, I, K] int32, ascending in its first `count` entries; the rest repeat the last kept block.
     count: [B, H, I] int32, kept blocks; 0 only where a batch entry has no key at all.
+    mean_count: where rows keep different numbers of blocks, about how many they keep on average; kernels plan with it.
     """
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     count: Tensor  # type: ignore[assignment]
+    mean_count: int | None = None
 
 
 def kept_blocks(sparsity: float, key_blocks: int) -> int:

@@ -37,7 +37,7 @@ if backend == "hip":
     torch.version.hip = "for the constants that depend on it"
 from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu, _choose_on_gpu
-from baatt.kernels import triton_attention, triton_mass
+from baatt.kernels import triton_attention, triton_budget, triton_mass
 from baatt.scores import exact
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -80,6 +80,9 @@ for dtype, channels, block_size, masked in [CASES[chosen]] if chosen in CASES el
     config = BAAttConfig(block_size=block_size, sparsity=0.5, segment=256)
     arranged = _sort_on_gpu(q, k, v, config, mask)
     selection = _choose_on_gpu(arranged.query_summary, arranged.key_summary, config, 0.1)
+    for logits in (True, False):
+        scores = torch.zeros(1, 4, *(side.size.shape[1] for side in (arranged.query_summary, arranged.key_summary)))
+        triton_budget.choose_blocks(*arranged[1:4:2], lambda *_: scores, 0.5, 1, logits=logits)
     triton_attention.sparse_attention(
         q, k, v, arranged.query_order, arranged.key_order, selection, block_size=block_size, scale=0.1
     )
@@ -89,7 +92,11 @@ for dtype, channels, block_size, masked in [CASES[chosen]] if chosen in CASES el
     triton_mass.compare_peak(*tokens, config, 0.1)
 print(architecture, *sorted(done))
 """
-KERNELS = ["_attention_kernel", "_covariance_kernel", "_gather_kernel", "_norm_kernel", "_order_kernel"]
+KERNELS = [
+    "_attention_kernel", "_covariance_kernel", "_digit_kernel", "_gather_kernel", "_list_kernel", "_narrow_kernel",
+    "_norm_kernel", "_order_kernel", "_permute_kernel", "_rank_kernel", "_select_kernel", "_share_kernel",
+    "_sum_kernel", "_tie_kernel",
+]  # fmt: skip
 #: Backend, architecture, threads per warp, KiB of shared memory per block.
 NEWEST = ["cuda,90,32,227", "hip,gfx942,64,64"]
 OLDER = ["cuda,80,32,163", "cuda,86,32,99"]
@@ -111,5 +118,4 @@ def test_every_launch_compiles(targets, tmp_path):
     command = [sys.executable, "-c", SCRIPT, *(f"{target},{case}" for target, case in targets.items())]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    kernels = " ".join([*KERNELS, "_permute_kernel", "_select_kernel", "_share_kernel", "_sum_kernel"])
-    assert run.stdout.splitlines() == [f"{target.split(',')[1]} {kernels}" for target in targets]
+    assert run.stdout.splitlines() == [f"{target.split(',')[1]} {' '.join(KERNELS)}" for target in targets]

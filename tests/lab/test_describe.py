@@ -25,6 +25,7 @@ def test_orders_and_scores():
     )
     assert describe.selection_name(clusters | {"keep_first": 1}, []) == "16 clusters, first block kept, unsorted"
     assert describe.selection_name(CONFIG | {"keep_first": 1}, []) == "BA-Att, first block kept, k in 256"
+    assert describe.score_name(clusters | {"budget": "head"}) == "16 clusters, one budget a head"
 
 
 def test_a_setting_and_what_a_run_shares():

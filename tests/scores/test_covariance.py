@@ -65,4 +65,4 @@ def test_empty_key_blocks_score_minus_infinity():
 
 
 def test_the_registry_holds_the_paper_s_score():
-    assert SCORES["covariance"] == (summarise, compare, ("beta",))
+    assert SCORES["covariance"] == (summarise, compare, ("beta",), True)

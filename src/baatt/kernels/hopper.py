@@ -72,7 +72,7 @@ def sparse_attention(
     descriptors = [_descriptor(x, (batch * groups, keys, channels), dtype) for x in (k, v)]
     index = selection.index.contiguous()
     properties = torch.cuda.get_device_properties(q.device)
-    chunk = _tiles_per_launch(tiles, index.shape[-1], 2 * k[0, 0].nbytes, properties)
+    chunk = _tiles_per_launch(tiles, selection.mean_count or index.shape[-1], 2 * k[0, 0].nbytes, properties)
     for first_tile in range(0, tiles, chunk):
         last_tile = min(first_tile + chunk, tiles)
         attention_kernel[(min(last_tile - first_tile, properties.multi_processor_count),)](
@@ -92,14 +92,14 @@ def _descriptor(x: Tensor, shape: tuple[int, int, int], dtype: Any) -> Any:
     return TensorDescriptor(x, list(shape), [shape[1] * shape[2], shape[2], 1], [1, BLOCK, shape[2]], layout)
 
 
-def _tiles_per_launch(tiles: int, capacity: int, bytes_per_head: int, properties: Any) -> int:
+def _tiles_per_launch(tiles: int, kept: int, bytes_per_head: int, properties: Any) -> int:
     """All of them, unless K and V of one head are more than half of the L2 cache.
 
     Ascending lists make all multiprocessors sweep over the same keys at the same time, so that a block comes from
     memory once for all of them, as long as they keep in step. A new launch puts them back in step.
     """
     fits = 2 * bytes_per_head <= properties.L2_cache_size
-    return tiles if fits else properties.multi_processor_count * max(1, round(IN_STEP / capacity))
+    return tiles if fits else properties.multi_processor_count * max(1, round(IN_STEP / kept))
 
 
 @functools.cache

@@ -83,16 +83,21 @@ def covariance_score(queries: BlockStats, keys: BlockStats, *, scale: float, bet
     return scores
 
 
+def double_bits(number: float) -> int:
+    """For kernels: a float argument would be rounded to fp32."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
+
+
 def _select(
     scores: Tensor, key_size: Tensor, sparsity: float, selection: BlockSelection, start: int, keep_first: int = 0
 ) -> None:
     """Fill rows `start` and following of `selection` from scores [B, H, i, J]."""
     batch, heads, rows, key_blocks = scores.shape
     width = max(16, triton.next_power_of_2(key_blocks))
-    share = struct.unpack("<q", struct.pack("<d", 1 - sparsity))[0]  # a float argument would be rounded to fp32
     _select_kernel[(rows, batch * heads)](
         scores, key_size, selection.count, selection.index, heads, rows, key_blocks,
-        selection.index.shape[2], selection.index.shape[3], start, share, keep_first,
+        selection.index.shape[2], selection.index.shape[3], start, double_bits(1 - sparsity), keep_first,
         WIDTH=width, num_warps=min(16, max(1, width // 1024)),
     )  # fmt: skip
 
@@ -136,11 +141,45 @@ def _covariance_kernel(
 
 
 @triton.jit
-def _ordered(scores):
+def ordered(scores):
     """Unsigned integers in the order of the floats, from 2 up; NaN, of either sign, is 1."""
     bits = (scores + 0.0).to(tl.uint32, bitcast=True)  # the sum turns -0 into 0
     ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(scores == scores, ordered, 1)
+
+
+@triton.jit
+def filled_blocks(size_ptr, columns, key_blocks, share):
+    """Which key blocks of an entry hold a token, and K of a row; share: the bits of the double 1 - sparsity."""
+    filled = tl.load(size_ptr + columns, mask=columns < key_blocks, other=0) > 0
+    available = tl.sum(filled.to(tl.int32), axis=0)
+    wanted = tl.ceil((share + tl.zeros([1], tl.int64)).to(tl.float64, bitcast=True) * available.to(tl.float64))
+    return filled, tl.minimum(tl.maximum(tl.max(wanted, axis=0).to(tl.int32), 1), available)
+
+
+@triton.jit
+def threshold(values, count):
+    """The largest number that at least `count` values reach, bit by bit, and how many of its equals have room."""
+    low = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        reached = tl.sum((values >= (low | bit)).to(tl.int32), axis=0) >= count
+        low = tl.where(reached, low | bit, low)
+        bit = bit >> 1
+    return low, count - tl.sum((values > low).to(tl.int32), axis=0)
+
+
+@triton.jit
+def store_list(values, low, room, columns, filled, list_ptr, capacity, WIDTH: tl.constexpr):
+    """Write the places of the values above `low` and of the first `room` that equal it; returns how many they are."""
+    tied = filled & (values == low)
+    kept = (filled & (values > low)) | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
+    count = tl.sum(kept.to(tl.int32), axis=0)
+    tl.store(list_ptr + tl.cumsum(kept.to(tl.int32), axis=0) - 1, columns, mask=kept)
+    # What lies beyond `count` repeats the last kept block, 0 where none is.
+    last = tl.max(tl.where(kept, columns, 0), axis=0)
+    tl.store(list_ptr + columns, tl.broadcast_to(last, (WIDTH,)), mask=(columns >= count) & (columns < capacity))
+    return count
 
 
 @triton.jit
@@ -151,30 +190,12 @@ def _select_kernel(
     head_entry = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0)
     columns = tl.arange(0, WIDTH)
-    inside = columns < key_blocks
-    filled = tl.load(size_ptr + head_entry // heads * key_blocks + columns, mask=inside, other=0) > 0
-    available = tl.sum(filled.to(tl.int32), axis=0)
-    wanted = tl.ceil((share + tl.zeros([1], tl.int64)).to(tl.float64, bitcast=True) * available.to(tl.float64))
-    count = tl.minimum(tl.maximum(tl.max(wanted, axis=0).to(tl.int32), 1), available)
-    list_start = head_entry * query_blocks + start + row
-    tl.store(count_ptr + list_start, count)
-    scores = tl.load(scores_ptr + (head_entry * rows + row) * key_blocks + columns, mask=inside, other=float("-inf"))
-    values = tl.where(filled, _ordered(scores), 0)  # an empty block is below all others
+    filled, count = filled_blocks(size_ptr + head_entry // heads * key_blocks, columns, key_blocks, share)
+    scores_ptr += (head_entry * rows + row) * key_blocks
+    scores = tl.load(scores_ptr + columns, mask=columns < key_blocks, other=float("-inf"))
+    values = tl.where(filled, ordered(scores), 0)  # an empty block is below all others
     values = tl.where(filled & (columns < keep_first), tl.full((), 0xFFFFFFFF, tl.uint32), values)
-    # The largest threshold that at least `count` values reach, bit by bit.
-    low = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
-        reached = tl.sum((values >= (low | bit)).to(tl.int32), axis=0) >= count
-        low = tl.where(reached, low | bit, low)
-        bit = bit >> 1
-    above = values > low
-    tied = values == low
-    room = count - tl.sum(above.to(tl.int32), axis=0)
-    kept = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=0) <= room))
-    place = tl.cumsum(kept.to(tl.int32), axis=0) - 1
-    list_ptr = index_ptr + list_start * capacity
-    tl.store(list_ptr + place, columns, mask=kept & inside)
-    # What lies beyond `count` repeats the last kept block, 0 where none is.
-    last = tl.max(tl.where(kept & inside, columns, 0), axis=0)
-    tl.store(list_ptr + columns, tl.broadcast_to(last, (WIDTH,)), mask=(columns >= count) & (columns < capacity))
+    low, room = threshold(values, count)
+    list_start = head_entry * query_blocks + start + row
+    store_list(values, low, room, columns, filled, index_ptr + list_start * capacity, capacity, WIDTH)
+    tl.store(count_ptr + list_start, count)

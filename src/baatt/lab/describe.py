@@ -30,7 +30,7 @@ def order_name(order: Config) -> str:
 def score_name(config: Config) -> str:
     """`beta 0.5` for BA-Att's score, `16 clusters, first block kept`, else the name of the score."""
     name = f"beta {config['beta']:g}" if config["score"] == "covariance" else _clusters(config)
-    return name + _first_blocks(config)
+    return name + _kept(config)
 
 
 def setting_name(config: Config, among: Sequence[Config] = ()) -> str:
@@ -75,7 +75,7 @@ def selection_name(config: Config, dense_layers: Sequence[int]) -> str:
     layers = " and ".join(map(str, dense_layers))
     dense = f", layer{'s' if len(dense_layers) > 1 else ''} {layers} dense" if layers else ""
     without = " with beta 0" if config["score"].startswith("covariance") and config["beta"] == 0 else ""
-    name = TITLES.get(config["score"], _clusters(config)) + without + _first_blocks(config)
+    name = TITLES.get(config["score"], _clusters(config)) + without + _kept(config)
     return f"{name}, {order_name(config)}{dense}"
 
 
@@ -123,9 +123,11 @@ def _clusters(config: Config) -> str:
     return f"{config['representatives']} clusters{rounds}{'' if config['peak'] else ', mean over queries'}"
 
 
-def _first_blocks(config: Config) -> str:
-    first = config.get("keep_first", 0)  # older records have no such field
-    return {0: "", 1: ", first block kept"}.get(first, f", first {first} blocks kept")
+def _kept(config: Config) -> str:
+    """What else decides which blocks are kept, of fields that older records do not have."""
+    first, shared = config.get("keep_first", 0), config.get("budget", "row") == "head"
+    kept = {0: "", 1: ", first block kept"}.get(first, f", first {first} blocks kept")
+    return f"{kept}, one budget a head" if shared else kept
 
 
 def _blocks(config: Config) -> str:

@@ -17,9 +17,9 @@ _EXACT = Score(exact.summarise, exact.compare)
 
 #: `BAAttConfig.score` -> the score.
 SCORES: dict[str, Score] = {
-    "covariance": Score(covariance.summarise, covariance.compare, ("beta",)),
+    "covariance": Score(covariance.summarise, covariance.compare, ("beta",), logits=True),
     "clusters": Score(clusters.summarise, clusters.compare, ("representatives", "refinements", "peak")),
-    "mean": Score(covariance.summarise, simple.compare_means),
+    "mean": Score(covariance.summarise, simple.compare_means, logits=True),
     "covariance-16": Score(functools.partial(runs.summarise, run=16), runs.compare, ("beta",)),
     "covariance-8": Score(functools.partial(runs.summarise, run=8), runs.compare, ("beta",)),
     "antidiagonal": _OF_8_TOKENS,

@@ -1,46 +1,103 @@
-"""Selection (E7): the key blocks every query block keeps.
+"""Selection (E7): the key blocks every query block keeps, K a row or I * K a head.
 
 In: scores [B, H, I, J]. Out: a `BlockSelection`. The number kept follows from the sparsity and the number of key blocks
 that hold a token, per batch entry, so padding changes nothing. Never waits for the device.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from baatt.types import BlockSelection, kept_blocks
 
 
-def select_blocks(scores: Tensor, key_block_size: Tensor, sparsity: float, keep_first: int = 0) -> BlockSelection:
-    """Keep the K key blocks of the highest score, K = max(1, ceil((1 - sparsity) * J)) (E7).
+def select_blocks(
+    scores: Tensor,
+    key_block_size: Tensor,
+    sparsity: float,
+    keep_first: int = 0,
+    *,
+    budget: str = "row",
+    query_block_size: Tensor | None = None,
+) -> BlockSelection:
+    """Keep the key blocks of the highest score, K = max(1, ceil((1 - sparsity) * J)) of a row or on average (E7).
 
-    Of equal scores the lower block id wins. Per batch entry J counts the non-empty key blocks only; an entry without
-    any keeps none.
+    Of equal scores the lower row and then the lower block id wins. Per batch entry J counts the non-empty key blocks
+    only; an entry without any keeps none.
 
     Args:
         scores: [B, H, I, J], -inf for empty key blocks.
         key_block_size: [B, J] int64, tokens in each key block (`BlockStats.size`).
         sparsity: share of key blocks skipped, in [0, 1).
         keep_first: key blocks from the front that are kept whatever their score, as far as K goes (C6).
+        budget: of `BUDGETS`: "row" keeps K of every row; "head" keeps as many block pairs of a head as all its rows
+            would, those of the highest score over all rows, the first and, where K has room, the best block of each
+            row among them. That needs all rows of a head, in scores that mean the same in every row.
+        query_block_size: [B, I] int64, for "head": rows without a token take no part and keep K. None: all have some.
 
     Returns:
-        BlockSelection with index [B, H, I, K] and count [B, H, I] int32.
+        BlockSelection with index [B, H, I, K] ("head": [B, H, I, J]) and count [B, H, I] int32.
     """
-    _, heads, query_blocks, key_blocks = scores.shape
-    first = torch.arange(key_blocks, device=scores.device) < keep_first
-    capacity = kept_blocks(sparsity, key_blocks)
-    available = (key_block_size > 0).sum(-1)
-    # The same float64 product as above, so that an entry without padding keeps exactly `capacity` blocks.
+    query_blocks, key_blocks = scores.shape[2:]
+    present = rearrange(key_block_size > 0, "b j -> b 1 1 j")
+    available = present.sum(-1, keepdim=True)
+    # The same float64 product as in `kept_blocks`, so that an entry without padding keeps exactly as many.
     count = ((1 - sparsity) * available.double()).ceil().long().clamp(min=1).minimum(available)
+    first = present & (torch.arange(key_blocks, device=scores.device) < count.clamp(max=keep_first))
+    sizes = scores.new_ones(1, query_blocks) if query_block_size is None else query_block_size
+    kept = BUDGETS[budget](scores, present & rearrange(sizes > 0, "b i -> b 1 i 1"), first, count)
+    usual = kept_blocks(sparsity, key_blocks)
+    return _lists(kept, usual) if budget == "row" else _lists(kept, key_blocks)._replace(mean_count=usual)
 
-    scores = torch.where(first & (rearrange(key_block_size, "b j -> b 1 1 j") > 0), math.inf, scores)
-    ranked = scores.argsort(dim=-1, descending=True, stable=True)[..., :capacity]
-    surplus = torch.arange(capacity, device=scores.device) >= rearrange(count, "b -> b 1 1 1")
-    ascending = ranked.masked_fill(surplus, key_blocks).sort(dim=-1).values
-    last_slot = repeat((count - 1).clamp(min=0), "b -> b h i 1", h=heads, i=query_blocks)
-    last_kept = ascending.gather(-1, last_slot)
-    index = torch.where(surplus, last_kept, ascending)
-    index = index.masked_fill(rearrange(count == 0, "b -> b 1 1 1"), 0)
-    return BlockSelection(index.int(), repeat(count.int(), "b -> b h i", h=heads, i=query_blocks))
+
+def log_distribution(scores: Tensor) -> Tensor:
+    """Logarithm of the distribution of a row's attention over the key blocks, of logits [B, H, I, J] (E6).
+
+    It ranks as the distribution itself, whose small shares would all be 0.
+    """
+    return scores.log_softmax(dim=-1)
+
+
+def _best_of_rows(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) -> Tensor:
+    """Which block pairs are kept, [B, H, I, J]: `count` [B, 1, 1, 1] of every row, the `first` [B, 1, 1, J] before all.
+
+    pairs: [B, 1, I, J], where both blocks have a token.
+    """
+    ranked = torch.where(first, math.inf, scores).argsort(dim=-1, descending=True, stable=True)
+    best = torch.arange(scores.shape[-1], device=scores.device) < count
+    return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, ranked, best.expand_as(ranked))
+
+
+def _best_of_heads(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) -> Tensor:
+    """As `_best_of_rows`, `count` of a row on average over the rows of a head that have tokens."""
+    scores = scores.nan_to_num(nan=-math.inf, neginf=-math.inf)  # +inf is left to what is kept whatever its score
+    best = torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True)
+    forced = first | (best & (first.sum(-1, keepdim=True) < count))
+    flat = rearrange(torch.where(forced, math.inf, scores), "b h i j -> b h (i j)")
+    ranked = flat.argsort(dim=-1, descending=True, stable=True)
+    eligible = rearrange(pairs.expand_as(scores), "b h i j -> b h (i j)").gather(-1, ranked)
+    rows = pairs.any(-1, keepdim=True)
+    total = rearrange(count * rows.sum(2, keepdim=True), "b 1 1 1 -> b 1 1")
+    kept = torch.zeros_like(eligible).scatter(-1, ranked, eligible & (eligible.cumsum(-1) <= total))
+    kept = rearrange(kept, "b h (i j) -> b h i j", j=scores.shape[-1])
+    return torch.where(rows, kept, _best_of_rows(scores, pairs, first, count))
+
+
+def _lists(kept: Tensor, capacity: int) -> BlockSelection:
+    """Ascending lists of the kept blocks [B, H, I, J], of `capacity` slots."""
+    columns = torch.arange(kept.shape[-1], device=kept.device)
+    count = kept.sum(-1, keepdim=True)
+    ascending = torch.where(kept, columns, kept.shape[-1]).sort(dim=-1).values[..., :capacity]
+    last_kept = ascending.gather(-1, (count - 1).clamp(min=0)).masked_fill(count == 0, 0)
+    index = torch.where(columns[:capacity] < count, ascending, last_kept)
+    return BlockSelection(index.int(), count.squeeze(-1).int())
+
+
+#: `BAAttConfig.budget` -> which block pairs it keeps.
+BUDGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "row": _best_of_rows,
+    "head": _best_of_heads,
+}

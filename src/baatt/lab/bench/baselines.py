@@ -112,7 +112,7 @@ def block_mask(plan: Plan, keys: int) -> Any:
     """The kept blocks of a plan as FlexAttention's BlockMask over sorted tokens; every kept block counts in full."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    index, count = plan.selection
+    index, count = plan.selection[:2]
     key_blocks = -(-keys // plan.config.block_size)
     # Lists as long as there are key blocks: PyTorch derives the other direction from a table of that width.
     padded = F.pad(index, (0, key_blocks - index.shape[-1])).contiguous()

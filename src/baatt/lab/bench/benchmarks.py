@@ -119,7 +119,7 @@ def attention_kernel(inputs: Inputs, plan: Plan, backend: Backend) -> Callable[[
 
 
 def random_plan(case: Case) -> Plan:
-    """Random ascending lists of distinct blocks over tokens in their own order."""
+    """Random ascending lists of as many distinct blocks each, over tokens in their own order."""
     batch, heads, groups, tokens, _ = case.shape
     blocks, kept = case.blocks, case.config.kept_blocks(case.blocks)
     generator = torch.Generator(case.device).manual_seed(case.seed)
@@ -135,14 +135,14 @@ def random_plan(case: Case) -> Plan:
     )
     nothing = torch.empty(0, device=case.device)
     stats = BlockStats(nothing, nothing, nothing)
-    config = dataclasses.replace(case.config, sort="none")
+    config = dataclasses.replace(case.config, sort="none", budget="row")
     return Plan(config, case.scale, query_order, key_order, stats, stats, BlockSelection(index, count))
 
 
 def kept_pairs(plan: Plan) -> int:
     """Pairs of a query and a key that a plan keeps, over all heads; the last block may be shorter."""
     size, queries, keys = plan.config.block_size, plan.query_order.index.shape[-1], plan.key_order.index.shape[-1]
-    index, count = plan.selection
+    index, count = plan.selection[:2]
     slots = torch.arange(index.shape[-1], device=index.device, dtype=torch.int32)
     keys_kept = torch.where(slots < count.unsqueeze(-1), (keys - index * size).clamp(max=size), 0).sum(-1)
     first = torch.arange(index.shape[2], device=index.device) * size
@@ -161,7 +161,7 @@ def _record(
     stage_ms = median_times(stages, case.device, graph=graph)
     input_bytes = sum(x.nbytes for x in inputs)
     operations = 4 * case.shape.channels * kept_pairs(plan)
-    selection = plan.selection
+    selection, kept_blocks = plan.selection, int(plan.selection.count.sum())
     return {
         "what": case.what,
         "impl": backend.name,  # never "auto"
@@ -169,7 +169,7 @@ def _record(
         "groups": case.shape.groups,
         "dtype": str(case.dtype).removeprefix("torch."),
         "sparsity": case.config.sparsity,
-        "achieved_sparsity": 1 - int(selection.count.sum()) / (selection.count.numel() * case.blocks),  # of block pairs
+        "achieved_sparsity": 1 - kept_blocks / (selection.count.numel() * case.blocks),  # of block pairs
         "config": dataclasses.asdict(plan.config),
         "graph": graph,  # timed as replays of a CUDA graph
         "without_graph": [],  # the baselines that could not be, with the reason
@@ -181,7 +181,7 @@ def _record(
         "refused": {},  # baseline -> why it did not run
         "kept_tflops": operations / stage_ms["attend"] / 1e9,  # of the attention stage, kept pairs counted only
         # Those operations per byte of q, k, v, output and lists, each moved once.
-        "arithmetic_intensity": operations / (input_bytes + inputs.q.nbytes + selection.index.nbytes),
+        "arithmetic_intensity": operations / (input_bytes + inputs.q.nbytes + kept_blocks * selection.index.itemsize),
         "selection_share": None,  # of the sum of `stage_ms`, what is not attention
         "error": found.error,  # relative L2
         "error_limit": found.limit,

@@ -81,7 +81,8 @@ def estimated_bytes(case: Case) -> int:
     key_sides = 2 * query_side * groups // heads
     inputs = query_side + key_sides
     pairs = batch * heads * case.blocks**2
-    lists = 4 * batch * heads * case.blocks * case.config.kept_blocks(case.blocks)
+    slots = case.config.kept_blocks(case.blocks) if case.config.budget == "row" else case.blocks
+    lists = 4 * batch * heads * case.blocks * slots
     total = inputs + query_side + 8 * batch * (heads + groups) * tokens + lists
     if case.device.type == "cuda":
         total += key_sides  # sorted copies

@@ -1,0 +1,183 @@
+"""Selection on the GPU by one threshold over all rows of a head: the twin of `stages.selection` for budget "head".
+
+Scores become unsigned integers of the same order. Their 32 bits are found 8 at a time: each pass counts the next digit
+of the numbers that agree with the digits found so far, over all rows of a head. Only whole numbers are ever added
+atomically, so the result does not depend on the order of programs. Equals of the threshold go to the first rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baatt.kernels.triton_selection import SLAB_SCORES, double_bits, filled_blocks, ordered, store_list, threshold
+from baatt.types import BlockSelection, BlockSummary, kept_blocks, slabs_of_heads
+
+DIGITS = tl.constexpr(256)
+FORCED = tl.constexpr(0xFFFFFFFF)
+
+
+def choose_blocks(
+    query_summary: BlockSummary,
+    key_summary: BlockSummary,
+    score: Callable[[BlockSummary, BlockSummary], Tensor],
+    sparsity: float,
+    keep_first: int = 0,
+    *,
+    logits: bool = False,
+) -> BlockSelection:
+    """Score every block pair and keep the I * K best of every head (E7), ties to the lower row, then the lower id.
+
+    Args:
+        query_summary, key_summary, sparsity, keep_first: see `triton_selection.choose_blocks`.
+        score: (query_summary, key_summary) -> [B, h, I, J] of its own, called with slabs of heads and written over.
+        logits: scores go through a softmax over the key blocks first (E6).
+
+    Returns:
+        BlockSelection as `stages.selection.select_blocks` with budget "head".
+    """
+    query_size, key_size = query_summary.size.contiguous(), key_summary.size.contiguous()
+    (batch, heads), (query_blocks, key_blocks) = query_summary[0].shape[:2], (query_size.shape[1], key_size.shape[1])
+    index = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.int32, device=key_size.device)
+    count = torch.empty(index.shape[:3], dtype=torch.int32, device=index.device)
+    share = double_bits(1 - sparsity)
+    width = max(16, triton.next_power_of_2(key_blocks))
+    launch = {"WIDTH": width, "num_warps": min(16, max(1, width // 1024))}
+    for part, queries, keys in slabs_of_heads(query_summary, key_summary, SLAB_SCORES // batch):
+        scores, some = score(queries, keys).float().contiguous(), part.stop - part.start
+        values = scores.view(torch.int32)
+        histogram = torch.zeros(batch * some, DIGITS.value, dtype=torch.int32, device=index.device)
+        # The digits of the threshold found so far, and how many values with these digits are kept.
+        found = torch.empty(batch * some, 2, dtype=torch.int32, device=index.device)
+        rows, sizes = (query_blocks, batch * some), (query_size, key_size)
+        _rank_kernel[rows](
+            scores, values, *sizes, histogram, some, key_blocks, share, keep_first, LOGITS=logits, **launch
+        )
+        for digit in range(4):
+            if digit:
+                _digit_kernel[rows](values, query_size, histogram, found, some, key_blocks, digit, **launch)
+            _narrow_kernel[(batch * some,)](
+                histogram, found, *sizes, some, query_blocks, key_blocks, share, FIRST=digit == 0,
+                ROWS=max(16, triton.next_power_of_2(query_blocks)), WIDTH=width, num_warps=launch["num_warps"],
+            )  # fmt: skip
+        ties = torch.empty(batch * some, query_blocks, dtype=torch.int32, device=index.device)
+        _tie_kernel[rows](values, query_size, found, ties, some, key_blocks, **launch)
+        _list_kernel[rows](
+            values, *sizes, found, ties.cumsum(-1, dtype=torch.int32), count, index, some, heads, part.start,
+            key_blocks, share, **launch,
+        )  # fmt: skip
+    return BlockSelection(index, count, kept_blocks(sparsity, key_blocks))
+
+
+@triton.jit
+def _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH: tl.constexpr):
+    """The row of a program, one of a slab of `heads` heads: its numbers, 0 where no block is, and its tokens."""
+    head_entry = tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
+    start = (head_entry * tl.num_programs(0) + tl.program_id(0)) * key_blocks
+    values = tl.load(values_ptr + start + columns, mask=columns < key_blocks, other=0).to(tl.uint32, bitcast=True)
+    tokens = tl.load(query_size_ptr + head_entry // heads * tl.num_programs(0) + tl.program_id(0))
+    return values, tokens
+
+
+@triton.jit
+def _count_digits(digits, counted, histogram_ptr):
+    """Add the digits of a row to the histogram of its head."""
+    counts = tl.histogram(digits.to(tl.int32), DIGITS, mask=counted)
+    place = histogram_ptr + tl.program_id(1) * DIGITS + tl.arange(0, DIGITS)
+    tl.atomic_add(place, counts, mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def _rank_kernel(
+    scores_ptr, values_ptr, query_size_ptr, key_size_ptr, histogram_ptr, heads, key_blocks, share, keep_first,
+    LOGITS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Scores of a row to numbers in their order, in place: 0 for an empty key block, FORCED for what is always kept."""
+    entry = tl.program_id(1).to(tl.int64) // heads
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    columns = tl.arange(0, WIDTH)
+    filled, wanted = filled_blocks(key_size_ptr + entry * key_blocks, columns, key_blocks, share)
+    scores = tl.load(scores_ptr + row * key_blocks + columns, mask=filled, other=float("-inf"))
+    if LOGITS:
+        scores -= tl.max(scores, axis=0)
+        scores -= tl.log(tl.sum(tl.exp(scores), axis=0))
+    scores = tl.where(scores == scores, scores, float("-inf"))
+    values = tl.where(filled, ordered(scores), 0)
+    best = tl.min(tl.where(values == tl.max(values, axis=0), columns, WIDTH), axis=0)
+    forced = (columns < tl.minimum(keep_first, wanted)) | ((columns == best) & (keep_first < wanted))
+    values = tl.where(filled & forced, tl.full((), FORCED, tl.uint32), values)
+    tl.store(values_ptr + row * key_blocks + columns, values.to(tl.int32, bitcast=True), mask=columns < key_blocks)
+    tokens = tl.load(query_size_ptr + entry * tl.num_programs(0) + tl.program_id(0))
+    _count_digits(values >> 24, filled & (tokens > 0), histogram_ptr)
+
+
+@triton.jit
+def _digit_kernel(
+    values_ptr, query_size_ptr, histogram_ptr, found_ptr, heads, key_blocks, digit, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Count the digit of number `digit` of the values of a row whose digits before it are those found."""
+    values, tokens = _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH)
+    before = tl.load(found_ptr + tl.program_id(1) * 2).to(tl.uint32, bitcast=True)
+    counted = (values > 0) & (tokens > 0) & ((values >> (32 - 8 * digit)) == before)
+    _count_digits((values >> (24 - 8 * digit)) & 255, counted, histogram_ptr)
+
+
+@triton.jit
+def _narrow_kernel(
+    histogram_ptr, found_ptr, query_size_ptr, key_size_ptr, heads, query_blocks, key_blocks, share,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Find the next digit of a head's threshold and clear its histogram."""
+    head_entry = tl.program_id(0)
+    entry = (head_entry // heads).to(tl.int64)
+    if FIRST:
+        _, wanted = filled_blocks(key_size_ptr + entry * key_blocks, tl.arange(0, WIDTH), key_blocks, share)
+        rows = tl.arange(0, ROWS)
+        tokens = tl.load(query_size_ptr + entry * query_blocks + rows, mask=rows < query_blocks, other=0)
+        room = wanted * tl.sum((tokens > 0).to(tl.int32), axis=0)
+        before = 0
+    else:
+        room = tl.load(found_ptr + head_entry * 2 + 1)
+        before = tl.load(found_ptr + head_entry * 2)
+    digits = tl.arange(0, DIGITS)
+    counts = tl.load(histogram_ptr + head_entry * DIGITS + digits)
+    tl.store(histogram_ptr + head_entry * DIGITS + digits, tl.zeros([DIGITS], tl.int32))
+    at_least = tl.sum(counts, axis=0) - tl.cumsum(counts, axis=0) + counts
+    digit = tl.max(tl.where(at_least >= room, digits, 0), axis=0)
+    tl.store(found_ptr + head_entry * 2, (before << 8) | digit)
+    tl.store(found_ptr + head_entry * 2 + 1, room - tl.sum(tl.where(digits > digit, counts, 0), axis=0))
+
+
+@triton.jit
+def _tie_kernel(values_ptr, query_size_ptr, found_ptr, ties_ptr, heads, key_blocks, WIDTH: tl.constexpr):
+    """How many values of a row equal the threshold of its head."""
+    values, tokens = _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH)
+    low = tl.load(found_ptr + tl.program_id(1) * 2).to(tl.uint32, bitcast=True)
+    ties = tl.sum(((values == low) & (values > 0) & (tokens > 0)).to(tl.int32), axis=0)
+    tl.store(ties_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ties)
+
+
+@triton.jit
+def _list_kernel(
+    values_ptr, query_size_ptr, key_size_ptr, found_ptr, ties_ptr, count_ptr, index_ptr, heads, all_heads, first_head,
+    key_blocks, share, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The list of a row, by the threshold of its head; of a row without tokens by its own."""
+    values, tokens = _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH)
+    head_entry, columns = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
+    entry = head_entry // heads
+    if tokens > 0:
+        low = tl.load(found_ptr + head_entry * 2).to(tl.uint32, bitcast=True)
+        ties = tl.sum(((values == low) & (values > 0)).to(tl.int32), axis=0)
+        up_to_here = tl.load(ties_ptr + head_entry * tl.num_programs(0) + tl.program_id(0))
+        room = tl.load(found_ptr + head_entry * 2 + 1) - (up_to_here - ties)
+    else:
+        _, wanted = filled_blocks(key_size_ptr + entry * key_blocks, columns, key_blocks, share)
+        low, room = threshold(values, wanted)
+    list_start = (entry * all_heads + first_head + head_entry % heads) * tl.num_programs(0) + tl.program_id(0)
+    list_ptr = index_ptr + list_start * key_blocks
+    count = store_list(values, low, room, columns, values > 0, list_ptr, key_blocks, WIDTH)
+    tl.store(count_ptr + list_start, count)
