@@ -1,5 +1,6 @@
 """The whole operator against the naive implementation, against dense attention, and the invariants it promises."""
 
+import dataclasses
 import math
 
 import numpy
@@ -283,3 +284,23 @@ def test_query_mask_alone(impl):
         for x in (0.0, 50.0)
     )
     assert torch.equal(first.transpose(1, 2)[wanted], second.transpose(1, 2)[wanted])
+
+
+@pytest.mark.parametrize("score", ["covariance", "clusters", "antidiagonal-8", "covariance-8"])
+def test_one_budget_for_a_head(impl, score):
+    """Every implementation attends over uneven lists, as many block pairs as row by row, whatever the batch."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, heads, 90, 16, generator=generator) for heads in (4, 2, 2))
+    k[0, 0, 16:48] *= 4
+    mask = torch.arange(90) < torch.tensor([[90], [60]])
+    config = BAAttConfig(16, 0.6, "none", None, score=score, keep_first=1, budget="head")
+    masks = {"key_mask": mask, "query_mask": mask}
+    plan = make_plan(q, k, config, **masks, impl=impl)
+    even = make_plan(q, k, dataclasses.replace(config, budget="row"), **masks, impl=impl).selection.count
+    assert torch.equal(plan.selection.count.sum(-1), even.sum(-1))
+    assert not torch.equal(plan.selection.count, even)
+    out = ba_attention(q, k, v, config, **masks, impl=impl)
+    exact = attend(q.double(), k.double(), v.double(), plan, impl="reference")
+    torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
+    alone = ba_attention(q[1:, :, :60], k[1:, :, :60], v[1:, :, :60], config, impl=impl)
+    torch.testing.assert_close(out[1:, :, :60], alone, rtol=1e-5, atol=1e-6)

@@ -131,6 +131,50 @@ def test_lse_and_variable_counts(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("score", ["covariance", "clusters", "window"])
+def test_one_budget_for_a_head(impl, score):
+    """By the kernels' own scores: the selection is the stage's, attention is right over uneven lists, nothing waits."""
+    q, k, v = inputs((2, 8, 2, 3000, 3000, 128), torch.bfloat16)
+    k[:, :, 512:1024] *= 3
+    config = BAAttConfig(sparsity=0.8, score=score, keep_first=1, budget="head")
+    require(impl, q, config)
+    plan = make_plan(q, k, config, impl=impl)
+    ours, theirs = plan.selection, make_plan(q, k, config, impl="reference").selection
+    assert (ours.count.sum(-1) == ours.count.shape[-1] * config.kept_blocks(24)).all()
+    kept, expected = (torch.zeros_like(ours.index).scatter_(-1, some.index.long(), 1) for some in (ours, theirs))
+    assert (kept * expected).sum() / expected.sum() > 0.99  # scores at the threshold differ by a rounding
+    check(impl, q, k, v, config)
+    alone = [ba_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], config, impl=impl) for i in range(2)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        together = ba_attention(q, k, v, config, impl=impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("tokens", [3000, 40_000])
+def test_the_budget_of_a_head_is_the_stage_s(tokens):
+    """Of the same scores, ties and NaN included, to the last pair."""
+    from baatt.kernels import triton_budget
+    from baatt.stages.selection import select_blocks
+    from baatt.types import BlockStats
+
+    blocks = -(-tokens // 128)
+    scores = torch.randn(2, 3, blocks, blocks, device="cuda").mul(20).round().div(20)
+    scores[torch.rand_like(scores) < 0.01] = float("nan")
+    size = torch.full((2, blocks), 128, device="cuda")
+    size[1, blocks // 2 :] = 0
+    scores = scores.masked_fill((size == 0)[:, None, None], float("-inf"))
+    summary = BlockStats(torch.zeros(2, 3, blocks, 1, device="cuda"), torch.zeros(2, 3, blocks, 1, device="cuda"), size)
+    for sparsity in (0.5, 0.9):
+        ours = triton_budget.choose_blocks(summary, summary, lambda *_: scores.clone(), sparsity, 1)
+        theirs = select_blocks(scores, size, sparsity, 1, budget="head", query_block_size=size)
+        assert torch.equal(ours.count, theirs.count)
+        assert torch.equal(ours.index, theirs.index)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_batch_entries_do_not_see_one_another(impl):
     q, k, v = inputs((3, 4, 2, 900, 900, 128), torch.bfloat16)
     together = ba_attention(q, k, v, BAAttConfig(), impl=impl)
