@@ -7,9 +7,9 @@ import torch
 
 from baatt import backend
 from baatt.backend import IMPLS, choose_backend, describe
-from baatt.kernels import cpu, cpu_native, cpu_scores
+from baatt.kernels import cpu, cpu_native, cpu_orders, cpu_scores
 from baatt.scores import antidiagonal, clusters, covariance
-from baatt.stages import sparse
+from baatt.stages import sorting, sparse
 
 
 def test_explicit_choices_are_what_they_say():
@@ -22,11 +22,12 @@ def test_explicit_choices_are_what_they_say():
         assert chosen.sort_blocks.args == chosen.choose_blocks.args == (twin,)
 
 
-def test_scores_are_eager_where_c_does_not_go(monkeypatch):
-    functions = (covariance.summarise, clusters.compare, antidiagonal.compare)
+def test_plans_are_eager_where_c_does_not_go(monkeypatch):
+    functions = (sorting.by_norm, covariance.summarise, clusters.compare, antidiagonal.compare)
     if cpu_native.library() is not None:
         twins = [backend.cpu_twin(function, torch.float32) for function in functions]
-        assert twins == [cpu_scores.summarise_moments, cpu_scores.compare_clusters, antidiagonal.compare]
+        moments, shares = cpu_scores.summarise_moments, cpu_scores.compare_clusters
+        assert twins == [cpu_orders.by_norm, moments, shares, antidiagonal.compare]
     assert all(backend.cpu_twin(function, torch.float64) is function for function in functions)
     monkeypatch.setattr(cpu_native, "library", lambda: None)
     assert all(backend.cpu_twin(function, torch.float32) is function for function in functions)

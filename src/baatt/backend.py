@@ -157,10 +157,11 @@ def _itself(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., A
 
 
 def cpu_twin(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """The twin in C of a score's `summarise` or `compare`, or itself where there is none, or no compiler."""
-    from baatt.kernels import cpu_native, cpu_scores
+    """The twin in C of an order or of a score's function, or itself where there is none, or no compiler."""
+    from baatt.kernels import cpu_native, cpu_orders, cpu_scores
 
     twins: dict[Any, Callable[..., Any]] = {
+        sorting.by_norm: cpu_orders.by_norm,
         covariance.summarise: cpu_scores.summarise_moments,
         covariance.compare: cpu_scores.compare_covariance,
         simple.compare_means: cpu_scores.compare_means,
@@ -180,7 +181,7 @@ def _sort_in_stages(
     key_mask: Tensor | None,
     query_mask: Tensor | None = None,
 ) -> SortedBlocks:
-    order_queries, order_keys = sorting.ORDERS[config.sort]
+    order_queries, order_keys = (twin(order, q.dtype) for order in sorting.ORDERS[config.sort])
     summarise = twin(SCORES[config.score].summarise, q.dtype)
     query_order = order_queries(q, config.segment, query_mask)
     key_order = order_keys(k, config.segment, key_mask)

@@ -188,5 +188,6 @@ void baatt_compare(const Comparison *c) {
   const int64_t size = baatt_comparison_scratch(c), heads = c->batch * c->heads;
   const int64_t step = c->key_count ? shares_step(c) : TASK_ROWS;
   run(c, pack_task, c->batch * c->groups * tiles_of(c), c->threads, c->scratch, size);
-  run(c, c->key_count ? shares_task : scores_task, heads * blocks_of(c->query_blocks, step), c->threads, c->scratch, size);
+  run(c, c->key_count ? shares_task : scores_task, heads * blocks_of(c->query_blocks, step), c->threads, c->scratch,
+      size);
 }

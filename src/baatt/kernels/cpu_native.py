@@ -2,7 +2,7 @@
 
 Built at the first call and for this very CPU, into a directory that is gone once the library is loaded: nothing is
 cached on disk, so nothing can be stale or belong to another machine. It takes about a second. Without a compiler
-`library` returns None: attention then gathers (`cpu_gather`), and scores are eager.
+`library` returns None: attention then gathers (`cpu_gather`), and the plan is eager.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from baatt.kernels.cpu_gather import Group
 
-SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.c") for name in ("native", "summaries", "comparisons"))
+SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}.c") for name in ("native", "orders", "summaries", "comparisons"))
 COMPILERS = ("cc", "gcc", "clang")
 #: Tried in turn: the second is how Clang spells the first on ARM, the third builds anywhere.
 CPU_FLAGS = (("-march=native",), ("-mcpu=native",), ())

@@ -56,7 +56,8 @@ static int64_t gather(const Summary *summary, int64_t task, float *rows) {
     if (summary->kind == FLOAT32)
       memcpy(rows, (const float *)summary->source + place, sizeof(float) * channels);
     else if (summary->kind == BFLOAT16)
-      for (int64_t channel = 0; channel < channels; channel++) rows[channel] = from_bits((uint32_t)narrow[channel] << 16);
+      for (int64_t channel = 0; channel < channels; channel++)
+        rows[channel] = from_bits((uint32_t)narrow[channel] << 16);
     else
       for (int64_t channel = 0; channel < channels; channel++) rows[channel] = from_half(narrow[channel]);
     memset(rows + channels, 0, sizeof(float) * (stride - channels));
@@ -196,9 +197,10 @@ static void clusters_task(const void *argument, int64_t task, float *scratch) {
   const int64_t size = summary->block_size, clusters = summary->clusters;
   int64_t *count = summary->count + task * clusters;
   float *mean = summary->mean + task * clusters * channels, *columns = scratch + size * stride;
-  float *points = columns + size * channels, *sums = points + clusters * stride, *nearest = sums + clusters * 2 * stride;
+  float *points = columns + size * channels, *sums = points + clusters * stride;
+  float *nearest = sums + clusters * 2 * stride, *owner = nearest + size;
   const int64_t present = gather(summary, task, scratch);
-  const Block block = {scratch, columns, points, sums, nearest, nearest + size, present, size, channels, stride, clusters};
+  const Block block = {scratch, columns, points, sums, nearest, owner, present, size, channels, stride, clusters};
   if (present == 0) {
     memset(count, 0, sizeof(int64_t) * clusters);
     memset(mean, 0, sizeof(float) * clusters * channels);
