@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -242,6 +242,7 @@ def gpu_comparison(compare: Callable[..., Tensor], dtype: torch.dtype) -> Callab
 
 
 def _sort_on_gpu(
+    twins: Mapping[Any, Any],
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
@@ -249,37 +250,38 @@ def _sort_on_gpu(
     key_mask: Tensor | None,
     query_mask: Tensor | None = None,
 ) -> SortedBlocks:
-    """By the kernel, which makes the orders it knows itself and follows any other; it masks keys only.
+    """Orders by norm are the kernel's unless their queries are masked; mean and variance it takes as it copies k and v.
 
-    It takes mean and variance of the blocks on its way; what else a score remembers is made of the orders.
+    What another score remembers its `summarise` makes of the orders, or the twin of that.
     """
     from baatt.kernels import triton_arrangement
 
-    def order(x: Tensor, function: sorting.OrderFunction, mask: Tensor | None) -> TokenOrder | str:
+    def order(x: Tensor, function: sorting.OrderFunction, mask: Tensor | None) -> TokenOrder | None:
         longest = x.shape[2] if config.segment is None else min(config.segment, x.shape[2])
-        known = function.__name__ in triton_arrangement.ORDERS
-        if known and (function is not sorting.by_norm or longest <= triton_arrangement.LONGEST):
-            return function.__name__
-        return function(x, config.segment, mask)
+        made_here = function is sorting.by_norm and longest <= triton_arrangement.LONGEST
+        return None if made_here else function(x, config.segment, mask)
 
     order_queries, order_keys = sorting.ORDERS[config.sort]
     given = None if query_mask is None else order_queries(q, config.segment, query_mask)
-    blocks = triton_arrangement.sort_blocks(
-        q, k, v, given or order(q, order_queries, None), order(k, order_keys, key_mask),
-        segment=config.segment, key_mask=key_mask, block_size=config.block_size,
+    query_order, key_order = triton_arrangement.order_tokens(
+        q, k, given or order(q, order_queries, None), order(k, order_keys, key_mask),
+        segment=config.segment, key_mask=key_mask,
     )  # fmt: skip
     summarise = SCORES[config.score].summarise
     if summarise is covariance.summarise:
-        return blocks
-    query_summary, key_summary = summarise(q, blocks.query_order, config), summarise(k, blocks.key_order, config)
-    return blocks._replace(query_summary=query_summary, key_summary=key_summary)
+        return triton_arrangement.pool_blocks(q, k, v, query_order, key_order, config.block_size)
+    summarise = twins.get(summarise, summarise)
+    summaries = summarise(q, query_order, config), summarise(k, key_order, config)
+    own = (k, v) if key_order.identity else (None, None)
+    return SortedBlocks(query_order, summaries[0], key_order, summaries[1], *own)
 
 
 @functools.cache
 def _backend(impl: str) -> Backend:
     """The functions of an implementation that does not refuse."""
     if impl in ("triton", "hopper"):
-        return Backend(impl, _sort_on_gpu, _choose_on_gpu, _import_kernel(impl).sparse_attention)
+        attention = _import_kernel(impl).sparse_attention
+        return Backend(impl, functools.partial(_sort_on_gpu, {}), _choose_on_gpu, attention)
     twin, attention = _itself, sparse.sparse_attention
     if impl == "cpu":
         from baatt.kernels import cpu

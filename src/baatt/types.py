@@ -17,10 +17,13 @@ class TokenOrder(NamedTuple):
     index: [B, H, N] (queries) or [B, G, M] (keys) int64, a permutation of the tokens: sorted position -> original
         position. Masked tokens stand behind all others, so later stages see a shorter sequence and never a mask.
     length: [B] int64, number of tokens that are not masked.
+    identity: every token stands where it was and none is masked. Kernels then do not read `index`, so that whoever
+        replaces it says so here.
     """
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     length: Tensor
+    identity: bool = False
 
 
 class BlockStats(NamedTuple):
@@ -130,8 +133,8 @@ class SortedBlocks(NamedTuple):
     """Both sides in order and summarised, before anything is compared.
 
     query_order, key_order: `TokenOrder`; query_summary, key_summary: `BlockSummary` of the sorted tokens; sorted_k
-    and sorted_v [B, G, M, D]: contiguous copies in sorted order, masked tokens 0, from kernels that make them, else
-    None.
+    and sorted_v [B, G, M, D]: k and v themselves where the order of keys is the identity, else contiguous copies in
+    sorted order, masked tokens 0, where they fell out on the way, else None.
     """
 
     query_order: TokenOrder

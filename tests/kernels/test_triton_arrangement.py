@@ -10,6 +10,7 @@ if torch.cuda.is_available():
 from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu
 from baatt.kernels import triton_arrangement
+from baatt.scores import SCORES, covariance
 from baatt.stages import pooling, sorting
 
 CASES = [  # B, H, G, N, M, D, P, segment, masked
@@ -49,6 +50,7 @@ def case(shape, dtype):
 def check_side(x, order, stats, expected, block_size):
     assert torch.equal(order.index, expected.index)
     assert torch.equal(order.length, expected.length)
+    assert order.identity == expected.identity
     eager = pooling.pool_blocks(x, expected, block_size)
     torch.testing.assert_close(stats.mean, eager.mean, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(stats.variance, eager.variance, atol=2e-6, rtol=2e-6)
@@ -56,6 +58,9 @@ def check_side(x, order, stats, expected, block_size):
 
 
 def check_copy(x, order, copy):
+    if order.identity:
+        assert copy is x
+        return
     counted = torch.arange(x.shape[2]) < order.length[:, None]
     rows = x.gather(2, order.index[..., None].expand_as(x))
     assert torch.equal(copy, torch.where(counted[:, None, :, None], rows, 0))
@@ -73,20 +78,20 @@ def test_orders_moments_and_copies(shape, dtype, sort, poisoned_memory):
     q, k, v, mask, block_size, segment = case(shape, dtype)
     config = BAAttConfig(block_size=block_size, segment=segment, sort=sort)
     order_queries, order_keys = sorting.ORDERS[sort]
-    found = _sort_on_gpu(q, k, v, config, mask)
+    found = _sort_on_gpu({}, q, k, v, config, mask)
     key_order = order_keys(k, segment, mask)
     check_side(q, found.query_order, found.query_summary, order_queries(q, segment, None), block_size)
     check_side(k, found.key_order, found.key_summary, key_order, block_size)
     check_copy(k, key_order, found.sorted_k)
     check_copy(v, key_order, found.sorted_v)
-    assert _sort_on_gpu(q, k, None, config, mask).sorted_v is None
+    assert _sort_on_gpu({}, q, k, None, config, mask).sorted_v is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poisoned_memory, monkeypatch):
     monkeypatch.setattr(triton_arrangement, "LONGEST", 64)
     q, k, v, mask, block_size, _ = case((2, 2, 2, 150, 140, 16, 32, 128, masked), torch.float32)
-    found = _sort_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort="qk", segment=128), mask)
+    found = _sort_on_gpu({}, q, k, v, BAAttConfig(block_size=block_size, sort="qk", segment=128), mask)
     expected = sorting.by_norm(q, 128, None), sorting.by_norm(k, 128, mask)
     check_side(q, found.query_order, found.query_summary, expected[0], block_size)
     check_side(k, found.key_order, found.key_summary, expected[1], block_size)
@@ -97,13 +102,34 @@ def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poison
 def test_equal_and_nan_norms_keep_their_order():
     x = torch.ones(1, 2, 70, 16)
     x[:, :, 7] = float("nan")
-    found = _sort_on_gpu(x, x, None, BAAttConfig(block_size=16, segment=32), None)
+    found = _sort_on_gpu({}, x, x, None, BAAttConfig(block_size=16, segment=32), None)
     assert torch.equal(found.key_order.index, sorting.by_norm(x, 32, None).index)
 
 
 @pytest.mark.parametrize("sort", ["none", "k", "qk"])
 def test_masked_queries_stand_behind_and_are_not_pooled(sort, poisoned_memory):
     q, k, v, mask, block_size, _ = case((2, 1, 1, 70, 70, 16, 16, 32, True), torch.float32)
-    found = _sort_on_gpu(q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=32), mask, mask)
+    found = _sort_on_gpu({}, q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=32), mask, mask)
     by_norm = sorting.by_norm if sort == "qk" else sorting.by_position
     check_side(q, found.query_order, found.query_summary, by_norm(q, 32, mask), block_size)
+
+
+@pytest.mark.parametrize("sort", ["none", "q", "k"])
+@pytest.mark.parametrize("score", SCORES)
+def test_nothing_is_made_that_a_score_does_not_want(score, sort, monkeypatch):
+    """No moments for a score that has none, no copies but on the way to them, no launch where nothing is sorted."""
+    q, k, v, _, block_size, segment = case(CASES[0], torch.float32)
+    config = BAAttConfig(block_size, sort=sort, segment=segment, score=score)
+    has_moments = SCORES[score].summarise is covariance.summarise
+    unwanted = (["_norm_kernel", "_order_kernel"] if sort == "none" else []) + ["_gather_kernel"] * (not has_moments)
+    for kernel in (*unwanted, "_permute_kernel"):
+        monkeypatch.setattr(triton_arrangement, kernel, None)
+    found = _sort_on_gpu({}, q, k, v, config, None)
+    assert (found.sorted_k is k and found.sorted_v is v) == (sort != "k")
+    assert (found.sorted_k is None) == (sort == "k" and not has_moments)
+    calls = []
+    twins = {SCORES[score].summarise: lambda *given: calls.append(given) or len(calls)}
+    found = _sort_on_gpu(twins, q, k, v, config, None)
+    if not has_moments:
+        assert (found.query_summary, found.key_summary) == (1, 2)
+        assert calls == [(q, found.query_order, config), (k, found.key_order, config)]

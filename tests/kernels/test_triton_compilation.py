@@ -43,9 +43,9 @@ from baatt.scores import exact
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
          torch.bool: "i1"}
 CASES = {
-    "usual": (torch.bfloat16, 128, 128, True), "half": (torch.float16, 64, 64, False),
-    "most shared memory": (torch.float32, 256, 128, False), "wide": (torch.bfloat16, 256, 128, False),
-    "small": (torch.float32, 40, 16, True),
+    "usual": (torch.bfloat16, 128, 128, True, "k"), "half": (torch.float16, 64, 64, False, "k"),
+    "in place": (torch.bfloat16, 128, 128, False, "none"), "most shared memory": (torch.float32, 256, 128, False, "k"),
+    "wide": (torch.bfloat16, 256, 128, False, "q"), "small": (torch.float32, 40, 16, True, "none"),
 }
 done = set()
 
@@ -56,7 +56,7 @@ def compile_launch(kernel, *args, grid, warmup, **options):
     values = dict(zip(kernel.arg_names, args)) | named
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None:
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):  # as the launcher does
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], hints[(place,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -69,16 +69,20 @@ def compile_launch(kernel, *args, grid, warmup, **options):
     compiled = triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=options)
     needed = compiled.metadata.shared
     assert needed <= shared_memory, f"{kernel.__name__} needs {needed} bytes for {options}, {constants}"
+    if kernel.__name__ == "_attention_kernel" and backend == "cuda" and args[0].element_size() == 2:
+        assert "cp.async.cg" in compiled.asm["ptx"], "keys and values do not come 16 bytes at a time"
+        assert "cp.async.ca" not in compiled.asm["ptx"], "keys or values come less than 16 bytes at a time"
     done.add(kernel.__name__)
 
 
 JITFunction.run = compile_launch
 triton_attention._shared_memory = triton_mass._shared_memory = lambda device: shared_memory
-for dtype, channels, block_size, masked in [CASES[chosen]] if chosen in CASES else CASES.values():
-    q, k, v = (torch.zeros(1, heads, 300, channels, dtype=dtype) for heads in (4, 2, 2))
+for name in CASES if chosen == "all" else chosen.split("+"):
+    dtype, channels, block_size, masked, sort = CASES[name]
+    q, k, v = (torch.zeros(1, 300, heads, channels, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
     mask = torch.ones(1, 300, dtype=torch.bool) if masked else None
-    config = BAAttConfig(block_size=block_size, sparsity=0.5, segment=256)
-    arranged = _sort_on_gpu(q, k, v, config, mask)
+    config = BAAttConfig(block_size=block_size, sparsity=0.5, sort=sort, segment=256)
+    arranged = _sort_on_gpu({}, q, k, v, config, mask)
     selection = _choose_on_gpu(arranged.query_summary, arranged.key_summary, config, 0.1)
     for logits in (True, False):
         scores = torch.zeros(1, 4, *(side.size.shape[1] for side in (arranged.query_summary, arranged.key_summary)))
@@ -105,7 +109,7 @@ OLDER = ["cuda,80,32,163", "cuda,86,32,99"]
 @pytest.mark.parametrize(
     "targets",
     [
-        {NEWEST[0]: "usual", NEWEST[1]: "half"},
+        {NEWEST[0]: "usual+in place", NEWEST[1]: "half"},
         pytest.param(dict.fromkeys(NEWEST + OLDER, "all"), marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
     ids=["newest", "all"],

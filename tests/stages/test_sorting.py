@@ -37,6 +37,14 @@ def test_orders_equal_the_naive_ones(tokens, masked, segment):
     assert_order(by_position(x, segment, mask), x, segment, mask, sort=False)
 
 
+def test_only_tokens_that_all_stand_where_they_were_are_the_identity():
+    x, mask = torch.randn(3, 2, 37, 5), torch.ones(3, 37, dtype=torch.bool)
+    order = by_position(x, 16, None)
+    assert order.identity
+    assert order.index.untyped_storage().nbytes() == 8 * 37
+    assert not any(order.identity for order in (by_position(x, 16, mask), by_norm(x, 16, None), by_norm(x, 16, mask)))
+
+
 def test_equal_norms_keep_their_order():
     x = torch.tensor([3.0, -3.0, 1.0, 3.0, -1.0, 0.0]).view(1, 1, 6, 1)
     assert by_norm(x, None, None).index.flatten().tolist() == [5, 2, 4, 0, 1, 3]

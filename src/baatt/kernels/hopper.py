@@ -1,10 +1,10 @@
 """Block-sparse attention for Hopper GPUs (sm_90) in Gluon: the twin of `stages.sparse` for bf16 and fp16, D 64 and 128.
 
-A persistent grid walks over tiles of 128 sorted query rows. One producer warp brings K and V blocks in by TMA; two
-consumer warpgroups of 64 rows each gather their queries and multiply, and the product with the next key block runs
-while the softmax weights of this one meet V. Lists are walked from the back, so that the one ragged key block comes
-first and the steady loop needs no mask. Gluon is experimental: `refusal` compiles a kernel once and reports whatever
-goes wrong.
+A persistent grid walks over tiles of 128 sorted query rows. One producer warp brings K and V blocks in by TMA, which
+follows the strides of k and v; two consumer warpgroups of 64 rows each gather their queries and multiply, and the
+product with the next key block runs while the softmax weights of this one meet V. Lists are walked from the back, so
+that the one ragged key block comes first and the steady loop needs no mask. Gluon is experimental: `refusal` compiles a
+kernel once and reports whatever goes wrong.
 """
 
 import functools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from baatt.kernels.hopper_kernel import attention_kernel, gl, ring_stages
-from baatt.kernels.triton_arrangement import sorted_copies
+from baatt.kernels.triton_arrangement import moved, sorted_copies
 from baatt.types import BlockSelection, Partial, TokenOrder
 
 BLOCK = 128
@@ -56,20 +56,20 @@ def sparse_attention(
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 
-    block_size: 128; scale: positive; sorted_k, sorted_v: contiguous copies in sorted order where they are, rows behind
-    the keys 0; selection: ascending lists without empty key blocks.
+    block_size: 128; scale: positive; sorted_k, sorted_v: k and v in sorted order where they exist; selection: ascending
+    lists without empty key blocks. What TMA cannot read is copied first: channels that are not side by side, rows that
+    do not begin at multiples of 16 bytes, and heads or entries that share their memory.
     """
     if block_size != BLOCK:
         raise ValueError(f"block_size must be {BLOCK}, got {block_size}")
-    k, v = sorted_copies(k, v, key_order, sorted_k, sorted_v)
+    k, v = map(_readable, sorted_copies(k, v, key_order, sorted_k, sorted_v))
     batch, heads, tokens, channels = q.shape
-    groups, keys = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q = q if q.stride(-1) == 1 else q.contiguous()
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     query_blocks = -(-tokens // BLOCK)
     tiles, dtype = batch * heads * query_blocks, DTYPES[q.dtype]
-    descriptors = [_descriptor(x, (batch * groups, keys, channels), dtype) for x in (k, v)]
+    descriptors = [_descriptor(x, dtype) for x in (k, v)]
     index = selection.index.contiguous()
     properties = torch.cuda.get_device_properties(q.device)
     chunk = _tiles_per_launch(tiles, selection.mean_count or index.shape[-1], 2 * k[0, 0].nbytes, properties)
@@ -77,19 +77,29 @@ def sparse_attention(
         last_tile = min(first_tile + chunk, tiles)
         attention_kernel[(min(last_tile - first_tile, properties.multi_processor_count),)](
             q, *q.stride()[:3], *descriptors,
-            index, selection.count.contiguous(), query_order.index.contiguous(), key_order.length, out, lse,
-            first_tile, last_tile, query_blocks, index.shape[-1], heads, groups, tokens, scale * math.log2(math.e),
+            index, selection.count.contiguous(), moved(query_order), key_order.length.contiguous(), out, lse,
+            first_tile, last_tile, query_blocks, index.shape[-1], heads, k.shape[1], tokens, scale * math.log2(math.e),
             BLOCK=BLOCK, CHANNELS=channels, STAGES=ring_stages(channels), DTYPE=dtype, num_warps=4,
         )  # fmt: skip
     return Partial(out, lse)
 
 
-def _descriptor(x: Tensor, shape: tuple[int, int, int], dtype: Any) -> Any:
-    """TMA descriptor of tiles [1, BLOCK, D]; what lies beyond the last token reads as 0."""
+def _readable(x: Tensor) -> Tensor:
+    """x [B, G, M, D], or a contiguous copy where its memory does not suit TMA."""
+    strides = [stride * x.element_size() for stride, length in zip(x.stride(), x.shape, strict=True) if length > 1]
+    suits = strides[-1] == x.element_size() and all(stride and stride % 16 == 0 for stride in strides[:-1])
+    return x if suits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _descriptor(x: Tensor, dtype: Any) -> Any:
+    """TMA descriptor of tiles [1, 1, BLOCK, D] of x [B, G, M, D]; what lies beyond the last token reads as 0."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout.get_default_for([1, BLOCK, shape[2]], dtype)
-    return TensorDescriptor(x, list(shape), [shape[1] * shape[2], shape[2], 1], [1, BLOCK, shape[2]], layout)
+    tile = [1, 1, BLOCK, x.shape[3]]
+    layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
+    # An axis of length 1 may have any stride; TMA wants a valid one of it too.
+    strides = [stride if length > 1 else x.shape[3] for stride, length in zip(x.stride(), x.shape, strict=True)]
+    return TensorDescriptor(x, list(x.shape), strides, tile, layout)
 
 
 def _tiles_per_launch(tiles: int, kept: int, bytes_per_head: int, properties: Any) -> int:

@@ -44,9 +44,13 @@ def row_layout(channels, step):
 
 
 @gluon.jit
-def key_head(head_entry, heads, groups):
-    """Row of [B * G] that belongs to row `head_entry` of [B * H]."""
-    return (head_entry // heads) * groups + (head_entry % heads) // (heads // groups)
+def load_order(order_ptr, head_entry, tokens, rows):
+    """Where the sorted rows of a row of [B * H] came from; where they are, without an order."""
+    if order_ptr is None:
+        order = gl.cast(rows, gl.int64)
+    else:
+        order = gl.load(order_ptr + gl.cast(head_entry, gl.int64) * tokens + rows, mask=rows < tokens, other=0)
+    return order
 
 
 @gluon.jit
@@ -61,13 +65,15 @@ def load_queries(
 
 
 @gluon.jit
-def load_block(descriptor, row, block, full, empty, ring, entry, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+def load_block(
+    descriptor, batch_entry, group, block, full, empty, ring, entry, BLOCK: gl.constexpr, STAGES: gl.constexpr
+):
     """Bring one block of K or V into the ring as soon as both consumers are done with what stood there."""
     stage = entry % STAGES
     phase = (entry // STAGES) & 1
     mbarrier.wait(empty.index(stage), phase ^ 1)
     mbarrier.expect(full.index(stage), descriptor.block_type.nbytes)
-    load_tile(descriptor, [row, block * BLOCK, 0], full.index(stage), ring.index(stage))
+    load_tile(descriptor, [batch_entry, group, block * BLOCK, 0], full.index(stage), ring.index(stage))
 
 
 @gluon.jit
@@ -79,18 +85,20 @@ def produce(
     """The producer warp: K one entry ahead of V, from the back of the list."""
     entry = 0
     for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
-        row = key_head(tile // query_blocks, heads, groups)
+        head_entry = tile // query_blocks
+        batch_entry = head_entry // heads
+        group = head_entry % heads // (heads // groups)
         count = gl.maximum(gl.load(count_ptr + tile), 1)
         list_ptr = index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1
         block = gl.load(list_ptr)
-        load_block(k_descriptor, row, block, k_full, k_empty, k_ring, entry, BLOCK, STAGES)
+        load_block(k_descriptor, batch_entry, group, block, k_full, k_empty, k_ring, entry, BLOCK, STAGES)
         for slot in range(1, count):
             following = gl.load(list_ptr - slot)
-            load_block(k_descriptor, row, following, k_full, k_empty, k_ring, entry + 1, BLOCK, STAGES)
-            load_block(v_descriptor, row, block, v_full, v_empty, v_ring, entry, BLOCK, STAGES)
+            load_block(k_descriptor, batch_entry, group, following, k_full, k_empty, k_ring, entry + 1, BLOCK, STAGES)
+            load_block(v_descriptor, batch_entry, group, block, v_full, v_empty, v_ring, entry, BLOCK, STAGES)
             block = following
             entry += 1
-        load_block(v_descriptor, row, block, v_full, v_empty, v_ring, entry, BLOCK, STAGES)
+        load_block(v_descriptor, batch_entry, group, block, v_full, v_empty, v_ring, entry, BLOCK, STAGES)
         entry += 1
 
 
@@ -123,7 +131,7 @@ def consume(
     last_block = gl.load(index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1)
     length = gl.cast(gl.load(length_ptr + tile // query_blocks // heads), gl.int32)
     rows = (tile % query_blocks) * BLOCK + half_rows
-    order = gl.load(order_ptr + gl.cast(tile // query_blocks, gl.int64) * tokens + rows, mask=rows < tokens, other=0)
+    order = load_order(order_ptr, tile // query_blocks, tokens, rows)
     queries = load_queries(
         q_ptr, stride_batch, stride_head, stride_token, order, tile, rows < tokens, heads, query_blocks, channels
     )
@@ -135,8 +143,7 @@ def consume(
         next_tile = gl.minimum(tile + gl.num_programs(0), last_tile - 1)
         next_count = gl.maximum(gl.load(count_ptr + next_tile), 1)
         rows = (next_tile % query_blocks) * BLOCK + half_rows
-        next_start = gl.cast(next_tile // query_blocks, gl.int64) * tokens
-        order = gl.load(order_ptr + next_start + rows, mask=rows < tokens, other=0)
+        order = load_order(order_ptr, next_tile // query_blocks, tokens, rows)
 
         query_operand = gl.convert_layout(
             gl.convert_layout(gl.convert_layout(queries, swapped_layout), out_layout), query_layout
@@ -211,9 +218,9 @@ def attention_kernel(
     BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Persistent block-sparse attention; see `baatt.kernels.hopper.attend_sorted`."""
-    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, CHANNELS], k_descriptor.layout)
-    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK, CHANNELS], v_descriptor.layout)
+    """Persistent block-sparse attention; see `baatt.kernels.hopper.sparse_attention`."""
+    k_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, CHANNELS], k_descriptor.layout)
+    v_ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK, CHANNELS], v_descriptor.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -3,7 +3,8 @@
 Three launches, each for both sides: norms; orders, where a program sorts the 64-bit numbers of norm and position of one
 segment, so that equal norms keep their order; blocks, where a program gathers a slab of channels of one block, takes
 mean and variance of q and k and writes k and v out from the same registers. A single launch per segment for everything
-was slower: there are too few segments to keep the memory busy. An order that is not made here is given.
+was slower: there are too few segments to keep the memory busy. Only orders by norm are made here, others are given, and
+tokens that stand where they were are read there and not copied.
 """
 
 from typing import Any, NamedTuple
@@ -16,22 +17,17 @@ from torch import Tensor
 from baatt.types import BlockStats, SortedBlocks, TokenOrder
 
 LONGEST = 4096
-#: Tokens per program where nothing is sorted.
-STRETCH = 1024
 #: Channels that one program copies: fewer registers each, more programs that wait for memory at once.
 SLAB = 64
 GATHER_WARPS = 2
 MANY_SEGMENTS = 1024
-#: Orders the kernel makes itself, by the names of their stages.
-ORDERS = ("by_norm", "by_position")
 
 
 class _Side(NamedTuple):
-    """The order of one side, queries or keys, and what the launches that make it need."""
+    """The order of one side, queries or keys, and what the launches that make it need; no norms if it is given."""
 
     x: Tensor
     order: TokenOrder
-    rule: str
     positions: Tensor | None
     norms: Tensor | None
     segment: int
@@ -39,12 +35,11 @@ class _Side(NamedTuple):
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Of the kernels that fill `order`."""
-        return self.positions, self.norms, *self.order, *self.x.shape[1:3]
+        return self.positions, self.norms, self.order.index, self.order.length, *self.x.shape[1:3]
 
     def programs(self, tokens: int) -> int:
-        """How many stretches of so many tokens there are."""
-        batch, heads, length, _ = self.x.shape
-        return batch * heads * triton.cdiv(length, tokens)
+        """Of a launch that takes so many tokens each."""
+        return 0 if self.norms is None else _stretches(self.x, tokens)
 
     @property
     def width(self) -> int:
@@ -52,79 +47,98 @@ class _Side(NamedTuple):
         return max(16, triton.next_power_of_2(self.segment))
 
 
-def sort_blocks(
+def order_tokens(
     q: Tensor,
     k: Tensor,
-    v: Tensor | None,
-    query_order: TokenOrder | str,
-    key_order: TokenOrder | str,
+    query_order: TokenOrder | None,
+    key_order: TokenOrder | None,
     *,
     segment: int | None,
     key_mask: Tensor | None,
-    block_size: int,
-) -> SortedBlocks:
-    """Order both sides (E2), and on the way copy the tokens in that order and take their blocks' moments (E3).
+) -> tuple[TokenOrder, TokenOrder]:
+    """Order both sides by norm (E2).
 
     Args:
-        q: [B, H, N, D], any strides.
-        k: [B, G, M, D], any strides; v: the same shape, or None.
-        query_order, key_order: a name in `ORDERS`, or an order that exists already and is followed.
+        q: [B, H, N, D], any strides; k: [B, G, M, D], any strides.
+        query_order, key_order: an order that exists already and is followed; None = by norm.
         segment: tokens per sorting segment, at most `LONGEST` unless the sequence is shorter; None = all.
         key_mask: [B, M] bool, True = the key counts; without effect on a given order.
-        block_size: P.
-
-    Returns:
-        SortedBlocks with sorted copies of k and, where given, v; attention gathers queries itself.
     """
     queries, keys = _prepare(q, query_order, None, segment), _prepare(k, key_order, key_mask, segment)
-    columns = max(16, triton.next_power_of_2(q.shape[-1]))
+    if queries.norms is None and keys.norms is None:
+        return queries.order, keys.order
     masked = key_mask is not None
-    if queries.norms is not None or keys.norms is not None:
-        rows = max(16, min(64, 8192 // columns))
-        programs = [0 if side.norms is None else side.programs(rows) for side in (queries, keys)]
-        _norm_kernel[(sum(programs),)](
-            q, *queries.arguments, *q.stride(), k, *keys.arguments, *k.stride(), programs[0],
-            KEYS_MASKED=masked, CHANNELS=q.shape[-1], COLUMNS=columns, ROWS=rows, num_warps=4,
-        )  # fmt: skip
-    if queries.rule != "given" or keys.rule != "given":
-        programs = [side.programs(side.segment) for side in (queries, keys)]
-        _order_kernel[(sum(programs),)](
-            *queries.arguments, queries.segment, *keys.arguments, keys.segment, programs[0],
-            QUERY_RULE=queries.rule, QUERY_WIDTH=queries.width, KEY_RULE=keys.rule, KEY_WIDTH=keys.width,
-            KEYS_MASKED=masked, num_warps=sorting_warps(sum(programs), max(queries.width, keys.width)),
-        )  # fmt: skip
+    columns = max(16, triton.next_power_of_2(q.shape[-1]))
+    rows = max(16, min(64, 8192 // columns))
+    programs = [side.programs(rows) for side in (queries, keys)]
+    _norm_kernel[(sum(programs),)](
+        q, *queries.arguments, *q.stride(), k, *keys.arguments, *k.stride(), programs[0],
+        KEYS_MASKED=masked, CHANNELS=q.shape[-1], COLUMNS=columns, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+    programs = [side.programs(side.segment) for side in (queries, keys)]
+    _order_kernel[(sum(programs),)](
+        *queries.arguments, queries.segment, *keys.arguments, keys.segment, programs[0],
+        QUERY_WIDTH=queries.width, KEY_WIDTH=keys.width, KEYS_MASKED=masked,
+        num_warps=sorting_warps(sum(programs), max(queries.width, keys.width)),
+    )  # fmt: skip
+    return queries.order, keys.order
+
+
+def pool_blocks(
+    q: Tensor, k: Tensor, v: Tensor | None, query_order: TokenOrder, key_order: TokenOrder, block_size: int
+) -> SortedBlocks:
+    """Take the moments of the sorted blocks of q and k (E3), and on the way copy k and v, if given, in their order.
+
+    Where the order of keys is the identity nothing is copied.
+    """
     query_stats, key_stats = (_room_for_stats(x, block_size) for x in (q, k))
-    sorted_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    sorted_v = None if v is None else torch.empty_like(sorted_k)
-    slab = min(columns, SLAB)
+    copies = (None, None) if key_order.identity else (_room_for_copy(k), None if v is None else _room_for_copy(v))
+    slab = min(max(16, triton.next_power_of_2(q.shape[-1])), SLAB)
     slabs = triton.cdiv(q.shape[-1], slab)
-    programs = [side.programs(block_size) * slabs for side in (queries, keys)]
-    _gather_kernel[(programs[0] + programs[1] * (1 if v is None else 2),)](
-        q, *queries.order, *query_stats, *q.stride(), *q.shape[1:3],
-        k, *keys.order, sorted_k, *key_stats, *k.stride(), *k.shape[1:3],
-        v, sorted_v, *(k if v is None else v).stride(), *programs,
+    programs = [_stretches(x, block_size) * slabs for x in (q, k)]
+    _gather_kernel[(programs[0] + programs[1] * (1 if copies[1] is None else 2),)](
+        q, moved(query_order), query_order.length.contiguous(), *query_stats, *q.stride(), *q.shape[1:3],
+        k, moved(key_order), key_order.length.contiguous(), copies[0], *key_stats, *k.stride(), *k.shape[1:3],
+        v, copies[1], *(k if v is None else v).stride(), *programs,
         BLOCK=block_size, CHANNELS=q.shape[-1], COLUMNS=slab, num_warps=GATHER_WARPS,
     )  # fmt: skip
-    return SortedBlocks(queries.order, query_stats, keys.order, key_stats, sorted_k, sorted_v)
+    return SortedBlocks(query_order, query_stats, key_order, key_stats, *((k, v) if key_order.identity else copies))
 
 
 def sorted_copies(
     k: Tensor, v: Tensor, order: TokenOrder, sorted_k: Tensor | None, sorted_v: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """k and v [B, G, M, D] contiguous in sorted order, masked tokens 0: what is given, or copies made now."""
+    """k and v [B, G, M, D] in sorted order: what is given; else themselves if they stand in it; else copies made now.
+
+    Copies are contiguous, their masked tokens 0.
+    """
     k = _permute(k, order) if sorted_k is None else sorted_k
     return k, _permute(v, order) if sorted_v is None else sorted_v
 
 
+def moved(order: TokenOrder) -> Tensor | None:
+    """The index as kernels take it: contiguous, or none where every token stands where it was."""
+    return None if order.identity else order.index.contiguous()
+
+
 def _permute(x: Tensor, order: TokenOrder) -> Tensor:
-    batch, heads, tokens, channels = x.shape
-    copy = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    columns, rows = max(16, triton.next_power_of_2(channels)), 64
-    _permute_kernel[(triton.cdiv(tokens, rows) * batch * heads,)](
-        x, order.index.contiguous(), order.length.contiguous(), copy, *x.stride(), heads, tokens,
-        BLOCK=rows, CHANNELS=channels, COLUMNS=columns, num_warps=4,
+    if order.identity:
+        return x
+    copy, rows = _room_for_copy(x), 64
+    _permute_kernel[(_stretches(x, rows),)](
+        x, moved(order), order.length.contiguous(), copy, *x.stride(), *x.shape[1:3],
+        BLOCK=rows, CHANNELS=x.shape[-1], COLUMNS=max(16, triton.next_power_of_2(x.shape[-1])), num_warps=4,
     )  # fmt: skip
     return copy
+
+
+def _stretches(x: Tensor, tokens: int) -> int:
+    """How many stretches of so many tokens x has, over all heads."""
+    return x.shape[0] * x.shape[1] * int(triton.cdiv(x.shape[2], tokens))
+
+
+def _room_for_copy(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _room_for_stats(x: Tensor, block_size: int) -> BlockStats:
@@ -134,21 +148,18 @@ def _room_for_stats(x: Tensor, block_size: int) -> BlockStats:
     return BlockStats(*moments, torch.empty(batch, blocks, dtype=torch.int64, device=x.device))
 
 
-def _prepare(x: Tensor, order: TokenOrder | str, mask: Tensor | None, segment: int | None) -> _Side:
+def _prepare(x: Tensor, order: TokenOrder | None, mask: Tensor | None, segment: int | None) -> _Side:
     """One side's order, still to be filled unless it is given."""
+    if order is not None:
+        return _Side(x, order if order.identity else order._replace(index=order.index.contiguous()), None, None, 1)
     batch, heads, tokens, _ = x.shape
-    if isinstance(order, TokenOrder):
-        order = TokenOrder(order.index.contiguous(), order.length.contiguous())
-        return _Side(x, order, "given", None, None, min(tokens, STRETCH))
     index = torch.empty(batch, heads, tokens, dtype=torch.int64, device=x.device)
     if mask is None:
         length, positions = torch.empty(batch, dtype=torch.int64, device=x.device), None
     else:
         length, positions = mask.sum(-1), (~mask).byte().argsort(dim=-1, stable=True)
-    if order != "by_norm":
-        return _Side(x, TokenOrder(index, length), order, positions, None, min(tokens, STRETCH))
     norms = torch.empty_like(index, dtype=torch.int32)
-    return _Side(x, TokenOrder(index, length), order, positions, norms, min(tokens, segment or tokens))
+    return _Side(x, TokenOrder(index, length), positions, norms, min(tokens, segment or tokens))
 
 
 def sorting_warps(programs: int, width: int) -> int:
@@ -207,45 +218,42 @@ def _norm_rows(
 def _order_kernel(
     no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries, query_segment,
     positions_ptr, k_norms_ptr, k_order_ptr, k_length_ptr, groups, keys, key_segment, query_programs,
-    QUERY_RULE: tl.constexpr, QUERY_WIDTH: tl.constexpr, KEY_RULE: tl.constexpr, KEY_WIDTH: tl.constexpr,
-    KEYS_MASKED: tl.constexpr,
+    QUERY_WIDTH: tl.constexpr, KEY_WIDTH: tl.constexpr, KEYS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """Programs of query segments first, then those of key segments."""
     program = tl.program_id(0)
     if program < query_programs:
-        _order_segment(
-            program, no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries, query_segment,
-            QUERY_RULE, QUERY_WIDTH, False,
-        )  # fmt: skip
-    else:
+        if q_norms_ptr is not None:
+            _order_segment(
+                program, no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries, query_segment,
+                QUERY_WIDTH, False,
+            )  # fmt: skip
+    elif k_norms_ptr is not None:
         _order_segment(
             program - query_programs, positions_ptr, k_norms_ptr, k_order_ptr, k_length_ptr, groups, keys, key_segment,
-            KEY_RULE, KEY_WIDTH, KEYS_MASKED,
+            KEY_WIDTH, KEYS_MASKED,
         )  # fmt: skip
 
 
 @triton.jit
 def _order_segment(
     program, positions_ptr, norms_ptr, order_ptr, length_ptr, heads, tokens, segment,
-    RULE: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    if RULE != "given":
-        segments = tl.cdiv(tokens, segment)
-        first = (program % segments) * segment
-        head_entry = (program // segments).to(tl.int64)
-        places = tl.arange(0, WIDTH)
-        inside = (places < segment) & (first + places < tokens)
-        order = first + places.to(tl.int64)
-        if RULE == "by_norm":
-            # The padding stands behind infinity.
-            norms = tl.load(norms_ptr + head_entry * tokens + first + places, mask=inside, other=0x7FFFFFFF)
-            order = first + (tl.sort((norms.to(tl.int64) << 32) | places) & 0xFFFFFFFF)
-        entry = head_entry // heads
-        if MASKED:
-            order = tl.load(positions_ptr + entry * tokens + order, mask=inside, other=0)
-        else:
-            tl.store(length_ptr + entry, tl.cast(tokens, tl.int64))  # every program the same
-        tl.store(order_ptr + head_entry * tokens + first + places, order, mask=inside)
+    segments = tl.cdiv(tokens, segment)
+    first = (program % segments) * segment
+    head_entry = (program // segments).to(tl.int64)
+    places = tl.arange(0, WIDTH)
+    inside = (places < segment) & (first + places < tokens)
+    # The padding stands behind infinity.
+    norms = tl.load(norms_ptr + head_entry * tokens + first + places, mask=inside, other=0x7FFFFFFF)
+    order = first + (tl.sort((norms.to(tl.int64) << 32) | places) & 0xFFFFFFFF)
+    entry = head_entry // heads
+    if MASKED:
+        order = tl.load(positions_ptr + entry * tokens + order, mask=inside, other=0)
+    else:
+        tl.store(length_ptr + entry, tl.cast(tokens, tl.int64))  # every program the same
+    tl.store(order_ptr + head_entry * tokens + first + places, order, mask=inside)
 
 
 @triton.jit
@@ -279,7 +287,7 @@ def _gather_kernel(
             block, slab, members, length, k_mean_ptr, k_variance_ptr, k_size_ptr, groups, keys,
             BLOCK, CHANNELS, COLUMNS,
         )  # fmt: skip
-    elif v_ptr is not None:
+    elif v_copy_ptr is not None:
         _gather_block(
             program - query_programs - key_programs, v_ptr, k_order_ptr, k_length_ptr, v_copy_ptr,
             v_stride_batch, v_stride_head, v_stride_token, v_stride_channel, groups, keys, BLOCK, CHANNELS, COLUMNS,
@@ -305,7 +313,8 @@ def _gather_block(
 ):  # fmt: skip
     """A slab of channels of one block of sorted tokens, 0 from `length` on; copied where there is room for a copy.
 
-    Hands on the tokens, the length of their entry, and the numbers of the block, counted over all heads, and the slab.
+    Without an order they stand where they were. Hands on the tokens, the length of their entry, and the numbers of the
+    block, counted over all heads, and the slab.
     """
     slabs: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
     slab = program % slabs
@@ -314,7 +323,9 @@ def _gather_block(
     head_entry = (block // blocks).to(tl.int64)
     entry = head_entry // heads
     rows = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
+    source = rows.to(tl.int64)
+    if order_ptr is not None:
+        source = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
     length = tl.load(length_ptr + entry).to(tl.int32)
     x_ptr += entry * stride_batch + (head_entry % heads) * stride_head
     members = _load_rows(x_ptr, source, rows < length, slab * COLUMNS, stride_token, stride_channel, CHANNELS, COLUMNS)

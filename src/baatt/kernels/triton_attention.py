@@ -2,7 +2,8 @@
 
 One program attends from one block of sorted query rows, or a part of it, and walks over its list of kept key blocks, a
 tile of keys at a time, with the online softmax in base 2. Nothing but loads and stores through pointers, so that it
-runs wherever Triton does. Queries are gathered through their order, and the last step scatters the rows back.
+runs wherever Triton does. Queries are gathered through their order, and the last step scatters the rows back; keys and
+values are read with the strides they have.
 """
 
 import functools
@@ -14,13 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.triton_arrangement import sorted_copies
+from baatt.kernels.triton_arrangement import moved, sorted_copies
 from baatt.types import BlockSelection, Partial, TokenOrder
 
 MAX_CHANNELS = 256
 #: Bytes of shared memory per block: of sm_86 and sm_89, the smallest; and what 256 channels want for full tiles.
 SMALL_MEMORY = 99 * 1024
 LARGE_MEMORY = 160 * 1024
+
+#: Strides of tokens and channels below this many elements leave the offsets inside of a tile in 32 bits.
+FAR = 2**22
 
 LN_2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -55,20 +59,26 @@ def sparse_attention(
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 
-    sorted_k, sorted_v: contiguous copies in sorted order where they exist; what lies behind the keys is not read.
+    sorted_k, sorted_v: k and v in sorted order where they exist, any strides; what lies behind the keys is not read.
     """
     k, v = sorted_copies(k, v, key_order, sorted_k, sorted_v)
+    k, v = (x if max(x.stride()[2:]) < FAR else x.contiguous() for x in (k, v))
     batch, heads, tokens, channels = q.shape
-    groups, keys = k.shape[1], k.shape[2]
+    groups = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    # Triton knows of an argument whether 16 divides it, but rows may be aligned to less; and where they are is in fewer
+    # registers if the way from one to the next is known when the kernel is compiled.
+    strides = *k.stride()[:2], *v.stride()[:2]
+    unit = math.gcd(16, *strides)
     index = selection.index.contiguous()
     options = launch_options(q.dtype, channels, block_size, _shared_memory(q.device))
     _attention_kernel[(triton.cdiv(tokens, options["ROWS"]), batch * heads)](
-        q, *q.stride(), k, v, index, selection.count.contiguous(), query_order.index.contiguous(),
-        key_order.length.contiguous(), out, lse,
-        heads, heads // groups, tokens, keys, index.shape[-1], scale * math.log2(math.e),
-        CHANNELS=channels, BLOCK=block_size, **options,
+        q, *q.stride(), k, *(stride // unit for stride in strides[:2]), k.stride(3),
+        v, *(stride // unit for stride in strides[2:]), v.stride(3),
+        index, selection.count.contiguous(), moved(query_order), key_order.length.contiguous(), out, lse,
+        heads, heads // groups, tokens, index.shape[-1], scale * math.log2(math.e),
+        UNIT=unit, K_STRIDE=k.stride(2), V_STRIDE=v.stride(2), CHANNELS=channels, BLOCK=block_size, **options,
     )  # fmt: skip
     return Partial(out, lse)
 
@@ -108,23 +118,25 @@ def _shared_memory(device: torch.device) -> int:
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, stride_batch, stride_head, stride_token, stride_channel, k_ptr, v_ptr,
-    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
-    heads, repeats, tokens, keys, slots, scale,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, stride_batch, stride_head, stride_token, stride_channel,
+    k_ptr, k_stride_batch, k_stride_head, k_stride_channel, v_ptr, v_stride_batch, v_stride_head, v_stride_channel,
+    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr, heads, repeats, tokens, slots, scale,
+    UNIT: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head_entry = tl.program_id(1).to(tl.int64)
     list_start = head_entry * tl.cdiv(tokens, BLOCK) + tl.program_id(0) // (BLOCK // ROWS)
     count = tl.load(count_ptr + list_start)
-    length = tl.load(length_ptr + head_entry // heads)
-    key_start = (head_entry // repeats) * keys * CHANNELS
+    entry, head = head_entry // heads, head_entry % heads
+    length = tl.load(length_ptr + entry)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    order = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
-    q_ptr += head_entry // heads * stride_batch + head_entry % heads * stride_head
+    order = rows.to(tl.int64)
+    if order_ptr is not None:
+        order = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
+    q_ptr += entry * stride_batch + head * stride_head
     query_ptrs = q_ptr + order * stride_token
-    k_ptr += key_start
-    v_ptr += key_start
+    k_ptr += (entry * k_stride_batch + head // repeats * k_stride_head) * UNIT
+    v_ptr += (entry * v_stride_batch + head // repeats * v_stride_head) * UNIT
     queries = _gather_rows(query_ptrs, rows < tokens, 0, stride_channel, CHANNELS, DEPTH)
 
     # The lowest finite number and not -inf: a row whose scores are all -inf then gets weights 0, not exp2(inf - inf).
@@ -133,14 +145,16 @@ def _attention_kernel(
     accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(0, count * (BLOCK // TILE)):
         first_key = _first_key(index_ptr + list_start * slots, step, BLOCK, TILE)
-        key_tile = _load_rows(k_ptr, first_key, length, 0, TILE, CHANNELS, DEPTH)
-        value_tile = _load_rows(v_ptr, first_key, length, 0, TILE, CHANNELS, COLUMNS)
+        key_tile = _load_rows(k_ptr, first_key, length, 0, k_stride_channel, K_STRIDE, TILE, CHANNELS, DEPTH)
+        value_tile = _load_rows(v_ptr, first_key, length, 0, v_stride_channel, V_STRIDE, TILE, CHANNELS, COLUMNS)
         scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
         # Sums of DEPTH products and then their sum: one sum over all channels would round once per channel. An fma and
         # no addition, for the compiler would take an addition into the product again.
         for first_column in tl.static_range(DEPTH, COLUMNS, DEPTH):
             more_queries = _gather_rows(query_ptrs, rows < tokens, first_column, stride_channel, CHANNELS, DEPTH)
-            more_keys = _load_rows(k_ptr, first_key, length, first_column, TILE, CHANNELS, DEPTH)
+            more_keys = _load_rows(
+                k_ptr, first_key, length, first_column, k_stride_channel, K_STRIDE, TILE, CHANNELS, DEPTH
+            )
             product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
             scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
         scores = tl.where((tl.arange(0, TILE) < length - first_key)[None, :], scores, float("-inf"))
@@ -172,13 +186,14 @@ def _first_key(list_ptr, step, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _load_rows(
-    x_ptr, first, length, first_column, TILE: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr, first, length, first_column, stride_channel,
+    STRIDE: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Part [TILE, COLUMNS] of x from `first` and `first_column` on, 0 from row `length` and column CHANNELS on."""
     rows, columns = tl.arange(0, TILE), first_column + tl.arange(0, COLUMNS)
     inside = (rows < length - first)[:, None] & (columns < CHANNELS)[None, :]
-    offsets = rows[:, None] * CHANNELS + columns[None, :]
-    return tl.load(x_ptr + first * CHANNELS + offsets, mask=inside, other=0.0)
+    offsets = rows[:, None] * STRIDE + columns[None, :] * stride_channel
+    return tl.load(x_ptr + first * STRIDE + offsets, mask=inside, other=0.0)
 
 
 @triton.jit

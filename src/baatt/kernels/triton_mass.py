@@ -106,12 +106,12 @@ def _sum_kernel(
     sums_ptrs = sums_ptr + head_entry * runs * stride_sums + rows[:, None]
     for step in range(0, tl.cdiv(length, TILE).to(tl.int32)):
         first_key = tl.cast(step, tl.int64) * TILE
-        key_tile = _load_rows(k_ptr, first_key, length, 0, TILE, CHANNELS, DEPTH)
+        key_tile = _load_rows(k_ptr, first_key, length, 0, 1, CHANNELS, TILE, CHANNELS, DEPTH)
         scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
         # Sums of DEPTH products and then their sum, by an fma, as in the attention kernel: fewer roundings.
         for first_column in tl.static_range(DEPTH, COLUMNS, DEPTH):
             more_queries = _gather_rows(query_ptrs, present, first_column, stride_channel, CHANNELS, DEPTH)
-            more_keys = _load_rows(k_ptr, first_key, length, first_column, TILE, CHANNELS, DEPTH)
+            more_keys = _load_rows(k_ptr, first_key, length, first_column, 1, CHANNELS, TILE, CHANNELS, DEPTH)
             product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
             scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
         scores = tl.where((tl.arange(0, TILE) < length - first_key)[None, :], scores, float("-inf"))

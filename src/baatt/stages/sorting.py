@@ -18,9 +18,12 @@ OrderFunction = Callable[[Tensor, int | None, Tensor | None], TokenOrder]
 
 
 def by_position(x: Tensor, segment: int | None, mask: Tensor | None) -> TokenOrder:
-    """Keep the tokens in their order; masked ones go to the end. Arguments as `by_norm`, `segment` without effect."""
+    """Keep the tokens in their order; masked ones go to the end. Arguments as `by_norm`, `segment` without effect.
+
+    The heads share the memory of the index, and without a mask the batch entries do.
+    """
     compacted, length = _unmasked_first(x, mask)
-    return TokenOrder(repeat(compacted, "b n -> b h n", h=x.shape[1]), length)
+    return TokenOrder(repeat(compacted, "b n -> b h n", h=x.shape[1]), length, identity=mask is None)
 
 
 def by_norm(x: Tensor, segment: int | None, mask: Tensor | None) -> TokenOrder:

@@ -108,9 +108,10 @@ def measure_kernel(case: Case, backend: Backend, inputs: Inputs) -> dict[str, An
 
 
 def attention_kernel(inputs: Inputs, plan: Plan, backend: Backend) -> Callable[[], Partial]:
-    """The attention of a plan alone: on sorted keys where the implementation takes them, else with its gathers."""
+    """The attention of a plan alone: on sorted keys, if they move, where the implementation takes them, else with its
+    gathers."""
     copies: dict[str, Tensor] = {}
-    if backend.name in KERNELS:
+    if backend.name in KERNELS and not plan.key_order.identity:
         copies = {"sorted_k": sort_tokens(inputs.k, plan.key_order), "sorted_v": sort_tokens(inputs.v, plan.key_order)}
     return functools.partial(
         backend.sparse_attention, *inputs, plan.query_order, plan.key_order, plan.selection,
@@ -131,7 +132,7 @@ def random_plan(case: Case) -> Plan:
     positions = torch.arange(tokens, device=case.device)
     length = torch.full((batch,), tokens, device=case.device)
     query_order, key_order = (
-        TokenOrder(repeat(positions, "n -> b h n", b=batch, h=side).contiguous(), length) for side in (heads, groups)
+        TokenOrder(repeat(positions, "n -> b h n", b=batch, h=side), length, identity=True) for side in (heads, groups)
     )
     nothing = torch.empty(0, device=case.device)
     stats = BlockStats(nothing, nothing, nothing)
