@@ -189,6 +189,56 @@ def test_strided_inputs(impl):
     check(impl, q, k, v, BAAttConfig())
 
 
+def inside(x, axes, step=1):
+    """x [B, H, N, D] as a view into a larger tensor of NaN: axes in that order, channels `step` apart."""
+    moved = x.permute(axes)
+    wide = moved.new_full([length + 8 for length in moved.shape[:3]] + [moved.shape[3] * step], float("nan"))
+    view = wide[tuple(slice(4, length + 4) for length in moved.shape[:3])][..., ::step]
+    return view.copy_(moved).permute([axes.index(axis) for axis in range(4)])
+
+
+VIEWS = {
+    "heads of a cache": lambda x: inside(x, (0, 1, 2, 3)),
+    "tokens before heads": lambda x: inside(x, (0, 2, 1, 3)),
+    "tokens before entries": lambda x: inside(x, (2, 0, 1, 3)),
+    "channels apart": lambda x: inside(x, (0, 2, 1, 3), step=2),
+    "channels before tokens": lambda x: inside(x, (0, 1, 3, 2)),
+    "contiguous": torch.clone,
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sort", ["none", "q"])
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_give_what_contiguous_inputs_give(impl, sort, channels, view):
+    q, k, v = inputs((2, 4, 2, 700, 777, channels), torch.bfloat16)
+    config = BAAttConfig(sparsity=0.6, sort=sort)
+    require(impl, q, config)
+    plan = make_plan(q, k, config, impl=impl)
+    expected = attend(q, k, v, plan, impl=impl)
+    function = VIEWS[view]
+    views = [function(x) for x in (q, k, v)]
+    assert torch.equal(attend(*views, plan, impl=impl), expected)
+    assert torch.equal(attend(q, k, views[2], plan, impl=impl), expected)
+    check(impl, *views, config)
+    check(impl, q, *(x[:, :1].expand(2, 2, 777, channels) for x in (k, v)), config)  # heads that share their memory
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("sort", ["none", "q"])
+def test_keys_that_are_not_sorted_are_not_copied(impl, sort):
+    q, k, v = inputs((1, 2, 2, 256, 32768, 128), torch.bfloat16)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    config = BAAttConfig(sort=sort, score="covariance")
+    require(impl, q, config)
+    ba_attention(q, k, v, config, impl=impl)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ba_attention(q, k, v, config, impl=impl)
+    assert torch.cuda.max_memory_allocated() - before < k.nbytes / 4
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("channels", [64, 128])
 def test_inputs_that_are_not_aligned(impl, channels):

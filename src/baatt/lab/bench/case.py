@@ -84,7 +84,7 @@ def estimated_bytes(case: Case) -> int:
     slots = case.config.kept_blocks(case.blocks) if case.config.budget == "row" else case.blocks
     lists = 4 * batch * heads * case.blocks * slots
     total = inputs + query_side + 8 * batch * (heads + groups) * tokens + lists
-    if case.device.type == "cuda":
+    if case.device.type == "cuda" and case.config.sort in ("k", "qk"):
         total += key_sides  # sorted copies
     if case.what == "operator":
         # Kernels score in slabs of 256 MiB; the stages hold scores and two sorts of them, with int64 places.
