@@ -244,3 +244,14 @@ def test_plans_agree_with_the_reference(score, dtype):
     options = BAAttConfig(16, sort="none", score=score, keep_first=1)
     plans = [make_plan(q, k, options, key_mask=mask, impl=impl) for impl in ("reference", "cpu")]
     assert torch.equal(plans[0].selection.index, plans[1].selection.index)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_values_that_are_not_numbers_or_too_large_still_give_a_plan(value):
+    (q, _), (k, _) = random_case((1, 2, 2, 60, 90, 8), torch.float32)
+    q[:, 0, 5:30], k[:, 0, 20:60] = value, value
+    plan = make_plan(q, k, config(representatives=16), impl="cpu")
+    assert (plan.key_summary.tokens.sum(-1) == plan.key_summary.size[:, None]).all()
+    assert ((plan.selection.index >= 0) & (plan.selection.index < 6)).all()
+    other = make_plan(q[:, 1:], k[:, 1:], config(representatives=16), impl="cpu")
+    assert torch.equal(plan.selection.index[:, 1:], other.selection.index)
