@@ -30,6 +30,8 @@ from baatt.types import (
 
 IMPLS = ("auto", "reference", "cpu", "triton", "hopper")
 
+#: What GPUs have matrix units for; of float32 the eager functions are faster than a kernel, or as good.
+HALF = (torch.bfloat16, torch.float16)
 #: Scores of one batch entry in memory at once: 256 MiB in float32.
 SLAB_SCORES = 2**26
 
@@ -218,12 +220,18 @@ def _choose_in_stages(
 
 
 def _choose_on_gpu(
-    query_summary: BlockSummary, key_summary: BlockSummary, config: BAAttConfig, scale: float
+    twins: Mapping[Any, Any],
+    query_summary: BlockSummary,
+    key_summary: BlockSummary,
+    config: BAAttConfig,
+    scale: float,
 ) -> BlockSelection:
     from baatt.kernels import triton_budget, triton_selection
 
     score = SCORES[config.score]
-    compare = functools.partial(gpu_comparison(score.compare, query_summary[0].dtype), options=config, scale=scale)
+    dtype = query_summary[0].dtype
+    twin = twins.get(score.compare) if dtype in HALF else None
+    compare = functools.partial(twin or gpu_comparison(score.compare, dtype), options=config, scale=scale)
     sides, budget = (query_summary, key_summary, compare), (config.sparsity, config.keep_first)
     if config.budget == "row":
         return triton_selection.choose_blocks(*sides, *budget)
@@ -236,7 +244,7 @@ def gpu_comparison(compare: Callable[..., Tensor], dtype: torch.dtype) -> Callab
 
     twins: dict[Any, Callable[..., Tensor]] = {}
     twins |= {covariance.compare: triton_selection.compare, simple.compare_means: triton_selection.compare_means}
-    if dtype in (torch.bfloat16, torch.float16):  # of float32, without matrix units, the eager one is faster
+    if dtype in HALF:
         twins |= {exact.compare: triton_mass.compare, exact.compare_peak: triton_mass.compare_peak}
     return twins.get(compare, compare)
 
@@ -254,7 +262,7 @@ def _sort_on_gpu(
 
     What another score remembers its `summarise` makes of the orders, or the twin of that.
     """
-    from baatt.kernels import triton_arrangement
+    from baatt.kernels import triton_arrangement, triton_clusters
 
     def order(x: Tensor, function: sorting.OrderFunction, mask: Tensor | None) -> TokenOrder | None:
         longest = x.shape[2] if config.segment is None else min(config.segment, x.shape[2])
@@ -270,7 +278,8 @@ def _sort_on_gpu(
     summarise = SCORES[config.score].summarise
     if summarise is covariance.summarise:
         return triton_arrangement.pool_blocks(q, k, v, query_order, key_order, config.block_size)
-    summarise = twins.get(summarise, summarise)
+    if summarise in twins and triton_clusters.fits(q, config.block_size):
+        summarise = twins[summarise]
     summaries = summarise(q, query_order, config), summarise(k, key_order, config)
     own = (k, v) if key_order.identity else (None, None)
     return SortedBlocks(query_order, summaries[0], key_order, summaries[1], *own)
@@ -280,8 +289,13 @@ def _sort_on_gpu(
 def _backend(impl: str) -> Backend:
     """The functions of an implementation that does not refuse."""
     if impl in ("triton", "hopper"):
-        attention = _import_kernel(impl).sparse_attention
-        return Backend(impl, functools.partial(_sort_on_gpu, {}), _choose_on_gpu, attention)
+        attention, room = (
+            _import_kernel(impl).sparse_attention,
+            importlib.import_module(f"baatt.kernels.{impl}_clusters"),
+        )
+        twins = {clusters.summarise: room.summarise, clusters.compare: room.compare}
+        sort, choose = functools.partial(_sort_on_gpu, twins), functools.partial(_choose_on_gpu, twins)
+        return Backend(impl, sort, choose, attention)
     twin, attention = _itself, sparse.sparse_attention
     if impl == "cpu":
         from baatt.kernels import cpu

@@ -85,7 +85,7 @@ def test_keys_that_tma_can_read_are_not_copied():
     x = torch.randn(2, 300, 5, 64).bfloat16()
     for view in (x.transpose(1, 2), x.transpose(1, 2)[:, 1:3], x[:, 8:200].transpose(1, 2), x[:1, :1], x[:, :, ::2]):
         assert hopper._readable(view) is view
-        descriptor = hopper._descriptor(view, hopper.DTYPES[x.dtype])
+        descriptor = hopper.tile_descriptor(view, hopper.DTYPES[x.dtype])
         assert descriptor.base is view
         assert descriptor.shape == list(view.shape)
         assert all(a == b for a, b, n in zip(descriptor.strides, view.stride(), view.shape, strict=True) if n > 1)
@@ -105,4 +105,4 @@ def test_keys_that_tma_cannot_read_are_copied():
         assert copy.is_contiguous(), name
         assert copy.data_ptr() != view.data_ptr(), name
         assert torch.equal(copy, view), name
-        hopper._descriptor(copy, hopper.DTYPES[copy.dtype])
+        hopper.tile_descriptor(copy, hopper.DTYPES[copy.dtype])

@@ -37,7 +37,7 @@ if backend == "hip":
     torch.version.hip = "for the constants that depend on it"
 from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu, _choose_on_gpu
-from baatt.kernels import triton_attention, triton_budget, triton_mass
+from baatt.kernels import triton_attention, triton_clusters, triton_budget, triton_mass
 from baatt.scores import exact
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -76,14 +76,15 @@ def compile_launch(kernel, *args, grid, warmup, **options):
 
 
 JITFunction.run = compile_launch
-triton_attention._shared_memory = triton_mass._shared_memory = lambda device: shared_memory
+for room in (triton_attention, triton_clusters, triton_mass):
+    room._shared_memory = lambda device: shared_memory
 for name in CASES if chosen == "all" else chosen.split("+"):
     dtype, channels, block_size, masked, sort = CASES[name]
     q, k, v = (torch.zeros(1, 300, heads, channels, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
     mask = torch.ones(1, 300, dtype=torch.bool) if masked else None
     config = BAAttConfig(block_size=block_size, sparsity=0.5, sort=sort, segment=256)
     arranged = _sort_on_gpu({}, q, k, v, config, mask)
-    selection = _choose_on_gpu(arranged.query_summary, arranged.key_summary, config, 0.1)
+    selection = _choose_on_gpu({}, arranged.query_summary, arranged.key_summary, config, 0.1)
     for logits in (True, False):
         scores = torch.zeros(1, 4, *(side.size.shape[1] for side in (arranged.query_summary, arranged.key_summary)))
         triton_budget.choose_blocks(*arranged[1:4:2], lambda *_: scores, 0.5, 1, logits=logits)
@@ -94,12 +95,15 @@ for name in CASES if chosen == "all" else chosen.split("+"):
     tokens = [exact.BlockTokens(x.new_zeros(*x.shape[:2], blocks, block_size, channels), size) for x in (q, k)]
     triton_mass.compare(*tokens, config, 0.1)
     triton_mass.compare_peak(*tokens, config, 0.1)
+    if triton_clusters.fits(q, block_size):
+        sides = (q, arranged.query_order), (k, arranged.key_order)
+        triton_clusters.compare(*(triton_clusters.summarise(*side, config) for side in sides), config, 0.1)
 print(architecture, *sorted(done))
 """
 KERNELS = [
-    "_attention_kernel", "_covariance_kernel", "_digit_kernel", "_gather_kernel", "_list_kernel", "_narrow_kernel",
-    "_norm_kernel", "_order_kernel", "_permute_kernel", "_rank_kernel", "_select_kernel", "_share_kernel",
-    "_sum_kernel", "_tie_kernel",
+    "_attention_kernel", "_cluster_kernel", "_covariance_kernel", "_digit_kernel", "_gather_kernel",
+    "_list_kernel", "_logit_kernel", "_narrow_kernel", "_norm_kernel", "_order_kernel", "_permute_kernel",
+    "_rank_kernel", "_select_kernel", "_share_kernel", "_sum_kernel", "_tie_kernel",
 ]  # fmt: skip
 #: Backend, architecture, threads per warp, KiB of shared memory per block.
 NEWEST = ["cuda,90,32,227", "hip,gfx942,64,64"]

@@ -69,7 +69,7 @@ def sparse_attention(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     query_blocks = -(-tokens // BLOCK)
     tiles, dtype = batch * heads * query_blocks, DTYPES[q.dtype]
-    descriptors = [_descriptor(x, dtype) for x in (k, v)]
+    descriptors = [tile_descriptor(x, dtype) for x in (k, v)]
     index = selection.index.contiguous()
     properties = torch.cuda.get_device_properties(q.device)
     chunk = _tiles_per_launch(tiles, selection.mean_count or index.shape[-1], 2 * k[0, 0].nbytes, properties)
@@ -91,7 +91,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if suits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _descriptor(x: Tensor, dtype: Any) -> Any:
+def tile_descriptor(x: Tensor, dtype: Any) -> Any:
     """TMA descriptor of tiles [1, 1, BLOCK, D] of x [B, G, M, D]; what lies beyond the last token reads as 0."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

@@ -1,0 +1,119 @@
+"""Clusters of blocks and their scores on Hopper GPUs (sm_90): twins of `scores.clusters` for blocks of 128.
+
+What they cannot take, few or very many clusters, goes to `triton_clusters`, which takes all.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from baatt.kernels import triton_clusters
+from baatt.kernels.hopper import DTYPES, tile_descriptor
+from baatt.kernels.hopper_clusters_kernel import centre_kernel, refine_kernel
+from baatt.kernels.hopper_shares_kernel import share_kernel
+from baatt.kernels.triton_attention import _gather_rows
+from baatt.types import BlockClusters, ScoreOptions, TokenOrder
+
+BLOCK = 128
+#: Key clusters that are multiplied at a time, and rows of query clusters.
+TILE = 128
+STAGES = {64: 6, 128: 4}
+#: How many clusters of a block the layouts of the kernels hold.
+FEWEST, MOST = 4, 32
+
+
+def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClusters:
+    """See `scores.clusters.summarise`; the means are in the dtype of x."""
+    (batch, heads, tokens, channels), clusters = x.shape, options.representatives
+    if clusters > MOST:
+        return triton_clusters.summarise(x, order, options)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    blocks = triton.cdiv(tokens, BLOCK)
+    mean = torch.empty(batch, heads, blocks, clusters, channels, dtype=x.dtype, device=x.device)
+    number = torch.empty(mean.shape[:-1], dtype=torch.int64, device=x.device)
+    size = torch.empty(batch, blocks, dtype=torch.int64, device=x.device)
+    centre = torch.empty(mean.shape[:-1], dtype=torch.int32, device=x.device)
+    nearest = torch.empty(*mean.shape[:3], BLOCK, dtype=torch.int8, device=x.device)
+    source = x, *x.stride()[:3], order.index, *order.index.stride(), order.length
+    grid, dtype = (blocks * batch * heads,), DTYPES[x.dtype]
+    centre_kernel[grid](
+        *source, centre, nearest, heads, tokens, clusters,
+        CHANNELS=channels, DTYPE=dtype, WARPS=4, num_warps=4, maxnreg=168,
+    )  # fmt: skip
+    refine_kernel[grid](
+        *source, centre, nearest, mean, number, size, heads, tokens, clusters, options.refinements,
+        CHANNELS=channels, CLUSTERS=max(16, triton.next_power_of_2(clusters)), DTYPE=dtype, WARPS=4, num_warps=4,
+        maxnreg=128,
+    )  # fmt: skip
+    return BlockClusters(mean, number, size)
+
+
+def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
+    """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0."""
+    query_mean, clusters = queries.mean, queries.mean.shape[3]
+    if not FEWEST <= clusters <= MOST:
+        return triton_clusters.compare(queries, keys, options, scale)
+    batch, heads, query_blocks, _, channels = query_mean.shape
+    groups, key_blocks = keys.mean.shape[1:3]
+    wide = triton.next_power_of_2(clusters)
+    steps = triton.cdiv(key_blocks * wide, TILE)
+    tiled, numbers = _tiles_of_keys(keys, wide, steps)
+    scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_mean.device)
+    head_tiles = triton.cdiv(query_blocks, TILE // wide)
+    tiles = head_tiles * batch * heads
+    room = TILE * steps * (TILE // wide + 1)
+    programs = min(tiles, _multiprocessors(query_mean.device), max(1, triton_clusters.SCRATCH // (4 * room)))
+    scratch = torch.empty(programs, room, dtype=torch.float32, device=query_mean.device)
+    share_kernel[(programs,)](
+        query_mean, *query_mean.stride()[:3], queries.tokens.contiguous(),
+        tile_descriptor(tiled, DTYPES[tiled.dtype]), numbers, scores, scratch,
+        tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale * math.log2(math.e),
+        CHANNELS=channels, QUERY_CLUSTERS=wide, KEY_CLUSTERS=wide, PEAK=options.peak, STAGES=STAGES[channels],
+        DTYPE=DTYPES[query_mean.dtype], num_warps=4,
+    )  # fmt: skip
+    return scores
+
+
+def _tiles_of_keys(keys: BlockClusters, wide: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Means [B, G, steps * TILE, D] and numbers of tokens as the products want them.
+
+    Where there is no cluster stands the first one of the head, with 0 tokens: it adds nothing and moves no maximum.
+    """
+    batch, groups, key_blocks, clusters, channels = keys.mean.shape
+    tiled = torch.empty(batch, groups, steps * TILE, channels, dtype=keys.mean.dtype, device=keys.mean.device)
+    numbers = torch.empty(tiled.shape[:3], dtype=torch.float32, device=tiled.device)
+    _tile_kernel[(batch * groups * steps,)](
+        keys.mean.contiguous(), keys.tokens.contiguous(), tiled, numbers, key_blocks, steps, clusters,
+        CHANNELS=channels, CLUSTERS=wide, TILE=TILE, num_warps=4,
+    )  # fmt: skip
+    return tiled, numbers
+
+
+@triton.jit
+def _tile_kernel(
+    mean_ptr, tokens_ptr, tiled_ptr, number_ptr, key_blocks, steps, clusters,
+    CHANNELS: tl.constexpr, CLUSTERS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Clusters of thread t of 4 to columns 8 n + 2 t and 8 n + 2 t + 1, see `hopper_shares_kernel.sums_layout`."""
+    program = tl.program_id(0).to(tl.int64)
+    row, step = program // steps, program % steps
+    columns, channels = tl.arange(0, TILE), tl.arange(0, CHANNELS)
+    place = columns % 8 // 2 * (TILE // 4) + columns // 8 * 2 + columns % 2
+    block, cluster = step * (TILE // CLUSTERS) + place // CLUSTERS, place % CLUSTERS
+    inside = (block < key_blocks) & (cluster < clusters)
+    source = row * key_blocks * clusters
+    tokens = tl.load(tokens_ptr + source + block * clusters + cluster, mask=inside, other=0)
+    source += tl.where(tokens > 0, block * clusters + cluster, 0)
+    target = program * TILE + columns
+    means = _gather_rows(mean_ptr + source * CHANNELS, columns < TILE, 0, 1, CHANNELS, CHANNELS)
+    tl.store(tiled_ptr + target[:, None] * CHANNELS + channels[None, :], means)
+    tl.store(number_ptr + target, tokens.to(tl.float32))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,254 @@
+"""The Gluon kernel that compares clusters, behind `hopper_clusters`: C3 to C5.
+
+Its parts are those of the attention kernel: a producer brings in tiles of key clusters, two consumers multiply each 64
+rows of query clusters with them, the next product running while this one is summed up. Sums of exponentials stay in
+scratch memory until a row is through.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from baatt.kernels.hopper_kernel import load_block
+
+TILE = gl.constexpr(128)
+LOWEST = gl.constexpr(-3.4028234663852886e38)
+
+
+@gluon.constexpr_function
+def sums_layout(key_clusters, steps=1):
+    """Of the sums [64, steps * 128 / key_clusters] of rows and key blocks, as the threads of a product have them.
+
+    Columns 8 n + 2 t and 8 n + 2 t + 1 of a product are with thread t of 4, for every n; the clusters of a tile of keys
+    stand so that those of thread t are its 32 / key_clusters blocks.
+    """
+    alone = 32 // key_clusters
+    own = [[0, 1 << bit] for bit in range(alone.bit_length() - 1)]
+    later = [[0, 4 * alone << bit] for bit in range(steps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[*own, [8, 0], *later],
+        lane_bases=[[0, alone], [0, 2 * alone], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, steps * 4 * alone],
+    )
+
+
+@gluon.constexpr_function
+def scores_layout(query_clusters, key_clusters, steps):
+    """Of scores [64 / query_clusters, ...] where a maximum over the rows of a query block leaves them."""
+    alone = 32 // key_clusters
+
+    def row(place):
+        return [place // query_clusters, 0]
+
+    own = [[0, 1 << bit] for bit in range(alone.bit_length() - 1)]
+    later = [[0, 4 * alone << bit] for bit in range(steps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[*own, *([row(8)] if query_clusters <= 8 else []), *later],
+        lane_bases=[[0, alone], [0, 2 * alone], row(1), row(2), row(4)],
+        warp_bases=[row(16), row(32)],
+        block_bases=[],
+        shape=[64 // query_clusters, steps * 4 * alone],
+    )
+
+
+@gluon.jit
+def produce(
+    descriptor, ring, full, empty, tiles, head_tiles, heads, groups, steps, STAGES: gl.constexpr
+):  # fmt: skip
+    """The producer warp: the tiles of key clusters of a head, again for every tile of rows."""
+    entry = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        head_entry = tile // head_tiles
+        batch_entry, group = head_entry // heads, head_entry % heads // (heads // groups)
+        for step in range(0, steps):
+            load_block(descriptor, batch_entry, group, step, full, empty, ring, entry, TILE, STAGES)
+            entry += 1
+
+
+@gluon.jit
+def consume(
+    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, number_ptr, scores_ptr,
+    scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale_log2,
+    HALF: gl.constexpr, CHANNELS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr,
+    PEAK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: 64 rows of query clusters of every tile, of whole query blocks."""
+    ROWS: gl.constexpr = 64
+    BLOCKS: gl.constexpr = ROWS // QUERY_CLUSTERS
+    KEY_BLOCKS: gl.constexpr = TILE // KEY_CLUSTERS
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CHANNELS, CHANNELS // 8], [4, 1], [1, 0])
+    summed: gl.constexpr = sums_layout(KEY_CLUSTERS)
+    rows_products: gl.constexpr = gl.SliceLayout(1, products)
+    rows_summed: gl.constexpr = gl.SliceLayout(1, summed)
+    rows_wide = gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
+    channels = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, wide))
+    rows = gl.arange(0, ROWS, layout=rows_summed)
+    columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, products))
+    key_places = gl.arange(0, KEY_BLOCKS, layout=gl.SliceLayout(0, summed))
+    nothing = gl.zeros([ROWS, TILE], gl.float32, layout=products)
+    # Of each row the sums of its key blocks, then what the sums of a tile are relative to.
+    scratch_ptr += (gl.cast(gl.program_id(0), gl.int64) * 2 + HALF) * ROWS * steps * (KEY_BLOCKS + 1)
+    maxima_ptr = scratch_ptr + ROWS * steps * KEY_BLOCKS
+    sums_ptrs = scratch_ptr + rows[:, None] * (steps * KEY_BLOCKS) + key_places[None, :]
+    # A product takes its rows from shared memory: from registers it would be issued in pieces between other work.
+    own = q_rows.index(HALF)
+    entry = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        head_entry = gl.cast(tile // head_tiles, gl.int64)
+        first_block = (tile % head_tiles * 2 + HALF) * BLOCKS
+        blocks, cluster = first_block + rows_wide // QUERY_CLUSTERS, rows_wide % QUERY_CLUSTERS
+        present = (blocks < query_blocks) & (cluster < clusters)
+        q_offset = (head_entry // heads) * stride_batch + (head_entry % heads) * stride_head
+        offsets = blocks.to(gl.int64) * stride_block + cluster * CHANNELS
+        queries = gl.load(q_ptr + q_offset + offsets[:, None] + channels[None, :], mask=present[:, None], other=0.0)
+        gl.thread_barrier()  # the products with the rows before are done in all warps
+        own.store(queries)
+        fence_async_shared()
+        gl.thread_barrier()
+        key_entry = head_entry // heads * groups + head_entry % heads // (heads // groups)
+        number_ptrs = number_ptr + key_entry * steps * TILE + columns
+        running_max = gl.full([ROWS], LOWEST, gl.float32, layout=rows_products)
+        running_sum = gl.zeros([ROWS], gl.float32, layout=rows_products)
+        mbarrier.wait(full.index(entry % STAGES), (entry // STAGES) & 1)
+        keys = ring.index(entry % STAGES).reshape([TILE, CHANNELS]).permute((1, 0))
+        scores = warpgroup_mma(own, keys, nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(empty.index(entry % STAGES), count=1)
+        entry += 1
+        number = gl.load(number_ptrs)
+        for step in range(1, steps):
+            mbarrier.wait(full.index(entry % STAGES), (entry // STAGES) & 1)
+            keys = ring.index(entry % STAGES).reshape([TILE, CHANNELS]).permute((1, 0))
+            following = warpgroup_mma(own, keys, nothing, use_acc=False, is_async=True)
+            next_number = gl.load(number_ptrs + step * TILE)
+            running_max, running_sum, sums = add_up(
+                scores, number, running_max, running_sum, scale_log2, ROWS, KEY_BLOCKS, KEY_CLUSTERS, summed
+            )
+            gl.store(sums_ptrs + (step - 1) * KEY_BLOCKS, sums)
+            gl.store(maxima_ptr + (step - 1) * ROWS + rows, gl.convert_layout(running_max, rows_summed))
+            number = next_number
+            scores = warpgroup_mma_wait(0, deps=(following,))
+            mbarrier.arrive(empty.index(entry % STAGES), count=1)
+            entry += 1
+        running_max, running_sum, sums = add_up(
+            scores, number, running_max, running_sum, scale_log2, ROWS, KEY_BLOCKS, KEY_CLUSTERS, summed
+        )
+        gl.store(sums_ptrs + (steps - 1) * KEY_BLOCKS, sums)
+        gl.store(maxima_ptr + (steps - 1) * ROWS + rows, gl.convert_layout(running_max, rows_summed))
+        gl.thread_barrier()  # other threads read the maxima
+        write_scores(
+            scratch_ptr, maxima_ptr, running_max, running_sum, q_tokens_ptr + head_entry * query_blocks * clusters,
+            scores_ptr + head_entry * query_blocks * key_blocks, first_block, query_blocks, key_blocks, steps, clusters,
+            PEAK, ROWS, QUERY_CLUSTERS, KEY_CLUSTERS,
+        )  # fmt: skip
+        gl.thread_barrier()
+
+
+@gluon.jit
+def add_up(
+    scores, number, running_max, running_sum, scale_log2,
+    ROWS: gl.constexpr, KEY_BLOCKS: gl.constexpr, KEY_CLUSTERS: gl.constexpr, summed: gl.constexpr,
+):  # fmt: skip
+    """C3 and the sums of exponentials [ROWS, KEY_BLOCKS] of a tile, relative to the row's maximum so far."""
+    new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+    shares = gl.exp2(scores * scale_log2 - new_max[:, None]) * number[None, :]
+    shares = shares.reshape([ROWS, 16, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, KEY_BLOCKS, KEY_CLUSTERS])
+    sums = gl.convert_layout(gl.sum(shares, 2), summed)
+    total = gl.convert_layout(gl.sum(sums, 1), running_sum.type.layout)
+    return new_max, running_sum * gl.exp2(running_max - new_max) + total, sums
+
+
+@gluon.jit
+def write_scores(
+    sums_ptr, maxima_ptr, maximum, total, q_tokens_ptr, scores_ptr, first_block, query_blocks, key_blocks, steps,
+    clusters,
+    PEAK: gl.constexpr, ROWS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr,
+):  # fmt: skip
+    """C4 and C5: shares from the sums, their peak, or mean, over the rows of a query block; many tiles at a time."""
+    STEPS: gl.constexpr = 8
+    BLOCKS: gl.constexpr = ROWS // QUERY_CLUSTERS
+    KEY_BLOCKS: gl.constexpr = TILE // KEY_CLUSTERS
+    summed: gl.constexpr = sums_layout(KEY_CLUSTERS, STEPS)
+    scored: gl.constexpr = scores_layout(QUERY_CLUSTERS, KEY_CLUSTERS, STEPS)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, summed))
+    row_blocks, cluster = first_block + rows // QUERY_CLUSTERS, rows % QUERY_CLUSTERS
+    inside = (row_blocks < query_blocks) & (cluster < clusters)
+    number = gl.load(q_tokens_ptr + row_blocks * clusters + cluster, mask=inside, other=0).to(gl.float32)
+    maximum = gl.convert_layout(maximum, gl.SliceLayout(1, summed))
+    total = gl.convert_layout(total, gl.SliceLayout(1, summed))
+    factor = 1.0 / gl.where(total == 0.0, 1.0, total)
+    blocks = first_block + gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, scored))
+    if PEAK:
+        factor = gl.where(number > 0.0, factor, 0.0)
+    else:
+        of_block = gl.convert_layout(gl.sum(number.reshape([BLOCKS, QUERY_CLUSTERS]), 1), gl.SliceLayout(1, scored))
+        of_block = gl.maximum(of_block, 1.0)
+        factor = factor * number
+    sources = gl.arange(0, STEPS * KEY_BLOCKS, layout=gl.SliceLayout(0, summed))
+    targets = gl.arange(0, STEPS * KEY_BLOCKS, layout=gl.SliceLayout(0, scored))
+    width = steps * KEY_BLOCKS
+    for first in range(0, width, STEPS * KEY_BLOCKS):
+        places = first + sources
+        written = (places < width)[None, :]
+        sums = gl.load(sums_ptr + rows[:, None] * width + places[None, :], mask=written, other=0.0)
+        maxima = gl.load(
+            maxima_ptr + (places // KEY_BLOCKS)[None, :] * ROWS + rows[:, None], mask=written, other=LOWEST
+        )
+        shares = sums * gl.exp2(maxima - maximum[:, None]) * factor[:, None]
+        shares = shares.reshape([BLOCKS, QUERY_CLUSTERS, STEPS * KEY_BLOCKS])
+        if PEAK:
+            scores = gl.convert_layout(gl.max(shares, 1), scored)
+        else:
+            scores = gl.convert_layout(gl.sum(shares, 1), scored) / of_block[:, None]
+        columns = first + targets
+        wanted = (blocks < query_blocks)[:, None] & (columns < key_blocks)[None, :]
+        gl.store(scores_ptr + blocks.to(gl.int64)[:, None] * key_blocks + columns[None, :], scores, mask=wanted)
+
+
+@gluon.jit
+def share_kernel(
+    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, descriptor, number_ptr, scores_ptr, scratch_ptr,
+    tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale_log2,
+    CHANNELS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr, PEAK: gl.constexpr,
+    STAGES: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Persistent: C3 to C5 for tiles of 128 rows of query clusters."""
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, TILE, CHANNELS], descriptor.layout)
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, CHANNELS], DTYPE)
+    q_rows = gl.allocate_shared_memory(DTYPE, [2, 64, CHANNELS], rows)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, number_ptr,
+                    scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps,
+                    clusters, scale_log2, 0, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES,
+                ),
+            ),
+            (
+                consume,
+                (
+                    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, number_ptr,
+                    scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps,
+                    clusters, scale_log2, 1, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES,
+                ),
+            ),
+            (produce, (descriptor, ring, full, empty, tiles, head_tiles, heads, groups, steps, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""The Gluon kernels of clusters compile for sm_90a without a GPU: no spills, products that run beside other work."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.tools.disasm import get_sass
+from baatt.kernels.hopper_clusters_kernel import centre_kernel, gl, refine_kernel
+from baatt.kernels.hopper_shares_kernel import share_kernel
+
+def compile_for(kernel, channels, pointers, values, odd):
+    layout = gl.NVMMASharedLayout.get_default_for([1, 1, 128, channels], gl.bfloat16)
+    pointers = pointers | {"descriptor": f"tensordesc<bf16[1, 1, 128, {channels}],{layout!r}>"}
+    pointers = {name: kind for name, kind in pointers.items() if name in kernel.arg_names}
+    values = values | {"CHANNELS": channels, "DTYPE": gl.bfloat16}
+    signature = {name: "i32" for name in kernel.arg_names} | pointers | dict.fromkeys(values, "constexpr")
+    constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    even = [name for name in kernel.arg_names if name.startswith("stride") or pointers.get(name, "").startswith("*")]
+    hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even if name not in odd}
+    compiled = triton.compile(
+        GluonASTSource(kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
+    )
+    print("<compiled>", kernel.__name__, compiled.metadata.shared, compiled.metadata.num_warps)
+    print(get_sass(compiled.asm["cubin"]))
+
+channels = int(sys.argv[1])
+tokens = {"x_ptr": "*bf16", "order_ptr": "*i64", "length_ptr": "*i64", "centre_ptr": "*i32", "nearest_ptr": "*i8"}
+means = {"mean_ptr": "*bf16", "number_ptr": "*i64", "size_ptr": "*i64"}
+compile_for(centre_kernel, channels, tokens, {"WARPS": 4, "order_token": 1}, ["length_ptr"])
+compile_for(refine_kernel, channels, tokens | means, {"WARPS": 4, "CLUSTERS": 16, "order_token": 1}, ["length_ptr"])
+sides = {"q_ptr": "*bf16", "q_tokens_ptr": "*i64", "number_ptr": "*fp32", "scores_ptr": "*fp32", "scratch_ptr": "*fp32"}
+values = {"QUERY_CLUSTERS": 16, "KEY_CLUSTERS": 16, "PEAK": True, "STAGES": 4}
+compile_for(share_kernel, channels, sides | {"scale_log2": "fp32"}, values, [])
+"""
+
+
+@pytest.mark.parametrize("channels", [128, pytest.param(64, marks=pytest.mark.slow)])
+def test_compiles_as_designed(channels, tmp_path):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", SCRIPT, str(channels)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    parts = [part.split(maxsplit=3) for part in run.stdout.split("<compiled> ")[1:]]
+    assert [part[0] for part in parts] == ["centre_kernel", "refine_kernel", "share_kernel"]
+    # Three blocks on a multiprocessor have their distances at once, four or more are refined.
+    most = {"centre_kernel": 75 * 1024, "refine_kernel": 56 * 1024, "share_kernel": 227 * 1024}
+    for name, shared, warps, code in parts:
+        assert int(shared) <= most[name]
+        assert int(warps) == (12 if name == "share_kernel" else 4)
+        assert "HGMMA" in code
+        assert not re.search(r"\b(LDL|STL)\b", code), "registers are spilled"
