@@ -35,6 +35,10 @@ SETTINGS = {
     "antidiagonal": ("--preset", "paper", "--sort", "none", "--score", "antidiagonal-8"),
     "finer": ("--preset", "paper", "--sort", "none", "--score", "covariance-16"),
     "oracle": ("--preset", "paper", "--sort", "none", "--score", "oracle"),
+    "clusters": ("--preset", "paper", "--sort", "none", "--score", "clusters", "--keep-first", "1"),
+    "unsorted-first": ("--preset", "paper", "--sort", "none", "--keep-first", "1"),
+    "antidiagonal-first": ("--preset", "paper", "--sort", "none", "--score", "antidiagonal-8", "--keep-first", "1"),
+    "oracle-peak": ("--preset", "paper", "--sort", "none", "--score", "exact-peak"),
 }
 #: Blocks of eight tokens, filled from left to right: what the shipped model answers best with.
 SAMPLER = ("--block-length", "8", "--remasking", "left_to_right", "--cache", "dual")
