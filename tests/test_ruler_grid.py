@@ -89,16 +89,18 @@ def test_every_setting_is_told_with_options_that_the_command_knows(tmp_path, cal
         (16384, None),
     ]
     assert dense[1:] == (None, True)
-    assert len(jobs) == 8 + 2 * 8
+    assert len(jobs) == 12 + 2 * 12
     assert not any(several for _, _, several in jobs)
     assert {gpu for _, gpu, _ in jobs} <= {"0", "1"}
     assert len({options.store for options, _, _ in jobs}) == len(jobs)
     assert all((options.store / "rank1.jsonl").read_text() == "an answer\n" for options, _, _ in jobs)
     cells = [read_cells(options, Sources())[1] for options, _, _ in jobs]
-    assert {(cell.config.sort, cell.config.score, cell.config.beta, cell.policy.dense_layers) for cell in cells} == {
-        ("k", "covariance", 0.5, (0, 1)), ("qk", "covariance", 0.5, ()), ("k", "covariance", 0.5, ()),
-        ("none", "covariance", 0.5, ()), ("none", "mean", 0.0, ()), ("none", "antidiagonal-8", 0.0, ()),
-        ("none", "covariance-16", 0.5, ()), ("none", "oracle", 0.0, ()),
+    read = [(cell.config.sort, cell.config.score, cell.config.beta, cell.config.keep_first) for cell in cells]
+    assert {(*one, cell.policy.dense_layers) for one, cell in zip(read, cells, strict=True)} == {
+        ("k", "covariance", 0.5, 0, (0, 1)), ("qk", "covariance", 0.5, 0, ()), ("k", "covariance", 0.5, 0, ()),
+        ("none", "covariance", 0.5, 0, ()), ("none", "mean", 0.0, 0, ()), ("none", "antidiagonal-8", 0.0, 0, ()),
+        ("none", "covariance-16", 0.5, 0, ()), ("none", "oracle", 0.0, 0, ()), ("none", "clusters", 0.0, 1, ()),
+        ("none", "covariance", 0.5, 1, ()), ("none", "antidiagonal-8", 0.0, 1, ()), ("none", "exact-peak", 0.0, 0, ()),
     }  # fmt: skip
 
 
@@ -155,7 +157,4 @@ def test_nothing_is_started_once_the_time_is_up(tmp_path, calls):
 def test_an_unknown_setting_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ruler_grid.main([str(tmp_path), "--settings", "safe,xattention"])
-    assert (
-        "must be of dense,safe,paper,keys,unsorted,mean,antidiagonal,finer,oracle, got xattention"
-        in capsys.readouterr().err
-    )
+    assert f"must be of {','.join(ruler_grid.SETTINGS)}, got xattention" in capsys.readouterr().err

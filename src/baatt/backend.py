@@ -19,9 +19,11 @@ from baatt.config import BAAttConfig
 from baatt.scores import SCORES, clusters, covariance, exact, simple
 from baatt.stages import selection, sorting, sparse
 from baatt.types import (
+    BlockClusters,
     BlockSelection,
     BlockSummary,
     Partial,
+    ScoreOptions,
     SortedBlocks,
     TokenOrder,
     slabs_of_heads,
@@ -262,7 +264,7 @@ def _sort_on_gpu(
 
     What another score remembers its `summarise` makes of the orders, or the twin of that.
     """
-    from baatt.kernels import triton_arrangement, triton_clusters
+    from baatt.kernels import triton_arrangement
 
     def order(x: Tensor, function: sorting.OrderFunction, mask: Tensor | None) -> TokenOrder | None:
         longest = x.shape[2] if config.segment is None else min(config.segment, x.shape[2])
@@ -278,11 +280,23 @@ def _sort_on_gpu(
     summarise = SCORES[config.score].summarise
     if summarise is covariance.summarise:
         return triton_arrangement.pool_blocks(q, k, v, query_order, key_order, config.block_size)
-    if summarise in twins and triton_clusters.fits(q, config.block_size):
-        summarise = twins[summarise]
+    summarise = twins.get(summarise, summarise)
     summaries = summarise(q, query_order, config), summarise(k, key_order, config)
     own = (k, v) if key_order.identity else (None, None)
     return SortedBlocks(query_order, summaries[0], key_order, summaries[1], *own)
+
+
+def _cluster_twins(impl: str) -> dict[Any, Callable[..., Any]]:
+    """The functions of the score "clusters" on a GPU."""
+    from baatt.kernels import triton_clusters
+
+    room = importlib.import_module(f"baatt.kernels.{impl}_clusters")
+
+    def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClusters:
+        fits = triton_clusters.fits(x, options.block_size)
+        return (room.summarise if fits else clusters.summarise)(x, order, options)
+
+    return {clusters.summarise: summarise, clusters.compare: room.compare}
 
 
 @functools.cache

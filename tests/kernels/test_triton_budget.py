@@ -72,7 +72,7 @@ def test_slabs_of_heads(score, masked, heads, poisoned_memory, monkeypatch):
     pairs = heads * 3 * 21
     monkeypatch.setattr(triton_budget, "SLAB_SCORES", 2 * pairs)
     monkeypatch.setattr("baatt.backend.SLAB_SCORES", pairs)
-    for choose in (choose_in_stages, _choose_on_gpu):
+    for choose in (choose_in_stages, functools.partial(_choose_on_gpu, {})):
         actual = choose(*summaries, config, 0.2)
         assert torch.equal(actual.count, expected.count)
         assert torch.equal(actual.index, expected.index)
