@@ -153,6 +153,14 @@ CASES: dict[str, Case] = {
             "ruler_tasks": ruler_tables.grid_tasks,
         },
     ),
+    "ruler_clusters": Case(
+        "RULER's eleven offline tasks with blocks chosen by clusters",
+        "baatt evaluate ruler --tasks all --lengths 4096 --count 100 --batch-size 50 --device cuda --dtype bfloat16 "
+        "--block-length 8 --remasking left_to_right --cache dual --preset paper --sort none --score clusters "
+        "--keep-first 1 --sparsity 0.5,0.7,0.9 --json FILE",
+        ("ruler_clusters_4096.json",),
+        {"ruler_clusters": ruler_tables.one_setting},
+    ),
     "demo": Case(
         "the demo's setting and dense attention on twenty samples of its task, on a processor",
         "python training/evaluate.py --tasks niah_multikey_1 --lengths 4096 --count 20 --device cpu --dtype float32 "

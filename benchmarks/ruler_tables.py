@@ -13,7 +13,10 @@ from baatt.lab.describe import selection_name, settings_text
 from baatt.lab.tables import Record, Table, percent
 
 #: Settings of a grid in the order of its tables, whichever was asked first.
-ORDER = ("safe", "paper", "keys", "unsorted", "mean", "antidiagonal", "finer", "oracle")
+ORDER = (
+    *("safe", "paper", "keys", "unsorted", "unsorted-first", "mean", "antidiagonal", "antidiagonal-first"),
+    *("finer", "clusters", "oracle", "oracle-peak"),
+)
 #: The sparsity of the short table.
 HALF = 0.5
 
@@ -48,6 +51,13 @@ def grid_averages(grid: Record) -> str:
         )
         parts += [f"{length} tokens; dense attention: {score(dense)}", Table(header, rows).markdown()]
     return "\n\n".join([*parts, averages_text(grid), grid_source(grid)])
+
+
+def one_setting(record: Record) -> str:
+    """A summary of `baatt evaluate ruler` with one way to choose blocks: averages, then a row per task."""
+    grid = {**record, "settings": {"clusters": record}}
+    averages = grid_averages(grid).split("\n\n")
+    return "\n\n".join([*averages[:2], *grid_tasks(grid).split("\n\n")[1:2], *averages[2:]])
 
 
 def half_by_length(grids: Sequence[Record]) -> str:
