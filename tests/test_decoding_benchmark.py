@@ -64,6 +64,7 @@ def test_stores_every_setting(decoding, tmp_path, capsys):
     assert printed[0].endswith(" tokens/s, 1.00x, 1/1 right")
 
 
+@pytest.mark.slow
 def test_some_settings_of_some_lengths(decoding, tmp_path):
     path = tmp_path / "decoding.json"
     some = ["--caches", "dual", "--attention", "dense", "--thresholds", "0.9", "--batch-size", "2", "--count", "3"]

@@ -378,6 +378,7 @@ def test_blocks_share_a_graph_and_know_their_layer():
     torch.testing.assert_close(case.run(), dense)
 
 
+@pytest.mark.slow
 def test_compiled_before_it_is_attached():
     case = build("wan", layers=1)
     whole = case._replace(model=compiled(case.model))

@@ -113,7 +113,7 @@ OLDER = ["cuda,80,32,163", "cuda,86,32,99"]
 @pytest.mark.parametrize(
     "targets",
     [
-        {NEWEST[0]: "usual+in place", NEWEST[1]: "half"},
+        {NEWEST[0]: "usual", NEWEST[1]: "half"},
         pytest.param(dict.fromkeys(NEWEST + OLDER, "all"), marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
     ids=["newest", "all"],

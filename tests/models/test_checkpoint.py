@@ -208,7 +208,7 @@ print(megabytes("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_memory_is_about_that_of_the_weights(tmp_path: Path, dtype: str) -> None:
     """240 MB in shards of 64 MB. The stored dtype is mapped, never copied; another is converted shard by shard."""
     sizes = {"d_model": 1024, "n_heads": 8, "n_layers": 8, "mlp_hidden_size": 3072, "vocab_size": 8000}

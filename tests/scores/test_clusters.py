@@ -19,10 +19,10 @@ def summaries(q, k, plan, config):
     return [clusters.summarise(x, order, config) for x, order in ((q, plan.query_order), (k, plan.key_order))]
 
 
-@pytest.mark.parametrize("peak", [True, False])
-@pytest.mark.parametrize("refinements", [0, 2])
-@pytest.mark.parametrize("representatives", [1, 5, 16])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("representatives", "refinements", "peak", "masked"),
+    [(1, 0, True, False), (1, 2, False, True), (5, 2, True, True), (5, 0, False, False), (16, 1, True, True)],
+)
 def test_scores_equal_the_naive_ones(representatives, refinements, peak, masked):
     q, k, plan = case("none", masked=masked)
     config = dataclasses.replace(
@@ -31,7 +31,7 @@ def test_scores_equal_the_naive_ones(representatives, refinements, peak, masked)
     found = clusters.compare(*summaries(q, k, plan, config), config, plan.scale)
     for entry in range(2):
         length = int(plan.key_order.length[entry])
-        for head in range(4):
+        for head in (0, 3):  # one of each group
             rows = plan.query_order.index[entry, head].tolist()
             columns = plan.key_order.index[entry, head // 2, :length].tolist()
             keys = [
