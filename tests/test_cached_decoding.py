@@ -171,7 +171,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("heads", [2, 1, 4])
+@pytest.mark.parametrize("heads", [2, pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_hand_written_decoder(case: dict[str, Any], cache: str, heads: int) -> None:

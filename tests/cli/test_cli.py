@@ -126,7 +126,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("before", "verdict"), [(" ", "yes"), ("1", "no")])
+@pytest.mark.parametrize(("before", "verdict"), [pytest.param(" ", "yes", marks=pytest.mark.slow), ("1", "no")])
 def test_demo_calls_a_longer_number_wrong(
     before: str, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

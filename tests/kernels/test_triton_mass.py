@@ -75,7 +75,12 @@ def test_orders(sort, masked, poisoned_memory):
 @pytest.mark.parametrize(
     ("queries", "keys", "block_size", "slab"),
     # A query block at a time; three of seven; two of three.
-    [(100, 70, 16, 1), (100, 70, 16, 3 * 4 * 5 * 16), (300, 201, 128, 1), (300, 201, 128, 2 * 4 * 8 * 128)],
+    [
+        (100, 70, 16, 1),
+        (100, 70, 16, 3 * 4 * 5 * 16),
+        pytest.param(300, 201, 128, 1, marks=pytest.mark.slow),
+        (300, 201, 128, 2 * 4 * 8 * 128),
+    ],
 )
 def test_slabs(queries, keys, block_size, slab, poisoned_memory, monkeypatch):
     q, k, plan = case((2, 2, 1, queries, keys, 16, block_size), torch.float32)

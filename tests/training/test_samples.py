@@ -154,7 +154,7 @@ def test_text_regions_are_running_text_only(maker, number):
             if region == TEXT:
                 text_tokens += 1
                 assert not forbidden[start:end].any()
-                assert niah.NOISE_LINE[:12] not in text
+        assert niah.NOISE_LINE[:12] not in text or not (regions == TEXT).any()
     kind = CURRICULUM[number].kind
     if kind != "all":  # of all tasks, few sequences may have none of running text
         assert (text_tokens > 0) == (kind in ("document", "ruler"))

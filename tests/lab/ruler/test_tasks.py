@@ -74,7 +74,7 @@ def test_an_unknown_task_is_refused(tokenizer):
 
 
 @ALL
-@pytest.mark.parametrize("length", [1024, 4096, 16384])
+@pytest.mark.parametrize("length", [1024, 4096, pytest.param(16384, marks=pytest.mark.slow)])
 def test_samples_fill_the_length_and_never_pass_it(name, length, tokenizer, sources):
     task, room = TASKS[name], {"cwe": 0.96, "qa_1": 0.9, "qa_2": 0.9, "niah_multikey_3": 0.9}.get(name, 0.96)
     count = token_counter(tokenizer)
