@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 import archive_tables
+import busy_plan
 import compatibility
 import decoding
 import gpu_bars
@@ -60,6 +61,12 @@ CASES: dict[str, Case] = {
         "baatt bench --shape 1x8x8192x64 --sparsity 0,0.5,0.75,0.875 --against dense --preset paper --json FILE",
         ("cpu_operator.json",),
         {"cpu_operator": tables.cpu_operator},
+    ),
+    "busy_plan": Case(
+        "plans on a processor beside busy processes",
+        "python benchmarks/busy_plan.py --json FILE",
+        ("busy_plan.json",),
+        {"busy_plan": busy_plan.table},
     ),
     "gpu_bars": Case(
         "operator and attention kernel on a GPU beside cuDNN, FlashAttention and FlexAttention",
