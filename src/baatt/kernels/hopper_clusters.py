@@ -15,6 +15,7 @@ from baatt.kernels import triton_clusters
 from baatt.kernels.hopper import DTYPES, tile_descriptor
 from baatt.kernels.hopper_clusters_kernel import centre_kernel, refine_kernel
 from baatt.kernels.hopper_shares_kernel import share_kernel
+from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_attention import _gather_rows
 from baatt.types import BlockClusters, ScoreOptions, TokenOrder
 
@@ -32,7 +33,7 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
     if clusters > MOST:
         return triton_clusters.summarise(x, order, options)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    blocks = triton.cdiv(tokens, BLOCK)
+    blocks = cdiv(tokens, BLOCK)
     mean = torch.empty(batch, heads, blocks, clusters, channels, dtype=x.dtype, device=x.device)
     number = torch.empty(mean.shape[:-1], dtype=torch.int64, device=x.device)
     size = torch.empty(batch, blocks, dtype=torch.int64, device=x.device)
@@ -46,7 +47,7 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
     )  # fmt: skip
     refine_kernel[grid](
         *source, centre, nearest, mean, number, size, heads, tokens, clusters, options.refinements,
-        CHANNELS=channels, CLUSTERS=max(16, triton.next_power_of_2(clusters)), DTYPE=dtype, WARPS=4, num_warps=4,
+        CHANNELS=channels, CLUSTERS=max(16, next_power_of_2(clusters)), DTYPE=dtype, WARPS=4, num_warps=4,
         maxnreg=128,
     )  # fmt: skip
     return BlockClusters(mean, number, size)
@@ -59,11 +60,11 @@ def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, 
         return triton_clusters.compare(queries, keys, options, scale)
     batch, heads, query_blocks, _, channels = query_mean.shape
     groups, key_blocks = keys.mean.shape[1:3]
-    wide = triton.next_power_of_2(clusters)
-    steps = triton.cdiv(key_blocks * wide, TILE)
+    wide = next_power_of_2(clusters)
+    steps = cdiv(key_blocks * wide, TILE)
     tiled, numbers = _tiles_of_keys(keys, wide, steps)
     scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_mean.device)
-    head_tiles = triton.cdiv(query_blocks, TILE // wide)
+    head_tiles = cdiv(query_blocks, TILE // wide)
     tiles = head_tiles * batch * heads
     room = TILE * steps * (TILE // wide + 1)
     programs = min(tiles, _multiprocessors(query_mean.device), max(1, triton_clusters.SCRATCH // (4 * room)))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.types import BlockStats, SortedBlocks, TokenOrder
 
 LONGEST = 4096
@@ -44,7 +45,7 @@ class _Side(NamedTuple):
     @property
     def width(self) -> int:
         """Of the sorting network."""
-        return max(16, triton.next_power_of_2(self.segment))
+        return max(16, next_power_of_2(self.segment))
 
 
 def order_tokens(
@@ -68,7 +69,7 @@ def order_tokens(
     if queries.norms is None and keys.norms is None:
         return queries.order, keys.order
     masked = key_mask is not None
-    columns = max(16, triton.next_power_of_2(q.shape[-1]))
+    columns = max(16, next_power_of_2(q.shape[-1]))
     rows = max(16, min(64, 8192 // columns))
     programs = [side.programs(rows) for side in (queries, keys)]
     _norm_kernel[(sum(programs),)](
@@ -93,8 +94,8 @@ def pool_blocks(
     """
     query_stats, key_stats = (_room_for_stats(x, block_size) for x in (q, k))
     copies = (None, None) if key_order.identity else (_room_for_copy(k), None if v is None else _room_for_copy(v))
-    slab = min(max(16, triton.next_power_of_2(q.shape[-1])), SLAB)
-    slabs = triton.cdiv(q.shape[-1], slab)
+    slab = min(max(16, next_power_of_2(q.shape[-1])), SLAB)
+    slabs = cdiv(q.shape[-1], slab)
     programs = [_stretches(x, block_size) * slabs for x in (q, k)]
     _gather_kernel[(programs[0] + programs[1] * (1 if copies[1] is None else 2),)](
         q, moved(query_order), query_order.length.contiguous(), *query_stats, *q.stride(), *q.shape[1:3],
@@ -127,14 +128,14 @@ def _permute(x: Tensor, order: TokenOrder) -> Tensor:
     copy, rows = _room_for_copy(x), 64
     _permute_kernel[(_stretches(x, rows),)](
         x, moved(order), order.length.contiguous(), copy, *x.stride(), *x.shape[1:3],
-        BLOCK=rows, CHANNELS=x.shape[-1], COLUMNS=max(16, triton.next_power_of_2(x.shape[-1])), num_warps=4,
+        BLOCK=rows, CHANNELS=x.shape[-1], COLUMNS=max(16, next_power_of_2(x.shape[-1])), num_warps=4,
     )  # fmt: skip
     return copy
 
 
 def _stretches(x: Tensor, tokens: int) -> int:
     """How many stretches of so many tokens x has, over all heads."""
-    return x.shape[0] * x.shape[1] * int(triton.cdiv(x.shape[2], tokens))
+    return x.shape[0] * x.shape[1] * int(cdiv(x.shape[2], tokens))
 
 
 def _room_for_copy(x: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def _room_for_copy(x: Tensor) -> Tensor:
 
 def _room_for_stats(x: Tensor, block_size: int) -> BlockStats:
     batch, heads, tokens, channels = x.shape
-    blocks = triton.cdiv(tokens, block_size)
+    blocks = cdiv(tokens, block_size)
     moments = torch.empty(2, batch, heads, blocks, channels, dtype=torch.float32, device=x.device)
     return BlockStats(*moments, torch.empty(batch, blocks, dtype=torch.int64, device=x.device))
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_arrangement import moved, sorted_copies
 from baatt.types import BlockSelection, Partial, TokenOrder
 
@@ -73,7 +74,7 @@ def sparse_attention(
     unit = math.gcd(16, *strides)
     index = selection.index.contiguous()
     options = launch_options(q.dtype, channels, block_size, _shared_memory(q.device))
-    _attention_kernel[(triton.cdiv(tokens, options["ROWS"]), batch * heads)](
+    _attention_kernel[(cdiv(tokens, options["ROWS"]), batch * heads)](
         q, *q.stride(), k, *(stride // unit for stride in strides[:2]), k.stride(3),
         v, *(stride // unit for stride in strides[2:]), v.stride(3),
         index, selection.count.contiguous(), moved(query_order), key_order.length.contiguous(), out, lse,
@@ -88,7 +89,7 @@ def launch_options(dtype: torch.dtype, channels: int, block_size: int, shared_me
 
     Every GPU from sm_80 on has `SMALL_MEMORY`, and what is chosen for less than `LARGE_MEMORY` fits into it.
     """
-    columns = max(16, triton.next_power_of_2(channels))
+    columns = max(16, next_power_of_2(channels))
     wide = columns > 128
     if dtype == torch.float32:
         rows, tile, depth, stages = (32 if wide else 64), 32, min(columns, 64), (1 if wide else 2)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baatt.kernels.launching import next_power_of_2
 from baatt.kernels.triton_selection import SLAB_SCORES, double_bits, filled_blocks, ordered, store_list, threshold
 from baatt.types import BlockSelection, BlockSummary, kept_blocks, slabs_of_heads
 
@@ -43,7 +44,7 @@ def choose_blocks(
     index = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.int32, device=key_size.device)
     count = torch.empty(index.shape[:3], dtype=torch.int32, device=index.device)
     share = double_bits(1 - sparsity)
-    width = max(16, triton.next_power_of_2(key_blocks))
+    width = max(16, next_power_of_2(key_blocks))
     launch = {"WIDTH": width, "num_warps": min(16, max(1, width // 1024))}
     for part, queries, keys in slabs_of_heads(query_summary, key_summary, SLAB_SCORES // batch):
         scores, some = score(queries, keys).float().contiguous(), part.stop - part.start
@@ -60,7 +61,7 @@ def choose_blocks(
                 _digit_kernel[rows](values, query_size, histogram, found, some, key_blocks, digit, **launch)
             _narrow_kernel[(batch * some,)](
                 histogram, found, *sizes, some, query_blocks, key_blocks, share, FIRST=digit == 0,
-                ROWS=max(16, triton.next_power_of_2(query_blocks)), WIDTH=width, num_warps=launch["num_warps"],
+                ROWS=max(16, next_power_of_2(query_blocks)), WIDTH=width, num_warps=launch["num_warps"],
             )  # fmt: skip
         ties = torch.empty(batch * some, query_blocks, dtype=torch.int32, device=index.device)
         _tie_kernel[rows](values, query_size, found, ties, some, key_blocks, **launch)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _shared_memory
 from baatt.types import BlockClusters, ScoreOptions, TokenOrder
 
@@ -27,22 +28,22 @@ TILE = 128
 
 def fits(x: Tensor, block_size: int) -> bool:
     """Whether a block and its Gram matrix find room in shared memory; 128 x 128 does not on gfx942."""
-    columns = max(16, triton.next_power_of_2(x.shape[-1]))
+    columns = max(16, next_power_of_2(x.shape[-1]))
     return x.dtype in DTYPES and block_size * (2 * columns + 288) <= _shared_memory(x.device)
 
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClusters:
     """See `scores.clusters.summarise`; the means are in the dtype of x, as the matrix units want them."""
     (batch, heads, tokens, channels), block_size = x.shape, options.block_size
-    blocks, clusters = triton.cdiv(tokens, block_size), min(options.representatives, block_size)
+    blocks, clusters = cdiv(tokens, block_size), min(options.representatives, block_size)
     mean = torch.empty(batch, heads, blocks, clusters, channels, dtype=x.dtype, device=x.device)
     number = torch.empty(mean.shape[:-1], dtype=torch.int64, device=x.device)
     size = torch.empty(batch, blocks, dtype=torch.int64, device=x.device)
     index = order.index
     _cluster_kernel[(blocks * batch * heads,)](
         x, *x.stride(), index, *index.stride(), order.length, mean, number, size, heads, tokens, clusters,
-        options.refinements, BLOCK=block_size, CHANNELS=channels, COLUMNS=max(16, triton.next_power_of_2(channels)),
-        CLUSTERS=max(16, triton.next_power_of_2(clusters)), num_warps=4 if channels <= 128 else 8,
+        options.refinements, BLOCK=block_size, CHANNELS=channels, COLUMNS=max(16, next_power_of_2(channels)),
+        CLUSTERS=max(16, next_power_of_2(clusters)), num_warps=4 if channels <= 128 else 8,
     )  # fmt: skip
     return BlockClusters(mean, number, size)
 
@@ -57,9 +58,9 @@ def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, 
     weights = keys.tokens.log2()  # -inf where a cluster is empty
     scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_mean.device)
     launch = launch_options(channels, clusters, key_clusters, _shared_memory(query_mean.device))
-    tiles = triton.cdiv(query_blocks, launch["ROWS"] // launch["QUERY_CLUSTERS"]) * batch * heads
-    width = triton.cdiv(key_blocks, launch["TILE"]) * launch["TILE"]
-    steps = triton.cdiv(key_blocks * launch["KEY_CLUSTERS"], launch["TILE"])
+    tiles = cdiv(query_blocks, launch["ROWS"] // launch["QUERY_CLUSTERS"]) * batch * heads
+    width = cdiv(key_blocks, launch["TILE"]) * launch["TILE"]
+    steps = cdiv(key_blocks * launch["KEY_CLUSTERS"], launch["TILE"])
     programs = min(tiles, _programs(query_mean.device), max(1, SCRATCH // (4 * launch["ROWS"] * (width + steps))))
     # Sums of every key block, and what they are relative to in every step.
     scratch = torch.empty(programs, width + steps, launch["ROWS"], dtype=torch.float32, device=query_mean.device)
@@ -73,8 +74,8 @@ def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, 
 
 def launch_options(channels: int, clusters: int, key_clusters: int, shared_memory: int) -> dict[str, Any]:
     """Tile sizes, warps and pipeline stages of a comparison."""
-    columns = max(16, triton.next_power_of_2(channels))
-    query_clusters, key_clusters = (triton.next_power_of_2(count) for count in (clusters, key_clusters))
+    columns = max(16, next_power_of_2(channels))
+    query_clusters, key_clusters = (next_power_of_2(count) for count in (clusters, key_clusters))
     tile = 64 if columns > 128 or shared_memory < LARGE_MEMORY else TILE
     return {
         "COLUMNS": columns,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _load_rows, _shared_memory
 from baatt.types import ScoreOptions
 
@@ -55,7 +56,7 @@ def _mass(queries: Any, keys: Any, scale: float, *, peak: bool) -> Tensor:
     sums = torch.empty(batch, heads, runs, blocks * block_size, dtype=torch.float32, device=q.device)
     for first in range(0, query_blocks, blocks):
         count = min(query_blocks - first, blocks)
-        _sum_kernel[(triton.cdiv(count * block_size, launch["ROWS"]), batch * heads)](
+        _sum_kernel[(cdiv(count * block_size, launch["ROWS"]), batch * heads)](
             q, *q.stride(), k, key_size, sums, heads, heads // groups, key_blocks, runs, first, count * block_size,
             blocks * block_size, scale * math.log2(math.e), CHANNELS=channels, BLOCK=block_size, RUN=run, **launch,
         )  # fmt: skip
@@ -68,7 +69,7 @@ def _mass(queries: Any, keys: Any, scale: float, *, peak: bool) -> Tensor:
 
 def launch_options(dtype: torch.dtype, channels: int, shared_memory: int) -> dict[str, Any]:
     """Tile sizes, warps and pipeline stages of the first launch that fit into registers and `shared_memory` bytes."""
-    columns = max(16, triton.next_power_of_2(channels))
+    columns = max(16, next_power_of_2(channels))
     wide = columns > 128
     if dtype == torch.float32:
         # Without matrix units every operand is a register: larger tiles of either kind spill by the kilobyte.

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.types import BlockSelection, BlockStats, BlockSummary, ScoreOptions, kept_blocks, take_blocks
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
@@ -73,8 +74,8 @@ def covariance_score(queries: BlockStats, keys: BlockStats, *, scale: float, bet
     batch, heads, query_blocks, channels = query_mean.shape
     groups, key_blocks = key_mean.shape[1:3]
     scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_mean.device)
-    tile = TILE if triton.cdiv(query_blocks, TILE) * triton.cdiv(key_blocks, TILE) * batch * heads > FEW else 16
-    grid = (triton.cdiv(query_blocks, tile) * triton.cdiv(key_blocks, tile), batch * heads)
+    tile = TILE if cdiv(query_blocks, TILE) * cdiv(key_blocks, TILE) * batch * heads > FEW else 16
+    grid = (cdiv(query_blocks, tile) * cdiv(key_blocks, tile), batch * heads)
     _covariance_kernel[grid](
         query_mean, query_variance, key_mean, key_variance, keys.size.contiguous(), scores,
         *query_mean.stride()[:3], heads, groups, query_blocks, key_blocks, scale, beta * scale * scale,
@@ -94,7 +95,7 @@ def _select(
 ) -> None:
     """Fill rows `start` and following of `selection` from scores [B, H, i, J]."""
     batch, heads, rows, key_blocks = scores.shape
-    width = max(16, triton.next_power_of_2(key_blocks))
+    width = max(16, next_power_of_2(key_blocks))
     _select_kernel[(rows, batch * heads)](
         scores, key_size, selection.count, selection.index, heads, rows, key_blocks,
         selection.index.shape[2], selection.index.shape[3], start, double_bits(1 - sparsity), keep_first,
