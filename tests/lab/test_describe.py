@@ -52,6 +52,8 @@ def test_every_option():
     text = describe.options_text(BAAttConfig(), Policy(dense_layers=(0, -1)))
     assert text.startswith("block_size=128, sparsity=0.5, sort=k, segment=256, score=covariance, beta=0.5")
     assert text.endswith("; dense layers: 0, -1")
+    assert "representatives" not in text
+    assert "representatives=16" in describe.options_text(BAAttConfig(score="clusters"), Policy())
 
 
 def test_how_samples_are_answered():

@@ -10,6 +10,7 @@ from typing import Any
 
 from baatt.config import BAAttConfig, Policy
 from baatt.lab.tables import percent
+from baatt.scores import SCORES
 
 Config = Mapping[str, Any]
 
@@ -85,8 +86,10 @@ def layers_name(layers: Sequence[int]) -> str:
 
 
 def options_text(config: BAAttConfig, policy: Policy) -> str:
-    """One line with every option of the method, and the dense layers."""
-    options = ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+    """One line with every option of the method that the score reads, and the dense layers."""
+    unread = {name for score in SCORES.values() for name in score.options} - {*SCORES[config.score].options}
+    read = ((name, value) for name, value in dataclasses.asdict(config).items() if name not in unread)
+    options = ", ".join(f"{name}={value}" for name, value in read)
     return f"{options}; dense layers: {layers_name(policy.dense_layers)}"
 
 
