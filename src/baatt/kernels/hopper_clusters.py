@@ -54,7 +54,10 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
 
 
 def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
-    """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0."""
+    """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0.
+
+    scale: positive, as the backend sees to: maxima are taken of products that are not scaled yet.
+    """
     query_mean, clusters = queries.mean, queries.mean.shape[3]
     if not FEWEST <= clusters <= MOST:
         return triton_clusters.compare(queries, keys, options, scale)
