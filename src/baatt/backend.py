@@ -303,11 +303,7 @@ def _cluster_twins(impl: str) -> dict[Any, Callable[..., Any]]:
 def _backend(impl: str) -> Backend:
     """The functions of an implementation that does not refuse."""
     if impl in ("triton", "hopper"):
-        attention, room = (
-            _import_kernel(impl).sparse_attention,
-            importlib.import_module(f"baatt.kernels.{impl}_clusters"),
-        )
-        twins = {clusters.summarise: room.summarise, clusters.compare: room.compare}
+        twins, attention = _cluster_twins(impl), _import_kernel(impl).sparse_attention
         sort, choose = functools.partial(_sort_on_gpu, twins), functools.partial(_choose_on_gpu, twins)
         return Backend(impl, sort, choose, attention)
     twin, attention = _itself, sparse.sparse_attention
