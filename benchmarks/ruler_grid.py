@@ -43,7 +43,7 @@ SETTINGS = {
 #: Blocks of eight tokens, filled from left to right: what the shipped model answers best with.
 SAMPLER = ("--block-length", "8", "--remasking", "left_to_right", "--cache", "dual")
 #: A length from which on the sparsities of a setting are jobs of their own: they take longest, and GPUs end together.
-LONG = 16384
+LONG = 8192
 PATIENCE = 10  # seconds for a run that was told to stop
 #: What a summary says about its own run alone.
 OF_A_RUN = ("command", "commit", "device", "versions", "processes", "averages", "records")
