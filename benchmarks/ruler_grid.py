@@ -1,4 +1,4 @@
-"""RULER's offline tasks on a model: dense attention, both presets, other orders and other scores.
+"""RULER's offline tasks on a model: dense attention, both presets, other orders and scores, ablations of clusters.
 
 `python benchmarks/ruler_grid.py FOLDER --gpus 8` answers with dense attention on all GPUs together, then hands every
 GPU one setting at one length after the other, and joins what is complete in FOLDER/grid.json. All answers stay in
@@ -40,6 +40,21 @@ SETTINGS = {
     "antidiagonal-first": ("--preset", "paper", "--sort", "none", "--score", "antidiagonal-8", "--keep-first", "1"),
     "oracle-peak": ("--preset", "paper", "--sort", "none", "--score", "exact-peak"),
 }
+#: The setting "clusters" with one thing changed.
+ABLATIONS = {
+    name: (*SETTINGS["clusters"], *options)
+    for name, options in {
+        **{f"representatives-{number}": ("--representatives", number) for number in ("1", "4", "8", "32")},
+        **{f"refinements-{number}": ("--refinements", number) for number in ("0", "1")},
+        "mean-over-queries": ("--no-peak",),
+        **{f"keep-first-{number}": ("--keep-first", number) for number in ("0", "2")},
+        "budget-head": ("--budget", "head"),
+        "sort-keys": ("--sort", "k", "--segment", "256"),
+        "variance": ("--score", "clusters-variance", "--beta", "0.5"),
+    }.items()
+}
+#: Names that stand for several settings.
+GROUPS = {"all": list(SETTINGS), "ablations": ["clusters", *ABLATIONS]}
 #: Blocks of eight tokens, filled from left to right: what the shipped model answers best with.
 SAMPLER = ("--block-length", "8", "--remasking", "left_to_right", "--cache", "dual")
 #: A length from which on the sparsities of a setting are jobs of their own: they take longest, and GPUs end together.
@@ -88,7 +103,7 @@ class Grid:
         return [
             "evaluate", "ruler", *model, "--device", given.device, "--dtype", given.dtype, "--tasks", given.tasks,
             "--count", str(given.count), "--batch-size", str(given.batch_size), "--workers", "10", *SAMPLER,
-            "--lengths", lengths, *SETTINGS[setting], "--sparsity", sparsity, "--store", str(store),
+            "--lengths", lengths, *(SETTINGS | ABLATIONS)[setting], "--sparsity", sparsity, "--store", str(store),
             "--json", str(summary),
         ]  # fmt: skip
 
@@ -204,10 +219,11 @@ def numbers(text: str) -> list[int]:
 
 def names(text: str) -> list[str]:
     """A type for argparse."""
-    chosen = text.split(",")
-    if unknown := [name for name in chosen if name not in SETTINGS]:
-        raise argparse.ArgumentTypeError(f"must be of {','.join(SETTINGS)}, got {','.join(unknown)}")
-    return chosen
+    chosen = [name for part in text.split(",") for name in GROUPS.get(part, [part])]
+    known = SETTINGS | ABLATIONS
+    if unknown := [name for name in chosen if name not in known]:
+        raise argparse.ArgumentTypeError(f"must be of {','.join([*known, *GROUPS])}, got {','.join(unknown)}")
+    return list(dict.fromkeys(chosen))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -216,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="for answers, logs and summaries")
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the shipped model)")
     parser.add_argument("--lengths", type=numbers, default=[4096, 8192, 16384])
-    parser.add_argument("--settings", type=names, default=list(SETTINGS), help="by commas (default: all)")
+    parser.add_argument(
+        "--settings", type=names, default=list(SETTINGS), help="by commas; ablations: of clusters (default: all)"
+    )
     parser.add_argument("--sparsity", default="0.3,0.5,0.7,0.9")
     parser.add_argument("--tasks", default="all")
     parser.add_argument("--count", type=int, default=200, help="samples of every task (default: 200)")

@@ -10,7 +10,8 @@ from tables import crossed, device_text, source
 
 from baatt.cli.ruler_report import difference, score, tasks_text
 from baatt.lab.describe import selection_name, settings_text
-from baatt.lab.tables import Record, Table, percent
+from baatt.lab.statistics import average_interval, bootstrap_interval
+from baatt.lab.tables import Record, Table, interval, percent, signed_interval
 
 #: Settings of a grid in the order of its tables, whichever was asked first.
 ORDER = (
@@ -92,6 +93,40 @@ def grid_tasks(grid: Record) -> str:
             table = Table(header, [*rows, *costs(here)])
             parts += [f"{selection(setting)}, {length} tokens:", table.markdown()]
     return "\n\n".join([*parts, answers_text(settings_of(grid)[0]), grid_source(grid)])
+
+
+def ablations(grid: Record) -> str:
+    """One length and sparsity: a row per setting, dense attention and the unchanged one first, a column per task."""
+    usual, *others = grid["settings"].values()
+    dense, base = ([one for one in usual["records"] if bool(one["config"]) == sparse] for sparse in (False, True))
+    named = [("dense attention", dense), (f"**{selection(usual)}**", base)]
+    named += [(selection(one), [each for each in one["records"] if each["config"]]) for one in others]
+    rows = []
+    for name, records in named:
+        average = interval(
+            mean(one["accuracy"] for one in records),
+            *average_interval([(one["accuracy"], one["ci_low"], one["ci_high"]) for one in records]),
+        )
+        beside = "" if records is base else f"; {beyond(records, base)}"
+        rows.append([name, *map(score, records), average + beside])
+    first = base[0]
+    caption = (
+        f"{first['length']} tokens, {percent(first['config']['sparsity'])} sparsity, every layer sparse. After the "
+        "semicolon: the difference to the row in bold on the same samples [95 % paired bootstrap interval]. "
+        f"{answers_text(usual)}"
+    )
+    header = ["selection", *(f"`{one['task']}`" for one in base), "average"]
+    every = [one for setting in grid["settings"].values() for one in setting["records"]]
+    return "\n\n".join([Table(header, rows, caption).markdown(), answers_source({**grid, "records": every})])
+
+
+def beyond(records: Sequence[Record], base: Sequence[Record]) -> str:
+    """`-2.5 [-4.0, -1.0]`: of the means over tasks, sample by sample."""
+    one, other = (
+        [mean(sample) for sample in zip(*(each["scores"] for each in some), strict=True)] for some in (records, base)
+    )
+    differences = [here - there for here, there in zip(one, other, strict=True)]
+    return signed_interval(mean(differences), *bootstrap_interval(differences))
 
 
 def costs(records: Sequence[Record]) -> list[list[str]]:

@@ -127,8 +127,8 @@ def naive_ba_attention(
     return out, lse, selection
 
 
-def naive_clusters(x: Tensor, block: list[int], representatives: int, refinements: int) -> list[tuple[Tensor, int]]:
-    """C1 and C2 for the tokens of one block of x [N, D]: mean and number of every cluster that is not empty."""
+def naive_cluster_tokens(x: Tensor, block: list[int], representatives: int, refinements: int) -> list[list[int]]:
+    """C1 and C2 for the tokens of one block of x [N, D]: the tokens of every cluster that is not empty."""
 
     def squared(a: Tensor, b: Tensor) -> float:
         return sum(float(difference) ** 2 for difference in a - b)
@@ -144,23 +144,35 @@ def naive_clusters(x: Tensor, block: list[int], representatives: int, refinement
         points = [
             sum(x[n] for n in some) / len(some) if some else point for some, point in zip(members, points, strict=True)
         ]
-    return [(point, len(some)) for some, point in zip(members, points, strict=True) if some]
+    return [some for some in members if some]
+
+
+def naive_clusters(x: Tensor, clusters: list[list[int]]) -> list[tuple[Tensor, Tensor, int]]:
+    """Mean, variance and number of the tokens of every cluster."""
+    return [(*naive_moments(x, some), len(some)) for some in clusters]
 
 
 def naive_cluster_scores(
-    query: list[tuple[Tensor, int]], keys: list[list[tuple[Tensor, int]]], scale: float, peak: bool
+    query: list[tuple[Tensor, Tensor, int]],
+    keys: list[list[tuple[Tensor, Tensor, int]]],
+    scale: float,
+    peak: bool,
+    beta: float = 0.0,
 ) -> list[float]:
-    """C3 to C5 for one query block: a score of every key block, from their clusters."""
+    """C3 to C5 for one query block: a score of every key block, from their clusters; beta: of their variances."""
     of_clusters = []
-    for mean, _ in query:
-        weights = [[count * math.exp(scale * float(mean @ point)) for point, count in block] for block in keys]
+    for mean, _, _ in query:
+        weights = []
+        for block in keys:
+            spreads = [min(beta * scale**2 * float(mean**2 @ variance), 4.0) for _, variance, _ in block]
+            logits = [scale * float(mean @ point) + more for (point, _, _), more in zip(block, spreads, strict=True)]
+            weights.append([count * math.exp(logit) for (*_, count), logit in zip(block, logits, strict=True)])
         total = sum(sum(block) for block in weights)
         of_clusters.append([sum(block) / total for block in weights])
     if peak:
         return [max(shares) for shares in zip(*of_clusters, strict=True)]
-    tokens = sum(count for _, count in query)
-    counts = [count for _, count in query]
+    counts = [count for *_, count in query]
     return [
-        sum(count * share for count, share in zip(counts, shares, strict=True)) / tokens
+        sum(count * share for count, share in zip(counts, shares, strict=True)) / sum(counts)
         for shares in zip(*of_clusters, strict=True)
     ]

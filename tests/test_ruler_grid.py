@@ -1,5 +1,6 @@
 """The grid of RULER: which jobs there are, what `baatt` is told, what stays of a run that was cut."""
 
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -157,4 +158,17 @@ def test_nothing_is_started_once_the_time_is_up(tmp_path, calls):
 def test_an_unknown_setting_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ruler_grid.main([str(tmp_path), "--settings", "safe,xattention"])
-    assert f"must be of {','.join(ruler_grid.SETTINGS)}, got xattention" in capsys.readouterr().err
+    assert "must be of dense,safe," in (error := capsys.readouterr().err)
+    assert "variance,all,ablations, got xattention" in error
+
+
+def test_ablations_change_one_option_of_clusters_each(tmp_path, calls):
+    ruler_grid.main([str(tmp_path), "--lengths", "4096", "--settings", "dense,ablations", "--sparsity", "0.9"])
+    usual, *others = (dataclasses.asdict(read_cells(options, Sources())[1].config) for options, _, _ in calls.seen[1:])
+    assert (usual["representatives"], usual["refinements"], usual["peak"], usual["keep_first"]) == (16, 2, True, 1)
+    changed = [{name: value for name, value in one.items() if value != usual[name]} for one in others]
+    assert changed == [
+        *({"representatives": number} for number in (1, 4, 8, 32)), {"refinements": 0}, {"refinements": 1},
+        {"peak": False}, {"keep_first": 0}, {"keep_first": 2}, {"budget": "head"}, {"sort": "k", "segment": 256},
+        {"score": "clusters-variance", "beta": 0.5},
+    ]  # fmt: skip

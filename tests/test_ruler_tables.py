@@ -127,6 +127,22 @@ def test_a_grid_task_by_task():
     )
 
 
+def test_ablations_are_compared_with_the_first_setting():
+    grids = grid([4096])
+    other = grids["settings"]["mean"]
+    for one in other["records"]:
+        one["scores"] = [score - 0.1 for score in one["scores"]]
+        one.update({name: one[name] - 0.1 for name in ("accuracy", "ci_low", "ci_high")})
+    rows = [line.split(" | ") for line in ruler_tables.ablations(grids).splitlines()[:5]]
+    assert [row[0] for row in rows[2:]] == [
+        "| dense attention", "| **BA-Att, k in 256, layer 0 dense**", "| block means, unsorted",
+    ]  # fmt: skip
+    assert [row[-1].removesuffix(" |") for row in rows[2:]] == [
+        "90.0 [65.5-90.0]; +27.5 [+0.0, +55.0]", "62.5 [41.0-82.7]", "52.5 [31.0-72.7]; -10.0 [-10.0, -10.0]",
+    ]  # fmt: skip
+    assert "4096 tokens, 50 % sparsity, every layer sparse." in ruler_tables.ablations(grids)
+
+
 def test_a_run_that_only_counted_says_where_the_answers_are_from():
     text = ruler_tables.answers_source(summary((512,), device="there"))
     assert text == f"{SOURCE} This run counted answers that were there; they were given on: there."

@@ -23,6 +23,8 @@ def test_orders_and_scores():
     assert describe.score_name(clusters | {"representatives": 8, "refinements": 0, "peak": False, "keep_first": 2}) == (
         "8 clusters, refinements 0, mean over queries, first 2 blocks kept"
     )
+    spread = clusters | {"score": "clusters-variance"}
+    assert describe.score_name(spread) == "16 clusters with their variance, beta 0.5"
     assert describe.selection_name(clusters | {"keep_first": 1}, []) == "16 clusters, first block kept, unsorted"
     assert describe.selection_name(CONFIG | {"keep_first": 1}, []) == "BA-Att, first block kept, k in 256"
     assert describe.score_name(clusters | {"budget": "head"}) == "16 clusters, one budget a head"

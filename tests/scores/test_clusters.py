@@ -8,15 +8,33 @@ import torch
 
 from baatt import BAAttConfig, make_plan
 from baatt.lab.recall import block_mass
-from baatt.scores import SCORES, clusters
+from baatt.scores import SCORES, cluster_variance, clusters
 from baatt.scores.covariance import covariance_score
 from baatt.stages.pooling import pool_blocks
 from tests.lab.test_oracle import case
-from tests.naive import naive_blocks, naive_cluster_scores, naive_clusters
+from tests.naive import naive_blocks, naive_cluster_scores, naive_cluster_tokens, naive_clusters
 
 
 def summaries(q, k, plan, config):
     return [clusters.summarise(x, order, config) for x, order in ((q, plan.query_order), (k, plan.key_order))]
+
+
+def expected_scores(q, k, plan, config, beta=0.0):
+    """[B][H][i] lists of J scores, of the first head of each group."""
+
+    def clusters_of(x, block):
+        return naive_clusters(x, naive_cluster_tokens(x, block, config.representatives, config.refinements))
+
+    for entry in range(2):
+        length = int(plan.key_order.length[entry])
+        for head in (0, 3):  # one of each group
+            rows = plan.query_order.index[entry, head].tolist()
+            columns = plan.key_order.index[entry, head // 2, :length].tolist()
+            keys = [clusters_of(k[entry, head // 2], block) for block in naive_blocks(columns, 16)]
+            for i, block in enumerate(naive_blocks(rows, 16)):
+                query = clusters_of(q[entry, head], block)
+                scores = naive_cluster_scores(query, keys, plan.scale, config.peak, beta) if keys else []
+                yield (entry, head, i), scores
 
 
 @pytest.mark.parametrize(
@@ -29,20 +47,21 @@ def test_scores_equal_the_naive_ones(representatives, refinements, peak, masked)
         plan.config, score="clusters", representatives=representatives, refinements=refinements, peak=peak
     )
     found = clusters.compare(*summaries(q, k, plan, config), config, plan.scale)
-    for entry in range(2):
-        length = int(plan.key_order.length[entry])
-        for head in (0, 3):  # one of each group
-            rows = plan.query_order.index[entry, head].tolist()
-            columns = plan.key_order.index[entry, head // 2, :length].tolist()
-            keys = [
-                naive_clusters(k[entry, head // 2], block, representatives, refinements)
-                for block in naive_blocks(columns, 16)
-            ]
-            for i, block in enumerate(naive_blocks(rows, 16)):
-                query = naive_clusters(q[entry, head], block, representatives, refinements)
-                expected = naive_cluster_scores(query, keys, plan.scale, peak) if keys else []
-                assert found[entry, head, i, : len(keys)].tolist() == pytest.approx(expected, rel=1e-9)
-                assert (found[entry, head, i, len(keys) :] == -math.inf).all()
+    for place, expected in expected_scores(q, k, plan, config):
+        assert found[place][: len(expected)].tolist() == pytest.approx(expected, rel=1e-9)
+        assert (found[place][len(expected) :] == -math.inf).all()
+
+
+@pytest.mark.parametrize("beta", [0.5, 30.0])  # below the cap, and mostly above it
+def test_scores_with_the_variance_of_clusters_equal_the_naive_ones(beta):
+    q, k, plan = case("none", masked=True)
+    config = dataclasses.replace(plan.config, score="clusters-variance", representatives=5, beta=beta)
+    sides = [cluster_variance.summarise(x, o, config) for x, o in ((q, plan.query_order), (k, plan.key_order))]
+    found = cluster_variance.compare(*sides, config, plan.scale)
+    for place, expected in expected_scores(q, k, plan, config, beta):
+        assert found[place][: len(expected)].tolist() == pytest.approx(expected, rel=1e-9)
+    without = cluster_variance.compare(*sides, dataclasses.replace(config, beta=0.0), plan.scale)
+    assert torch.equal(without, clusters.compare(*summaries(q, k, plan, config), config, plan.scale))
 
 
 def test_one_representative_ranks_as_the_block_means():

@@ -120,10 +120,11 @@ def sampler_text(sampler: Config) -> str:
 
 def _clusters(config: Config) -> str:
     """`8 clusters, mean over queries`, what differs from the defaults; of another score its name."""
-    if config["score"] != "clusters":
+    if config["score"] not in ("clusters", "clusters-variance"):
         return str(config["score"])
+    spread = f" with their variance, beta {config['beta']:g}" if config["score"] == "clusters-variance" else ""
     rounds = "" if config["refinements"] == 2 else f", refinements {config['refinements']}"
-    return f"{config['representatives']} clusters{rounds}{'' if config['peak'] else ', mean over queries'}"
+    return f"{config['representatives']} clusters{spread}{rounds}{'' if config['peak'] else ', mean over queries'}"
 
 
 def _kept(config: Config) -> str:

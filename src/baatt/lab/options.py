@@ -117,7 +117,8 @@ def add_options(
         keywords: dict[str, Any] = {"dest": f"{cls.__name__}.{name}"}
         keywords["default"] = argparse.SUPPRESS if usual is None else list(usual)
         if option.kind is bool:
-            keywords["action"] = argparse.BooleanOptionalAction if getattr(defaults, name, False) else "store_true"
+            on = getattr(cls if defaults is None else defaults, name, False)
+            keywords["action"] = argparse.BooleanOptionalAction if on else "store_true"
         else:
             shown = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else _KINDS[option.kind][0]
             metavar = f"{shown}|{option.none}" if option.none else shown

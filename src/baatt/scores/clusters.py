@@ -7,6 +7,8 @@ One representative is the block mean (E4, E6), as many as tokens are the exact m
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -26,8 +28,20 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
     leaves some empty. Masked tokens join none.
     """
     members, size = gather_blocks(x, order, options.block_size)
+    means, belongs = find_clusters(members, size, options)
+    return BlockClusters(means, torch.stack([one.sum(-1) for one in belongs], dim=-1), size)
+
+
+def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
+    """Score of every block pair (C3-C5), [B, H, i, J]; without `peak` the mean over the queries, which estimates E1."""
+    return compare_by(mean_logits, queries, keys, options, scale)
+
+
+def find_clusters(members: Tensor, size: Tensor, options: ScoreOptions) -> tuple[Tensor, list[Tensor]]:
+    """C1 and C2 of tokens [B, H, L, P, D]: means [B, H, L, R, D], 0 of empty clusters, and which tokens [B, H, L, P]
+    belong to each."""
     clusters = min(options.representatives, options.block_size)
-    present = torch.arange(options.block_size, device=x.device) < rearrange(size, "b l -> b 1 l 1")
+    present = torch.arange(options.block_size, device=members.device) < rearrange(size, "b l -> b 1 l 1")
     points = _farthest_points(members, present, size, clusters)
     for _ in range(options.refinements + 1):
         nearest = torch.stack([_squared_distance(members, points[..., r, :]) for r in range(clusters)]).argmin(0)
@@ -36,22 +50,29 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
         sums = torch.stack([torch.where(one[..., None], members, 0).sum(-2) for one in belongs], dim=-2)
         filled = rearrange(tokens, "b h l r -> b h l r 1")
         points = torch.where(filled > 0, sums / filled.clamp(min=1), points)
-    return BlockClusters(torch.where(filled > 0, points, 0), tokens, size)
+    return torch.where(filled > 0, points, 0), belongs
 
 
-def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
-    """Score of every block pair (C3-C5), [B, H, i, J]; without `peak` the mean over the queries, which estimates E1."""
+def compare_by(
+    logits_of: Callable[[Tensor, Any, tuple[int, int], ScoreOptions, float], Tensor],
+    queries: Any,
+    keys: Any,
+    options: ScoreOptions,
+    scale: float,
+) -> Tensor:
+    """As `compare`; logits_of: (means [n, D], keys, batch entry and key head, options, scale) -> [n, J * R] of C3
+    without ln n."""
     batch, heads, rows, clusters, _ = queries.mean.shape
     groups, blocks = keys.mean.shape[1:3]
     step = max(1, SLAB_LOGITS // (clusters * blocks * keys.mean.shape[3]))
-    scores = queries.mean.new_zeros(batch, heads, rows, blocks)
+    scores: Tensor = queries.mean.new_zeros(batch, heads, rows, blocks)
     for entry in range(batch):
         for head in range(heads):
-            group = head * groups // heads
-            columns = rearrange(keys.mean[entry, group], "j r d -> d (j r)")
-            weight = rearrange(keys.tokens[entry, group].to(columns.dtype).log(), "j r -> (j r)")  # -inf where empty
+            place = entry, head * groups // heads
+            weight = rearrange(keys.tokens[place].to(queries.mean.dtype).log(), "j r -> (j r)")  # -inf where empty
             for slab in (slice(first, first + step) for first in range(0, rows, step)):
-                logits = scale * rearrange(queries.mean[entry, head, slab], "i a d -> (i a) d") @ columns + weight
+                means = rearrange(queries.mean[entry, head, slab], "i a d -> (i a) d")
+                logits = logits_of(means, keys, place, options, scale) + weight
                 shares = reduce(logits.softmax(-1), "n (j r) -> n j", "sum", j=blocks)
                 shares = rearrange(shares, "(i a) j -> i a j", a=clusters)
                 count = rearrange(queries.tokens[entry, head, slab], "i a -> i a 1")
@@ -61,6 +82,13 @@ def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, 
                     scores[entry, head, slab] = (shares * count).sum(1) / count.sum(1).clamp(min=1)
     # Where there is no key the softmax is 0 / 0.
     return scores.masked_fill(rearrange(keys.size == 0, "b j -> b 1 1 j"), -math.inf)
+
+
+def mean_logits(
+    means: Tensor, keys: BlockClusters, place: tuple[int, int], options: ScoreOptions, scale: float
+) -> Tensor:
+    """C3 without ln n: s q_a . k_b."""
+    return scale * means @ rearrange(keys.mean[place], "j r d -> d (j r)")
 
 
 def _farthest_points(members: Tensor, present: Tensor, size: Tensor, clusters: int) -> Tensor:
