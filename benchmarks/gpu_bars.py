@@ -1,5 +1,6 @@
-"""The GPU table of the README in one run: attention kernel and whole operator, verified, against dense and flex.
+"""The GPU tables of the README in one run: attention kernel and whole operator, verified, against dense and flex.
 
+The operator with the paper's options, and with blocks chosen by clusters: 16 or 8 a block, one budget a row or a head.
 `python benchmarks/gpu_bars.py --json FILE` goes through `CASES` and writes the file again after each, so that a killed
 run keeps what it has. One line per record. What is measured, and how, is `baatt.lab.bench`.
 """
@@ -9,7 +10,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,27 +22,37 @@ from baatt.lab.bench.benchmarks import measure, start_report
 from baatt.lab.bench.case import Case, Shape
 from baatt.lab.bench.verification import VerificationError
 from baatt.lab.describe import order_name
+from baatt.lab.records import RecordFile
 from baatt.lab.tables import Record, error_of, gibibytes, percent, short_length, times
 
 AGAINST = ("cudnn", "flash", "flex")
 KERNEL = [(4096, 0.5), (32768, 0.0), (32768, 0.5), (32768, 0.9), (131072, 0.9)]
 OPERATOR = [(4096, 0.5), (16384, 0.5), (32768, 0.5), (32768, 0.9), (131072, 0.9), (262144, 0.9)]
+OPERATOR_OF_CLUSTERS = [(4096, 0.5), (16384, 0.5), (32768, 0.9), (131072, 0.9), (262144, 0.9)]
+PAPER = BAAttConfig.preset("paper")
+CLUSTERS = dataclasses.replace(
+    PAPER, score="clusters", sort="none", representatives=16, refinements=2, peak=True, keep_first=1, budget="row"
+)
 
 
 def make_case(
-    what: str, tokens: int, sparsity: float, heads: int = 32, channels: int = 128, against: tuple[str, ...] = ()
-) -> Case:
-    """B 1, bfloat16, the paper's options: of all orders the one that costs most."""
+    what: str, tokens: int, sparsity: float, heads: int = 32, channels: int = 128, against: tuple[str, ...] = (),
+    config: BAAttConfig = PAPER,
+) -> Case:  # fmt: skip
+    """B 1, bfloat16; the paper's options are of all orders the one that costs most."""
     shape = Shape(1, heads, heads, tokens, channels)
-    config = dataclasses.replace(BAAttConfig.preset("paper"), sparsity=sparsity)
+    config = dataclasses.replace(config, sparsity=sparsity)
     return Case(what, shape, config, torch.bfloat16, torch.device("cuda"), against=against)
 
 
 def name_of(case: Case) -> str:
-    """`operator-32K-0.5`, with H and D where they are not 32 and 128."""
+    """`operator-32K-0.5`, `clusters-8-head-4K-0.5`; with H and D where they are not 32 and 128."""
+    config = case.config
+    chosen = f"clusters-{config.representatives}" if config.score == "clusters" else case.what
+    budget = "" if config.budget == "row" else f"-{config.budget}"
     heads = "" if case.shape.heads == 32 else f"-h{case.shape.heads}"
     channels = "" if case.shape.channels == 128 else f"-d{case.shape.channels}"
-    return f"{case.what}-{short_length(case.shape.tokens)}-{case.config.sparsity:g}{heads}{channels}"
+    return f"{chosen}{budget}-{short_length(case.shape.tokens)}-{config.sparsity:g}{heads}{channels}"
 
 
 ALL = [
@@ -49,6 +60,15 @@ ALL = [
     make_case("kernel", 32768, 0.5, channels=64),
     *(make_case("operator", tokens, sparsity, against=AGAINST) for tokens, sparsity in OPERATOR),
     make_case("operator", 2**20, 0.9, heads=8),
+    *(
+        make_case("operator", tokens, sparsity, against=against, config=dataclasses.replace(CLUSTERS, **changes))
+        for changes, against in (
+            ({}, ("cudnn", "flash")),
+            ({"representatives": 8}, ("cudnn",)),
+            ({"budget": "head"}, ("cudnn",)),
+        )
+        for tokens, sparsity in OPERATOR_OF_CLUSTERS
+    ),
 ]
 CASES = {name_of(case): case for case in ALL}
 
@@ -90,8 +110,8 @@ def line(name: str, record: Record, seconds: float) -> str:
 
 
 def operator_table(record: Record) -> str:
-    """The operator against dense and block-sparse attention, a row per length and sparsity."""
-    chosen = records_of(record, "operator")
+    """The operator with the paper's options against dense and block-sparse attention, a row per length and sparsity."""
+    chosen = records_of(record, "operator", "covariance")
     usual = sizes_text(chosen[0])
     rows = [
         [
@@ -117,11 +137,55 @@ def operator_table(record: Record) -> str:
     return block(record, [*header, "error (limit)"], rows, caption)
 
 
+def clusters_table(record: Record) -> str:
+    """The operator with blocks chosen by clusters, beside its floor: a row per number of clusters, budget and case."""
+    chosen = records_of(record, "operator", "clusters")
+    rows = [
+        [
+            length_text(one),
+            sparsity_text(one),
+            str(one["config"]["representatives"]),
+            one["config"]["budget"],
+            f"{one['total_ms']:.3g}",
+            percent(one["selection_share"], 0),
+            *(times(one["speedup"].get(name)) for name in ("cudnn", "flash")),
+            f"{(floor := floor_ms(one, record)):.3g}",
+            times(one["total_ms"] / floor),
+            gibibytes(one["peak_memory_bytes"]),
+            error_of(one["error"], one["error_limit"]),
+        ]
+        for one in chosen
+    ]
+    header = (
+        *("length", "sparsity", "clusters", "budget of a", "ms", "not attention", "over cudnn", "over flash"),
+        *("floor, ms", "over the floor", "extra memory", "error (limit)"),
+    )
+    caption = (
+        f"{sizes_text(chosen[0])}, unsorted, first block kept. Time of the whole call, selection included. The floor: "
+        "products of the kept pairs and of all pairs of clusters (C3) at the "
+        f"{record['matrix_peak_tflops']:.0f} TFLOP/s of a large {record['matrix_peak_dtype']} matrix product in the "
+        f"same run, or q, k, v and output moved once at its {record['memory_bandwidth'] / 1e12:.2f} TB/s, whichever is "
+        "longer; finding the clusters is not counted."
+    )
+    return block(record, header, rows, caption)
+
+
+def floor_ms(one: Record, report: Record) -> float:
+    """Least time of a record of the operator on a machine of these ceilings."""
+    (batch, heads, tokens, channels), config = one["shape"], one["config"]
+    representatives = config["representatives"] * -(-tokens // config["block_size"])
+    operations = (
+        2 * batch * heads * representatives**2 * channels + 1e9 * one["kept_tflops"] * one["stage_ms"]["attend"]
+    )
+    moved = one["input_bytes"] * (1 + heads / (heads + 2 * one["groups"]))
+    return max(operations / report["matrix_peak_tflops"] / 1e9, 1e3 * moved / report["memory_bandwidth"])
+
+
 def compensation_table(record: Record) -> str:
     """By how much the operator is slower than with beta 0, a row per length and sparsity."""
     rows = [
         [length_text(one), str(one["shape"][1]), sparsity_text(one), f"{100 * one['compensation_cost']:+.1f} %"]
-        for one in records_of(record, "operator")
+        for one in records_of(record, "operator", "covariance")
     ]
     return block(record, ("length", "H", "sparsity", "slower by"), rows)
 
@@ -147,12 +211,29 @@ def kernel_table(record: Record) -> str:
     return block(record, ("length", "sparsity", "D", "TFLOP/s", "of the peak"), rows, caption)
 
 
-def records_of(record: Record, what: str) -> list[Record]:
-    """The measurements of the operator or of its kernel."""
-    chosen = [one for one in record["records"] if one["what"] == what]
+def records_of(record: Record, what: str, score: str | None = None) -> list[Record]:
+    """The measurements of the operator with a score, or of its kernel."""
+    chosen = [one for one in record["records"] if one["what"] == what and score in (None, one["config"]["score"])]
     if not chosen:
-        raise RenderError(f"no record is of the {what}")
+        raise RenderError(f"no record is of the {what}{f' with the score {score}' if score else ''}")
     return chosen
+
+
+def measure_all(cases: Mapping[str, Case], report: RecordFile) -> int:
+    """Measures and tells case by case; returns how many failed verification or could not run, the others are kept."""
+    failures = 0
+    for name, case in cases.items():
+        started = time.perf_counter()
+        try:
+            record = measure(case)
+        except (VerificationError, RuntimeError) as error:
+            failures += 1
+            sys.stdout.write(f"{name}: FAILED, {type(error).__name__}: {error}\n")
+            continue
+        report.add({"case": name, **record})
+        sys.stdout.write(line(name, record, time.perf_counter() - started))
+        sys.stdout.flush()
+    return failures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,22 +243,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "benchmarks/gpu_bars.py", *(sys.argv[1:] if argv is None else argv)])
     report = start_report(command, first.device, first.dtype, arguments.json)
     sys.stdout.write("{device}: {matrix_peak_tflops:.0f} TFLOP/s, {memory_bandwidth:.3g} B/s\n".format(**report.header))
-    failures = 0
-    for name in arguments.cases:
-        case = CASES[name]
-        against = () if arguments.skip_baselines else case.against
-        against = tuple(one for one in against if not (arguments.no_flex and one == "flex"))
-        started = time.perf_counter()
-        try:
-            record = measure(case._replace(impl=arguments.impl, against=against))
-        except (VerificationError, RuntimeError) as error:
-            failures += 1
-            sys.stdout.write(f"{name}: FAILED, {type(error).__name__}: {error}\n")
-            continue
-        report.add(record)
-        sys.stdout.write(line(name, record, time.perf_counter() - started))
-        sys.stdout.flush()
-    return 1 if failures else 0
+    left_out = {"flex"} if arguments.no_flex else set(AGAINST) if arguments.skip_baselines else set()
+    cases = {
+        name: case._replace(impl=arguments.impl, against=tuple(one for one in case.against if one not in left_out))
+        for name, case in CASES.items()
+        if name in arguments.cases
+    }
+    return 1 if measure_all(cases, report) else 0
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class Case(NamedTuple):
     blocks: dict[str, Callable[..., str] | Block] = {}  # noqa: RUF012 (never changed)
 
 
+#: Results that are announced and not measured yet, and blocks of results that are there without what they show.
+PENDING = frozenset({"ruler_ablations.json", "gpu_clusters"})
 RULER_GRIDS = ("ruler_grid_4096.json", "ruler_grid_long.json")
 #: One setting each, counted from answers of the same runs.
 RULER_PARTS = ("ruler_grid_safe_16384.json", "ruler_grid_finer_8192.json")
@@ -76,6 +78,7 @@ CASES: dict[str, Case] = {
             "gpu_operator": gpu_bars.operator_table,
             "gpu_kernel": gpu_bars.kernel_table,
             "gpu_compensation": gpu_bars.compensation_table,
+            "gpu_clusters": gpu_bars.clusters_table,
         },
     ),
     "gpu_sweep": Case(
@@ -159,6 +162,13 @@ CASES: dict[str, Case] = {
             "ruler_parts": Block(ruler_tables.grid_averages, RULER_PARTS),
             "ruler_tasks": ruler_tables.grid_tasks,
         },
+    ),
+    "ruler_ablations": Case(
+        "RULER's hard tasks with one option of the clusters changed at a time",
+        "python benchmarks/ruler_grid.py FOLDER --settings dense,ablations --tasks niah_multivalue,vt,cwe "
+        "--lengths 4096 --sparsity 0.9 --count 100 --gpus 4",
+        ("ruler_ablations.json",),
+        {"ruler_ablations": ruler_tables.ablations},
     ),
     "ruler_clusters": Case(
         "RULER's eleven offline tasks with blocks chosen by clusters",

@@ -53,12 +53,13 @@ def every_value(read: Read, setting: str, task: str | None = None) -> str:
     return _answers(read, "accuracy", setting, task)
 
 
-def operator_gain(read: Read, length: str, sparsity: str, baseline: str) -> str:
-    """Times as fast as dense attention, of gpu_bars.py: `operator_gain 131072 90% cudnn`."""
+def operator_gain(read: Read, length: str, sparsity: str, baseline: str, score: str = "covariance") -> str:
+    """Times as fast as dense attention, of gpu_bars.py: `operator_gain 131072 90% cudnn`, with `clusters` of 16."""
+    wanted = "operator", score, int(length), _share(sparsity)
     for one in read("gpu_operator_h200")["records"]:
-        if (one["what"], one["shape"][2], one["sparsity"]) == ("operator", int(length), _share(sparsity)):
+        if (one["what"], one["config"]["score"], one["shape"][2], one["sparsity"]) == wanted:
             return f"{one['speedup'][baseline]:.1f}"
-    raise LookupError(f"gpu_operator_h200 has no operator at {length} tokens and {sparsity}")
+    raise LookupError(f"gpu_operator_h200 has no operator with {score} at {length} tokens and {sparsity}")
 
 
 def decoding_rate(read: Read, cache: str, attention: str) -> str:

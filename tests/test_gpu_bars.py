@@ -32,9 +32,29 @@ def test_the_cases_are_those_of_the_table(bars):
         *("kernel-4K-0.5", "kernel-32K-0", "kernel-32K-0.5", "kernel-32K-0.9", "kernel-128K-0.9", "kernel-32K-0.5-d64"),
         *("operator-4K-0.5", "operator-16K-0.5", "operator-32K-0.5", "operator-32K-0.9", "operator-128K-0.9"),
         *("operator-256K-0.9", "operator-1M-0.9-h8"),
+        *(
+            f"{chosen}-{place}"
+            for chosen in ("clusters-16", "clusters-8", "clusters-16-head")
+            for place in ("4K-0.5", "16K-0.5", "32K-0.9", "128K-0.9", "256K-0.9")
+        ),
     ]
+    assert bars.CASES["clusters-16-128K-0.9"].config == BAAttConfig(
+        128, 0.9, "none", 1024, "clusters", 0.5, representatives=16, refinements=2, keep_first=1
+    )
     assert bars.CASES["operator-256K-0.9"].against == ("cudnn", "flash", "flex")
     assert bars.CASES["operator-1M-0.9-h8"].against == ()
+
+
+def test_the_floor_is_the_longer_of_products_and_traffic(bars):
+    one = {
+        "shape": [1, 4, 300, 16], "groups": 2, "config": {"representatives": 8, "block_size": 128},
+        "kept_tflops": 2.0, "stage_ms": {"attend": 3.0}, "input_bytes": 1000,
+    }  # fmt: skip
+    # 2 TFLOP/s for 3 ms, and 2 * 16 for each of (3 * 8)^2 pairs of 4 heads; q is half of the inputs.
+    products = (6e9 + 32 * 24**2 * 4) / 1e12 * 1e3
+    ceilings = {"matrix_peak_tflops": 1.0, "memory_bandwidth": 1e12}
+    assert bars.floor_ms(one, ceilings) == pytest.approx(products)
+    assert bars.floor_ms(one, ceilings | {"memory_bandwidth": 1e5}) == pytest.approx(15.0)
 
 
 def test_a_failing_case_leaves_the_others(bars, monkeypatch, tmp_path, capsys):
@@ -57,7 +77,7 @@ def test_a_failing_case_leaves_the_others(bars, monkeypatch, tmp_path, capsys):
     assert printed[2].startswith("good: ")
     assert "x over dense" in printed[2]
     stored = json.loads(path.read_text())
-    assert len(stored["records"]) == 1
+    assert [one["case"] for one in stored["records"]] == ["good"]
     assert "flex" not in stored["records"][0]["refused"]
 
 

@@ -183,9 +183,10 @@ def table(found: Sequence[Record]) -> Table:
     for stage in dict.fromkeys(stage for one in found for stage in one["stage_ms"]):
         rows.append((f"{stage.replace('_', ' ')}, ms", *(figures(one["stage_ms"].get(stage)) for one in found)))
     add("attention, TFLOP/s of kept pairs", lambda one: figures(one["kept_tflops"]))
-    if first["compensation_cost"] is not None:
+    if first["selection_share"] is not None:
         add("total, ms", lambda one: figures(one["total_ms"]))
-        add("slower than with beta=0 by", lambda one: percent(one["compensation_cost"], 1))
+        if first["compensation_cost"] is not None:
+            add("slower than with beta=0 by", lambda one: percent(one["compensation_cost"], 1))
         add("share outside of attention", lambda one: percent(one["selection_share"], 1))
     for name in dict.fromkeys(name for one in found for name in (*one["speedup"], *one["refused"])):
         rows.append((f"{name}, ms", *(figures(one["baseline_ms"].get(name)) for one in found)))

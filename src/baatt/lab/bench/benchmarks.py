@@ -23,6 +23,7 @@ from baatt.lab.bench.timing import captured, matrix_peak_tflops, median_times, m
 from baatt.lab.bench.verification import require_verified, verify
 from baatt.lab.records import RecordFile, provenance
 from baatt.plan import Plan
+from baatt.scores import SCORES
 from baatt.types import BlockSelection, BlockStats, Partial, TokenOrder
 
 #: Implementations that never wait for the device, and whose attention takes the sorted copies of the first stage.
@@ -59,7 +60,7 @@ def start_report(command: str, device: torch.device, dtype: torch.dtype, path: P
 
 
 def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, Any]:
-    """Every stage alone, then the whole call in turns with beta 0 and with the baselines."""
+    """Every stage alone, then the whole call in turns with beta 0, where the score reads it, and with the baselines."""
     total, uncompensated = (
         functools.partial(ba_attention, *inputs, dataclasses.replace(case.config, beta=beta), impl=backend.name)
         for beta in (case.config.beta, 0.0)
@@ -73,11 +74,15 @@ def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, 
         "attend": attention_kernel(inputs, plan, backend),
     }
     record = _record(case, backend, inputs, plan, total, stages)
-    functions: dict[str, Callable[[], Any]] = {"total": total, "uncompensated": uncompensated}
+    functions: dict[str, Callable[[], Any]] = {"total": total}
+    if "beta" in SCORES[case.config.score].options:
+        functions["uncompensated"] = uncompensated
     if record["graph"]:
         functions = {name: captured(function, case.device) for name, function in functions.items()}
-    # The two alone: beside dense attention, which heats the chip, their small difference drowns.
-    pair = median_times(functions, case.device, PAIR_ROUNDS)
+    if len(functions) > 1:
+        # The two alone: beside dense attention, which heats the chip, their small difference drowns.
+        pair = median_times(functions, case.device, PAIR_ROUNDS)
+        record["compensation_cost"] = pair["total"] / pair["uncompensated"] - 1
     candidates = {"total": functions["total"]}
     for name in case.against:
         try:
@@ -93,7 +98,6 @@ def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, 
     total_ms = times.pop("total")
     return record | {
         "total_ms": total_ms,
-        "compensation_cost": pair["total"] / pair["uncompensated"] - 1,
         "baseline_ms": times,
         "speedup": {name: milliseconds / total_ms for name, milliseconds in times.items()},
         "selection_share": 1 - record["stage_ms"]["attend"] / sum(record["stage_ms"].values()),
@@ -176,7 +180,8 @@ def _record(
         "without_graph": [],  # the baselines that could not be, with the reason
         "stage_ms": stage_ms,  # each stage alone
         "total_ms": stage_ms["attend"],  # the whole call, in turns with the baselines
-        "compensation_cost": None,  # share by which the whole call is slower than with beta=0, the two in turns
+        # Share by which the whole call is slower than with beta=0, the two in turns; of scores that read it.
+        "compensation_cost": None,
         "baseline_ms": {},
         "speedup": {},
         "refused": {},  # baseline -> why it did not run
