@@ -153,6 +153,45 @@ def test_one_budget_for_a_head(impl, score):
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("sort", ["none", "qk"])
+@pytest.mark.parametrize("launches", ["one", "several"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "queries", "keys"),
+    [(2, 8, 2, 3000, 4000), (1, 3, 1, 40_000, 2500), (3, 2, 2, 129, 5000), (1, 1, 1, 90, 90), (1, 40, 40, 2048, 1024)],
+)
+def test_uneven_lists_wherever_their_tiles_run(
+    batch, heads, groups, queries, keys, launches, sort, channels, monkeypatch
+):
+    """Tiles that are claimed give to the last bit what dealt ones give, and that is right; also after one another."""
+    from baatt.kernels import hopper
+
+    q, k, v = inputs((batch, heads, groups, queries, keys, channels), torch.bfloat16)
+    config = BAAttConfig(sparsity=0.5, sort=sort, score="covariance", budget="row")
+    require("hopper", q, config)
+    plan = make_plan(q, k, config, impl="hopper")
+    rows, blocks = plan.selection.count.shape, -(-keys // 128)
+    generator = torch.Generator("cuda").manual_seed(0)
+    drawn = torch.empty(rows, device="cuda").exponential_(generator=generator)
+    count = drawn.mul(blocks / 4).int().clamp(1, blocks)
+    index = torch.rand(*rows, blocks, generator=generator, device="cuda").argsort(-1)
+    kept = torch.arange(blocks, device="cuda") < count[..., None]
+    index = torch.where(kept, index, blocks).sort(-1).values.clamp(max=blocks - 1).int()
+    uneven = BlockSelection(index, count, max(1, blocks // 4))
+    if launches == "several":
+        monkeypatch.setattr(hopper, "_tiles_per_launch", lambda *_: 300)
+    orders, sides = (plan.query_order, plan.key_order), {"block_size": 128, "scale": plan.scale}
+    dealt = hopper.sparse_attention(q, k, v, *orders, uneven._replace(mean_count=None), **sides)
+    for _ in range(3):
+        claimed = hopper.sparse_attention(q, k, v, *orders, uneven, **sides)
+        assert torch.equal(claimed.out, dealt.out)
+        assert torch.equal(claimed.lse, dealt.lse)
+    reference = choose_backend("reference", q.device).sparse_attention
+    exact = reference(q.double(), k.double(), v.double(), *orders, uneven, **sides)
+    assert (claimed.lse - exact.lse).abs().max() < 1e-5
+    assert (claimed.out - exact.out).norm() / exact.out.norm() < 4e-3
+
+
 @pytest.mark.parametrize("tokens", [3000, 40_000])
 def test_the_budget_of_a_head_is_the_stage_s(tokens):
     """Of the same scores, ties and NaN included, to the last pair."""

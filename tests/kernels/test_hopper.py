@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.tools.disasm import get_sass
 from baatt.kernels.hopper_kernel import attention_kernel as kernel, gl, ring_stages
 
-def compile_for(channels, dtype, order):
+def compile_for(channels, dtype, order, tiles):
     element = {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype]
 
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, 128, channels], element)
@@ -28,10 +28,12 @@ def compile_for(channels, dtype, order):
     signature = {name: "i32" for name in kernel.arg_names}
     signature |= {"q_ptr": f"*{dtype}", "k_descriptor": descriptor, "v_descriptor": descriptor}
     signature |= {"index_ptr": "*i32", "count_ptr": "*i32", "order_ptr": "*i64", "length_ptr": "*i64"}
-    signature |= {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "scale_log2": "fp32"}
+    signature |= {"tiles_ptr": "*i32", "out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "scale_log2": "fp32"}
     values = {"BLOCK": 128, "CHANNELS": channels, "STAGES": ring_stages(channels), "DTYPE": element}
     if order == "none":
         values["order_ptr"] = None
+    if tiles == "dealt":
+        values["tiles_ptr"] = None
     signature |= {name: "constexpr" for name in values}
     constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
     # What the launcher finds in usual inputs: pointers and strides that are multiples of 16.
@@ -47,19 +49,23 @@ def compile_for(channels, dtype, order):
 
 compile_for(int(sys.argv[1]), *sys.argv[2:])
 """
-OTHERS = [(128, "bf16", "sorted"), (64, "bf16", "sorted"), (64, "bf16", "none"), (128, "fp16", "none")]
+USUAL = [(128, "bf16", "none", "dealt"), (128, "bf16", "none", "claimed")]
+OTHERS = [
+    (128, "bf16", "sorted", "dealt"), (64, "bf16", "sorted", "claimed"), (64, "bf16", "none", "dealt"),
+    (128, "fp16", "none", "dealt"), (128, "fp16", "sorted", "claimed"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("channels", "dtype", "order"),
-    [(128, "bf16", "none"), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in OTHERS)],
+    ("channels", "dtype", "order", "tiles"),
+    [*USUAL, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in OTHERS)],
 )
-def test_compiles_as_designed(channels, dtype, order, tmp_path):
+def test_compiles_as_designed(channels, dtype, order, tiles, tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", SCRIPT, str(channels), dtype, order]
+    command = [sys.executable, "-c", SCRIPT, str(channels), dtype, order, tiles]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     printed = run.stdout
@@ -70,6 +76,7 @@ def test_compiles_as_designed(channels, dtype, order, tmp_path):
     # Per consumer: first scores, scores with the product with V still running, that product, the last one.
     assert waits == ["0", "0", "1", "0"] * 2 or sorted(waits) == ["0"] * 6 + ["1"] * 2
     assert "HGMMA" in printed
+    assert ("atom.global" in printed) == (tiles == "claimed")
     assert not re.search(r"\b(LDL|STL)\b", printed), "registers are spilled"
     assert {"240", "24"} <= set(re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", printed))
 

@@ -78,6 +78,15 @@ def test_slabs_of_heads(score, masked, heads, poisoned_memory, monkeypatch):
         assert torch.equal(actual.index, expected.index)
 
 
+@pytest.mark.parametrize(("shape", "together"), [((2, 3, 40), 1), ((1, 5, 70), 2), ((3, 2, 7), 16), ((1, 1, 1), 256)])
+def test_the_longest_rows_come_first(shape, together, poisoned_memory):
+    count = torch.randint(0, 9, shape).int()
+    order = triton_budget.longest_first(count, together)
+    windows = count.flatten().split(together * shape[-1])
+    places = [window.argsort(descending=True, stable=True) + i * len(windows[0]) for i, window in enumerate(windows)]
+    assert order.tolist() == [0, *torch.cat(places).tolist()]
+
+
 def test_logits_get_their_softmax():
     """Of two rows with the same shares the one with larger logits gets no more blocks."""
     scores = torch.randn(1, 1, 1, 32).expand(1, 1, 2, 32) + torch.tensor([0.0, 100.0])[:, None]

@@ -88,6 +88,7 @@ for name in CASES if chosen == "all" else chosen.split("+"):
     for logits in (True, False):
         scores = torch.zeros(1, 4, *(side.size.shape[1] for side in (arranged.query_summary, arranged.key_summary)))
         triton_budget.choose_blocks(*arranged[1:4:2], lambda *_: scores, 0.5, 1, logits=logits)
+    triton_budget.longest_first(selection.count, 2)
     triton_attention.sparse_attention(
         q, k, v, arranged.query_order, arranged.key_order, selection, block_size=block_size, scale=0.1
     )
@@ -102,8 +103,8 @@ print(architecture, *sorted(done))
 """
 KERNELS = [
     "_attention_kernel", "_cluster_kernel", "_covariance_kernel", "_digit_kernel", "_gather_kernel",
-    "_list_kernel", "_logit_kernel", "_narrow_kernel", "_norm_kernel", "_order_kernel", "_permute_kernel",
-    "_rank_kernel", "_select_kernel", "_share_kernel", "_sum_kernel", "_tie_kernel",
+    "_list_kernel", "_logit_kernel", "_longest_kernel", "_narrow_kernel", "_norm_kernel", "_order_kernel",
+    "_permute_kernel", "_rank_kernel", "_select_kernel", "_share_kernel", "_sum_kernel", "_tie_kernel",
 ]  # fmt: skip
 #: Backend, architecture, threads per warp, KiB of shared memory per block.
 NEWEST = ["cuda,90,32,227", "hip,gfx942,64,64"]

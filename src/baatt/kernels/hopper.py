@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from baatt.kernels.hopper_kernel import attention_kernel, gl, ring_stages
+from baatt.kernels.launching import cdiv
 from baatt.kernels.triton_arrangement import moved, sorted_copies
+from baatt.kernels.triton_budget import longest_first
 from baatt.types import BlockSelection, Partial, TokenOrder
 
 BLOCK = 128
+#: Tiles that are sorted together where their lists differ in length: of few heads, whose keys fit in the L2 cache.
+WINDOW = 256
 #: Blocks that a multiprocessor walks through before all of them start together again.
 IN_STEP = 800
 CHANNELS = (64, 128)
@@ -73,11 +77,15 @@ def sparse_attention(
     index = selection.index.contiguous()
     properties = torch.cuda.get_device_properties(q.device)
     chunk = _tiles_per_launch(tiles, selection.mean_count or index.shape[-1], 2 * k[0, 0].nbytes, properties)
+    uneven = None
+    if selection.mean_count is not None:
+        uneven = longest_first(selection.count, together=cdiv(WINDOW, query_blocks))
+        chunk = chunk - chunk % query_blocks or chunk  # so that a launch does not end with the longest of a head
     for first_tile in range(0, tiles, chunk):
         last_tile = min(first_tile + chunk, tiles)
         attention_kernel[(min(last_tile - first_tile, properties.multi_processor_count),)](
             q, *q.stride()[:3], *descriptors,
-            index, selection.count.contiguous(), moved(query_order), key_order.length.contiguous(), out, lse,
+            index, selection.count.contiguous(), uneven, moved(query_order), key_order.length.contiguous(), out, lse,
             first_tile, last_tile, query_blocks, index.shape[-1], heads, k.shape[1], tokens, scale * math.log2(math.e),
             BLOCK=BLOCK, CHANNELS=channels, STAGES=ring_stages(channels), DTYPE=dtype, num_warps=4,
         )  # fmt: skip

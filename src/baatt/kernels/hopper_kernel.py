@@ -3,6 +3,10 @@
 Queries are gathered through their order straight into registers, the next tile's while the last product of this one
 runs; whatever else a tile needs from memory is asked for a tile ahead, for its latency would idle the matrix units.
 
+Tiles of equal work are dealt round and round. Uneven ones stand in a list, and whoever is free claims the next: the
+producer, a tile ahead, and tells its consumers through a ring. With a slot more than `STAGES` that ring needs no empty
+barriers: where the producer comes to a slot again, blocks of the tiles since have gone through all stages.
+
 Ring entry number e of a program, counted over all its tiles, uses stage e % STAGES in phase e // STAGES; K and V have
 rings of their own. Full barriers count the producer's expected bytes, empty barriers one arrival per consumer.
 """
@@ -11,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+NO_TILE = gl.constexpr(0x7FFFFFFF)
 LN_2 = gl.constexpr(0.6931471805599453)
 
 # Triton 3.8 renamed the load and 3.9 left only an error under the old name, so the new one goes first.
@@ -41,6 +46,45 @@ def row_layout(channels, step):
         block_bases=[],
         shape=[64, channels],
     )
+
+
+@gluon.jit
+def first_tile_of(tiles_ptr, first_tile, last_tile):
+    """The tile that this program begins with, and the number from which on there is none."""
+    tile, end = first_tile + gl.program_id(0), last_tile
+    if tiles_ptr is not None:
+        tile, end = gl.load(tiles_ptr + 1 + tile), NO_TILE
+    return tile, end
+
+
+@gluon.jit
+def claim_tile(tiles_ptr, tile, last_tile, ring, full, turn, SLOTS: gl.constexpr):
+    """The tile after this one: without a list a round further, else the next that nobody has, told to the consumers.
+
+    A program claims once per tile, also when none is left. So all claim as often as there are tiles, and the next
+    launch finds the counter, which stands before the list, at its first one.
+    """
+    if tiles_ptr is None:
+        tile += gl.num_programs(0)
+    else:
+        alone: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        position = gl.atomic_add(tiles_ptr, 1, sem="relaxed") + gl.num_programs(0)
+        tile = gl.load(tiles_ptr + 1 + position, mask=position < last_tile, other=NO_TILE)
+        ring.index(turn % SLOTS).store(gl.full([1], tile, gl.int32, layout=alone))
+        mbarrier.arrive(full.index(turn % SLOTS), count=1)
+    return tile
+
+
+@gluon.jit
+def claimed_tile(tiles_ptr, tile, ring, full, turn, SLOTS: gl.constexpr):
+    """What `claim_tile` gave the producer in the same turn."""
+    if tiles_ptr is None:
+        tile += gl.num_programs(0)
+    else:
+        same: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        mbarrier.wait(full.index(turn % SLOTS), (turn // SLOTS) & 1)
+        tile = gl.max(ring.index(turn % SLOTS).load(same), 0)
+    return tile
 
 
 @gluon.jit
@@ -78,13 +122,14 @@ def load_block(
 
 @gluon.jit
 def produce(
-    k_descriptor, v_descriptor, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
-    first_tile, last_tile, query_blocks, capacity, heads, groups,
+    k_descriptor, v_descriptor, k_ring, v_ring, k_full, k_empty, v_full, v_empty, tile_ring, tile_full,
+    index_ptr, count_ptr, tiles_ptr, first_tile, last_tile, query_blocks, capacity, heads, groups,
     BLOCK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: K one entry ahead of V, from the back of the list."""
-    entry = 0
-    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
+    entry, turn = 0, 0
+    tile, end = first_tile_of(tiles_ptr, first_tile, last_tile)
+    while tile < end:
         head_entry = tile // query_blocks
         batch_entry = head_entry // heads
         group = head_entry % heads // (heads // groups)
@@ -92,6 +137,8 @@ def produce(
         list_ptr = index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1
         block = gl.load(list_ptr)
         load_block(k_descriptor, batch_entry, group, block, k_full, k_empty, k_ring, entry, BLOCK, STAGES)
+        tile = claim_tile(tiles_ptr, tile, last_tile, tile_ring, tile_full, turn, STAGES + 1)
+        turn += 1
         for slot in range(1, count):
             following = gl.load(list_ptr - slot)
             load_block(k_descriptor, batch_entry, group, following, k_full, k_empty, k_ring, entry + 1, BLOCK, STAGES)
@@ -104,8 +151,8 @@ def produce(
 
 @gluon.jit
 def consume(
-    q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty, tile_ring,
+    tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
     first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
     HALF: gl.constexpr, BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -124,9 +171,9 @@ def consume(
     channels = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, wide_layout))
     half_rows = HALF * ROWS + gl.arange(0, ROWS, layout=wide_rows)
     no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=score_layout)
-    entry = 0
+    entry, turn = 0, 0
 
-    tile = first_tile + gl.program_id(0)
+    tile, end = first_tile_of(tiles_ptr, first_tile, last_tile)
     count = gl.maximum(gl.load(count_ptr + tile), 1)
     last_block = gl.load(index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1)
     length = gl.cast(gl.load(length_ptr + tile // query_blocks // heads), gl.int32)
@@ -135,12 +182,14 @@ def consume(
     queries = load_queries(
         q_ptr, stride_batch, stride_head, stride_token, order, tile, rows < tokens, heads, query_blocks, channels
     )
-    for tile in range(first_tile + gl.program_id(0), last_tile, gl.num_programs(0)):
+    while tile < end:
+        following = claimed_tile(tiles_ptr, tile, tile_ring, tile_full, turn, STAGES + 1)
+        turn += 1
         target = gl.cast(tile // query_blocks, gl.int64) * tokens + order
         stored = rows < tokens
         present = length - last_block * BLOCK
         # The last tile has itself for the next one.
-        next_tile = gl.minimum(tile + gl.num_programs(0), last_tile - 1)
+        next_tile = gl.where(following < end, following, tile)
         next_count = gl.maximum(gl.load(count_ptr + next_tile), 1)
         rows = (next_tile % query_blocks) * BLOCK + half_rows
         order = load_order(order_ptr, next_tile // query_blocks, tokens, rows)
@@ -208,12 +257,13 @@ def consume(
             mask=stored[:, None],
         )
         entry += 1
+        tile = following
 
 
 @gluon.jit
 def attention_kernel(
     q_ptr, stride_batch, stride_head, stride_token, k_descriptor, v_descriptor,
-    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
     first_tile, last_tile, query_blocks, capacity, heads, groups, tokens, scale_log2,
     BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -225,6 +275,10 @@ def attention_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    tile_ring = gl.allocate_shared_memory(gl.int32, [STAGES + 1, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES + 1):
+        mbarrier.init(tile_full.index(slot), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
@@ -236,7 +290,7 @@ def attention_kernel(
                 consume,
                 (
                     q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+                    tile_ring, tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
                     first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     0, BLOCK, CHANNELS, STAGES, DTYPE,
                 ),
@@ -245,7 +299,7 @@ def attention_kernel(
                 consume,
                 (
                     q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+                    tile_ring, tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
                     first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     1, BLOCK, CHANNELS, STAGES, DTYPE,
                 ),
@@ -253,8 +307,9 @@ def attention_kernel(
             (
                 produce,
                 (
-                    k_descriptor, v_descriptor, k_ring, v_ring, k_full, k_empty, v_full, v_empty, index_ptr, count_ptr,
-                    first_tile, last_tile, query_blocks, capacity, heads, groups, BLOCK, STAGES,
+                    k_descriptor, v_descriptor, k_ring, v_ring, k_full, k_empty, v_full, v_empty, tile_ring, tile_full,
+                    index_ptr, count_ptr, tiles_ptr, first_tile, last_tile, query_blocks, capacity, heads, groups,
+                    BLOCK, STAGES,
                 ),
             ),
         ],

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import next_power_of_2
+from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_selection import SLAB_SCORES, double_bits, filled_blocks, ordered, store_list, threshold
 from baatt.types import BlockSelection, BlockSummary, kept_blocks, slabs_of_heads
 
@@ -70,6 +70,40 @@ def choose_blocks(
             key_blocks, share, **launch,
         )  # fmt: skip
     return BlockSelection(index, count, kept_blocks(sparsity, key_blocks))
+
+
+def longest_first(count: Tensor, together: int) -> Tensor:
+    """In which order a kernel takes rows that keep different numbers of blocks.
+
+    Args:
+        count: [B, H, I] int32, of `BlockSelection`.
+        together: heads whose rows are sorted as one; those of the next heads stand behind them.
+
+    Returns:
+        [1 + B * H * I] int32: a 0 to count with, then the rows, counted over all heads, by descending count; of equals
+        the lower one first.
+    """
+    rows, window, step = count.numel(), together * count.shape[-1], 64
+    order = torch.empty(1 + rows, dtype=torch.int32, device=count.device)
+    _longest_kernel[(cdiv(rows, window), cdiv(window, step))](count.contiguous(), order, rows, window, ROWS=step)
+    return order
+
+
+@triton.jit
+def _longest_kernel(count_ptr, order_ptr, rows, window, ROWS: tl.constexpr):
+    """Places of some rows of a window: how many others stand before each."""
+    first = tl.program_id(0) * window
+    last = tl.minimum(first + window, rows)
+    own = first + tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    count = tl.load(count_ptr + own, mask=own < last, other=0)[:, None]
+    place = tl.zeros([ROWS], tl.int32)
+    for start in range(first, last, ROWS):
+        others = start + tl.arange(0, ROWS)
+        counts = tl.load(count_ptr + others, mask=others < last, other=-1)[None, :]
+        before = (counts > count) | ((counts == count) & (others[None, :] < own[:, None]))
+        place += tl.sum(before.to(tl.int32), axis=1)
+    tl.store(order_ptr + 1 + first + place, own, mask=own < last)
+    tl.store(order_ptr, 0)  # every program the same
 
 
 @triton.jit
