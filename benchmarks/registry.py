@@ -12,8 +12,10 @@ import archive_tables
 import busy_plan
 import compatibility
 import decoding
+import frontier
 import gpu_bars
 import oracle_mass
+import real_weights
 import ruler_tables
 import scaling_model
 import short_queries
@@ -49,10 +51,14 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING = frozenset({"ruler_ablations.json", "gpu_clusters"})
-RULER_GRIDS = ("ruler_grid_4096.json", "ruler_grid_long.json")
-#: One setting each, counted from answers of the same runs.
-RULER_PARTS = ("ruler_grid_safe_16384.json", "ruler_grid_finer_8192.json")
+PENDING = frozenset({
+    *("ruler_clusters_16384.json", "ruler_first_8192.json", "ruler_ablations.json", "frontier_h200.json"),
+    *("gpu_clusters", "real_weights_smollm2.json"),
+})  # fmt: skip
+#: Settings of one table in README.
+RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
+#: Its needle tasks alone, counted from answers of the same runs.
+RULER_PART = "ruler_grid_safe_16384.json"
 CAPTURE = "needle-18m.safetensors"  # of `baatt analyze capture`
 #: How the needles and ablations of the first checkpoint are asked today; what ran then is stored in their results.
 ABLATION = "baatt evaluate ruler --lengths 4096 --count 500 --json FILE --tasks niah_multikey_2,niah_multivalue"
@@ -91,6 +97,12 @@ CASES: dict[str, Case] = {
         "python -m pytest -m gpu tests/gpu",
         ("gpu_tests_h200.txt", "gpu_integrations_h200.txt"),
     ),
+    "frontier": Case(
+        "RULER's averages beside the time of the operator, drawn as docs/figures/frontier_h200.png",
+        "python benchmarks/frontier.py --json FILE",
+        ("frontier_h200.json",),
+        {"frontier": Block(frontier.table, ("frontier_h200.json", *ruler_tables.GRIDS), together=True)},
+    ),
     "short_queries": Case(
         "few queries over many keys: from how many on a sparse call is faster",
         "python benchmarks/short_queries.py --json FILE",
@@ -102,6 +114,16 @@ CASES: dict[str, Case] = {
         "python benchmarks/oracle_mass.py --json FILE",
         ("oracle_mass.json",),
         {"oracle_mass": oracle_mass.table},
+    ),
+    "real_weights": Case(
+        "scores on a real pretrained model, every layer sparse: KL to the dense model and planted numbers found",
+        "python benchmarks/real_weights.py --gguf FILE --json FILE",
+        ("real_weights_smollm2.json",),
+        {
+            "real_weights": real_weights.table,
+            "real_weights_bars": real_weights.bars_table,
+            "real_weights_beta": real_weights.beta_table,
+        },
     ),
     "ulysses": Case(
         "Ulysses attention over several GPUs beside one",
@@ -155,11 +177,11 @@ CASES: dict[str, Case] = {
     "ruler_grid": Case(
         "RULER's eleven offline tasks with several ways to choose blocks",
         "python benchmarks/ruler_grid.py FOLDER --gpus 8",
-        (*RULER_GRIDS, *RULER_PARTS),
+        (*ruler_tables.GRIDS, RULER_PART),
         {
-            "ruler_half": Block(ruler_tables.half_by_length, RULER_GRIDS, together=True),
-            "ruler_averages": Block(ruler_tables.grid_averages, RULER_GRIDS),
-            "ruler_parts": Block(ruler_tables.grid_averages, RULER_PARTS),
+            "ruler_half": Block(ruler_tables.half_by_length, RULER_HALF, together=True),
+            "ruler_averages": Block(ruler_tables.grid_averages, ruler_tables.GRIDS, together=True),
+            "ruler_part": Block(ruler_tables.grid_averages, (RULER_PART,), together=True),
             "ruler_tasks": ruler_tables.grid_tasks,
         },
     ),
@@ -169,14 +191,6 @@ CASES: dict[str, Case] = {
         "--lengths 4096 --sparsity 0.9 --count 100 --gpus 4",
         ("ruler_ablations.json",),
         {"ruler_ablations": ruler_tables.ablations},
-    ),
-    "ruler_clusters": Case(
-        "RULER's eleven offline tasks with blocks chosen by clusters",
-        "baatt evaluate ruler --tasks all --lengths 4096 --count 100 --batch-size 50 --device cuda --dtype bfloat16 "
-        "--block-length 8 --remasking left_to_right --cache dual --preset paper --sort none --score clusters "
-        "--keep-first 1 --sparsity 0.5,0.7,0.9 --json FILE",
-        ("ruler_clusters_4096.json",),
-        {"ruler_clusters": ruler_tables.one_setting},
     ),
     "demo": Case(
         "the demo's setting and dense attention on twenty samples of its task, on a processor",

@@ -18,6 +18,11 @@ ORDER = (
     *("safe", "paper", "keys", "unsorted", "unsorted-first", "mean", "antidiagonal", "antidiagonal-first"),
     *("finer", "clusters", "oracle", "oracle-peak"),
 )
+#: Results of all tasks; one file holds some settings at some lengths.
+GRIDS = (
+    *("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_grid_finer_8192.json"),
+    *("ruler_clusters.json", "ruler_clusters_16384.json", "ruler_first_4096.json", "ruler_first_8192.json"),
+)
 #: The sparsity of the short table.
 HALF = 0.5
 
@@ -36,50 +41,46 @@ def by_length(record: Record) -> str:
     return "\n\n".join([Table(header, rows, answers_text(record)).markdown(), answers_source(record)])
 
 
-def grid_averages(grid: Record) -> str:
-    """Every length: a row per setting, a column per sparsity, with the difference to dense attention."""
-    averages = averages_of(grid)
+def grid_averages(grids: Sequence[Record]) -> str:
+    """Several grids by length: a row per setting, a column per sparsity, with the difference to dense attention."""
+    averages = averages_of(grids)
     parts = []
     for length in sorted({one["length"] for one in averages}):
         here = [one for one in averages if one["length"] == length]
-        dense = next(one for one in here if not one["config"])
+        dense = max((one for one in here if not one["config"]), key=lambda one: int(one["n"]))
         header, rows = crossed(
             [one for one in here if one["config"]],
-            ("selection",),
-            lambda one: (one["selection"],),
+            ("selection", "n"),
+            lambda one: (one["selection"], str(one["n"])),
             lambda one: percent(one["config"]["sparsity"]),
             score_and_difference,
         )
-        parts += [f"{length} tokens; dense attention: {score(dense)}", Table(header, rows).markdown()]
-    return "\n\n".join([*parts, averages_text(grid), grid_source(grid)])
-
-
-def one_setting(record: Record) -> str:
-    """A summary of `baatt evaluate ruler` with one way to choose blocks: averages, then a row per task."""
-    grid = {**record, "settings": {"clusters": record}}
-    averages = grid_averages(grid).split("\n\n")
-    return "\n\n".join([*averages[:2], *grid_tasks(grid).split("\n\n")[1:2], *averages[2:]])
+        parts += [
+            f"{length} tokens; dense attention: {score(dense)}, n = {dense['n']}",
+            Table(header, rows).markdown(),
+        ]
+    return "\n\n".join([*parts, averages_text(grids), *map(grid_source, grids)])
 
 
 def half_by_length(grids: Sequence[Record]) -> str:
     """Several grids at sparsity 50 %: a row per setting, dense attention first; a column per length."""
+    averages = [one for one in averages_of(grids) if not one["config"] or one["config"]["sparsity"] == HALF]
+    most = max(one["n"] for one in averages)
     rows: dict[str, dict[int, str]] = {"dense attention": {}}
     skipped: dict[str, list[float]] = {}
-    for setting in (setting for grid in grids for setting in settings_of(grid)):
-        for each in setting["averages"]:
-            if each["config"] and each["config"]["sparsity"] != HALF:
-                continue
-            name, text = (selection(setting), score_and_difference) if each["config"] else ("dense attention", score)
-            rows.setdefault(name, {}).update({one["length"]: text(one) for one in each["by_length"]})
-            found = (one["sparsity_achieved"] for one in setting["records"] if one["config"] == each["config"])
-            skipped.setdefault(name, []).extend(found)
+    for one in averages:
+        name, text = (one["selection"], score_and_difference) if one["config"] else ("dense attention", score)
+        fewer = "" if one["n"] == most else f"; n = {one['n']}"
+        if one["config"] or not fewer:
+            rows.setdefault(name, {})[one["length"]] = text(one) + fewer
+            skipped.setdefault(name, []).append(one["skipped"])
     lengths = sorted(rows["dense attention"])
     cells = [
         [name, percent(mean(skipped[name]), 0), *(row.get(length, "incomplete") for length in lengths)]
         for name, row in rows.items()
     ]
     header = [f"sparsity {percent(HALF)}", "block pairs skipped", *(f"{length} tokens" for length in lengths)]
-    caption = f"Block pairs skipped: of all layers, mean over lengths and tasks. {averages_text(grids[0])}"
+    caption = f"Block pairs skipped: of all layers, mean over lengths and tasks. {averages_text(grids)}"
     return "\n\n".join([Table(header, cells, caption).markdown(), *map(grid_source, grids)])
 
 
@@ -160,22 +161,26 @@ def selection(setting: Record) -> str:
     return selection_name(config, setting["dense_layers"])
 
 
-def averages_of(grid: Record) -> list[dict[str, Any]]:
-    """RULER's averages of all settings and lengths, each with its config and the words for its selection."""
-    return [
-        {**one, "config": each["config"], "selection": selection(setting)}
-        for setting in settings_of(grid)
-        for each in setting["averages"]
-        for one in each["by_length"]
-    ]
+def averages_of(grids: Sequence[Record]) -> list[dict[str, Any]]:
+    """RULER's averages of all settings and lengths in the order of the tables, each with the name of its setting, the
+    words for its selection, its config, and over its tasks the samples of one and the block pairs skipped."""
+    found = []
+    for name, grid in ((name, grid) for name in ORDER for grid in grids if name in grid["settings"]):
+        setting = grid["settings"][name]
+        for config, one in ((each["config"], one) for each in setting["averages"] for one in each["by_length"]):
+            here = [each for each in setting["records"] if (each["length"], each["config"]) == (one["length"], config)]
+            about = {"setting": name, "selection": selection(setting), "config": config, "n": here[0]["n"]}
+            found.append({**one, **about, "skipped": mean(each["sparsity_achieved"] for each in here)})
+    return found
 
 
-def averages_text(grid: Record) -> str:
+def averages_text(grids: Sequence[Record]) -> str:
     """What a cell of averages is."""
-    first = settings_of(grid)[0]
+    settings = [setting for grid in grids for setting in settings_of(grid)]
+    every = {**settings[0], "records": [one for setting in settings for one in setting["records"]]}
     return (
-        f"Average over {tasks_text(first['averages'])}. After the semicolon: the difference to dense attention [95 % "
-        f"paired bootstrap interval]. {answers_text(first)}"
+        f"Average over {tasks_text(settings[0]['averages'])}. After the semicolon: the difference to dense attention "
+        f"on the same samples [95 % paired bootstrap interval]. {answers_text(every)}"
     )
 
 

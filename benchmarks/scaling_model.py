@@ -105,7 +105,7 @@ def doubled(one: Record) -> Record:
 
 
 def build(measured: Record, links: Links, gpus: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of all long cases of the operator with the paper's score, and of its last with 32 heads as if it had 64."""
+    """All long cases of the operator with the paper's score, and its last with 32 heads as if it had 64."""
     paper = (one for one in measured["records"] if one["what"] == "operator" and one["config"]["score"] == "covariance")
     chosen = [one for one in paper if one["shape"][2] >= LEAST_TOKENS]
     usual = [one for one in chosen if one["shape"][1] == USUAL_HEADS]

@@ -10,7 +10,10 @@ from typing import Any
 Record = Mapping[str, Any]
 Read = Callable[[str], Record]
 
-GRIDS = ("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192")
+GRIDS = (
+    *("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192"),
+    *("ruler_clusters", "ruler_first_4096"),
+)
 #: Tasks of RULER that an average needs: all that need no data set, or the needles among them.
 TASK_COUNTS = {"all": 11, "needles": 8}
 #: Short names of settings of training/evaluate.py.

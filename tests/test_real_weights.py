@@ -141,6 +141,20 @@ def test_a_run_goes_on_and_is_rendered(weights, model, monkeypatch, tmp_path, ca
     assert [line.split(" | ")[0] for line in text.splitlines()[2:7]] == ["| 0", "| 0.1", "| 0.5", "| 1", "| 2"]
 
 
+def test_what_was_asked_of_clusters(weights):
+    def record(setting, sparsity, first, kl, digits):
+        config = {"sparsity": sparsity, "keep_first": first, "beta": 0.5}
+        return {"setting": setting, "config": config, "kl": kl, "digits": digits}
+
+    records = [{"digits": 0.95}, {}, record("clusters-16", 0.7, 1, 0.016, 0.945), record("exact", 0.7, 0, 0.01, 0.9)]
+    text = weights.bars_table({"records": [*records, record("clusters-16", 0.9, 1, 0.1, 0.9)]})
+    assert text.splitlines()[2:] == [
+        "| 70 % | KL | at most 1.5 times that of exact mass | 1.60 times | missed |",
+        "| 70 % | digits | at most 1 points less than dense | 0.5 points | met |",
+        "| 90 % | digits | at most 4 points less than dense | 5.0 points | missed |",
+    ]
+
+
 def test_wrong_calls(weights, tmp_path, capsys):
     (tmp_path / "other.gguf").write_bytes(b"no")
     options = ["--gguf", str(tmp_path / "other.gguf"), "--json", str(tmp_path / "x.json"), "--device", "cpu"]

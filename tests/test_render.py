@@ -275,8 +275,8 @@ def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):
     ],
 )
 def test_broken_numbers_are_named(copy, capsys, text, message):
-    for name in ("4096", "long", "safe_16384", "finer_8192"):
-        shutil.copy(ROOT / f"benchmarks/results/ruler_grid_{name}.json", copy / "benchmarks/results")
+    for name in sys.modules["values"].GRIDS:
+        shutil.copy(ROOT / f"benchmarks/results/{name}.json", copy / "benchmarks/results")
     (copy / "README.md").write_text(text)
     assert render.main(["--check"], copy) == 1
     assert message in capsys.readouterr().err

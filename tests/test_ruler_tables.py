@@ -78,19 +78,22 @@ def test_dense_attention_by_length():
     )
 
 
-def test_averages_of_a_grid():
-    assert ruler_tables.grid_averages(grid([4096, 8192])) == (
-        "4096 tokens; dense attention: 90.0 [65.5-90.0]\n\n"
-        "| selection | 50 % |\n"
-        "| --- | ---: |\n"
-        "| BA-Att, k in 256, layer 0 dense | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n"
-        "| block means, unsorted | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n\n"
-        "8192 tokens; dense attention: 90.0 [65.5-90.0]\n\n"
-        "| selection | 50 % |\n"
-        "| --- | ---: |\n"
-        "| BA-Att, k in 256, layer 0 dense | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n\n"
-        "Average over 2 of 13 tasks. After the semicolon: the difference to dense attention [95 % paired bootstrap "
-        f"interval]. {CAPTION}\n\n{SOURCE.replace('baatt evaluate ruler', 'python benchmarks/ruler_grid.py F')}"
+def test_averages_of_grids():
+    short, long = grid([4096]), grid([8192])
+    del long["settings"]["mean"]
+    source = SOURCE.replace("baatt evaluate ruler", "python benchmarks/ruler_grid.py F")
+    assert ruler_tables.grid_averages([short, long]) == (
+        "4096 tokens; dense attention: 90.0 [65.5-90.0], n = 4\n\n"
+        "| selection | n | 50 % |\n"
+        "| --- | ---: | ---: |\n"
+        "| BA-Att, k in 256, layer 0 dense | 4 | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n"
+        "| block means, unsorted | 4 | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n\n"
+        "8192 tokens; dense attention: 90.0 [65.5-90.0], n = 4\n\n"
+        "| selection | n | 50 % |\n"
+        "| --- | ---: | ---: |\n"
+        "| BA-Att, k in 256, layer 0 dense | 4 | 62.5 [41.0-82.7]; -27.5 [-55.0, +0.0] |\n\n"
+        "Average over 2 of 13 tasks. After the semicolon: the difference to dense attention on the same samples [95 % "
+        f"paired bootstrap interval]. {CAPTION}\n\n{source}\n\n{source}"
     )
 
 
@@ -107,6 +110,12 @@ def test_averages_of_several_grids_by_length():
         "Block pairs skipped: of all layers, mean over lengths and tasks. Average over 2 of 13 tasks. After the"
     )
     assert text.count("python benchmarks/ruler_grid.py F") == 2
+    fewer = json.loads(json.dumps(grid([4096])))
+    for one in fewer["settings"]["mean"]["records"]:
+        one["n"] = 3
+    fewer["settings"] = {"mean": fewer["settings"]["mean"]}
+    more = ruler_tables.half_by_length([short, long, fewer])
+    assert f"| block means, unsorted | 40 % | {cell}; n = 3 | incomplete | incomplete |" in more
     del long["settings"]["safe"]["averages"][1]["by_length"][1]
     assert f"dense | 40 % | {cell} | {cell} | incomplete |" in ruler_tables.half_by_length([short, long])
 

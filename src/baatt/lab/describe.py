@@ -20,6 +20,7 @@ TITLES = {
     "covariance-16": "BA-Att's score of runs of 16",
     "mean": "block means",
     "antidiagonal-8": "antidiagonal-8 (XAttention's)",
+    "exact-peak": "oracle by its peak",
 }
 
 

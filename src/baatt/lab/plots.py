@@ -56,7 +56,7 @@ def draw_recall(records: Records, caption: str, path: Path) -> None:
             axis.set(title=panel, xlabel="block pairs skipped", ylim=(0, 1.02))
             axis.grid(alpha=0.3)
         axes[0][0].set_ylabel("attention mass kept: mean, dashed 5th percentile")
-        _legend_below(axes, 7)
+        legend_below(axes, 7)
 
 
 def draw_bound(records: Records, caption: str, path: Path) -> None:
@@ -104,7 +104,7 @@ def draw_accuracy(records: Records, caption: str, path: Path) -> None:
             axis.set(title=panel, xlabel="sparsity", ylim=(-0.02, 1.02))
             axis.grid(alpha=0.3)
         axes[0][0].set_ylabel("RULER's score")
-        _legend_below(axes, int(width // 4.2))
+        legend_below(axes, int(width // 4.2))
 
 
 def _grouped(
@@ -116,7 +116,8 @@ def _grouped(
     return panels
 
 
-def _legend_below(axes: Any, columns: int) -> None:
+def legend_below(axes: Any, columns: int) -> None:
+    """One legend of the first panel's lines below all panels."""
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure = axes[0][0].figure
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)

@@ -1,0 +1,154 @@
+"""RULER's averages of every score beside the time of the whole operator, as a share of dense attention's.
+
+`python benchmarks/frontier.py --json FILE` verifies and times the operator with the options of RULER's settings that
+keep no layer dense, each in turns with cuDNN's dense attention: B 1, H 32, D 128, bfloat16. With `--draw FILE --plot
+PNG` it sets stored times beside the answers under benchmarks/results/ and needs no GPU.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ruler_grid
+import torch
+from gpu_bars import measure_all
+from ruler_tables import GRIDS, averages_of, score
+from tables import crossed, source
+
+from baatt.cli.evaluate import read_cells
+from baatt.cli.main import build_parser
+from baatt.config import BAAttConfig
+from baatt.lab.bench.benchmarks import start_report
+from baatt.lab.bench.case import Case, Shape
+from baatt.lab.plots import legend_below, picture
+from baatt.lab.records import load_records
+from baatt.lab.ruler.sources import Sources
+from baatt.lab.tables import Record, Table, percent, short_length
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PICTURE = "figures/frontier_h200.png"
+LENGTHS, SPARSITIES = (8192, 16384), (0.5, 0.7, 0.9)
+SETTINGS = (
+    *("paper", "unsorted-first", "mean", "antidiagonal", "antidiagonal-first", "clusters", "oracle", "oracle-peak"),
+)
+
+
+def make_cases(lengths: Sequence[int], heads: int, device: torch.device) -> dict[str, Case]:
+    """`clusters-8K-0.5` and so on: what RULER's settings are told, against the fastest dense attention there is."""
+    dtype, against = (torch.bfloat16, "cudnn") if device.type == "cuda" else (torch.float32, "dense")
+    return {
+        f"{setting}-{short_length(tokens)}-{sparsity:g}": Case(
+            "operator", Shape(1, heads, heads, tokens, 128), config_of(setting, sparsity), dtype, device,
+            against=(against,),
+        )
+        for tokens in lengths
+        for setting in SETTINGS
+        for sparsity in SPARSITIES
+    }  # fmt: skip
+
+
+def config_of(setting: str, sparsity: float) -> BAAttConfig:
+    """The options of a setting of ruler_grid.py."""
+    options = [*ruler_grid.SETTINGS[setting], "--sparsity", f"{sparsity:g}", "--tasks", "vt"]
+    config = read_cells(build_parser("evaluate").parse_args(["evaluate", "ruler", *options]), Sources())[-1].config
+    if config is None:
+        raise ValueError(f"setting must be sparse, got {setting}")
+    return config
+
+
+def points(report: Record, grids: Sequence[Record]) -> list[dict[str, Any]]:
+    """RULER's averages that have a time, each with its share of the time of dense attention; dense attention has 1."""
+    shares = {one["case"]: one["total_ms"] / next(iter(one["baseline_ms"].values())) for one in report["records"]}
+    lengths = {one["shape"][2] for one in report["records"]}
+    averages = [one for one in averages_of(grids) if one["length"] in lengths]
+    dense = {}
+    for one in averages:  # of as many samples as there are
+        if not one["config"] and one["n"] >= dense.get(one["length"], {"n": 0})["n"]:
+            dense[one["length"]] = {**one, "selection": "dense attention", "share": 1.0}
+    sparse = [
+        {**one, "share": shares[name]}
+        for one in averages
+        if one["config"]
+        and (name := f"{one['setting']}-{short_length(one['length'])}-{one['config']['sparsity']:g}") in shares
+    ]
+    return [*dense.values(), *sparse]
+
+
+def draw(found: Sequence[Record], caption: str, path: Path) -> None:
+    """RULER's average over the share of the time, a panel per length, a line per selection."""
+    lengths = sorted({one["length"] for one in found})
+    names = list(dict.fromkeys(one["selection"] for one in found))
+    with picture(path, caption, 1, len(lengths), (6.4 * len(lengths), 6.4), sharey=True) as axes:
+        for axis, length in zip(axes[0], lengths, strict=True):
+            for number, name in enumerate(names):
+                line = [one for one in found if (one["length"], one["selection"]) == (length, name)]
+                line.sort(key=lambda one: float(one["share"]))
+                values = [100 * one["accuracy"] for one in line]
+                spread = [[100 * abs(one["accuracy"] - one[end]) for one in line] for end in ("ci_low", "ci_high")]
+                style = {"fmt": "*", "color": "0.2", "markersize": 12} if not number else {"fmt": "-o", "markersize": 4}
+                axis.errorbar([one["share"] for one in line], values, spread if line else None, label=name, **style)
+            axis.set(title=f"{length} tokens", xlabel="time of the operator / dense attention", xscale="log")
+            axis.set_xticks(ticks := (0.1, 0.2, 0.5, 1, 2, 5), [percent(tick) for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel("RULER's score, average over 11 tasks")
+        legend_below(axes, len(lengths) + 1)
+
+
+def table(records: Sequence[Record]) -> str:
+    """The picture; then by length a row per selection, a column per sparsity. records: of the times, then grids."""
+    report, found = records[0], points(records[0], records[1:])
+    parts = [f"![RULER's average over the share of dense attention's time]({PICTURE})"]
+    for length in sorted({one["length"] for one in found}):
+        dense, *sparse = (one for one in found if one["length"] == length)
+        header, rows = crossed(
+            sparse, ("selection",), lambda one: (one["selection"],),
+            lambda one: percent(one["config"]["sparsity"]),
+            lambda one: f"{100 * one['accuracy']:.1f} in {percent(one['share'], 0)}",
+        )  # fmt: skip
+        parts += [f"{length} tokens; dense attention: {score(dense)}", Table(header, rows).markdown()]
+    return "\n\n".join([*parts, text(report), source(report)])
+
+
+def text(report: Record) -> str:
+    """What is set beside what."""
+    first = report["records"][0]
+    batch, heads, _, channels = first["shape"]
+    baseline, graphs = next(iter(first["baseline_ms"])), ", CUDA graphs" if first["graph"] else ""
+    return (
+        "RULER's average of the shipped model in percent, in what share of the time of dense attention "
+        f"(`{baseline}`) the whole operator runs at this length on random q, k and v: B {batch}, H {heads}, "
+        f"D {channels}, {first['dtype']}, `{first['impl']}`{graphs}, the two in turns. The antidiagonal "
+        "score and what the exact masses gather are PyTorch's functions, all else are kernels."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 1 if a case failed, the others are kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="where the times go")
+    parser.add_argument("--lengths", type=ruler_grid.numbers, default=list(LENGTHS))
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="stored times; measures nothing")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    arguments = parser.parse_args(argv)
+    if (arguments.json is None) == (arguments.draw is None) or (arguments.draw is None) != (arguments.plot is None):
+        parser.error("--json FILE, or --draw FILE --plot PNG, must be given")
+    if arguments.draw is not None:
+        report = load_records(arguments.draw, ("records",), "benchmarks/frontier.py --json")
+        grids = [json.loads((RESULTS / name).read_text()) for name in GRIDS if (RESULTS / name).exists()]
+        draw(points(report, grids), f"{report['device']}, commit {report['commit'][:10]}", arguments.plot)
+        return 0
+    cases = make_cases(arguments.lengths, arguments.heads, arguments.device)
+    command = shlex.join(["python", "benchmarks/frontier.py", *(sys.argv[1:] if argv is None else argv)])
+    first = next(iter(cases.values()))
+    return 1 if measure_all(cases, start_report(command, first.device, first.dtype, arguments.json)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
