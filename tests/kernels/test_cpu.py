@@ -111,12 +111,13 @@ def test_sparse_attention_is_its_twin_for_flat_and_peaked_scores(way, spread):
     assert_twins(random_case((1, 2, 1, 100, 200, 64), 32, torch.float32, spread=spread), 32, scale=0.125)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, -1])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_values_that_are_not_numbers_stay_in_their_rows(way):
+def test_values_that_are_not_numbers_stay_in_their_rows(way, bits):
     """A NaN key reaches the rows that attend to its block and no others."""
     q, k, v, query_order, key_order, selection = random_case((1, 1, 1, 64, 64, 16), 16, torch.float32)
     selection = BlockSelection(torch.tensor([[[[0], [1], [1], [2]]]]).int(), torch.ones(1, 1, 4).int())
-    k[0, 0, key_order.index[0, 0, 20]] = math.nan
+    k[0, 0, key_order.index[0, 0, 20]] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     out = cpu.sparse_attention(q, k, v, query_order, key_order, selection, block_size=16, scale=1.0).out
     touched = torch.zeros(64, dtype=torch.bool)
     touched[query_order.index[0, 0, 16:48]] = True

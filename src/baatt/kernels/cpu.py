@@ -45,12 +45,15 @@ def sparse_attention(
                 out[entry, heads] = 0
                 lse[entry, heads] = -math.inf
                 continue
+            sorted_k, sorted_v = k[entry, key_head], v[entry, key_head]
+            if not key_order.identity:
+                order = key_order.index[entry, key_head, :length]
+                sorted_k, sorted_v = sorted_k.index_select(0, order), sorted_v.index_select(0, order)
             group = cpu_gather.Group(
                 q=q[entry, heads],
-                k=k[entry, key_head],
-                v=v[entry, key_head],
+                k=sorted_k,
+                v=sorted_v,
                 query_order=query_order.index[entry, heads],
-                key_order=key_order.index[entry, key_head, :length],
                 kept=selection.index[entry, heads],
                 count=selection.count[entry, heads],
                 out=out[entry, heads],

@@ -54,11 +54,10 @@ static void pack_task(const void *argument, int64_t task, float *scratch) {
   }
 }
 
-/* Up to TASK_ROWS rows of the product from `place` on, scaled; the rest is 0. */
+/* Up to TASK_ROWS rows of the product from `place` on, scaled. */
 static void load_rows(const Comparison *c, int64_t place, int64_t rows, float *target) {
   const int64_t channels = c->channels, depth = depth_of(c);
   const float scale = (float)c->scale, weight = (float)c->weight;
-  memset(target + rows * depth, 0, sizeof(float) * (TASK_ROWS - rows) * depth);
   for (int64_t row = 0; row < rows; row++, target += depth)
     for (int64_t channel = 0, i = (place + row) * channels; channel < channels; channel++, i++) {
       target[channel] = scale * c->query[i];
@@ -71,13 +70,12 @@ static void load_rows(const Comparison *c, int64_t place, int64_t rows, float *t
 /* Logits [rows, TILE]. Products of PART channels are added up: one chain over all would round worse. */
 static void multiply(const Comparison *c, const float *query, const float *packed, int64_t rows, float *logits) {
   const int64_t depth = depth_of(c);
-  float ones[ROWS];
-  for (int row = 0; row < ROWS; row++) ones[row] = 1;
+  float ones[PANEL];
+  for (int column = 0; column < PANEL; column++) ones[column] = 1;
   for (int64_t column = 0; column < TILE; column += PANEL, packed += depth * PANEL)
-    for (int64_t row = 0; row < rows; row += ROWS)
-      for (int64_t i = 0; i < depth; i += PART)
-        wide_product(query + row * depth + i, depth, packed + i * PANEL, PANEL, logits + row * TILE + column, TILE,
-                     at_most(depth - i, PART), PANEL, i ? ones : 0);
+    for (int64_t i = 0; i < depth; i += PART)
+      product(query + i, depth, 1, packed + i * PANEL, logits + column, TILE, rows, at_most(depth - i, PART), PANEL,
+              i ? ones : 0);
 }
 
 /* E4, E5: a task is TASK_ROWS query blocks of one head. */
@@ -104,12 +102,12 @@ static __attribute__((noinline)) float tile_sums(const float *bias, float *logit
   for (int64_t i = 0; i < TILE; i += LANES) {
     const vector x = load(logits + i) + load(bias + i);
     store(logits + i, x);
-    highest = choose(x > highest, x, highest);
+    highest = larger(x, highest);
   }
   const float new_maximum = maximum_of_lanes(highest), shift = new_maximum == -INFINITY ? 0.0f : new_maximum;
   for (int64_t block = 0; block < blocks; block++, logits += width) {
     vector sum = broadcast(0.0f);
-    for (int64_t i = 0; i < width; i += LANES) sum += exponential(load(logits + i) - broadcast(shift));
+    for (int64_t i = 0; i < width; i += LANES) sum += power_of_two((load(logits + i) - broadcast(shift)) * broadcast(LOG2_E));
     sums[block] = sum_of_lanes(sum);
     all += sum;
   }

@@ -18,15 +18,14 @@ CHUNK_ELEMENTS = 1 << 20
 class Group(NamedTuple):
     """One batch entry and key/value head with its R query heads.
 
-    q: [R, N, D]; k, v: [M, D]; query_order: [R, N] int64; key_order: [m] int64, the unmasked keys in sorted order,
-    m >= 1; kept: [R, I, K] and count: [R, I] int32; out: [R, N, D] and lse: [R, N], contiguous, are written.
+    q: [R, N, D]; k, v: [m, D], the unmasked keys in sorted order, m >= 1; query_order: [R, N] int64; kept: [R, I, K]
+    and count: [R, I] int32; out: [R, N, D] and lse: [R, N], contiguous, are written.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     query_order: Tensor
-    key_order: Tensor
     kept: Tensor
     count: Tensor  # type: ignore[assignment]
     out: Tensor
@@ -36,11 +35,11 @@ class Group(NamedTuple):
 def attend_group(group: Group, *, block_size: int, scale: float) -> None:
     """Block-sparse attention of one `Group`, float32 or float64 inside; writes `group.out` and `group.lse`.
 
-    Extra memory: the rows of one query head and of the keys and values in sorted order, and a chunk of gathered ones.
+    Extra memory: the rows of one query head in sorted order, and a chunk of gathered keys and values.
     """
     dtype = group.lse.dtype
-    key_blocks = _as_blocks(group.k.index_select(0, group.key_order).to(dtype), block_size)
-    value_blocks = _as_blocks(group.v.index_select(0, group.key_order).to(dtype), block_size)
+    key_blocks = _as_blocks(group.k.to(dtype), block_size)
+    value_blocks = _as_blocks(group.v.to(dtype), block_size)
     queries, channels = group.q.shape[1:]
     for head, order in enumerate(group.query_order):
         query_blocks = _as_blocks(group.q[head].index_select(0, order).to(dtype), block_size)
@@ -62,7 +61,7 @@ def _kept_tokens(group: Group, head: int, key_blocks: int, block_size: int) -> t
     used = used & (kept >= 0) & (kept < key_blocks)
     kept = kept.clamp(0, key_blocks - 1)
     place = rearrange(kept * block_size, "i k -> i k 1") + torch.arange(block_size)
-    present = rearrange(used, "i k -> i k 1") & (place < group.key_order.shape[0])
+    present = rearrange(used, "i k -> i k 1") & (place < group.k.shape[0])
     return kept, rearrange(present, "i k p -> i (k p)")
 
 

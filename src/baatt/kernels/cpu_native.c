@@ -1,135 +1,126 @@
 /* Block-sparse attention (E8) for one key/value head and the query heads that share it, float32, any CPU.
  *
- * Two passes over threads: `pack_task` copies each key block into the layout the products read, in sorted order, so
- * masked keys never enter; `attend_task` carries one query block through its kept key blocks with a running softmax.
- * A query block is one task. `Problem` is mirrored in cpu_native.py. */
+ * A task carries one query block through its kept key blocks with a running softmax. Queries are the lanes of all
+ * vectors: scores [keys, queries] and outputs [channels, queries] are products whose left side is keys or values as
+ * they lie in memory, and maxima, sums and factors of queries are vectors. `Problem` is mirrored in cpu_native.py. */
 
 #include "cpu_vectors.h"
 
+#define WIDTH (2 * LANES) /* queries of a panel; what is left of a block may fill one vector */
+#define LOG_2 0.69314718f
+
 typedef struct {
   const float *query;          /* heads x queries x channels, strides in elements, channels contiguous */
-  const float *key;            /* one head: keys x channels */
-  const float *value;          /* one head: keys x channels */
+  const float *key, *value;    /* one head: keys x channels, in sorted order */
   const int64_t *query_order;  /* heads x queries: sorted place -> row of query and output */
-  const int64_t *key_order;    /* sorted place -> row of key and value; the first `keys` entries are read */
   const int32_t *kept;         /* heads x query blocks x kept_slots: ids of kept key blocks */
   const int32_t *count;        /* heads x query blocks: slots in use */
   float *output;               /* heads x queries x channels, contiguous */
   float *lse;                  /* heads x queries, contiguous */
-  float *packed_key;           /* key blocks x block_size x channels */
-  float *packed_value;         /* key blocks x block_size x padded channels */
   float *scratch;              /* threads x scratch_size */
-  int64_t query_head_stride, query_row_stride, key_row_stride, value_row_stride;
+  int64_t query_head_stride, query_row_stride;
   int64_t heads, queries, keys, channels, block_size, kept_slots, threads;
   double scale;
 } Problem;
 
-/* Key panels are as wide as a product's vectors; a block of 16 is one vector wide where a vector holds 16. */
-static inline int64_t panel_width(int64_t block_size) { return at_most(block_size, 2 * LANES); }
-
-/* Copies key block `block`: keys as panels [block_size / width][channels][width], values as padded rows. */
-static void pack_task(const void *argument, int64_t block, float *scratch) {
-  const Problem *problem = argument;
-  (void)scratch;
-  const int64_t block_size = problem->block_size, channels = problem->channels, width = panel_width(block_size);
-  const int64_t value_stride = padded(channels);
-  float *packed_key = problem->packed_key + block * block_size * channels;
-  float *packed_value = problem->packed_value + block * block_size * value_stride;
-  for (int64_t offset = 0; offset < block_size; offset++) {
-    const int64_t place = block * block_size + offset;
-    float *key_column = packed_key + offset / width * width * channels + offset % width;
-    float *value_row = packed_value + offset * value_stride;
-    if (place >= problem->keys) { /* absent: its scores are computed and masked, its value is never read */
-      for (int64_t channel = 0; channel < channels; channel++) key_column[channel * width] = 0;
-      continue;
-    }
-    const float *key = problem->key + problem->key_order[place] * problem->key_row_stride;
-    const float *value = problem->value + problem->key_order[place] * problem->value_row_stride;
-    for (int64_t channel = 0; channel < channels; channel++) key_column[channel * width] = key[channel];
-    memcpy(value_row, value, sizeof(float) * channels);
-    memset(value_row + channels, 0, sizeof(float) * (value_stride - channels));
+/* Turns scores [keys, width] into weights exp(score - maximum) and updates the running maximum, in units of ln 2, and
+ * sum of each query. Keys are taken four at a time, for four chains of sums; `scores` has room for that. */
+static __attribute__((noinline)) void softmax(float *scores, int64_t keys, int64_t width, float *maximum, float *sum,
+                                              float *rescale) {
+  int64_t end = keys;
+  for (; end % 4; end++)
+    for (int64_t i = 0; i < width; i++) scores[end * width + i] = -INFINITY;
+  for (int64_t column = 0; column < width; column += LANES, scores += LANES) {
+    const vector before = load(maximum + column), lowest = broadcast(-INFINITY);
+    vector highest[4] = {lowest, lowest, lowest, lowest}, total[4] = {{0}};
+    for (int64_t key = 0; key < end; key += 4)
+      for (int i = 0; i < 4; i++) highest[i] = larger(load(scores + (key + i) * width), highest[i]);
+    const vector block = larger(larger(highest[0], highest[1]), larger(highest[2], highest[3])) * broadcast(LOG2_E);
+    const vector after = larger(block, before);
+    /* Where every score so far is -inf, subtracting 0 gives weights of 0 instead of NaN. */
+    const vector shift = choose(after == lowest, broadcast(0.0f), after);
+    for (int64_t key = 0; key < end; key += 4)
+      for (int i = 0; i < 4; i++) {
+        const vector weight = power_of_two(load(scores + (key + i) * width) * broadcast(LOG2_E) - shift);
+        store(scores + (key + i) * width, weight);
+        total[i] += weight;
+      }
+    const vector factor = power_of_two(before - shift);
+    store(rescale + column, factor);
+    store(maximum + column, after);
+    store(sum + column, load(sum + column) * factor + ((total[0] + total[1]) + (total[2] + total[3])));
   }
 }
 
-/* Turns ROWS rows of scores into weights exp(score - maximum) and updates the running maximum and sum of each row. */
-static __attribute__((noinline)) void softmax_rows(float *scores, int64_t block_size, int64_t present, float *maximum, float *sum,
-                                float *rescale) {
-  for (int row = 0; row < ROWS; row++, scores += block_size) {
-    for (int64_t i = present; i < block_size; i++) scores[i] = -INFINITY;
-    vector highest = load(scores);
-    for (int64_t i = LANES; i < block_size; i += LANES) {
-      vector x = load(scores + i);
-      highest = choose(x > highest, x, highest);
+/* Adds the weighted values to outputs [channels, width]; meanwhile asks for as many floats from `next` on of the keys
+ * and values of the next block, which would come too late when they are needed. */
+static void add_values(const Problem *problem, const float *value, const float *weights, float *output, int64_t keys,
+                       int64_t width, const float *rescale, int64_t next) {
+  const int64_t channels = problem->channels;
+  for (int64_t channel = 0; channel < channels; channel += 2 * ROWS) {
+    const int64_t rows = at_most(channels - channel, 2 * ROWS);
+    for (int64_t i = next; i < next + rows * width; i += 64 / sizeof(float)) {
+      __builtin_prefetch(problem->key + i);
+      __builtin_prefetch(problem->value + i);
     }
-    const float block_maximum = maximum_of_lanes(highest);
-    const float new_maximum = block_maximum > maximum[row] ? block_maximum : maximum[row];
-    /* Where every score so far is -inf, subtracting 0 gives weights of 0 instead of NaN. */
-    const float shift = new_maximum == -INFINITY ? 0.0f : new_maximum;
-    vector total = broadcast(0.0f);
-    for (int64_t i = 0; i < block_size; i += LANES) {
-      vector weight = exponential(load(scores + i) - broadcast(shift));
-      store(scores + i, weight);
-      total += weight;
-    }
-    rescale[row] = expf(maximum[row] - shift);
-    sum[row] = sum[row] * rescale[row] + sum_of_lanes(total);
-    maximum[row] = new_maximum;
+    product(value, 1, channels, weights, output, width, rows, keys, width, rescale);
+    next += rows * width, value += rows, output += rows * width;
   }
 }
 
 /* One query block: q rows gathered and scaled, then every kept key block, then the rows written back in order. */
 static void attend_task(const void *argument, int64_t task, float *scratch) {
   const Problem *problem = argument;
-  const int64_t block_size = problem->block_size, channels = problem->channels, width = panel_width(block_size);
-  const int64_t query_blocks = blocks_of(problem->queries, block_size), out_stride = padded(channels);
+  const int64_t block_size = problem->block_size, channels = problem->channels;
+  const int64_t query_blocks = blocks_of(problem->queries, block_size);
   const int64_t head = task / query_blocks, first = task % query_blocks * block_size;
-  const int64_t rows = at_most(problem->queries - first, block_size);
+  const int64_t rows = at_most(problem->queries - first, block_size), places = blocks_of(rows, LANES) * LANES;
   const int64_t *order = problem->query_order + head * problem->queries + first;
   const int32_t *kept = problem->kept + task * problem->kept_slots;
-  float *query = scratch, *accumulator = query + block_size * channels;
-  float *maximum = accumulator + block_size * out_stride, *sum = maximum + block_size;
-  float *scores = sum + block_size, rescale[ROWS];
+  const int64_t slots = at_most(problem->count[task], problem->kept_slots);
+  /* Panels of [channels, WIDTH] each; the last may have half the width. */
+  float *query = scratch, *accumulator = query + places * channels;
+  float *maximum = accumulator + places * channels, *sum = maximum + places, *scores = sum + places;
+  float rescale[WIDTH];
 
-  memset(query, 0, sizeof(float) * block_size * channels); /* the rows beyond a ragged end are computed too */
-  memset(accumulator, 0, sizeof(float) * block_size * out_stride);
-  for (int64_t row = 0; row < block_size; row++) maximum[row] = -INFINITY, sum[row] = 0;
+  memset(query, 0, sizeof(float) * 2 * places * channels); /* the places beyond a ragged end are computed too */
+  for (int64_t place = 0; place < places; place++) maximum[place] = -INFINITY, sum[place] = 0;
   for (int64_t row = 0; row < rows; row++) {
+    const int64_t panel = row / WIDTH * WIDTH, width = at_most(places - panel, WIDTH);
     const float *source = problem->query + head * problem->query_head_stride + order[row] * problem->query_row_stride;
-    for (int64_t channel = 0; channel < channels; channel++)
-      query[row * channels + channel] = source[channel] * (float)problem->scale;
+    float *target = query + panel * channels + row % WIDTH;
+    for (int64_t channel = 0; channel < channels; channel++) target[channel * width] = source[channel] * (float)problem->scale;
   }
-  for (int64_t slot = 0; slot < at_most(problem->count[task], problem->kept_slots); slot++) {
-    const int64_t present = at_most(problem->keys - (int64_t)kept[slot] * block_size, block_size);
+  for (int64_t slot = 0; slot < slots; slot++) {
+    const int64_t start = kept[slot] * block_size, present = at_most(problem->keys - start, block_size);
     if (kept[slot] < 0 || present <= 0) continue; /* a block of masked keys only */
-    const float *key = problem->packed_key + kept[slot] * block_size * channels;
-    const float *value = problem->packed_value + kept[slot] * block_size * out_stride;
-    for (int64_t row = 0; row < rows; row += ROWS) {
-      const float *left = query + row * channels;
-      float *out = accumulator + row * out_stride;
-      for (int64_t i = 0; i < block_size; i += width)
-        wide_product(left, channels, key + i * channels, width, scores + i, block_size, channels, width, 0);
-      softmax_rows(scores, block_size, present, maximum + row, sum + row, rescale);
-      wide_product(scores, block_size, value, out_stride, out, out_stride, present, out_stride, rescale);
+    const float *key = problem->key + start * channels, *value = problem->value + start * channels;
+    const int64_t next = slot + 1 < slots ? kept[slot + 1] * block_size : start;
+    for (int64_t place = 0; place < places; place += WIDTH) {
+      const int64_t width = at_most(places - place, WIDTH);
+      product(key, channels, 1, query + place * channels, scores, width, present, channels, width, 0);
+      softmax(scores, present, width, maximum + place, sum + place, rescale);
+      add_values(problem, value, scores, accumulator + place * channels, present, width, rescale,
+                 (next + place) * channels);
     }
   }
   for (int64_t row = 0; row < rows; row++) {
-    const int64_t place = head * problem->queries + order[row];
-    const float inverse = sum[row] == 0 ? 0 : 1 / sum[row];
+    const int64_t panel = row / WIDTH * WIDTH, width = at_most(places - panel, WIDTH);
+    const int64_t target = head * problem->queries + order[row];
+    const float *source = accumulator + panel * channels + row % WIDTH, inverse = sum[row] == 0 ? 0 : 1 / sum[row];
     for (int64_t channel = 0; channel < channels; channel++)
-      problem->output[place * channels + channel] = accumulator[row * out_stride + channel] * inverse;
-    problem->lse[place] = sum[row] == 0 ? -INFINITY : maximum[row] + logf(sum[row]);
+      problem->output[target * channels + channel] = source[channel * width] * inverse;
+    problem->lse[target] = sum[row] == 0 ? -INFINITY : maximum[row] * LOG_2 + logf(sum[row]);
   }
 }
 
-/* Floats of `scratch` per thread, and the row length of `packed_value`: what the caller must allocate. */
+/* Floats of `scratch` per thread: what the caller must allocate. */
 int64_t baatt_scratch_size(int64_t block_size, int64_t channels) {
-  return block_size * (channels + padded(channels) + 2 + ROWS);
+  return blocks_of(block_size, LANES) * LANES * 2 * (channels + 1) + block_size * WIDTH;
 }
-int64_t baatt_padded_channels(int64_t channels) { return padded(channels); }
 
 void baatt_sparse_attention(const Problem *problem) {
   const int64_t size = baatt_scratch_size(problem->block_size, problem->channels);
   const int64_t tasks = problem->heads * blocks_of(problem->queries, problem->block_size);
-  run(problem, pack_task, blocks_of(problem->keys, problem->block_size), problem->threads, problem->scratch, size);
   run(problem, attend_task, tasks, problem->threads, problem->scratch, size);
 }

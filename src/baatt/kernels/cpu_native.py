@@ -44,12 +44,9 @@ class _Problem(ctypes.Structure):
     """`Problem` of cpu_native.c: the same fields in the same order."""
 
     _fields_ = fields(
-        pointers=(
-            *("query", "key", "value", "query_order", "key_order", "kept", "count"),
-            *("output", "lse", "packed_key", "packed_value", "scratch"),
-        ),
+        pointers=("query", "key", "value", "query_order", "kept", "count", "output", "lse", "scratch"),
         sizes=(
-            *("query_head_stride", "query_row_stride", "key_row_stride", "value_row_stride"),
+            *("query_head_stride", "query_row_stride"),
             *("heads", "queries", "keys", "channels", "block_size", "kept_slots", "threads"),
         ),
         factors=("scale",),
@@ -81,11 +78,10 @@ def _library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         logger.warning("impl='cpu' gathers blocks with PyTorch: building its C files failed: %s", detail)
         return None
-    sizes = ("scratch_size", "padded_channels", "summary_scratch", "packed_size", "comparison_scratch")
+    sizes = ("scratch_size", "summary_scratch", "packed_size", "comparison_scratch")
     for name in sizes:
         getattr(loaded, f"baatt_{name}").restype = ctypes.c_int64
     loaded.baatt_scratch_size.argtypes = (ctypes.c_int64, ctypes.c_int64)
-    loaded.baatt_padded_channels.argtypes = (ctypes.c_int64,)
     return loaded
 
 
@@ -116,33 +112,29 @@ def call(function: Callable[..., None], problem: ctypes.Structure, tensors: Mapp
 def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: float) -> None:
     """Block-sparse attention of one `Group` in float32; writes `group.out` and `group.lse`.
 
-    Extra memory: the group's keys and values once, in the layout of the products, and some tens of KiB per thread; for
-    half precision also float32 copies of the group's inputs and output.
+    Extra memory: some tens of KiB per thread; copies of keys and values whose rows do not lie side by side; for half
+    precision float32 copies of the group's inputs and output.
     """
-    inputs = (x.float() for x in (group.q, group.k, group.v))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
+    q = group.q.float()
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k, v = (x.float().contiguous() for x in (group.k, group.v))
     out = group.out if group.out.dtype == torch.float32 else torch.empty_like(group.out, dtype=torch.float32)
     heads, queries, channels = q.shape
-    keys, threads = group.key_order.shape[0], torch.get_num_threads()
-    padded_keys = -(-keys // block_size) * block_size
+    threads = torch.get_num_threads()
     tensors = {
         "query": q,
         "key": k,
         "value": v,
         "query_order": group.query_order.contiguous(),
-        "key_order": group.key_order.contiguous(),
         "kept": group.kept.to(torch.int32).contiguous(),
         "count": group.count.to(torch.int32).contiguous(),
         "output": out,
         "lse": group.lse,
-        "packed_key": q.new_empty(padded_keys, channels),
-        "packed_value": q.new_empty(padded_keys, kernel.baatt_padded_channels(channels)),
         "scratch": q.new_empty(threads, kernel.baatt_scratch_size(block_size, channels)),
     }
     problem = _Problem(
-        query_head_stride=q.stride(0), query_row_stride=q.stride(1), key_row_stride=k.stride(0),
-        value_row_stride=v.stride(0), heads=heads, queries=queries, keys=keys, channels=channels,
-        block_size=block_size, kept_slots=group.kept.shape[-1], threads=threads, scale=scale,
+        query_head_stride=q.stride(0), query_row_stride=q.stride(1), heads=heads, queries=queries, keys=k.shape[0],
+        channels=channels, block_size=block_size, kept_slots=group.kept.shape[-1], threads=threads, scale=scale,
     )  # fmt: skip
     call(kernel.baatt_sparse_attention, problem, tensors)
     if out is not group.out:

@@ -165,8 +165,7 @@ static void average(const Block *block, int64_t *count) {
 static int64_t farthest(const Block *block) {
   vector highest = load(block->nearest);
   for (int64_t token = LANES; token < block->size; token += LANES) {
-    const vector x = load(block->nearest + token);
-    highest = choose(x > highest, x, highest);
+    highest = larger(load(block->nearest + token), highest);
   }
   const float distance = maximum_of_lanes(highest);
   int64_t token = 0;
