@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tables import block, crossed
+from tables import block, crossed, verdict
 from torch import Tensor
 
 import baatt.assets
@@ -309,11 +309,6 @@ def bars_table(record: Record) -> str:
         asked = f"at most {most_digits:g} points less than dense"
         rows.append([percent(sparsity), "digits", asked, f"{lost:.1f} points", verdict(lost <= most_digits)])
     return Table(("sparsity", "of", "asked", "found", ""), rows).markdown()
-
-
-def verdict(holds: bool) -> str:
-    """`met` or `missed`."""
-    return "met" if holds else "missed"
 
 
 def beta_table(record: Record) -> str:

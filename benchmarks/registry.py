@@ -181,6 +181,7 @@ CASES: dict[str, Case] = {
         {
             "ruler_half": Block(ruler_tables.half_by_length, RULER_HALF, together=True),
             "ruler_averages": Block(ruler_tables.grid_averages, ruler_tables.GRIDS, together=True),
+            "ruler_bars": Block(ruler_tables.bars_of_clusters, ruler_tables.GRIDS, together=True),
             "ruler_part": Block(ruler_tables.grid_averages, (RULER_PART,), together=True),
             "ruler_tasks": ruler_tables.grid_tasks,
         },

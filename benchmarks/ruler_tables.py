@@ -6,12 +6,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import crossed, device_text, source
+from tables import crossed, device_text, source, verdict
 
 from baatt.cli.ruler_report import difference, score, tasks_text
 from baatt.lab.describe import selection_name, settings_text
 from baatt.lab.statistics import average_interval, bootstrap_interval
-from baatt.lab.tables import Record, Table, interval, percent, signed_interval
+from baatt.lab.tables import MISSING, Record, Table, interval, percent, signed_interval
 
 #: Settings of a grid in the order of its tables, whichever was asked first.
 ORDER = (
@@ -23,6 +23,8 @@ GRIDS = (
     *("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_grid_finer_8192.json"),
     *("ruler_clusters.json", "ruler_clusters_16384.json", "ruler_first_4096.json", "ruler_first_8192.json"),
 )
+#: Asked of clusters: tokens, sparsity, points lost against dense attention.
+BARS = ((4096, 0.5, 1.0), (4096, 0.7, 2.0), (8192, 0.9, 2.5), (16384, 0.9, 3.5))
 #: The sparsity of the short table.
 HALF = 0.5
 
@@ -60,6 +62,23 @@ def grid_averages(grids: Sequence[Record]) -> str:
             Table(header, rows).markdown(),
         ]
     return "\n\n".join([*parts, averages_text(grids), *map(grid_source, grids)])
+
+
+def bars_of_clusters(grids: Sequence[Record]) -> str:
+    """What was asked of clusters beforehand, and what they lose."""
+    found = {
+        (one["length"], one["config"]["sparsity"]): one
+        for one in averages_of(grids)
+        if one["setting"] == "clusters" and one["config"]
+    }
+    rows = []
+    for length, sparsity, most in BARS:
+        one = found.get((length, sparsity))
+        cells = (
+            [f"{difference(one)}, n = {one['n']}", verdict(-100 * one["difference"] <= most)] if one else [MISSING] * 2
+        )
+        rows.append([str(length), percent(sparsity), f"-{most:g}", *cells])
+    return Table(("tokens", "sparsity", "at most", "difference to dense", ""), rows).markdown()
 
 
 def half_by_length(grids: Sequence[Record]) -> str:

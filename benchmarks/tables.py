@@ -33,6 +33,11 @@ def source(record: Record) -> str:
     )
 
 
+def verdict(holds: bool) -> str:
+    """`met` or `missed`, of what was asked beforehand."""
+    return "met" if holds else "missed"
+
+
 def device_text(device: Any) -> str:
     """A device as one phrase; some records hold a table of its properties."""
     if isinstance(device, Mapping):

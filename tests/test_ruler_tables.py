@@ -120,6 +120,17 @@ def test_averages_of_several_grids_by_length():
     assert f"dense | 40 % | {cell} | {cell} | incomplete |" in ruler_tables.half_by_length([short, long])
 
 
+def test_what_was_asked_of_clusters(monkeypatch):
+    grids = grid([4096])
+    grids["settings"] = {"clusters": grids["settings"]["safe"]}
+    monkeypatch.setattr(ruler_tables, "BARS", ((4096, 0.5, 27.0), (4096, 0.5, 28.0), (8192, 0.5, 1.0)))
+    assert ruler_tables.bars_of_clusters([grids]).splitlines()[2:] == [
+        "| 4096 | 50 % | -27 | -27.5 [-55.0, +0.0], n = 4 | missed |",
+        "| 4096 | 50 % | -28 | -27.5 [-55.0, +0.0], n = 4 | met |",
+        "| 8192 | 50 % | -1 | - | - |",
+    ]
+
+
 def test_a_grid_task_by_task():
     text = ruler_tables.grid_tasks(grid([4096, 8192]))
     table = (
