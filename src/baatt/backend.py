@@ -19,7 +19,6 @@ from baatt.config import BAAttConfig
 from baatt.scores import SCORES, clusters, covariance, exact, simple
 from baatt.stages import selection, sorting, sparse
 from baatt.types import (
-    BlockClusters,
     BlockSelection,
     BlockSummary,
     Partial,
@@ -280,21 +279,36 @@ def _sort_on_gpu(
     summarise = SCORES[config.score].summarise
     if summarise is covariance.summarise:
         return triton_arrangement.pool_blocks(q, k, v, query_order, key_order, config.block_size)
-    summarise = twins.get(summarise, summarise)
-    summaries = summarise(q, query_order, config), summarise(k, key_order, config)
+    both = twins.get(summarise) or functools.partial(_summarise_sides, summarise)
+    summaries = both(q, query_order, k, key_order, config)
     own = (k, v) if key_order.identity else (None, None)
     return SortedBlocks(query_order, summaries[0], key_order, summaries[1], *own)
 
 
+def _summarise_sides(
+    summarise: Callable[..., BlockSummary],
+    q: Tensor,
+    query_order: TokenOrder,
+    k: Tensor,
+    key_order: TokenOrder,
+    options: ScoreOptions,
+) -> tuple[BlockSummary, BlockSummary]:
+    return summarise(q, query_order, options), summarise(k, key_order, options)
+
+
 def _cluster_twins(impl: str) -> dict[Any, Callable[..., Any]]:
-    """The functions of the score "clusters" on a GPU."""
+    """The functions of the score "clusters" on a GPU; that of `summarise` takes both sides."""
     from baatt.kernels import triton_clusters
 
     room = importlib.import_module(f"baatt.kernels.{impl}_clusters")
+    alone = functools.partial(_summarise_sides, triton_clusters.summarise)
+    fast = room.summarise_sides if impl == "hopper" else alone
+    eager = functools.partial(_summarise_sides, clusters.summarise)
 
-    def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClusters:
-        fits = triton_clusters.fits(x, options.block_size)
-        return (room.summarise if fits else clusters.summarise)(x, order, options)
+    def summarise(q: Tensor, *sides: Any) -> tuple[BlockSummary, BlockSummary]:
+        found: tuple[BlockSummary, BlockSummary]
+        found = (fast if triton_clusters.fits(q, sides[-1].block_size) else eager)(q, *sides)
+        return found
 
     return {clusters.summarise: summarise, clusters.compare: room.compare}
 

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from baatt import BAAttConfig, ba_attention, make_plan
+from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.kernels import hopper_clusters, triton_clusters
 from baatt.scores import clusters
 from baatt.stages import sorting
@@ -107,7 +107,8 @@ def test_the_operator(budget):
     assert (kept[1] == kept[2]).float().mean() > 0.99
     out = ba_attention(q, k, k, config)
     assert torch.equal(out, ba_attention(q, k, k, config))
-    torch.testing.assert_close(out, ba_attention(q, k, k, config, impl="reference"), rtol=0.05, atol=0.05)
+    # A block at the threshold more or less changes a row, so both attend by one plan.
+    torch.testing.assert_close(out, attend(q, k, k, plans[0], impl="reference"), rtol=0.02, atol=0.02)
 
 
 def test_float32_takes_the_eager_functions():

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 SCRIPT = """
+import re
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,7 +25,8 @@ def compile_for(kernel, channels, pointers, values, odd):
     values = values | {"CHANNELS": channels, "DTYPE": gl.bfloat16}
     signature = {name: "i32" for name in kernel.arg_names} | pointers | dict.fromkeys(values, "constexpr")
     constants = {(kernel.arg_names.index(name),): value for name, value in values.items()}
-    even = [name for name in kernel.arg_names if name.startswith("stride") or pointers.get(name, "").startswith("*")]
+    strides = [name for name in kernel.arg_names if re.match("stride|[qk]_(batch|head|token)", name)]
+    even = [*strides, *(name for name, kind in pointers.items() if kind.startswith("*"))]
     hints = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even if name not in odd}
     compiled = triton.compile(
         GluonASTSource(kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
@@ -33,14 +35,27 @@ def compile_for(kernel, channels, pointers, values, odd):
     print(get_sass(compiled.asm["cubin"]))
 
 channels = int(sys.argv[1])
-tokens = {"x_ptr": "*bf16", "order_ptr": "*i64", "length_ptr": "*i64", "centre_ptr": "*i32", "nearest_ptr": "*i8"}
-means = {"mean_ptr": "*bf16", "number_ptr": "*i64", "size_ptr": "*i64"}
-compile_for(centre_kernel, channels, tokens, {"WARPS": 4, "order_token": 1}, ["length_ptr"])
-compile_for(refine_kernel, channels, tokens | means, {"WARPS": 4, "CLUSTERS": 16, "order_token": 1}, ["length_ptr"])
+tokens = {"q_ptr": "*bf16", "k_ptr": "*bf16", "centre_ptr": "*i32", "nearest_ptr": "*i8"}
+lengths = {"query_length_ptr": "*i64", "key_length_ptr": "*i64"}
+orders = {"query_order_ptr": "*i64", "key_order_ptr": "*i64"}
+means = {"mean_ptr": "*bf16", "number_ptr": "*i64", "query_size_ptr": "*i64", "key_size_ptr": "*i64"}
+values = {"WARPS": 4, "query_order_token": 1, "key_order_token": 1}
+compile_for(centre_kernel, channels, tokens | lengths, values | dict.fromkeys(orders), list(lengths))
+compile_for(refine_kernel, channels, tokens | lengths | orders | means, values | {"CLUSTERS": 16}, list(lengths))
 sides = {"q_ptr": "*bf16", "q_tokens_ptr": "*i64", "number_ptr": "*fp32", "scores_ptr": "*fp32", "scratch_ptr": "*fp32"}
 values = {"QUERY_CLUSTERS": 16, "KEY_CLUSTERS": 16, "PEAK": True, "STAGES": 4}
 compile_for(share_kernel, channels, sides | {"scale_log2": "fp32"}, values, [])
 """
+
+
+def innermost_loops(code):
+    """The instructions between a label and a branch back to it, without another such branch between them."""
+    lines = code.splitlines()
+    labels = {match[1]: number for number, line in enumerate(lines) if (match := re.match(r"(LBB\d+):", line))}
+    branches = [(number, match[1]) for number, line in enumerate(lines) if (match := re.search(r"BRA (LBB\d+)", line))]
+    loops = [(labels[label], number) for number, label in branches if labels.get(label, number) < number]
+    inner = [one for one in loops if not any(one[0] <= a and b < one[1] for a, b in loops)]
+    return ["\n".join(lines[first : last + 1]) for first, last in inner]
 
 
 @pytest.mark.parametrize("channels", [128, pytest.param(64, marks=pytest.mark.slow)])
@@ -58,6 +73,9 @@ def test_compiles_as_designed(channels, tmp_path):
     most = {"centre_kernel": 75 * 1024, "refine_kernel": 56 * 1024, "share_kernel": 227 * 1024}
     for name, shared, warps, code in parts:
         assert int(shared) <= most[name]
-        assert int(warps) == (12 if name == "share_kernel" else 4)
+        assert int(warps) == (16 if name == "share_kernel" else 4)
         assert "HGMMA" in code
-        assert not re.search(r"\b(LDL|STL)\b", code), "registers are spilled"
+        # What the parts of a kernel share may lie in memory between tiles, but not where exponentials are taken.
+        checked = [code] if name != "share_kernel" else [loop for loop in innermost_loops(code) if "MUFU.EX2" in loop]
+        assert checked
+        assert not any(re.search(r"\b(LDL|STL)\b", part) for part in checked), "registers are spilled"

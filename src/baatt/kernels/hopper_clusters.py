@@ -21,7 +21,7 @@ from baatt.types import BlockClusters, ScoreOptions, TokenOrder
 
 BLOCK = 128
 #: Key clusters that are multiplied at a time, and rows of query clusters.
-TILE = 128
+TILE, ROWS = 128, 192
 STAGES = {64: 6, 128: 4}
 #: How many clusters of a block the layouts of the kernels hold.
 FEWEST, MOST = 4, 32
@@ -29,28 +29,43 @@ FEWEST, MOST = 4, 32
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClusters:
     """See `scores.clusters.summarise`; the means are in the dtype of x."""
-    (batch, heads, tokens, channels), clusters = x.shape, options.representatives
+    return summarise_sides(x, order, x[:, :, :0], order, options)[0]
+
+
+def summarise_sides(
+    q: Tensor, query_order: TokenOrder, k: Tensor, key_order: TokenOrder, options: ScoreOptions
+) -> tuple[BlockClusters, BlockClusters]:
+    """Both sides in the same two launches: more blocks at once fill the multiprocessors better."""
+    channels, clusters = q.shape[-1], options.representatives
     if clusters > MOST:
-        return triton_clusters.summarise(x, order, options)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    blocks = cdiv(tokens, BLOCK)
-    mean = torch.empty(batch, heads, blocks, clusters, channels, dtype=x.dtype, device=x.device)
-    number = torch.empty(mean.shape[:-1], dtype=torch.int64, device=x.device)
-    size = torch.empty(batch, blocks, dtype=torch.int64, device=x.device)
-    centre = torch.empty(mean.shape[:-1], dtype=torch.int32, device=x.device)
-    nearest = torch.empty(*mean.shape[:3], BLOCK, dtype=torch.int8, device=x.device)
-    source = x, *x.stride()[:3], order.index, *order.index.stride(), order.length
-    grid, dtype = (blocks * batch * heads,), DTYPES[x.dtype]
+        return triton_clusters.summarise(q, query_order, options), triton_clusters.summarise(k, key_order, options)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    in_order = query_order.identity and key_order.identity
+    sides: list[object] = []
+    for x, order in ((q, query_order), (k, key_order)):
+        index = None if in_order else order.index
+        sides += [x, *x.stride()[:3], index, *order.index.stride(), order.length, *x.shape[1:3]]
+    blocks = [x.shape[0] * x.shape[1] * cdiv(x.shape[2], BLOCK) for x in (q, k)]
+    new = functools.partial(torch.empty, device=q.device)
+    mean = new(sum(blocks), clusters, channels, dtype=q.dtype)
+    number = new(sum(blocks), clusters, dtype=torch.int64)
+    centre, nearest = new(sum(blocks), clusters, dtype=torch.int32), new(sum(blocks), BLOCK, dtype=torch.int8)
+    sizes = [new(x.shape[0], cdiv(x.shape[2], BLOCK), dtype=torch.int64) for x in (q, k)]
+    grid, dtype = (sum(blocks),), DTYPES[q.dtype]
     centre_kernel[grid](
-        *source, centre, nearest, heads, tokens, clusters,
+        *sides, blocks[0], centre, nearest, clusters,
         CHANNELS=channels, DTYPE=dtype, WARPS=4, num_warps=4, maxnreg=168,
     )  # fmt: skip
     refine_kernel[grid](
-        *source, centre, nearest, mean, number, size, heads, tokens, clusters, options.refinements,
+        *sides, blocks[0], centre, nearest, mean, number, *sizes, clusters, options.refinements,
         CHANNELS=channels, CLUSTERS=max(16, next_power_of_2(clusters)), DTYPE=dtype, WARPS=4, num_warps=4,
         maxnreg=128,
     )  # fmt: skip
-    return BlockClusters(mean, number, size)
+    shapes = [(*x.shape[:2], cdiv(x.shape[2], BLOCK), clusters) for x in (q, k)]
+    means = [part.view(*shape, channels) for part, shape in zip(mean.split(blocks), shapes, strict=True)]
+    numbers = [part.view(shape) for part, shape in zip(number.split(blocks), shapes, strict=True)]
+    queries, keys = map(BlockClusters, means, numbers, sizes)
+    return queries, keys
 
 
 def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
@@ -67,9 +82,9 @@ def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, 
     steps = cdiv(key_blocks * wide, TILE)
     tiled, numbers = _tiles_of_keys(keys, wide, steps)
     scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_mean.device)
-    head_tiles = cdiv(query_blocks, TILE // wide)
+    head_tiles = cdiv(query_blocks, ROWS // wide)
     tiles = head_tiles * batch * heads
-    room = TILE * steps * (TILE // wide + 1)
+    room = ROWS * steps * (TILE // wide + 1)
     programs = min(tiles, _multiprocessors(query_mean.device), max(1, triton_clusters.SCRATCH // (4 * room)))
     scratch = torch.empty(programs, room, dtype=torch.float32, device=query_mean.device)
     share_kernel[(programs,)](

@@ -1,8 +1,8 @@
 """The Gluon kernel that compares clusters, behind `hopper_clusters`: C3 to C5.
 
-Its parts are those of the attention kernel: a producer brings in tiles of key clusters, two consumers multiply each 64
-rows of query clusters with them, the next product running while this one is summed up. Sums of exponentials stay in
-scratch memory until a row is through.
+Its parts are those of the attention kernel: a producer brings in tiles of key clusters, consumers multiply each 64 rows
+of query clusters with them, one after the other, so that the product of one runs while others sum up theirs. Sums of
+exponentials stay in scratch memory until a row is through.
 """
 
 from triton.experimental import gluon
@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from baatt.kernels.hopper_kernel import load_block
 
 TILE = gl.constexpr(128)
+#: Warpgroups that multiply; 64 rows of query clusters each. While one waits for its product others sum up theirs.
+CONSUMERS = gl.constexpr(3)
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 
 
@@ -74,12 +76,15 @@ def produce(
 
 @gluon.jit
 def consume(
-    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, number_ptr, scores_ptr,
-    scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale_log2,
-    HALF: gl.constexpr, CHANNELS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr,
+    sides, PART: gl.constexpr, CHANNELS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr,
     PEAK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of query clusters of every tile, of whole query blocks."""
+    (
+        q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, turn, number_ptr,
+        scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters,
+        scale_log2,
+    ) = sides  # fmt: skip
     ROWS: gl.constexpr = 64
     BLOCKS: gl.constexpr = ROWS // QUERY_CLUSTERS
     KEY_BLOCKS: gl.constexpr = TILE // KEY_CLUSTERS
@@ -95,15 +100,15 @@ def consume(
     key_places = gl.arange(0, KEY_BLOCKS, layout=gl.SliceLayout(0, summed))
     nothing = gl.zeros([ROWS, TILE], gl.float32, layout=products)
     # Of each row the sums of its key blocks, then what the sums of a tile are relative to.
-    scratch_ptr += (gl.cast(gl.program_id(0), gl.int64) * 2 + HALF) * ROWS * steps * (KEY_BLOCKS + 1)
+    scratch_ptr += (gl.cast(gl.program_id(0), gl.int64) * CONSUMERS + PART) * ROWS * steps * (KEY_BLOCKS + 1)
     maxima_ptr = scratch_ptr + ROWS * steps * KEY_BLOCKS
     sums_ptrs = scratch_ptr + rows[:, None] * (steps * KEY_BLOCKS) + key_places[None, :]
     # A product takes its rows from shared memory: from registers it would be issued in pieces between other work.
-    own = q_rows.index(HALF)
+    own = q_rows.index(PART)
     entry = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         head_entry = gl.cast(tile // head_tiles, gl.int64)
-        first_block = (tile % head_tiles * 2 + HALF) * BLOCKS
+        first_block = (tile % head_tiles * CONSUMERS + PART) * BLOCKS
         blocks, cluster = first_block + rows_wide // QUERY_CLUSTERS, rows_wide % QUERY_CLUSTERS
         present = (blocks < query_blocks) & (cluster < clusters)
         q_offset = (head_entry // heads) * stride_batch + (head_entry % heads) * stride_head
@@ -117,32 +122,22 @@ def consume(
         number_ptrs = number_ptr + key_entry * steps * TILE + columns
         running_max = gl.full([ROWS], LOWEST, gl.float32, layout=rows_products)
         running_sum = gl.zeros([ROWS], gl.float32, layout=rows_products)
-        mbarrier.wait(full.index(entry % STAGES), (entry // STAGES) & 1)
-        keys = ring.index(entry % STAGES).reshape([TILE, CHANNELS]).permute((1, 0))
-        scores = warpgroup_mma(own, keys, nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(empty.index(entry % STAGES), count=1)
-        entry += 1
-        number = gl.load(number_ptrs)
-        for step in range(1, steps):
+        for step in range(0, steps):
+            number = gl.load(number_ptrs + step * TILE)
             mbarrier.wait(full.index(entry % STAGES), (entry // STAGES) & 1)
             keys = ring.index(entry % STAGES).reshape([TILE, CHANNELS]).permute((1, 0))
-            following = warpgroup_mma(own, keys, nothing, use_acc=False, is_async=True)
-            next_number = gl.load(number_ptrs + step * TILE)
+            # In turn, so that the products of one warpgroup run beside the exponentials of the others.
+            mbarrier.wait(turn.index(PART), (entry & 1) ^ (1 if PART == 0 else 0))
+            scores = warpgroup_mma(own, keys, nothing, use_acc=False, is_async=True)
+            mbarrier.arrive(turn.index((PART + 1) % CONSUMERS), count=1)
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            mbarrier.arrive(empty.index(entry % STAGES), count=1)
+            entry += 1
             running_max, running_sum, sums = add_up(
                 scores, number, running_max, running_sum, scale_log2, ROWS, KEY_BLOCKS, KEY_CLUSTERS, summed
             )
-            gl.store(sums_ptrs + (step - 1) * KEY_BLOCKS, sums)
-            gl.store(maxima_ptr + (step - 1) * ROWS + rows, gl.convert_layout(running_max, rows_summed))
-            number = next_number
-            scores = warpgroup_mma_wait(0, deps=(following,))
-            mbarrier.arrive(empty.index(entry % STAGES), count=1)
-            entry += 1
-        running_max, running_sum, sums = add_up(
-            scores, number, running_max, running_sum, scale_log2, ROWS, KEY_BLOCKS, KEY_CLUSTERS, summed
-        )
-        gl.store(sums_ptrs + (steps - 1) * KEY_BLOCKS, sums)
-        gl.store(maxima_ptr + (steps - 1) * ROWS + rows, gl.convert_layout(running_max, rows_summed))
+            gl.store(sums_ptrs + step * KEY_BLOCKS, sums)
+            gl.store(maxima_ptr + step * ROWS + rows, gl.convert_layout(running_max, rows_summed))
         gl.thread_barrier()  # other threads read the maxima
         write_scores(
             scratch_ptr, maxima_ptr, running_max, running_sum, q_tokens_ptr + head_entry * query_blocks * clusters,
@@ -220,35 +215,30 @@ def share_kernel(
     CHANNELS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr, PEAK: gl.constexpr,
     STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Persistent: C3 to C5 for tiles of 128 rows of query clusters."""
+    """Persistent: C3 to C5 for tiles of 192 rows of query clusters."""
     ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, TILE, CHANNELS], descriptor.layout)
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, CHANNELS], DTYPE)
-    q_rows = gl.allocate_shared_memory(DTYPE, [2, 64, CHANNELS], rows)
+    q_rows = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, CHANNELS], rows)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for part in gl.static_range(CONSUMERS):
+        mbarrier.init(turn.index(part), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    sides = (
+        q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, turn, number_ptr,
+        scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters,
+        scale_log2,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (
-                consume,
-                (
-                    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, number_ptr,
-                    scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps,
-                    clusters, scale_log2, 0, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES,
-                ),
-            ),
-            (
-                consume,
-                (
-                    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, number_ptr,
-                    scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps,
-                    clusters, scale_log2, 1, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES,
-                ),
-            ),
+            (consume, (sides, 0, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES)),
+            (consume, (sides, 1, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES)),
+            (consume, (sides, 2, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES)),
             (produce, (descriptor, ring, full, empty, tiles, head_tiles, heads, groups, steps, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+        [4, 4, 1],
+        [160, 160, 24],
+    )
