@@ -96,6 +96,7 @@ def centre_kernel(
     gl.thread_barrier()
     whole.store(gram)
     rows = whole._reinterpret(gl.float32, [BLOCK, 1, BLOCK], padded_row)
+    norm_rows = diagonal._reinterpret(gl.float32, [BLOCK, 1], plain)
     gl.thread_barrier()
 
     places = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, line))
@@ -107,14 +108,13 @@ def centre_kernel(
     nearest = gl.where(places < count, float("inf"), -1.0)
     belongs = gl.zeros([BLOCK], gl.int32, layout=gl.SliceLayout(0, line))
     program = gl.cast(gl.program_id(0), gl.int64)
-    norm_bits = norms.to(gl.int32, bitcast=True)  # integers have an instruction that goes through a warp
     for cluster in range(0, clusters):
         gl.store(centre_ptr + program * clusters + cluster, chosen)
-        norm = gl.sum(gl.where(places == chosen, norm_bits, 0), 0).to(gl.float32, bitcast=True)
+        norm = gl.sum(norm_rows.index(chosen).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
         distance = gl.maximum(norms + norm - 2.0 * gl.sum(rows.index(chosen).load(line), 0), 0.0)
         belongs = gl.where(distance < nearest, cluster, belongs)
         nearest = gl.minimum(nearest, distance)
-        # The bits of floats that are not negative are in their order.
+        # The bits of floats that are not negative are in their order, and integers have an instruction for a warp.
         bits = nearest.to(gl.int32, bitcast=True)
         chosen = gl.min(gl.where(bits == gl.max(bits, 0), places, BLOCK - 1), 0)
     gl.store(nearest_ptr + program * BLOCK + places, belongs.to(gl.int8))
