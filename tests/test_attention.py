@@ -13,10 +13,14 @@ from baatt.config import BLOCK_SIZES
 from baatt.stages.sorting import ORDERS
 from tests.budget import assert_float64_within_budget, assert_within_budget, eager_dtype
 from tests.naive import naive_ba_attention
+from tests.settings import sorted_config
 
 IMPLS = ["reference", "cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
+both_settings = pytest.mark.parametrize(
+    "config", [sorted_config(16, segment=32), BAAttConfig(16)], ids=["sorted", "clusters"]
+)
 
 
 def random_inputs(batch, heads, groups, queries, keys, channels, dtype=torch.float64, seed=0):
@@ -88,7 +92,7 @@ def assert_equals_naive(q, k, v, config, impl, key_mask=None, scale=None):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
 def test_equals_naive_for_every_sort_and_sparsity(impl, sort, sparsity):
     inputs = random_inputs(2, 2, 1, 37, 61, 5)
-    config = BAAttConfig(block_size=16, sparsity=sparsity, sort=sort, segment=32)
+    config = sorted_config(block_size=16, sparsity=sparsity, sort=sort, segment=32)
     assert_equals_naive(*inputs, config, impl, key_mask=masks(2, 61)["mixed"])
 
 
@@ -105,19 +109,19 @@ def test_equals_naive_for_every_sort_and_sparsity(impl, sort, sparsity):
 )
 @pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
 def test_equals_naive_for_odd_shapes_and_betas(impl, shape, beta):
-    assert_equals_naive(*random_inputs(*shape), BAAttConfig(block_size=16, segment=16, beta=beta), impl)
+    assert_equals_naive(*random_inputs(*shape), sorted_config(block_size=16, segment=16, beta=beta), impl)
 
 
 @pytest.mark.parametrize("name", ["left", "right", "interior", "one", "all", "mixed", "none"])
 @pytest.mark.parametrize("segment", [None, 16, 48])
 def test_equals_naive_for_every_mask_and_segment(impl, name, segment):
-    config = BAAttConfig(block_size=16, sparsity=0.6, segment=segment)
+    config = sorted_config(block_size=16, sparsity=0.6, segment=segment)
     assert_equals_naive(*random_inputs(2, 2, 1, 20, 50, 4), config, impl, key_mask=masks(2, 50)[name], scale=0.9)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_equals_naive_for_every_block_size(impl, block_size):
-    config = BAAttConfig(block_size=block_size, segment=2 * block_size)
+    config = sorted_config(block_size=block_size, segment=2 * block_size)
     assert_equals_naive(*random_inputs(1, 1, 1, 33, 150, 4), config, impl)
 
 
@@ -127,7 +131,7 @@ def test_equals_naive_for_every_block_size(impl, block_size):
 def test_without_sparsity_it_is_dense_attention(impl, dtype, sort, name):
     q, k, v = random_inputs(5, 4, 2, 70, 150, 24, dtype)
     key_mask = masks(5, 150)[name]
-    config = BAAttConfig(block_size=32, sparsity=0.0, sort=sort, segment=64)
+    config = sorted_config(block_size=32, sparsity=0.0, sort=sort, segment=64)
     actual = ba_attention(q, k, v, config, key_mask=key_mask, impl=impl)
     assert_dense(actual, q, k, v, key_mask)
 
@@ -138,16 +142,17 @@ def test_without_sparsity_it_is_dense_attention(impl, dtype, sort, name):
 )
 def test_without_sparsity_it_is_dense_attention_for_odd_shapes(impl, dtype, shape):
     q, k, v = random_inputs(*shape, dtype)
-    actual = ba_attention(q, k, v, BAAttConfig(sparsity=0.0), impl=impl)
+    actual = ba_attention(q, k, v, sorted_config(sparsity=0.0), impl=impl)
     assert_dense(actual, q, k, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_masked_keys_count_for_nothing(impl, dtype):
+@both_settings
+def test_masked_keys_count_for_nothing(impl, dtype, config):
     """The result for an entry is the one for that entry with its masked keys taken out."""
     q, k, v = random_inputs(3, 4, 2, 75, 200, 16, dtype)
     key_mask = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)) > 0.4
-    config = BAAttConfig(block_size=16, sparsity=0.7, segment=32)
+    config = dataclasses.replace(config, sparsity=0.7)
     plan = make_plan(q, k, config, key_mask=key_mask, impl=impl)
     out = attend(q, k, v, plan, impl=impl)
     for b in range(3):
@@ -163,10 +168,10 @@ def test_masked_keys_count_for_nothing(impl, dtype):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_of_masked_keys_do_not_matter(impl, dtype, poison):
+@both_settings
+def test_values_of_masked_keys_do_not_matter(impl, dtype, poison, config):
     q, k, v = random_inputs(5, 2, 1, 40, 90, 8, dtype)
     key_mask = masks(5, 90)["mixed"]
-    config = BAAttConfig(block_size=16, sparsity=0.5, segment=32)
     dirty_k, dirty_v = (x.masked_fill(~key_mask[:, None, :, None], poison) for x in (k, v))
     clean = ba_attention(q, k, v, config, key_mask=key_mask, impl=impl)
     assert torch.equal(ba_attention(q, dirty_k, dirty_v, config, key_mask=key_mask, impl=impl), clean)
@@ -178,10 +183,10 @@ def test_values_of_masked_keys_do_not_matter(impl, dtype, poison):
 @pytest.mark.parametrize(
     "shape", [(3, 1, 1, 7, 13, 15), (3, 2, 2, 130, 70, 33), (2, 6, 2, 65, 300, 64), (5, 1, 1, 3, 40, 1)]
 )
-def test_an_entry_does_not_depend_on_the_batch(impl, dtype, shape):
+@both_settings
+def test_an_entry_does_not_depend_on_the_batch(impl, dtype, shape, config):
     q, k, v = random_inputs(*shape, dtype)
     key_mask = masks(shape[0], shape[4])["mixed"]
-    config = BAAttConfig(block_size=16, segment=64)
     plan = make_plan(q, k, config, key_mask=key_mask, impl=impl)
     out = attend(q, k, v, plan, impl=impl)
     for b in range(shape[0]):
@@ -198,9 +203,9 @@ def test_is_deterministic(impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_memory_layout_does_not_matter(impl, dtype):
+@both_settings
+def test_memory_layout_does_not_matter(impl, dtype, config):
     q, k, v = random_inputs(2, 4, 2, 70, 90, 16, dtype)
-    config = BAAttConfig(block_size=16, segment=32)
     expected = ba_attention(q, k, v, config, impl=impl)
     shared = torch.stack([k, v])
     layouts = {
@@ -221,7 +226,7 @@ def test_memory_layout_does_not_matter(impl, dtype):
 
 def test_heads_expanded_without_a_copy(impl):
     q, k, v = random_inputs(2, 4, 1, 40, 50, 8)
-    config = BAAttConfig(block_size=16, segment=32)
+    config = sorted_config(block_size=16, segment=32)
     expected = ba_attention(q, k, v, config, impl=impl)
     torch.testing.assert_close(
         ba_attention(q, k.expand(2, 4, 50, 8), v.expand(2, 4, 50, 8), config, impl=impl), expected
@@ -249,8 +254,10 @@ def test_modes_of_the_caller_do_not_matter(impl):
 def test_a_plan_is_data(impl):
     """Replacing the selection by all blocks gives dense attention; the rest of the plan stays."""
     q, k, v = random_inputs(1, 2, 1, 50, 80, 8)
-    config = BAAttConfig(block_size=16, sparsity=0.8, segment=32)
-    plan, full = (make_plan(q, k, c, impl=impl) for c in (config, BAAttConfig(block_size=16, sparsity=0.0, segment=32)))
+    config = sorted_config(block_size=16, sparsity=0.8, segment=32)
+    plan, full = (
+        make_plan(q, k, c, impl=impl) for c in (config, sorted_config(block_size=16, sparsity=0.0, segment=32))
+    )
     actual = attend(q, k, v, plan._replace(selection=full.selection), impl=impl)
     torch.testing.assert_close(actual, dense(q, k, v))
 
@@ -260,13 +267,13 @@ def test_scale_defaults_to_the_usual_one(impl):
     assert torch.equal(ba_attention(q, k, v, impl=impl), ba_attention(q, k, v, scale=1 / math.sqrt(8), impl=impl))
 
 
-@pytest.mark.parametrize("sort", ORDERS)
+@pytest.mark.parametrize("sort", [*ORDERS, "clusters"])
 @pytest.mark.parametrize("side", ["left", "right", "interior"])
 def test_padding_on_both_sides_changes_nothing(impl, sort, side):
     """Real rows of padded self-attention get what they get without the padding, whatever stands there."""
     q, k, v = random_inputs(2, 4, 2, 150, 150, 16, torch.float32)
     mask = masks(2, 150)[side]
-    config = BAAttConfig(block_size=16, sparsity=0.6, sort=sort, segment=64)
+    config = BAAttConfig(16, 0.6) if sort == "clusters" else sorted_config(16, 0.6, sort, 64)
     alone = ba_attention(*(x[:, :, mask[0]] for x in (q, k, v)), config, impl=impl)
     for padding in (0.0, 1e3, float("nan")):
         padded = [x.masked_fill(~mask[:, None, :, None], padding) for x in (q, k, v)]
@@ -278,7 +285,7 @@ def test_query_mask_alone(impl):
     """What stands in rows that are not wanted does not change the blocks of the others."""
     q, k, v = random_inputs(2, 2, 2, 100, 90, 16, torch.float32)
     wanted = torch.rand(2, 100, generator=torch.Generator().manual_seed(3)) < 0.7
-    config = BAAttConfig(block_size=16, sparsity=0.7, sort="qk", segment=32)
+    config = sorted_config(block_size=16, sparsity=0.7, sort="qk", segment=32)
     first, second = (
         ba_attention(q.masked_fill(~wanted[:, None, :, None], x), k, v, config, query_mask=wanted, impl=impl)
         for x in (0.0, 50.0)
@@ -293,7 +300,7 @@ def test_one_budget_for_a_head(impl, score):
     q, k, v = (torch.randn(2, heads, 90, 16, generator=generator) for heads in (4, 2, 2))
     k[0, 0, 16:48] *= 4
     mask = torch.arange(90) < torch.tensor([[90], [60]])
-    config = BAAttConfig(16, 0.6, "none", None, score=score, keep_first=1, budget="head")
+    config = BAAttConfig(16, 0.6, score=score, budget="head")
     masks = {"key_mask": mask, "query_mask": mask}
     plan = make_plan(q, k, config, **masks, impl=impl)
     even = make_plan(q, k, dataclasses.replace(config, budget="row"), **masks, impl=impl).selection.count

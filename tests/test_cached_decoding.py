@@ -235,9 +235,7 @@ def run_sparse(
         return generate(model, *padded(prompts), config, on_step=handle.at_step)
 
 
-@pytest.mark.parametrize(
-    "sparse", [None, BAAttConfig(block_size=16, sparsity=0.5, segment=None)], ids=["dense", "sparse"]
-)
+@pytest.mark.parametrize("sparse", [None, BAAttConfig(block_size=16, sparsity=0.5)], ids=["dense", "sparse"])
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("changes", EXACT, ids=str)
 def test_one_step_a_block_is_exact(changes: dict[str, Any], cache: str, sparse: BAAttConfig | None) -> None:
@@ -275,7 +273,7 @@ def test_the_last_step_of_a_block_does_not_disturb_the_next(cache: str) -> None:
 
 # --- sparse attention ------------------------------------------------------------------------------------------------
 
-SPARSE = BAAttConfig(block_size=16, sparsity=0.5, segment=None)
+SPARSE = BAAttConfig(block_size=16, sparsity=0.5)
 
 
 class Watch:

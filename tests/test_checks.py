@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from baatt import BAAttConfig, attend, ba_attention, make_plan
+from baatt import BAAttConfig, Policy, attend, ba_attention, make_plan
+from baatt.config import PRESETS
 
 CONFIG = BAAttConfig(block_size=16, segment=32)
 
@@ -196,6 +197,10 @@ def test_kernels_of_another_device_say_so(impl):
 
 
 def test_presets():
-    assert BAAttConfig.preset("paper") == BAAttConfig(128, 0.5, "qk", 1024, "covariance", 0.5)
-    with pytest.raises(ValueError, match=r"preset must be one of \['safe', 'paper'\], got 'best'"):
+    assert BAAttConfig() == BAAttConfig(128, 0.5, "none", 256, "clusters", 0.5, 16, 2, True, 1, "row")
+    assert BAAttConfig.preset("default") == BAAttConfig.preset("safe") == BAAttConfig()
+    assert BAAttConfig.preset("paper") == BAAttConfig(128, 0.5, "qk", 1024, "covariance", 0.5, keep_first=0)
+    assert BAAttConfig.preset("fast") == BAAttConfig(representatives=8)
+    assert [Policy.preset(name).dense_layers for name in PRESETS] == [(), (), (0, 1), ()]
+    with pytest.raises(ValueError, match=r"preset must be one of \['default', 'paper', 'safe', 'fast'\], got 'best'"):
         BAAttConfig.preset("best")

@@ -32,7 +32,7 @@ class Case(NamedTuple):
     batch: int = 2
 
     def config(self) -> BAAttConfig:
-        return BAAttConfig(block_size=16, segment=64, sparsity=self.sparsity)
+        return BAAttConfig(block_size=16, sparsity=self.sparsity)
 
     def inputs(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Of all processes together, in the memory of [B, N, H, D]."""

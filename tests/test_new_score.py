@@ -18,7 +18,7 @@ from baatt.scores import SCORES
 from baatt.stages.pooling import pool_blocks
 from baatt.types import Score, ScoreOptions, TokenOrder
 
-CONFIG = {"block_size": 16, "sparsity": 0.5, "segment": 32}
+CONFIG = {"block_size": 16, "sparsity": 0.5, "sort": "k", "segment": 32, "keep_first": 0}
 
 
 class Directions(NamedTuple):

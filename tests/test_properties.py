@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.stages.sorting import ORDERS
+from tests.settings import sorted_config
 
 configs = st.builds(
     BAAttConfig,
@@ -74,7 +75,7 @@ def test_outputs_are_averages_of_values(tensors, config):
 @given(inputs(), st.sampled_from(list(ORDERS)), st.sampled_from([None, 16, 48]))
 def test_without_sparsity_it_is_dense_attention(tensors, sort, segment):
     q, k, v, key_mask = tensors
-    config = BAAttConfig(block_size=16, sparsity=0.0, sort=sort, segment=segment)
+    config = sorted_config(block_size=16, sparsity=0.0, sort=sort, segment=segment)
     out = ba_attention(q, k, v, config, key_mask=key_mask)
     mask = key_mask[:, None, None, :]
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

@@ -399,7 +399,7 @@ def test_inputs_are_not_changed_and_mask_ids_in_the_prompt_stay() -> None:
 
 # --- sparse attention ------------------------------------------------------------------------------------------------
 
-SPARSE = BAAttConfig(block_size=16, sparsity=0.5, segment=None)
+SPARSE = BAAttConfig(block_size=16, sparsity=0.5)
 
 
 def test_sparse_run_is_sparse_where_the_policy_says() -> None:
@@ -429,7 +429,7 @@ def test_zero_sparsity_equals_dense() -> None:
     mask = torch.ones(2, 50, dtype=torch.bool)
     mask[1, :9] = False
     config = SamplerConfig(steps=8, gen_length=8, block_length=8)
-    exact = BAAttConfig(block_size=16, sparsity=0.0, segment=None)
+    exact = BAAttConfig(block_size=16, sparsity=0.0)
     with enable(model, exact, impl="reference") as handle:
         sparse = generate(model, prompt, mask, config, on_step=handle.at_step)
     assert torch.equal(sparse.tokens, generate(model, prompt, mask, config).tokens)

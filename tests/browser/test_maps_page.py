@@ -13,14 +13,14 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
-from baatt import BAAttConfig
 from baatt.attention import make_plan
 from baatt.cli.main import main
 from baatt.lab.capture import Capture, Heads, save_capture
 from baatt.lab.maps import PAGE_CELLS, attention_cells
+from tests.settings import sorted_config
 
 TOKENS, SIZE = 520, 32
-ORDERS = {"unsorted": ("none", None), "qk in 128": ("qk", 128)}
+ORDERS = {"BA-Att, unsorted": ("none", None), "BA-Att, qk in 128": ("qk", 128)}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,18 @@ def capture():
 def page(capture, browser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     save_capture(capture, folder / "capture.safetensors")
-    sizes = ["--sort", "none,qk", "--block-size", str(SIZE), "--segment", "128", "--sparsity", "0.75"]
+    sizes = [
+        "--preset",
+        "paper",
+        "--sort",
+        "none,qk",
+        "--block-size",
+        str(SIZE),
+        "--segment",
+        "128",
+        "--sparsity",
+        "0.75",
+    ]
     html = folder / "maps.html"
     assert main(["analyze", "maps", str(folder / "capture.safetensors"), *sizes, "--html", str(html)]) == 0
     assert "src=" not in html.read_text()  # nothing is fetched from elsewhere
@@ -98,7 +109,7 @@ def test_values_under_the_pointer(page, capture, order, layer, head):
     choose(page, layer, head)
     q, k, _ = capture.layers[layer]
     sort, segment = ORDERS[order]
-    plan = make_plan(q, k, BAAttConfig(SIZE, 0.75, sort, segment), scale=capture.scale, impl="reference")
+    plan = make_plan(q, k, sorted_config(SIZE, 0.75, sort, segment), scale=capture.scale, impl="reference")
     cells = attention_cells(q, k, plan, head, PAGE_CELLS)
     cell = -(-TOKENS // PAGE_CELLS)
     for row, column in ((0, 0), (17, 60), (len(cells) - 1, 40)):

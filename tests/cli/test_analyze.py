@@ -34,10 +34,10 @@ def test_recall_and_bound(captured, tmp_path, capsys):
     assert stored["command"].startswith("baatt analyze recall")
     assert {"commit", "device", "versions", "about"} <= stored.keys()
     assert len(stored["records"]) == 2 * 2 * 2 * 2
-    assert "k in 64" in capsys.readouterr().out
+    assert "qk in 64" in capsys.readouterr().out
     files = ["--json", str(tmp_path / "bound.json"), "--plot", str(tmp_path / "bound.png")]
     assert main(["analyze", "bound", str(captured), *sizes, *files]) == 0
-    assert [one["sort"] for one in json.loads((tmp_path / "bound.json").read_text())["records"]] == ["none", "k"]
+    assert [one["sort"] for one in json.loads((tmp_path / "bound.json").read_text())["records"]] == ["none", "qk"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bound.json", "bound.png", "recall.json", "recall.png"]
 
 
@@ -45,15 +45,26 @@ def test_layers(captured, tmp_path, capsys):
     path = tmp_path / "layers.json"
     assert main(["analyze", "layers", str(captured), "--block-size", "16", "--segment", "64", "--json", str(path)]) == 0
     records = json.loads(path.read_text())["records"]
-    assert [(one["layer"], one["sort"]) for one in records] == [(1, "none"), (1, "k"), (5, "none"), (5, "k")]
-    assert "k in 64" in capsys.readouterr().out
+    assert [(one["layer"], one["sort"]) for one in records] == [(1, "none"), (1, "qk"), (5, "none"), (5, "qk")]
+    assert "qk in 64" in capsys.readouterr().out
 
 
-def test_maps(captured, tmp_path):
-    path = tmp_path / "maps.png"
-    sizes = ["--block-size", "16", "--segment", "64", "--layers", "5"]
-    assert main(["analyze", "maps", str(captured), *sizes, "--plot", str(path)]) == 0
+@pytest.mark.parametrize(
+    ("options", "drawn"),
+    [
+        ([], ["BA-Att, qk in 1024", "16 clusters, first block kept, unsorted", "oracle, unsorted"]),
+        (["--preset", "paper"], ["BA-Att, qk in 1024", "oracle, unsorted"]),
+        (["--preset", "paper", "--sort", "none,k", "--segment", "64"], ["BA-Att, unsorted", "BA-Att, k in 64"]),
+        (["--score", "mean"], ["block means, first block kept, unsorted", "block means, first block kept, qk in 1024"]),
+    ],
+)
+def test_maps(captured, tmp_path, options, drawn):
+    path, page = tmp_path / "maps.png", tmp_path / "maps.html"
+    sizes = ["--block-size", "16", "--layers", "5", "--plot", str(path), "--html", str(page)]
+    assert main(["analyze", "maps", str(captured), *options, *sizes]) == 0
     assert path.stat().st_size > 10_000
+    data = page.read_text().split('<script id="data" type="application/json">')[1].split("</script>")[0]
+    assert json.loads(data)["orders"] == drawn
 
 
 def test_document_of_a_task(tmp_path):

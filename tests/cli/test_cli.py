@@ -121,9 +121,25 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "demo.png"
     assert main(["demo", "--length", "640", "--seed", "3", "--output", str(picture)]) == 0
     printed = capsys.readouterr().out
-    for expected in ("Question", "Setting", "full attention", "BA-Att", "seconds per step", "block pairs skipped"):
+    for expected in (
+        "Question",
+        "Setting",
+        "full attention",
+        "paper: BA-Att",
+        "default:",
+        "seconds per step",
+        "skipped",
+    ):
         assert expected in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_of_the_paper_s_setting_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["demo", "--length", "640", "--preset", "paper", "--output", str(tmp_path / "demo.png")]
+    assert main(call) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Setting") == 1
+    assert "default:" not in printed
 
 
 @pytest.mark.parametrize(("before", "verdict"), [pytest.param(" ", "yes", marks=pytest.mark.slow), ("1", "no")])
@@ -134,7 +150,7 @@ def test_demo_calls_a_longer_number_wrong(
     monkeypatch.setattr("baatt.cli.demo.answer_text", lambda *_: f"{before}{value}.")
     assert main(["demo", "--task", "niah_single_2", "--length", "640", "--output", str(tmp_path / "demo.png")]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if re.search(r"\bright\b", line))
-    assert re.findall(r"\b(yes|no)\b", row) == [verdict, verdict]
+    assert re.findall(r"\b(yes|no)\b", row) == [verdict] * 3
 
 
 def test_demo_warns_beyond_the_trained_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,12 +190,21 @@ def test_the_package_runs_as_a_module():
 )  # fmt: skip
 def test_every_verb_has_the_same_defaults(argv: list[str]) -> None:
     arguments = build_parser(argv[0]).parse_args(argv)
-    assert arguments.preset == "safe"
+    assert arguments.preset == "default"
     config, policy = read_preset(arguments)
-    assert replace(config, sparsity=0.5) == BAAttConfig.preset("safe") == BAAttConfig()
-    assert policy == Policy.preset("safe")
+    assert replace(config, sparsity=0.5) == BAAttConfig.preset("default") == BAAttConfig()
+    assert policy == Policy.preset("default") == Policy()
     arguments = build_parser(argv[0]).parse_args([*argv, "--preset", "paper"])
     assert replace(read_preset(arguments).config, sparsity=0.5) == BAAttConfig.preset("paper")
+
+
+def test_the_help_of_preset_is_made_from_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name}: " in printed for name in PRESETS)
+    assert "paper: BA-Att, qk in 1024" in printed
+    assert "safe: 16 clusters, first block kept, unsorted, layers 0 and 1 dense" in printed
 
 
 def test_a_new_field_of_the_config_is_an_option_of_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,10 @@ from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.summary import make_averages, make_records
 from tests.lab.lm_eval.harness import tiny_folder
 from tests.processes import run_script
+from tests.settings import sorted_config
 
 SHORT = ["--gen-length", "32", "--block-length", "16", "--steps", "4", "--threshold", "none"]
-DIALS = ["--block-size", "16", "--segment", "64", "--dense-layers", "0"]
+DIALS = ["--preset", "paper", "--block-size", "16", "--segment", "64", "--dense-layers", "0"]
 TIMED = {"seconds_per_answer", "tokens_per_second"}
 
 
@@ -74,7 +75,7 @@ def test_a_run_its_summary_and_what_a_later_run_reuses(model, here, capsys):
         for task in ("niah_single_1", "niah_multivalue")
         for name in (None, 0.5)
     ]
-    assert BAAttConfig(**stored["records"][1]["config"]) == BAAttConfig(16, segment=64)
+    assert BAAttConfig(**stored["records"][1]["config"]) == sorted_config(16, 0.5, "qk", 64)
     lines = (here / "first.answers/rank0.jsonl").read_text().splitlines()
     assert len(lines) == 24
     wanted = {"task", "length", "number", "setting", "text", "score", "whole", "seconds", "evaluations"}
@@ -203,7 +204,16 @@ def test_chat_questions_and_a_text_of_ones_own(model, here, capsys):
 
 def test_a_grid_its_attention_mass_and_its_picture(here, capsys):
     grid = ["--dial", "block_size=16", "--dial", "segment=64", "--dial", "sort=none,qk"]
-    grid += ["--dial", "score=covariance,oracle", "--dense-layers", "none", "--recall-samples", "1"]
+    grid += [
+        "--preset",
+        "paper",
+        "--dial",
+        "score=covariance,oracle",
+        "--dense-layers",
+        "none",
+        "--recall-samples",
+        "1",
+    ]
     argv = ["evaluate", "ruler", "--tasks", "niah_multikey_1", "--lengths", "512", "--count", "1", *grid]
     assert main([*argv, "--json", "grid.json", "--plot", "grid.png"]) == 0
     stored = json.loads((here / "grid.json").read_text())
@@ -313,7 +323,7 @@ def test_refusals(argv, message, model, here, capsys):
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-CONFIGS = (BAAttConfig(sparsity=0.5), BAAttConfig(sparsity=0.7, score="oracle"))
+CONFIGS = (sorted_config(sparsity=0.5), sorted_config(sparsity=0.7, score="oracle"))
 HEADER = {
     "model": "m", "dtype": "float32", "batch_size": 1, "chat": False, "dense_layers": [0, 1],
     "sampler": {"steps": 32, "gen_length": 128, "block_length": 32, "threshold": 0.9, "cache": "none"},
@@ -397,7 +407,7 @@ def test_the_bar_counts_tokens(monkeypatch):
 
 
 def test_settings_have_different_names():
-    configs = variants(BAAttConfig(), {"score": ["covariance", "covariance-8", "oracle"], "beta": [0.0, 0.5]})
+    configs = variants(sorted_config(), {"score": ["covariance", "covariance-8", "oracle"], "beta": [0.0, 0.5]})
     cells = make_cells(["a"], [512], configs)
     names = setting_names([{"config": cell.options, "dense_layers": []} for cell in cells])
     assert names == [

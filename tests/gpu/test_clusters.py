@@ -15,7 +15,7 @@ from baatt.stages import sorting
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = BAAttConfig(sparsity=0.7, sort="none", score="clusters", keep_first=1)
+CONFIG = BAAttConfig(sparsity=0.7)
 ROOMS = [triton_clusters, hopper_clusters]
 
 

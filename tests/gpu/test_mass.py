@@ -6,8 +6,9 @@ Run with `pytest -m gpu tests/gpu` on a machine with a CUDA device.
 import pytest
 import torch
 
-from baatt import BAAttConfig, make_plan
+from baatt import make_plan
 from baatt.lab.recall import block_mass
+from tests.settings import sorted_config
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +23,7 @@ def case(shape, dtype, block_size, sort="qk"):
         mask[0, keys // 2 - 5 :] = False
         mask[1] = False
     k[~mask[:, None].expand(batch, groups, keys)] = float("nan")
-    config = BAAttConfig(block_size, 0.5, sort, segment=256)
+    config = sorted_config(block_size, 0.5, sort)
     return q, k, make_plan(q, k, config, key_mask=mask, impl="reference")
 
 

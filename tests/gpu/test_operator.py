@@ -3,6 +3,8 @@
 Run with `pytest -m gpu tests/gpu` on a machine with a CUDA device; `hopper` cases need compute capability 9.0.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,17 @@ from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.backend import Workload, choose_backend
 from baatt.types import BlockSelection
 from tests.budget import assert_within_budget, eager_dtype
+from tests.settings import sorted_config
 
 pytestmark = pytest.mark.gpu
 
 IMPLS = ("triton", "hopper")
+#: The path that sorts and copies: norms, block moments, E5.
+SORTED = sorted_config()
+SETTINGS = {"sorted": SORTED, "clusters": BAAttConfig()}
+both_settings = pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS)
+#: Keys stay where they are.
+UNSORTED = {"none": replace(SORTED, sort="none"), "q": replace(SORTED, sort="q"), "clusters": BAAttConfig()}
 SHAPES = [  # B, H, G, N, M, D
     (1, 1, 1, 1, 1, 64),
     (2, 4, 2, 1000, 777, 128),
@@ -64,25 +73,28 @@ def check(impl, q, k, v, config, key_mask=None, scale=None):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sort", ["qk", "none"])
-def test_within_the_error_budget(impl, dtype, shape, sort):
-    check(impl, *inputs(shape, dtype), BAAttConfig(sparsity=0.6, sort=sort))
+@pytest.mark.parametrize(
+    "config", [replace(SORTED, sort="qk"), replace(SORTED, sort="none"), BAAttConfig()], ids=["qk", "none", "clusters"]
+)
+def test_within_the_error_budget(impl, dtype, shape, config):
+    check(impl, *inputs(shape, dtype), replace(config, sparsity=0.6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", PORTABLE_SHAPES)
-def test_portable_shapes(dtype, shape):
+@both_settings
+def test_portable_shapes(dtype, shape, config):
     *shape, block_size = shape
-    check("triton", *inputs(shape, dtype), BAAttConfig(block_size=block_size, segment=256, sparsity=0.5))
+    check("triton", *inputs(shape, dtype), replace(config, block_size=block_size))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_masked_keys_influence_nothing(impl):
+@both_settings
+def test_masked_keys_influence_nothing(impl, config):
     q, k, v = inputs((3, 4, 2, 300, 900, 64), torch.bfloat16)
     mask = torch.rand(3, 900, device="cuda") > 0.3
     mask[1, 100:] = False
     hidden = ~mask[:, None].expand(3, 2, 900)
-    config = BAAttConfig(sparsity=0.5)
     clean = ba_attention(q, k, v, config, key_mask=mask, impl=impl)
     k[hidden], v[hidden] = float("nan"), float("nan")
     assert torch.equal(ba_attention(q, k, v, config, key_mask=mask, impl=impl), clean)
@@ -95,7 +107,7 @@ def test_masked_keys_influence_nothing(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_plan_is_the_stages_plan(impl):
     q, k, _ = inputs((2, 4, 2, 3000, 3000, 128), torch.bfloat16)
-    config = BAAttConfig(sparsity=0.7)
+    config = replace(SORTED, sparsity=0.7)
     require(impl, q, config)
     ours, theirs = make_plan(q, k, config, impl=impl), make_plan(q, k, config, impl="reference")
     # Norms that agree to the last bit but one may stand in either order.
@@ -108,18 +120,19 @@ def test_plan_is_the_stages_plan(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_no_sparsity_is_dense_attention(impl):
+@both_settings
+def test_no_sparsity_is_dense_attention(impl, config):
     q, k, v = inputs((1, 4, 2, 700, 650, 128), torch.bfloat16)
-    require(impl, q, BAAttConfig())
+    require(impl, q, config)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
     eager = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), enable_gqa=True).to(q.dtype)
-    assert_within_budget(ba_attention(q, k, v, BAAttConfig(sparsity=0.0), impl=impl), eager, exact)
+    assert_within_budget(ba_attention(q, k, v, replace(config, sparsity=0.0), impl=impl), eager, exact)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lse_and_variable_counts(impl):
     q, k, v = inputs((1, 2, 1, 400, 1000, 128), torch.bfloat16)
-    plan = make_plan(q, k, BAAttConfig(sparsity=0.3, sort="qk"), impl=impl)
+    plan = make_plan(q, k, replace(SORTED, sparsity=0.3, sort="qk"), impl=impl)
     index, count = plan.selection.index, torch.randint(1, 6, plan.selection.count.shape, device="cuda").int()
     plan = plan._replace(selection=BlockSelection(index, count))
     functions = {name: choose_backend(name, q.device).sparse_attention for name in (impl, "reference")}
@@ -136,7 +149,7 @@ def test_one_budget_for_a_head(impl, score):
     """By the kernels' own scores: the selection is the stage's, attention is right over uneven lists, nothing waits."""
     q, k, v = inputs((2, 8, 2, 3000, 3000, 128), torch.bfloat16)
     k[:, :, 512:1024] *= 3
-    config = BAAttConfig(sparsity=0.8, score=score, keep_first=1, budget="head")
+    config = replace(SORTED, sparsity=0.8, score=score, keep_first=1, budget="head")
     require(impl, q, config)
     plan = make_plan(q, k, config, impl=impl)
     ours, theirs = plan.selection, make_plan(q, k, config, impl="reference").selection
@@ -214,18 +227,20 @@ def test_the_budget_of_a_head_is_the_stage_s(tokens):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_batch_entries_do_not_see_one_another(impl):
+@both_settings
+def test_batch_entries_do_not_see_one_another(impl, config):
     q, k, v = inputs((3, 4, 2, 900, 900, 128), torch.bfloat16)
-    together = ba_attention(q, k, v, BAAttConfig(), impl=impl)
-    alone = [ba_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], BAAttConfig(), impl=impl) for i in range(3)]
+    together = ba_attention(q, k, v, config, impl=impl)
+    alone = [ba_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], config, impl=impl) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together, ba_attention(q, k, v, BAAttConfig(), impl=impl))
+    assert torch.equal(together, ba_attention(q, k, v, config, impl=impl))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_strided_inputs(impl):
+@both_settings
+def test_strided_inputs(impl, config):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs((2, 4, 2, 500, 500, 64), torch.bfloat16))
-    check(impl, q, k, v, BAAttConfig())
+    check(impl, q, k, v, config)
 
 
 def inside(x, axes, step=1):
@@ -247,12 +262,12 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("sort", ["none", "q"])
+@pytest.mark.parametrize("setting", UNSORTED)
 @pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("view", VIEWS)
-def test_views_give_what_contiguous_inputs_give(impl, sort, channels, view):
+def test_views_give_what_contiguous_inputs_give(impl, setting, channels, view):
     q, k, v = inputs((2, 4, 2, 700, 777, channels), torch.bfloat16)
-    config = BAAttConfig(sparsity=0.6, sort=sort)
+    config = replace(UNSORTED[setting], sparsity=0.6)
     require(impl, q, config)
     plan = make_plan(q, k, config, impl=impl)
     expected = attend(q, k, v, plan, impl=impl)
@@ -269,7 +284,7 @@ def test_views_give_what_contiguous_inputs_give(impl, sort, channels, view):
 def test_keys_that_are_not_sorted_are_not_copied(impl, sort):
     q, k, v = inputs((1, 2, 2, 256, 32768, 128), torch.bfloat16)
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    config = BAAttConfig(sort=sort, score="covariance")
+    config = UNSORTED[sort]
     require(impl, q, config)
     ba_attention(q, k, v, config, impl=impl)
     torch.cuda.reset_peak_memory_stats()
@@ -280,26 +295,28 @@ def test_keys_that_are_not_sorted_are_not_copied(impl, sort):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("channels", [64, 128])
-def test_inputs_that_are_not_aligned(impl, channels):
+@both_settings
+def test_inputs_that_are_not_aligned(impl, channels, config):
     """Rows that start at any element, and channels that are not side by side."""
     wide = inputs((1, 2, 2, 300, 300, 2 * channels + 3), torch.bfloat16)
-    check(impl, *(x[..., 3 : channels + 3] for x in wide), BAAttConfig())
-    check(impl, *(x[..., 1 : 2 * channels : 2] for x in wide), BAAttConfig())
+    check(impl, *(x[..., 3 : channels + 3] for x in wide), config)
+    check(impl, *(x[..., 1 : 2 * channels : 2] for x in wide), config)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_never_waits_for_the_device_and_runs_in_a_graph(impl):
+@both_settings
+def test_never_waits_for_the_device_and_runs_in_a_graph(impl, config):
     q, k, v = inputs((1, 4, 2, 1024, 1024, 128), torch.bfloat16)
-    expected = ba_attention(q, k, v, BAAttConfig(), impl=impl)
+    expected = ba_attention(q, k, v, config, impl=impl)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ba_attention(q, k, v, BAAttConfig(), impl=impl)
+        ba_attention(q, k, v, config, impl=impl)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        captured = ba_attention(q, k, v, BAAttConfig(), impl=impl)
+        captured = ba_attention(q, k, v, config, impl=impl)
     captured.zero_()
     graph.replay()
     torch.cuda.synchronize()
@@ -307,10 +324,11 @@ def test_never_waits_for_the_device_and_runs_in_a_graph(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_compiles_in_one_graph(impl):
+@both_settings
+def test_compiles_in_one_graph(impl, config):
     q, k, v = inputs((1, 4, 2, 600, 600, 64), torch.bfloat16)
-    compiled = torch.compile(lambda q, k, v: ba_attention(q, k, v, BAAttConfig(), impl=impl) * 2, fullgraph=True)
-    assert torch.equal(compiled(q, k, v), ba_attention(q, k, v, BAAttConfig(), impl=impl) * 2)
+    compiled = torch.compile(lambda q, k, v: ba_attention(q, k, v, config, impl=impl) * 2, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), ba_attention(q, k, v, config, impl=impl) * 2)
 
 
 @pytest.mark.parametrize("segment", [256, 1024, None])
@@ -318,14 +336,18 @@ def test_large_magnitudes_and_ties(segment):
     q, k, v = inputs((1, 2, 2, 1500, 1500, 128), torch.bfloat16)
     k[:, :, ::2] = k[:, :, :1]
     for impl in IMPLS:
-        check(impl, q * 8, k, v, BAAttConfig(segment=segment))
+        check(impl, q * 8, k, v, replace(SORTED, segment=segment))
+        check(impl, q * 8, k, v, BAAttConfig())
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("sort", ["none", "k", "qk"])
-def test_padding_on_both_sides_changes_nothing(impl, sort):
+@pytest.mark.parametrize(
+    "config", [*(replace(SORTED, sort=sort) for sort in ("none", "k", "qk")), BAAttConfig()],
+    ids=["none", "k", "qk", "clusters"],
+)  # fmt: skip
+def test_padding_on_both_sides_changes_nothing(impl, config):
     q, k, v = inputs((2, 4, 2, 1000, 1000, 64), torch.bfloat16)
-    config = BAAttConfig(sparsity=0.6, sort=sort)
+    config = replace(config, sparsity=0.6)
     require(impl, q, config)
     mask = (torch.arange(1000, device="cuda") >= 300).expand(2, -1)
     alone = ba_attention(*(x[:, :, 300:] for x in (q, k, v)), config, impl=impl)

@@ -30,8 +30,8 @@ from tests.integrations.diffusers_models import (  # noqa: E402
 )
 from tests.processes import run_ranks  # noqa: E402
 
-ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
-HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
+HALF = BAAttConfig(block_size=16, sparsity=0.5)
 FIRST_STEPS = "policy: one of the first steps"
 
 

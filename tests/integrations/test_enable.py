@@ -16,8 +16,8 @@ from baatt.sampling import SamplerConfig, generate
 from baatt.stages.dense import dense_attention
 
 MASK = 63
-ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
-HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
+HALF = BAAttConfig(block_size=16, sparsity=0.5)
 
 
 @pytest.fixture

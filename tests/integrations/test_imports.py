@@ -13,7 +13,7 @@ from tests.integrations.stubs import DreamModel, LLaDAModelLM
 for adapter in (diffusers, transformers):
     assert not adapter.roots(torch.nn.Linear(2, 2))
 assert not transformers.roots(1)
-config, tokens, total = baatt.BAAttConfig(block_size=16, segment=64), torch.zeros(1, 40, dtype=torch.int64), 0
+config, tokens, total = baatt.BAAttConfig(block_size=16), torch.zeros(1, 40, dtype=torch.int64), 0
 for model in (LLaDAModelLM().eval(), DreamModel().eval()):
     with torch.no_grad(), baatt.enable(model, config) as handle:
         model(tokens)

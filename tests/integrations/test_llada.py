@@ -16,8 +16,8 @@ from baatt.integrations.handle import NoSparseAttentionWarning
 from baatt.stages.dense import dense_attention
 from tests.integrations.stubs import MASK, Config, DreamModel, LLaDAModelLM, denoise, merge, positions, split
 
-ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
-HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
+HALF = BAAttConfig(block_size=16, sparsity=0.5)
 EVERYTHING = Policy(min_queries=0)
 
 

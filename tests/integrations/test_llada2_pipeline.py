@@ -10,8 +10,8 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 MASK, PADDING = 63, 0
-ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
-HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
+HALF = BAAttConfig(block_size=16, sparsity=0.5)
 LAYERS, STEPS, BLOCK = 2, 4, 16
 #: Prompts of 37 tokens, of which one block and a part are filled before 40 more are made: windows end at 48, 64 and 80.
 WINDOWS = 3

@@ -29,8 +29,8 @@ from tests.integrations.stubs import (
     split,
 )
 
-ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
-HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
+HALF = BAAttConfig(block_size=16, sparsity=0.5)
 MODELS = {
     "Dream": DreamModel,
     "LLaDA-V": LLaDAVModelLM,

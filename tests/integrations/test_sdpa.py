@@ -13,8 +13,8 @@ from baatt.integrations.handle import Handle
 from baatt.integrations.masks import KeyMask
 from baatt.integrations.sdpa import Current, SparseSDPA, sparse_sdpa
 
-ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
-HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
+HALF = BAAttConfig(block_size=16, sparsity=0.5)
 B, H, N, D = 2, 4, 70, 8
 
 

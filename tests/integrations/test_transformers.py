@@ -24,8 +24,8 @@ from transformers import masking_utils  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 MASK = 63
-ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0, segment=64)
-HALF = BAAttConfig(block_size=16, sparsity=0.5, segment=64)
+ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
+HALF = BAAttConfig(block_size=16, sparsity=0.5)
 SMALL = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},

@@ -7,9 +7,10 @@ import pytest
 import torch
 from einops import einsum
 
-from baatt import BAAttConfig, Policy, ba_attention, make_plan
+from baatt import Policy, ba_attention, make_plan
 from baatt.integrations.handle import Handle
 from baatt.integrations.video import REMEMBERED, VideoTiles, _permutation
+from tests.settings import sorted_config
 
 CPU = torch.device("cpu")
 TILE = (2, 4, 2)  # 16 tokens
@@ -116,7 +117,7 @@ def test_composes_with_sorting(video, sort, words):
     order = tiles(q.shape[2], CPU)
     results = {}
     for sparsity in (0.0, 0.5):
-        config = BAAttConfig(block_size=16, sparsity=sparsity, sort=sort, segment=64)
+        config = sorted_config(16, sparsity, sort, 64)
         handle = Handle(config, Policy(), order=tiles)
         results[sparsity] = handle.attention(q, k, v, layer=0, key_mask=mask)
         real = mask[:, order]
@@ -147,7 +148,7 @@ def kept_attention(q, k, config):
 )
 def test_tiles_keep_more_attention_than_raster_order(video, sort, sparsity, lost):
     q, k, _, grid = video
-    config = BAAttConfig(block_size=16, sparsity=sparsity, sort=sort, segment=64)
+    config = sorted_config(16, sparsity, sort, 64)
     order = VideoTiles(TILE, grid)(q.shape[2], CPU)
     raster, tiled = kept_attention(q, k, config), kept_attention(q[:, :, order], k[:, :, order], config)
     assert 1 - sparsity < raster < tiled

@@ -63,7 +63,7 @@ def test_with_sparsity_it_is_the_operator(plugin):
     query, key, value = inputs()
     params = DIALS | {"sparsity": 0.5, "sort": "q", "beta": 0.25, "score": "covariance", "impl": "reference"}
     actual = plugin(query, key, value, params, is_causal=False, softmax_scale=0.25)
-    config = BAAttConfig(block_size=16, segment=64, sort="q", beta=0.25)
+    config = BAAttConfig(16, 0.5, "q", 64, "covariance", 0.25)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     expected = ba_attention(q, k, v, config, scale=0.25, impl="reference").transpose(1, 2)
     assert torch.equal(actual, expected)

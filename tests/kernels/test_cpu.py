@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 
-from baatt import BAAttConfig, ba_attention, make_plan
+from baatt import ba_attention, make_plan
 from baatt.kernels import cpu, cpu_gather, cpu_native
 from baatt.stages import sparse
 from baatt.stages.sorting import by_norm
 from baatt.types import BlockSelection
 from tests.budget import assert_within_budget, eager_dtype
+from tests.settings import sorted_config
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -196,6 +197,7 @@ def test_a_failed_build_warns_once_and_gathers(monkeypatch, caplog):
 
 
 MEMORY = """
+import dataclasses
 import torch
 from pathlib import Path
 from baatt import BAAttConfig, ba_attention
@@ -205,7 +207,7 @@ def high_water():
     return int(lines["VmHWM"].split()[0]) * 1024, int(lines["VmRSS"].split()[0]) * 1024
 
 q, k, v = (torch.randn(1, 8, 8192, 64, dtype=getattr(torch, "{dtype}")) for _ in range(3))
-config = BAAttConfig(sparsity=0.875)
+config = dataclasses.replace(BAAttConfig.preset("{preset}"), sparsity=0.875)
 ba_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256], config, impl="cpu")
 Path("/proc/self/clear_refs").write_text("5")
 before = high_water()[1]
@@ -216,16 +218,21 @@ print((high_water()[0] - before) / (q.nbytes + k.nbytes + v.nbytes))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-def test_extra_memory_is_at_most_one_and_a_half_times_the_inputs(dtype):
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_extra_memory_is_at_most_one_and_a_half_times_the_inputs(preset, dtype):
     """Output included; the resident set of a fresh process: nothing escapes it, and what malloc keeps counts too."""
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY.format(dtype=dtype)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", MEMORY.format(preset=preset, dtype=dtype)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert float(run.stdout) < 1.5
 
 
 def test_plans_agree_with_the_reference():
     q, k, *_ = random_case((2, 4, 2, 300, 500, 32), 16, torch.float32)
-    config = BAAttConfig(block_size=16, segment=64)
+    config = sorted_config(16, segment=64)
     plans = [make_plan(q, k, config, impl=impl) for impl in ("reference", "cpu")]
     assert torch.equal(plans[0].selection.index, plans[1].selection.index)

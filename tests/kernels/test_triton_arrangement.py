@@ -7,11 +7,11 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU; see tests/gpu", allow_module_level=True)
 
-from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu
 from baatt.kernels import triton_arrangement
 from baatt.scores import SCORES, covariance
 from baatt.stages import pooling, sorting
+from tests.settings import sorted_config
 
 CASES = [  # B, H, G, N, M, D, P, segment, masked
     (1, 2, 1, 75, 90, 40, 16, 32, False),
@@ -76,7 +76,7 @@ def check_copy(x, order, copy):
 )
 def test_orders_moments_and_copies(shape, dtype, sort, poisoned_memory):
     q, k, v, mask, block_size, segment = case(shape, dtype)
-    config = BAAttConfig(block_size=block_size, segment=segment, sort=sort)
+    config = sorted_config(block_size=block_size, segment=segment, sort=sort)
     order_queries, order_keys = sorting.ORDERS[sort]
     found = _sort_on_gpu({}, q, k, v, config, mask)
     key_order = order_keys(k, segment, mask)
@@ -91,7 +91,7 @@ def test_orders_moments_and_copies(shape, dtype, sort, poisoned_memory):
 def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poisoned_memory, monkeypatch):
     monkeypatch.setattr(triton_arrangement, "LONGEST", 64)
     q, k, v, mask, block_size, _ = case((2, 2, 2, 150, 140, 16, 32, 128, masked), torch.float32)
-    found = _sort_on_gpu({}, q, k, v, BAAttConfig(block_size=block_size, sort="qk", segment=128), mask)
+    found = _sort_on_gpu({}, q, k, v, sorted_config(block_size=block_size, sort="qk", segment=128), mask)
     expected = sorting.by_norm(q, 128, None), sorting.by_norm(k, 128, mask)
     check_side(q, found.query_order, found.query_summary, expected[0], block_size)
     check_side(k, found.key_order, found.key_summary, expected[1], block_size)
@@ -102,14 +102,14 @@ def test_segments_too_long_for_the_kernel_are_sorted_by_the_stage(masked, poison
 def test_equal_and_nan_norms_keep_their_order():
     x = torch.ones(1, 2, 70, 16)
     x[:, :, 7] = float("nan")
-    found = _sort_on_gpu({}, x, x, None, BAAttConfig(block_size=16, segment=32), None)
+    found = _sort_on_gpu({}, x, x, None, sorted_config(block_size=16, segment=32), None)
     assert torch.equal(found.key_order.index, sorting.by_norm(x, 32, None).index)
 
 
 @pytest.mark.parametrize("sort", ["none", "k", "qk"])
 def test_masked_queries_stand_behind_and_are_not_pooled(sort, poisoned_memory):
     q, k, v, mask, block_size, _ = case((2, 1, 1, 70, 70, 16, 16, 32, True), torch.float32)
-    found = _sort_on_gpu({}, q, k, v, BAAttConfig(block_size=block_size, sort=sort, segment=32), mask, mask)
+    found = _sort_on_gpu({}, q, k, v, sorted_config(block_size=block_size, sort=sort, segment=32), mask, mask)
     by_norm = sorting.by_norm if sort == "qk" else sorting.by_position
     check_side(q, found.query_order, found.query_summary, by_norm(q, 32, mask), block_size)
 
@@ -119,7 +119,7 @@ def test_masked_queries_stand_behind_and_are_not_pooled(sort, poisoned_memory):
 def test_nothing_is_made_that_a_score_does_not_want(score, sort, monkeypatch):
     """No moments for a score that has none, no copies but on the way to them, no launch where nothing is sorted."""
     q, k, v, _, block_size, segment = case(CASES[0], torch.float32)
-    config = BAAttConfig(block_size, sort=sort, segment=segment, score=score)
+    config = sorted_config(block_size, sort=sort, segment=segment, score=score)
     has_moments = SCORES[score].summarise is covariance.summarise
     unwanted = (["_norm_kernel", "_order_kernel"] if sort == "none" else []) + ["_gather_kernel"] * (not has_moments)
     for kernel in (*unwanted, "_permute_kernel"):

@@ -7,12 +7,12 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU; see tests/gpu", allow_module_level=True)
 
-from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu
 from baatt.kernels import triton_arrangement, triton_attention
 from baatt.stages import sorting, sparse
 from baatt.types import BlockSelection
 from tests.budget import assert_within_budget, eager_dtype
+from tests.settings import sorted_config
 
 DTYPES = [torch.float32, torch.float16, torch.float16, torch.float32]
 SHAPES = [  # B, H, G, N, M, D, P
@@ -101,7 +101,7 @@ def test_keys_that_are_not_sorted_are_read_where_they_are(view, shape, sort, dty
     monkeypatch.setattr(triton_arrangement, "_room_for_copy", None)  # nobody may call it
     q, k, v, *_ = case(shape, dtype)
     k, v = (function(x) for function, x in zip(VIEWS[view], (k, v), strict=True))
-    blocks = _sort_on_gpu({}, transposed(q), k, v, BAAttConfig(shape[-1], sort=sort, segment=shape[-1]), None)
+    blocks = _sort_on_gpu({}, transposed(q), k, v, sorted_config(shape[-1], sort=sort, segment=shape[-1]), None)
     assert blocks.sorted_k.data_ptr() == k.data_ptr()
     assert blocks.sorted_v.data_ptr() == v.data_ptr()
     assert blocks.key_order.index.untyped_storage().nbytes() == 8 * k.shape[2]

@@ -82,7 +82,7 @@ for name in CASES if chosen == "all" else chosen.split("+"):
     dtype, channels, block_size, masked, sort = CASES[name]
     q, k, v = (torch.zeros(1, 300, heads, channels, dtype=dtype).transpose(1, 2) for heads in (4, 2, 2))
     mask = torch.ones(1, 300, dtype=torch.bool) if masked else None
-    config = BAAttConfig(block_size=block_size, sparsity=0.5, sort=sort, segment=256)
+    config = BAAttConfig(block_size, 0.5, sort, 256, "covariance", keep_first=0)
     arranged = _sort_on_gpu({}, q, k, v, config, mask)
     selection = _choose_on_gpu({}, arranged.query_summary, arranged.key_summary, config, 0.1)
     for logits in (True, False):

@@ -7,10 +7,11 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("the interpreter is for machines without a GPU; see tests/gpu", allow_module_level=True)
 
-from baatt import BAAttConfig, make_plan
+from baatt import make_plan
 from baatt.kernels import triton_mass
 from baatt.scores import exact
 from tests.budget import assert_within_budget
+from tests.settings import sorted_config
 
 SHAPES = [  # B, H, G, N, M, D, P
     (3, 2, 1, 40, 70, 16, 16),
@@ -36,7 +37,7 @@ def case(shape, dtype, sort="qk", masked=True):
             mask[0, keys // 2 :] = False  # ends inside a block, with blocks behind it
             mask[1] = False
         k[~mask[:, None].expand(batch, groups, keys)] = float("nan")
-    config = BAAttConfig(block_size, 0.5, sort, block_size)
+    config = sorted_config(block_size, 0.5, sort, block_size)
     return q, k, make_plan(q, k, config, key_mask=mask, impl="reference")
 
 

@@ -4,8 +4,9 @@ import dataclasses
 
 from baatt import BAAttConfig, Policy
 from baatt.lab import describe
+from tests.settings import sorted_config
 
-CONFIG = dataclasses.asdict(BAAttConfig())
+CONFIG = dataclasses.asdict(sorted_config())
 HEADER = {
     "sampler": {"steps": 64, "gen_length": 32, "block_length": 16, "threshold": 0.9, "cache": "none"},
     "batch_size": 2, "chat": False, "dtype": "float32", "dense_layers": [0, 1],
@@ -51,11 +52,22 @@ def test_what_is_selected():
 
 
 def test_every_option():
-    text = describe.options_text(BAAttConfig(), Policy(dense_layers=(0, -1)))
+    text = describe.options_text(sorted_config(), Policy(dense_layers=(0, -1)))
     assert text.startswith("block_size=128, sparsity=0.5, sort=k, segment=256, score=covariance, beta=0.5")
     assert text.endswith("; dense layers: 0, -1")
     assert "representatives" not in text
-    assert "representatives=16" in describe.options_text(BAAttConfig(score="clusters"), Policy())
+    usual = describe.options_text(BAAttConfig(), Policy())
+    assert "score=clusters, representatives=16" in usual
+    assert "segment" not in usual
+
+
+def test_an_old_record_is_what_it_was():
+    """Before there was anything but a row's budget and `keep_first`, no first block was kept."""
+    stored = {"block_size": 128, "sparsity": 0.5, "sort": "qk", "segment": 1024, "score": "covariance", "beta": 0.5}
+    assert describe.read_config(stored) == BAAttConfig.preset("paper")
+    assert describe.selection_name(stored, []) == "BA-Att, qk in 1024"
+    for config in (BAAttConfig(), BAAttConfig.preset("paper")):
+        assert describe.read_config(dataclasses.asdict(config)) == config
 
 
 def test_how_samples_are_answered():

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from baatt import BAAttConfig
 from baatt.lab.capture import Capture, Heads
 from baatt.lab.layers import measure_layers
+from tests.settings import sorted_config
 
 TOKENS, CHANNELS = 256, 16
 
 
 def measure(q, k, **dials):
     capture = Capture({3: Heads(q, k, k)}, CHANNELS**-0.5, {})
-    (record,) = measure_layers(capture, [BAAttConfig(block_size=16, **dials)])
+    (record,) = measure_layers(capture, [sorted_config(block_size=16, **dials)])
     return record
 
 

@@ -83,7 +83,7 @@ def test_what_was_given_changes_the_base():
 def test_a_new_field_is_an_option_everywhere():
     argv = ["--delegates", "4", "--ballot", "head", "--sort", "k"]
     arguments = parse(argv, Extended)
-    assert chosen(arguments, Extended()) == Extended(delegates=4, ballot="head")
+    assert chosen(arguments, Extended()) == Extended(delegates=4, ballot="head", sort="k")
     assert given(arguments, BAAttConfig) == {}  # another class has other options
     assert read_options(Arguments, {"pretrained": "x", "sparsity": 0.5, "delegates": 4}).sparse == Extended(delegates=4)
     assert read_dials(["delegates=4,8"], Extended) == {"delegates": [4, 8]}

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from baatt import BAAttConfig, make_plan
+from baatt import make_plan
 from baatt.lab.recall import block_mass, kept_mass
 from baatt.scores import exact
 from baatt.types import BlockSelection
+from tests.settings import sorted_config
 
 
 def case(sort="qk", sparsity=0.5, masked=True, batch=2):
@@ -21,7 +22,7 @@ def case(sort="qk", sparsity=0.5, masked=True, batch=2):
         mask = torch.rand(batch, 101, generator=generator) > 0.3
         mask[-1] = False
         k[~mask[:, None].expand(batch, 2, 101)] = math.nan
-    plan = make_plan(q, k, BAAttConfig(16, sparsity, sort, 32), key_mask=mask, impl="reference")
+    plan = make_plan(q, k, sorted_config(16, sparsity, sort, 32), key_mask=mask, impl="reference")
     return q, k, plan
 
 

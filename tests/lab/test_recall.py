@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from baatt import BAAttConfig, ba_attention, make_plan
+from baatt import ba_attention, make_plan
 from baatt.lab.capture import Capture, Heads
 from baatt.lab.layers import POINTS, deviation, measure_bound
 from baatt.lab.plots import draw_bound, draw_recall
 from baatt.lab.recall import block_mass, kept_mass, measure_recall, output_error
 from baatt.lab.statistics import pearson
+from tests.settings import sorted_config
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def recorded():
     return Capture({layer: Heads(draw(4, 70), draw(2, 90), draw(2, 90)) for layer in (0, 3)}, 0.4, {"model": "x"})
 
 
-CONFIGS = [BAAttConfig(16, 0.5, "none", None, beta=0.5), BAAttConfig(16, 0.5, "qk", 32, beta=0.0)]
+CONFIGS = [sorted_config(16, 0.5, "none", None, beta=0.5), sorted_config(16, 0.5, "qk", 32, beta=0.0)]
 
 
 def test_recall(recorded, tmp_path):
@@ -37,7 +38,7 @@ def test_recall(recorded, tmp_path):
     by_key = {(one["layer"], one["sort"], one["sparsity"], one["score"]): one for one in records}
     assert len(by_key) == len(records)
     q, k, v = recorded.layers[3]
-    config = BAAttConfig(16, 0.8, "qk", 32, beta=0.0)
+    config = sorted_config(16, 0.8, "qk", 32, beta=0.0)
     plan = make_plan(q, k, config, scale=0.4)
     shares = kept_mass(block_mass(q, k, plan), plan.selection)
     one = by_key[3, "qk", 0.8, "covariance"]

@@ -324,7 +324,7 @@ class TestAnswers:
     def test_sparse_at_sparsity_0_is_dense(self, model, sparsity):
         prompt = prompt_of(model)
         dense = generate(prompt, prompt.ids, None, SIX_STEPS)
-        config = BAAttConfig(block_size=16, sparsity=sparsity, segment=64)
+        config = BAAttConfig(block_size=16, sparsity=sparsity)
         with baatt.enable(model, config) as handle:
             sparse = generate(prompt, prompt.ids, None, SIX_STEPS, on_step=handle.at_step)
         same = torch.equal(dense.tokens, sparse.tokens) and torch.equal(dense.unmasked_at, sparse.unmasked_at)
@@ -335,7 +335,7 @@ class TestAnswers:
     def test_logits_change_with_sparsity_and_policy(self, model):
         prompt = prompt_of(model)
         tokens = torch.cat((prompt.ids, torch.full((1, 4), model.config.mask_token_id)), dim=1)
-        config = BAAttConfig(block_size=16, sparsity=0.6, segment=64)
+        config = BAAttConfig(block_size=16, sparsity=0.6)
         length = prompt.ids.shape[1]
         dense = prompt(tokens, logits_from=length, logits_to=length + 4)
         with baatt.enable(model, config, Policy(dense_layers=(0,))) as handle:

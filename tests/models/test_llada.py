@@ -264,9 +264,7 @@ def test_ba_attention_fits_and_is_exact_without_sparsity() -> None:
     model, ids = make_model(), make_ids(2, 50)
     mask = torch.ones(2, 50, dtype=torch.bool)
     mask[1, :13] = False
-    exact = functools.partial(
-        ba_attention, config=BAAttConfig(block_size=16, sparsity=0.0, segment=None), impl="reference"
-    )
+    exact = functools.partial(ba_attention, config=BAAttConfig(block_size=16, sparsity=0.0), impl="reference")
     with torch.no_grad():
         torch.testing.assert_close(model(ids, attention=exact), model(ids), rtol=1e-9, atol=1e-9)
         dense, sparse = model(ids, mask), model(ids, mask, attention=exact)

@@ -25,6 +25,10 @@ SCORES = (
 )
 
 
+#: What dials that are not asked for were when the pins were made.
+THEN = {"score": "covariance", "beta": 0.5, "keep_first": 0, "budget": "row"}
+
+
 class Sampled(NamedTuple):
     """A generation: what came out, and the attention calls that went sparse or stayed dense."""
 
@@ -40,12 +44,12 @@ class Sampled(NamedTuple):
 
 def plan_of(q: Tensor, k: Tensor, dials: dict[str, Any], impl: str, **masks: Tensor | None) -> Plan:
     """The plan of `make_plan`."""
-    return make_plan(q, k, BAAttConfig(**dials), impl=impl, **masks)
+    return make_plan(q, k, BAAttConfig(**THEN | dials), impl=impl, **masks)
 
 
 def attention_of(q: Tensor, k: Tensor, v: Tensor, dials: dict[str, Any], impl: str, **masks: Tensor | None) -> Tensor:
     """The output of `ba_attention`."""
-    return ba_attention(q, k, v, BAAttConfig(**dials), impl=impl, **masks)
+    return ba_attention(q, k, v, BAAttConfig(**THEN | dials), impl=impl, **masks)
 
 
 def attend_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, impl: str) -> Tensor:
@@ -55,7 +59,7 @@ def attend_of(q: Tensor, k: Tensor, v: Tensor, plan: Plan, impl: str) -> Tensor:
 
 def selection_of(score: str, q: Tensor, k: Tensor, dials: dict[str, Any], **masks: Tensor | None) -> BlockSelection:
     """The selection by a score."""
-    return make_plan(q, k, BAAttConfig(**dials | {"score": score}), impl="reference", **masks).selection
+    return make_plan(q, k, BAAttConfig(**THEN | dials | {"score": score}), impl="reference", **masks).selection
 
 
 def model_of(**changes: Any) -> MaskedDiffusionLM:
@@ -77,7 +81,7 @@ def sample(
     impl: str,
 ) -> Sampled:
     """A generation, dense where `sparse` is None; its score is a name in `SCORES`."""
-    config = None if sparse is None else BAAttConfig(**sparse)
+    config = None if sparse is None else BAAttConfig(**THEN | sparse)
     calls: list[tuple[int, int, int]] = []
 
     def progress(info: StepInfo) -> None:
@@ -98,7 +102,7 @@ def enabled(
     """
     with (
         torch.inference_mode(),
-        baatt.enable(model, BAAttConfig(**dials), Policy(**policy), impl="reference") as handle,
+        baatt.enable(model, BAAttConfig(**THEN | dials), Policy(**policy), impl="reference") as handle,
     ):
         logits = []
         for step, (tokens, mask) in enumerate(batches):

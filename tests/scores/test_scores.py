@@ -6,12 +6,13 @@ import itertools
 import pytest
 import torch
 
-from baatt import BAAttConfig, attend, ba_attention, make_plan
+from baatt import attend, ba_attention, make_plan
 from baatt.backend import choose_backend
 from baatt.lab.recall import block_mass, kept_mass
 from baatt.scores import SCORES, antidiagonal, runs
 from baatt.types import take_blocks
 from tests.lab.test_oracle import case
+from tests.settings import sorted_config
 
 
 def scores_of(score, q, k, plan):
@@ -57,7 +58,7 @@ def test_padding_on_either_side_changes_nothing(name, impl):
     """Rows of a padded batch read the same blocks as alone, whatever stands in the padding; every score, every impl."""
     generator = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(1, 2, 70, 16, generator=generator) for _ in range(3))
-    config = BAAttConfig(16, 0.5, "k", 32, score=name)
+    config = sorted_config(16, 0.5, "k", 32, score=name)
     alone = ba_attention(q, k, v, config, impl=impl)
     padded = [torch.nn.functional.pad(x, (0, 0, 16, 0), value=float("nan")) for x in (q, k, v)]
     mask = torch.arange(86)[None] >= 16
@@ -138,7 +139,7 @@ def test_finer_runs_come_nearer_to_the_oracle():
     """Of means alone the smaller runs know more; on average over many pairs, not pair by pair."""
     generator = torch.Generator().manual_seed(3)
     q, k = (torch.randn(1, 4, 512, 16, generator=generator, dtype=torch.float64) for _ in range(2))
-    plan = make_plan(q, k, BAAttConfig(block_size=64, sort="none"), impl="reference")
+    plan = make_plan(q, k, sorted_config(block_size=64, sort="none"), impl="reference")
     mass = block_mass(q, k, plan)
     errors = [float((run_mass(q, k, plan, run) / 64 - mass).abs().mean()) for run in (64, 16, 4, 1)]
     assert errors == sorted(errors, reverse=True)

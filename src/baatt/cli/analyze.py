@@ -27,6 +27,7 @@ from baatt.cli.options import (
     layer_numbers,
     load_model,
     names_of,
+    read_configs,
     read_device,
 )
 from baatt.config import PRESETS, BAAttConfig
@@ -35,7 +36,7 @@ from baatt.lab.capture import Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
 from baatt.lab.layers import measure_bound, measure_layers
 from baatt.lab.loading import DTYPES, check_memory, load_transformers
-from baatt.lab.maps import Panel, attention_cells, draw_maps, maps_page, most_structured_head
+from baatt.lab.maps import compared, draw_maps, maps_page, most_structured_head
 from baatt.lab.options import given, variants
 from baatt.lab.plots import draw_bound, draw_recall
 from baatt.lab.recall import measure_recall
@@ -88,8 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("bound", "layers"):
         _add_study_options(studies[name], {}, ["sparsity", "score", "beta"])
 
-    maps = _add_action(actions, "maps", "Attention before and after sorting, kept blocks outlined (Fig. 5).", run_maps)
+    maps = _add_action(
+        actions, "maps", "Attention in the order of some settings, kept blocks outlined (Fig. 5).", run_maps
+    )
     _add_study_options(maps, {}, [])
+    maps.description = (
+        f"{maps.description} Without --sort and --score those of the paper's setting, the preset's and the oracle."
+    )
     maps.add_argument("--head", type=int, help="query head of --plot (default: the one with most structure)")
     maps.add_argument("--html", type=Path, help="page of all layers and heads, one file for any browser")
 
@@ -187,14 +193,15 @@ def run_maps(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         raise UsageError("--json has nothing to hold here: maps are a picture")
     check_files(arguments, "html")
-    configs = _configs(arguments)
+    chosen = {"sort", "score"} & given(arguments, BAAttConfig).keys()
+    configs = _configs(arguments) if chosen else compared(read_configs(arguments)[0])
     recorded, _ = _read(arguments)
     if arguments.plot is not None:
         _draw_one_head(arguments, recorded, configs)
     if arguments.html is not None:
         title = f"{_title(recorded)}, sparsity {percent(configs[0].sparsity)}"
         with _progress(len(recorded.layers) * len(configs)) as step:
-            page = maps_page(recorded, configs, lambda one: order_name(vars(one)), title, step)
+            page = maps_page(recorded, configs, title, step)
         arguments.html.write_text(page, encoding="utf-8")
         Console().print(f"Page: {arguments.html}, open it in a browser", soft_wrap=True)
 
@@ -207,10 +214,8 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     head = most_structured_head(heads.q, heads.k, plans[0]) if arguments.head is None else arguments.head
     if not 0 <= head < heads.q.shape[1]:
         raise UsageError(f"--head must be from 0 to {heads.q.shape[1] - 1}, got {head}")
-    names = [order_name(vars(config)) for config in configs]
-    cells = [attention_cells(heads.q, heads.k, plan, head) for plan in plans]
     caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {percent(configs[0].sparsity)} sparsity"
-    draw_maps(list(map(Panel, cells, plans, names)), head, caption, arguments.plot)
+    draw_maps(heads.q, heads.k, plans, head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
 
 
@@ -242,11 +247,12 @@ def _add_action(
 def _add_study_options(
     parser: argparse.ArgumentParser, many: Mapping[str, Sequence[Any] | None], without: Collection[str]
 ) -> None:
-    parser.description = f"{parser.description} Orders are none and the preset's where --sort is not given."
+    orders = "none and the preset's, or the paper's where it has none"
+    parser.description = f"{parser.description} Orders without --sort: {orders}."
     parser.add_argument("capture", type=Path, help="file of `baatt analyze capture`")
     parser.add_argument("--layers", type=layer_numbers, help="numbers like 0,2 (default: all in the file)")
-    orders = {"sort": None, "segment": None}
-    add_sparse_options(parser, many=orders | dict(many), without=without, dense_layers=False, impl=False)
+    lists = {"sort": None, "segment": None, **many}
+    add_sparse_options(parser, many=lists, without=without, dense_layers=False, impl=False)
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" (default: cpu)')
     parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--plot", type=Path, help="picture, a PNG")
@@ -254,8 +260,11 @@ def _add_study_options(
 
 def _configs(arguments: argparse.Namespace) -> list[BAAttConfig]:
     """Every order with every other value; an unsorted one does not depend on the segment."""
-    base = PRESETS[arguments.preset].config
-    found = variants(base, {"sort": list(dict.fromkeys(["none", base.sort]))} | given(arguments, BAAttConfig))
+    base, values = PRESETS[arguments.preset].config, given(arguments, BAAttConfig)
+    if "sort" not in values:
+        ordered = PRESETS["paper"].config if base.sort == "none" else base
+        values = {"sort": ["none", ordered.sort], "segment": ordered.segment} | values
+    found = variants(base, values)
     return list(dict.fromkeys(dataclasses.replace(one, segment=None) if one.sort == "none" else one for one in found))
 
 

@@ -17,7 +17,7 @@ from baatt.cli.errors import UsageError
 
 #: Verb, a file beside this one -> first line of its docstring.
 VERBS = {
-    "demo": "Read a fresh 4K-token document and answer from it, once with full attention and once with BA-Att.",
+    "demo": "Answer from a fresh 4K-token document: full attention, the paper's setting and the default side by side.",
     "generate": "Continue a prompt with a masked-diffusion language model, sparse or dense.",
     "evaluate": "Score a model on a benchmark, sparse beside dense attention; a run that was cut goes on where it was.",
     "analyze": "Take the method apart on a real input: record a model's attention, then measure recall and bound.",
@@ -28,7 +28,7 @@ VERBS = {
 #: Old verb -> what it is now, with its own defaults, which anything given after it overrides; kept for one release.
 ALIASES = {
     "ablate": "evaluate ruler --tasks niah_multikey_1 --lengths 1024 --count 20 --seed 0 --steps 32 --recall-samples 1 "
-    "--json ablation.json"
+    "--preset paper --json ablation.json"
 }
 
 

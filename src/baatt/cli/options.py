@@ -1,7 +1,7 @@
 """Options that several verbs share: which model, how sparse, in which files, and values by commas.
 
 A preset names config and policy together; single options change one field of them. Every verb begins with the preset
-"safe", so the same order, score and dense layers are everywhere the default.
+"default", which is what `BAAttConfig()` and `Policy()` are.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from baatt.backend import IMPLS, choose_backend
 from baatt.cli.errors import UsageError
 from baatt.config import PRESETS, BAAttConfig, Policy, Preset
 from baatt.lab import loading
+from baatt.lab.describe import selection_name
 from baatt.lab.options import add_options, chosen, given, variants
 
 if TYPE_CHECKING:
@@ -45,12 +46,14 @@ def add_sparse_options(
         dense_layers, impl: False leaves the option out, where there is no model, or nothing to choose.
     """
     group = parser.add_argument_group("sparse attention")
+    presets = "; ".join(
+        f"{name}: {selection_name(vars(config), policy.dense_layers)}" for name, (config, policy) in PRESETS.items()
+    )
     group.add_argument(
-        "--preset", choices=list(PRESETS), default="safe",
-        help="the options below, together; safe: keys sorted by norm in segments of 256, layers 0 and 1 dense; paper: "
-        "queries and keys sorted in segments of 1024, every layer sparse (default: safe)",
+        "--preset", choices=list(PRESETS), default="default",
+        help=f"the options below, together; {presets} (default: default)",
     )  # fmt: skip
-    config = PRESETS["safe"].config
+    config = PRESETS["default"].config
     names = [field.name for field in dataclasses.fields(config) if field.name not in without]
     add_options(group, type(config), only=names, many=many)
     if dense_layers:

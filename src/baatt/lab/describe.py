@@ -14,6 +14,9 @@ from baatt.scores import SCORES
 
 Config = Mapping[str, Any]
 
+#: What older records do not say, because there was nothing else then.
+NOT_STORED: Config = {"representatives": 16, "refinements": 2, "peak": True, "keep_first": 0, "budget": "row"}
+
 #: Scores under the names that the papers give them.
 TITLES = {
     "covariance": "BA-Att",
@@ -22,6 +25,11 @@ TITLES = {
     "antidiagonal-8": "antidiagonal-8 (XAttention's)",
     "exact-peak": "oracle by its peak",
 }
+
+
+def read_config(stored: Config) -> BAAttConfig:
+    """A stored config as what it was when it was stored, whatever the defaults are today."""
+    return BAAttConfig(**{**NOT_STORED, **stored})
 
 
 def order_name(order: Config) -> str:
@@ -87,8 +95,9 @@ def layers_name(layers: Sequence[int]) -> str:
 
 
 def options_text(config: BAAttConfig, policy: Policy) -> str:
-    """One line with every option of the method that the score reads, and the dense layers."""
+    """One line with every option of the method that is read, and the dense layers."""
     unread = {name for score in SCORES.values() for name in score.options} - {*SCORES[config.score].options}
+    unread |= {"segment"} if config.sort == "none" else set()
     read = ((name, value) for name, value in dataclasses.asdict(config).items() if name not in unread)
     options = ", ".join(f"{name}={value}" for name, value in read)
     return f"{options}; dense layers: {layers_name(policy.dense_layers)}"
@@ -129,8 +138,9 @@ def _clusters(config: Config) -> str:
 
 
 def _kept(config: Config) -> str:
-    """What else decides which blocks are kept, of fields that older records do not have."""
-    first, shared = config.get("keep_first", 0), config.get("budget", "row") == "head"
+    """What else decides which blocks are kept."""
+    found = {**NOT_STORED, **config}
+    first, shared = found["keep_first"], found["budget"] == "head"
     kept = {0: "", 1: ", first block kept"}.get(first, f", first {first} blocks kept")
     return f"{kept}, one budget a head" if shared else kept
 

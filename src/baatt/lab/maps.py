@@ -1,4 +1,4 @@
-"""Attention maps before and after sorting, with the kept blocks outlined (the paper's Fig. 5): a PNG, or a page.
+"""Attention maps in the order of several settings, the blocks each keeps outlined (as the paper's Fig. 5): PNG or page.
 
 In: q and k of one layer, or a `Capture` and configs. Out: cell averages of the dense attention map in a given token
 order, a picture of some, or the text of an HTML file of all layers and heads that needs nothing else: `maps_page.html`
@@ -9,9 +9,10 @@ import base64
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from baatt.attention import make_plan
 from baatt.config import BAAttConfig
 from baatt.lab.capture import Capture
+from baatt.lab.describe import selection_name
 from baatt.lab.plots import picture
 from baatt.lab.recall import block_mass, kept_mass
 from baatt.plan import Plan
@@ -32,12 +34,15 @@ DARKEST = 0.03
 LEVELS = 65535
 
 
-class Panel(NamedTuple):
-    """One map: mass [rows, columns] fp32, mean attention of each cell; plan: its orders and kept blocks; title."""
+def paper_like(config: BAAttConfig) -> BAAttConfig:
+    """The paper's setting at the block size and sparsity of another."""
+    return replace(BAAttConfig.preset("paper"), block_size=config.block_size, sparsity=config.sparsity)
 
-    mass: Tensor
-    plan: Plan
-    title: str
+
+def compared(config: BAAttConfig) -> list[BAAttConfig]:
+    """The paper's setting, a config and the unsorted oracle, all of its block size and sparsity; each once."""
+    paper = paper_like(config)
+    return list(dict.fromkeys([paper, config, replace(paper, sort="none", segment=None, score="oracle")]))
 
 
 def attention_cells(q: Tensor, k: Tensor, plan: Plan, head: int, columns: int = CELLS) -> Tensor:
@@ -80,65 +85,72 @@ def kept_table(plan: Plan, head: int) -> Tensor:
     return table
 
 
-def draw_maps(panels: Sequence[Panel], head: int, caption: str, path: Path) -> None:
-    """Write the panels side by side to a PNG.
+def draw_maps(q: Tensor, k: Tensor, plans: Sequence[Plan], head: int, caption: str, path: Path) -> None:
+    """Write the maps of one head in the orders of several plans side by side to a PNG.
+
+    Args:
+        q: [1, H, N, D]; k: [1, G, M, D]; plans: of both.
 
     Raises:
         ImportError: matplotlib is missing (`pip install baatt[plots]`).
     """
-    with picture(path, caption, 1, len(panels), (7.2 * len(panels), 7.6)) as axes:
+    maps = [attention_cells(q, k, plan, head) for plan in plans]
+    with picture(path, caption, 1, len(plans), (6.4 * len(plans), 6.6)) as axes:
         from matplotlib.collections import PatchCollection
         from matplotlib.colors import LogNorm
         from matplotlib.patches import Rectangle
 
-        norm = LogNorm(vmin=0.03, vmax=max(float(panel.mass.max()) for panel in panels))
-        for axis, (mass, plan, title) in zip(axes[0], panels, strict=True):
+        norm = LogNorm(vmin=DARKEST, vmax=max(float(cells.max()) for cells in maps))
+        for axis, cells, plan in zip(axes[0], maps, plans, strict=True):
             size, rows = plan.config.block_size, plan.query_order.index.shape[-1]
-            columns = int(plan.key_order.length[0])
+            columns, kept = int(plan.key_order.length[0]), kept_table(plan, head)
             extent = (0, columns, rows, 0)
-            image = axis.imshow(mass.numpy(), norm=norm, cmap="magma", interpolation="nearest", extent=extent)
+            image = axis.imshow(cells.numpy(), norm=norm, cmap="magma", interpolation="nearest", extent=extent)
             boxes = [
                 Rectangle((block * size, row * size), min(size, columns - block * size), min(size, rows - row * size))
-                for row, block in kept_table(plan, head).nonzero().tolist()
+                for row, block in kept.nonzero().tolist()
             ]
             axis.add_collection(PatchCollection(boxes, facecolor="none", edgecolor="#35d0ff", linewidth=0.4, alpha=0.8))
-            axis.set(title=title, xlabel="keys (in this order)", ylabel="queries (in this order)")
-            axis.set(xlim=(0, columns), ylim=(rows, 0))
+            share = float(_kept_shares(q, k, plan)[head])
+            counted = f"keeps {int(kept.sum())} of {kept.numel()} block pairs, {100 * share:.1f} % of the attention"
+            axis.set(title=f"{selection_name(vars(plan.config), ())}\n{counted}", xlim=(0, columns), ylim=(rows, 0))
+            axis.set(xlabel="keys (in this order)", ylabel="queries (in this order)")
         axes[0][0].figure.colorbar(image, ax=axes[0], shrink=0.75, label="attention / uniform attention")
 
 
 def maps_page(
-    capture: Capture,
-    configs: Sequence[BAAttConfig],
-    name: Callable[[BAAttConfig], str],
-    title: str,
-    progress: Callable[[], None] = lambda: None,
+    capture: Capture, configs: Sequence[BAAttConfig], title: str, progress: Callable[[], None] = lambda: None
 ) -> str:
     """The page.
 
     Args:
-        configs: orders and budgets of one block size, side by side on the page. name: of each, all different.
-        progress: called once for each layer and config.
+        configs: of one block size, side by side on the page. progress: called once for each layer and config.
     """
+    names = [selection_name(vars(config), ()) for config in configs]
     maps: dict[str, dict[str, Any]] = {}
     brightest, first = 1.0, list[int]()
     for layer, (q, k, _) in capture.layers.items():
-        for config in configs:
+        for name, config in zip(names, configs, strict=True):
             plan = make_plan(q, k, config, scale=capture.scale, impl="reference")
             first = first or [layer, most_structured_head(q, k, plan)]
-            shares = kept_mass(block_mass(q, k, plan), plan.selection)[0].mean(dim=-1).tolist()
+            shares = _kept_shares(q, k, plan).tolist()
             for head in range(q.shape[1]):
                 cells = attention_cells(q, k, plan, head, PAGE_CELLS)
                 brightest = max(brightest, float(cells.max()))
-                maps[f"{layer}/{head}/{name(config)}"] = _map(cells, plan, head) | {"mass": shares[head]}
+                maps[f"{layer}/{head}/{name}"] = _map(cells, plan, head) | {"mass": shares[head]}
             progress()
     data = {
-        "title": title, "layers": list(capture.layers), "orders": [name(one) for one in configs],
+        "title": title, "layers": list(capture.layers), "orders": names,
         "heads": {str(layer): found.q.shape[1] for layer, found in capture.layers.items()},
         "first": first, "block_size": configs[0].block_size, "low": DARKEST, "high": brightest, "maps": maps,
     }  # fmt: skip
     template = files("baatt.lab").joinpath("maps_page.html").read_text(encoding="utf-8")
     return template.replace("__DATA__", json.dumps(data).replace("<", "\\u003c"))
+
+
+def _kept_shares(q: Tensor, k: Tensor, plan: Plan) -> Tensor:
+    """Mean share of the attention that every head's kept blocks hold, [H], for batch entry 0."""
+    return kept_mass(block_mass(q, k, plan), plan.selection)[0].mean(dim=-1)
 
 
 def _map(cells: Tensor, plan: Plan, head: int) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baatt import BAAttConfig, attend, make_plan
+from baatt import attend, make_plan
 from baatt.lab.bench import baselines
 from baatt.lab.bench.baselines import BASELINES, RefusedError, prepare_baseline
 from baatt.lab.bench.case import Inputs
+from tests.settings import sorted_config
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def example():
     generator = torch.Generator().manual_seed(2)
     q = torch.randn(1, 4, 300, 16, generator=generator)
     k, v = (torch.randn(1, 2, 300, 16, generator=generator) for _ in range(2))
-    return Inputs(q, k, v), make_plan(q, k, BAAttConfig(sparsity=0.6, block_size=64, segment=128))
+    return Inputs(q, k, v), make_plan(q, k, sorted_config(sparsity=0.6, block_size=64, segment=128))
 
 
 def eager_flex(monkeypatch, factor=1.0):

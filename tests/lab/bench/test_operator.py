@@ -22,7 +22,7 @@ def quick(monkeypatch):
 
 
 def case(what="operator", shape=SMALL, impl="cpu", dtype=torch.float32, sparsity=0.5, **options):
-    config = BAAttConfig(sparsity=sparsity, block_size=16, segment=64)
+    config = BAAttConfig(sparsity=sparsity, block_size=16)
     return Case(what, shape, config, dtype, torch.device("cpu"), impl, **options)
 
 
@@ -72,8 +72,8 @@ def test_a_wrong_output_is_not_timed(monkeypatch, what, name):
 
 def test_kept_pairs_counts_ragged_blocks():
     q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16)
-    assert kept_pairs(make_plan(q, k, BAAttConfig(sparsity=0.0, block_size=16, segment=64))) == 2 * 70 * 70
-    plan = make_plan(q, k, BAAttConfig(sparsity=0.5, block_size=16, segment=64))
+    assert kept_pairs(make_plan(q, k, BAAttConfig(sparsity=0.0, block_size=16))) == 2 * 70 * 70
+    plan = make_plan(q, k, BAAttConfig(sparsity=0.5, block_size=16))
     expected = 0
     for head in range(2):
         for block, row in enumerate(plan.selection.index[0, head].tolist()):

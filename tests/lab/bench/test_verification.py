@@ -5,16 +5,17 @@ import math
 import pytest
 import torch
 
-from baatt import BAAttConfig, attend, make_plan
+from baatt import attend, make_plan
 from baatt.lab.bench import verification
 from baatt.lab.bench.verification import VerificationError, kept_tokens, require_verified, verify
+from tests.settings import sorted_config
 
 
 def example(dtype, block_size=16, tokens=301):
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(2, 4, tokens, 40, generator=generator).to(dtype)
     k, v = (torch.randn(2, 2, tokens, 40, generator=generator).to(dtype) for _ in range(2))
-    plan = make_plan(q, k, BAAttConfig(sparsity=0.6, block_size=block_size, segment=128))
+    plan = make_plan(q, k, sorted_config(sparsity=0.6, block_size=block_size, segment=128))
     return q, k, v, plan
 
 

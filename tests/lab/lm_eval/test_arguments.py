@@ -30,7 +30,7 @@ def test_everything_at_once():
         "min_queries": 512,
     }  # fmt: skip
     arguments = read(values)
-    assert arguments.sparse == BAAttConfig(block_size=64, sparsity=0.7, sort="qk", segment=1024, beta=1)
+    assert arguments.sparse == BAAttConfig(64, 0.7, "qk", 1024, "covariance", beta=1)
     assert arguments.policy == Policy(dense_layers=(0, 1, -1), dense_steps=0.2, min_length=2048, min_queries=512)
     assert arguments.sampling == Sampling(64, 64, 64, threshold=0.9, cfg_scale=0.5, cache="dual", seed=7)
     stored = json.loads(json.dumps(arguments.settings()))

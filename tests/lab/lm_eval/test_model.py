@@ -88,7 +88,7 @@ def test_tasks_of_different_lengths_in_one_call(make, folder):
 
 def test_sparse_attention_is_used(make, folder):
     lm = make(sparsity=0.5, block_size=16, segment=16, dense_layers=-1)
-    options = {"sparse": BAAttConfig(sparsity=0.5, block_size=16, segment=16), "policy": Policy(dense_layers=(-1,))}
+    options = {"sparse": BAAttConfig(sparsity=0.5, block_size=16), "policy": Policy(dense_layers=(-1,))}
     answers = lm.generate_until([request(prompt, RULER) for prompt in PROMPTS])
     assert answers == [by_hand(folder, lm, prompt, 30, 32, **options) for prompt in PROMPTS]
     assert answers != make().generate_until([request(prompt, RULER) for prompt in PROMPTS])
@@ -154,7 +154,7 @@ def test_likelihood_is_llada_s(make, folder):
 
 
 def test_likelihood_with_sparse_attention(make, folder):
-    lm = make(mc_num=4, sparsity=0.5, block_size=16, segment=16)
+    lm = make(mc_num=4, sparsity=0.8, block_size=16)
     [(score, _)] = lm.loglikelihood([request(FILLER * 2, " and back again")])
     [(dense, _)] = make(mc_num=4).loglikelihood([request(FILLER * 2, " and back again")])
     whole, before = lm.tok_encode(FILLER * 2 + " and back again"), len(lm.tok_encode((FILLER * 2).rstrip()))

@@ -31,7 +31,7 @@ from tests.lab.lm_eval.harness import tiny_folder
 SAMPLER = SamplerConfig(steps=8, gen_length=32, block_length=16, stop_at_eos=True)
 STAMP = {"commit": "c" * 40, "device": "here"}
 POLICY = Policy(dense_layers=(0,))
-CONFIGS = variants(BAAttConfig(block_size=16, segment=64), {"sparsity": [0.5, 0.75]})
+CONFIGS = variants(BAAttConfig(block_size=16), {"sparsity": [0.5, 0.75]})
 SQUAD = {
     "data": [
         {
