@@ -25,8 +25,8 @@ from baatt.lab.tables import Record, figures, times
 
 HEADS, TOKENS, CHANNELS = 8, 8192, 64
 SETTINGS = {
-    "clusters": BAAttConfig(sort="none", score="clusters"),
-    "covariance": BAAttConfig(sort="none", score="covariance"),
+    "clusters": BAAttConfig(),
+    "covariance": BAAttConfig(score="covariance"),
     "paper": BAAttConfig.preset("paper"),
 }
 

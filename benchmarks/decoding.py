@@ -20,7 +20,7 @@ import torch
 from tables import block, crossed
 
 from baatt.assets import shipped_model
-from baatt.config import PRESETS, BAAttConfig, Policy
+from baatt.config import BAAttConfig, Policy
 from baatt.lab.answers import AnswerStore
 from baatt.lab.describe import layers_name, order_name
 from baatt.lab.records import provenance, write_json
@@ -53,12 +53,8 @@ def read_sampler(arguments: argparse.Namespace) -> SamplerConfig:
 
 
 def read_sparse(arguments: argparse.Namespace) -> tuple[BAAttConfig, Policy]:
-    """Sparse attention as in the preset `safe`."""
-    safe = PRESETS["safe"]
-    return (
-        dataclasses.replace(safe.config, sparsity=arguments.sparsity),
-        dataclasses.replace(safe.policy, min_queries=arguments.min_queries),
-    )
+    """Sparse attention as it comes."""
+    return BAAttConfig(sparsity=arguments.sparsity), Policy(min_queries=arguments.min_queries)
 
 
 def check(result: SampleResult, model: MaskedDiffusionLM) -> None:

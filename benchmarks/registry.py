@@ -61,7 +61,9 @@ RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.js
 RULER_PART = "ruler_grid_safe_16384.json"
 CAPTURE = "needle-18m.safetensors"  # of `baatt analyze capture`
 #: How the needles and ablations of the first checkpoint are asked today; what ran then is stored in their results.
-ABLATION = "baatt evaluate ruler --lengths 4096 --count 500 --json FILE --tasks niah_multikey_2,niah_multivalue"
+ABLATION = (
+    "baatt evaluate ruler --preset paper --lengths 4096 --count 500 --json FILE --tasks niah_multikey_2,niah_multivalue"
+)
 
 CASES: dict[str, Case] = {
     "cpu_operator": Case(
@@ -89,7 +91,7 @@ CASES: dict[str, Case] = {
     ),
     "gpu_sweep": Case(
         "the operator over lengths, drawn as docs/figures/gpu_sweep_h200.png",
-        "baatt bench --sweep --against cudnn,flash --json FILE --plot PICTURE",
+        "baatt bench --preset paper --sweep --against cudnn,flash --json FILE --plot PICTURE",
         ("gpu_sweep_h200.json",),
     ),
     "gpu_tests": Case(
@@ -145,19 +147,20 @@ CASES: dict[str, Case] = {
     ),
     "bound": Case(
         "the error bound beside the true deviation of the logits, layer by layer",
-        f"baatt analyze bound {CAPTURE} --sort none,q,k,qk --json FILE --plot PICTURE",
+        f"baatt analyze bound {CAPTURE} --preset paper --sort none,q,k,qk --json FILE --plot PICTURE",
         ("bound_needle-18m.json",),
         {"bound": tables.bound_by_layer},
     ),
     "recall": Case(
         "attention mass kept by each score beside the oracle, at equal budgets",
-        f"baatt analyze recall {CAPTURE} --sort none,q,k,qk --json FILE --plot PICTURE",
+        f"baatt analyze recall {CAPTURE} --preset paper --sort none,q,k,qk --json FILE --plot PICTURE",
         ("recall_needle-18m.json",),
         {"recall": tables.recall_by_score},
     ),
     "recall_beta": Case(
         "attention mass kept by the covariance score, by the weight of its compensation",
-        f"baatt analyze recall {CAPTURE} --sort none,qk --beta 0,0.1,0.5,1,2 --scores covariance --json FILE",
+        f"baatt analyze recall {CAPTURE} --preset paper --sort none,qk --beta 0,0.1,0.5,1,2 --scores covariance "
+        "--json FILE",
         ("recall_beta_needle-18m.json",),
         {"recall_beta": tables.recall_by_beta},
     ),
@@ -194,11 +197,11 @@ CASES: dict[str, Case] = {
         {"ruler_ablations": ruler_tables.ablations},
     ),
     "demo": Case(
-        "the demo's setting and dense attention on twenty samples of its task, on a processor",
+        "the demo's settings on twenty samples of its task, on a processor",
         "python training/evaluate.py --tasks niah_multikey_1 --lengths 4096 --count 20 --device cpu --dtype float32 "
-        "--settings sort=k,segment=256,dense_layers=0+1 dense --json FILE",
-        ("needles_sparse_cpu.json",),
-        {"demo_settings": archive_tables.needles_by_setting},
+        "--settings dense paper default --json FILE",
+        ("demo_cpu.json", "needles_sparse_cpu.json"),
+        {"demo_settings": Block(archive_tables.needles_by_setting, ("demo_cpu.json",))},
     ),
     "decoding": Case(
         "tokens per second and right answers of decoding, by cache, attention and threshold",
@@ -239,7 +242,8 @@ CASES: dict[str, Case] = {
     ),
     "needles_sparse": Case(
         "needle answers by order, segment and dense layers",
-        "baatt evaluate ruler --tasks needles --lengths 4096 --dial sort=none,k,qk --dial segment=256,1024 --json FILE",
+        "baatt evaluate ruler --preset paper --tasks needles --lengths 4096 --dial sort=none,k,qk "
+        "--dial segment=256,1024 --json FILE",
         ("needles_sparse_h200.json", "needles_layers_h200.json"),
         {
             "needles_sparse_h200": Block(archive_tables.needles_by_task, ("needles_sparse_h200.json",)),

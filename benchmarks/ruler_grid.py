@@ -27,9 +27,10 @@ from baatt.lab.ruler.summary import make_averages
 
 SETTINGS = {
     "dense": (),
-    "safe": ("--preset", "safe"),
+    # What the preset of that name was when it was measured: keys sorted in segments of 256.
+    "safe": ("--preset", "paper", "--sort", "k", "--segment", "256", "--dense-layers", "0,1"),
     "paper": ("--preset", "paper"),
-    "keys": ("--preset", "safe", "--dense-layers", "none"),
+    "keys": ("--preset", "paper", "--sort", "k", "--segment", "256"),
     "unsorted": ("--preset", "paper", "--sort", "none"),
     "mean": ("--preset", "paper", "--sort", "none", "--score", "mean"),
     "antidiagonal": ("--preset", "paper", "--sort", "none", "--score", "antidiagonal-8"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from baatt.config import BAAttConfig, Policy
+from baatt.config import PRESETS, BAAttConfig, Policy
 from baatt.lab.answers import AnswerStore
 from baatt.lab.options import read_options
 from baatt.lab.records import RecordFile, provenance
@@ -28,9 +28,11 @@ from baatt.models.checkpoint import load_tokenizer
 
 
 def read_setting(name: str) -> tuple[BAAttConfig | None, Policy]:
-    """A setting from its name: "dense", or options like "sort=none,block_size=32,dense_layers=0+1"."""
+    """A setting from its name: "dense", a preset, or options like "sort=none,block_size=32,dense_layers=0+1"."""
     if name == "dense":
         return None, Policy()
+    if name in PRESETS:
+        return PRESETS[name]
     values = dict(part.split("=", 1) for part in name.split(","))
     layers = {"dense_layers": values.pop("dense_layers")} if "dense_layers" in values else {}
     return read_options(BAAttConfig, values, "--settings"), read_options(Policy, layers, "--settings")
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--lengths", type=lambda text: [int(part) for part in text.split(",")], default=[512, 1024, 2048, 4096]
     )
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--settings", nargs="+", default=["dense"], help='e.g. dense "sort=none,sparsity=0.5"')
+    parser.add_argument("--settings", nargs="+", default=["dense"], help='e.g. dense paper "sparsity=0.7"')
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)

@@ -26,6 +26,7 @@ def evaluate(monkeypatch):
 
 def test_settings_have_names(evaluate):
     assert evaluate.read_setting("dense") == (None, Policy())
+    assert evaluate.read_setting("paper") == (BAAttConfig.preset("paper"), Policy())
     config = BAAttConfig(sort="none", segment=None, block_size=32)
     named = evaluate.read_setting("sort=none,segment=whole,block_size=32,dense_layers=0+1")
     assert named == (config, Policy(dense_layers=(0, 1)))
