@@ -22,13 +22,14 @@ DOCUMENTS = [
 NAME = re.compile(r"`(baatt(?:\.\w+)+)`")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EQUATION = re.compile(r"\| [EC]\d[ ,]")
 LINK = re.compile(r"\]\(([^)#\s]+)\)")
 ROOMS = ("src/", "tests/", "training/", "docs/", "benchmarks/", "examples/")
 #: Examples of a signature or of what a reader might write, not meant to run.
 NOT_RUN = {"docs/design.md"}
 #: Made by `training/run.sh`, not tracked.
 GENERATED = ("training/data", "training/runs")
-#: The setting of the preset `safe`, as training/evaluate.py calls it.
+#: What the preset `safe` was when it was measured, as training/evaluate.py calls it.
 SAFE = "sort=k,segment=256,dense_layers=0+1"
 #: The same dense layers and longer segments: better by RULER's measure, worse word for word.
 LONGER = "sort=k,segment=1024,dense_layers=0+1"
@@ -71,18 +72,24 @@ def test_tests_exist(document):
 
 
 def test_method_has_a_row_for_every_equation():
-    rows = [line for line in read("docs/method.md").splitlines() if re.match(r"\| E\d ", line)]
-    assert [row[2:4] for row in rows] == [f"E{number}" for number in range(1, 10)]
+    rows = [line for line in read("docs/method.md").splitlines() if EQUATION.match(line)]
+    equations = [name for row in rows for name in row[2:].split(" |")[0].split(", ")]
+    assert equations == [*(f"E{number}" for number in range(1, 10)), *(f"C{number}" for number in range(1, 7))]
     for row in rows:
         assert "not in this version" in row or (NAME.search(row) and TEST.search(row)), row
 
 
 def test_every_row_s_test_is_about_its_function():
     """The test file of a row imports the module of the row's function."""
-    for row in (line for line in read("docs/method.md").splitlines() if re.match(r"\| E\d ", line)):
+    for row in (line for line in read("docs/method.md").splitlines() if EQUATION.match(line)):
         modules = {name.rpartition(".")[0] for name in NAME.findall(row)}
+        imports = [
+            rf"from {module} import|from {room} import .*\b{file}\b"
+            for module in modules
+            for room, _, file in [module.rpartition(".")]
+        ]
         for path, _ in TEST.findall(row):
-            assert any(f"from {module} import" in read(path) for module in modules), f"{path}: {modules}"
+            assert any(re.search(text, read(path)) for text in imports), f"{path}: {modules}"
 
 
 @pytest.mark.parametrize(
@@ -265,32 +272,32 @@ def totals(records, key):
 
 
 def test_the_best_setting_by_each_measure_is_that_of_the_file(sparse):
-    """Word for word `safe` has most answers right, by RULER's measure longer segments, as docs/method.md says."""
+    """Word for word `safe` has most answers right, by RULER's measure longer segments, as docs/archive says."""
     exact, contained = (totals(sparse, key) for key in ("trained_format", "accuracy"))
     settings = exact.keys() - {"dense"}
     assert max(settings, key=lambda name: exact[name]) == SAFE
     assert max(settings, key=lambda name: contained[name]) == LONGER
 
 
-def test_the_defaults_are_ahead_of_no_sorting_wherever_both_were_measured(sparse):
-    from baatt import BAAttConfig
-
+def test_short_segments_are_ahead_of_no_sorting_wherever_both_were_measured(sparse):
     records = json.loads(read("benchmarks/results/needles_layers_h200.json"))["records"]
     layers = {(one["setting"], one["task"].removeprefix("niah_")): one for one in records}
     for key in ("trained_format", "accuracy"):
         exact = totals(sparse, key) | totals(layers, key)
         for dense in ("", ",dense_layers=0", ",dense_layers=0+1"):
             assert exact[f"sort=k,segment=256{dense}"] > exact[f"sort=none{dense}"]
-    assert BAAttConfig() == BAAttConfig(**sparse[SAFE, "single_1"]["config"])
 
 
 def test_the_presets_are_measured_settings(sparse):
-    from baatt.config import PRESETS, BAAttConfig
+    from baatt.config import PRESETS, Policy
+    from baatt.lab.describe import read_config
+    from baatt.lab.ruler.cells import without_unread
 
-    for preset, name in (("safe", SAFE), ("paper", PAPER)):
-        one = sparse[name, "single_1"]
-        assert PRESETS[preset].config == BAAttConfig(**one["config"])
-        assert list(PRESETS[preset].policy.dense_layers) == one["policy"]["dense_layers"]
+    assert PRESETS["paper"] == (read_config(sparse[PAPER, "single_1"]["config"]), Policy())
+    clusters = json.loads(read("benchmarks/results/ruler_clusters.json"))["settings"]["clusters"]
+    stored = next(one for one in clusters["records"] if one["config"].get("sparsity") == 0.5)
+    assert without_unread(PRESETS["default"].config) == read_config(stored["config"])
+    assert list(PRESETS["default"].policy.dense_layers) == stored["dense_layers"]
 
 
 def test_the_accuracies_are_those_of_the_shipped_weights():

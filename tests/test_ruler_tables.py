@@ -8,10 +8,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import ruler_tables
 
-from baatt.config import BAAttConfig, Policy
+from baatt.config import Policy
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.summary import make_averages, make_records
+from tests.settings import sorted_config
 
 SCORES = {
     ("niah_single_1", None): [1.0] * 4,
@@ -23,7 +24,7 @@ SCORES = {
 
 def summary(lengths, device="here"):
     cells = [
-        Cell(task, length, sparsity and BAAttConfig(sparsity=sparsity), Policy(dense_layers=(0,)))
+        Cell(task, length, sparsity and sorted_config(sparsity=sparsity), Policy(dense_layers=(0,)))
         for length in lengths
         for task, sparsity in SCORES
     ]
