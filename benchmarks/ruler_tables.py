@@ -15,8 +15,8 @@ from baatt.lab.tables import MISSING, Record, Table, interval, percent, signed_i
 
 #: Settings of a grid in the order of its tables, whichever was asked first.
 ORDER = (
-    *("safe", "paper", "keys", "unsorted", "unsorted-first", "mean", "antidiagonal", "antidiagonal-first"),
-    *("finer", "clusters", "oracle", "oracle-peak"),
+    *("paper", "clusters", "safe", "keys", "unsorted", "unsorted-first", "mean", "antidiagonal", "antidiagonal-first"),
+    *("finer", "oracle", "oracle-peak"),
 )
 #: Results of all tasks; one file holds some settings at some lengths.
 GRIDS = (
