@@ -205,7 +205,7 @@ def test_uneven_lists_wherever_their_tiles_run(
     assert (claimed.out - exact.out).norm() / exact.out.norm() < 4e-3
 
 
-@pytest.mark.parametrize("tokens", [3000, 40_000])
+@pytest.mark.parametrize("tokens", [3000, 8000, 40_000])
 def test_the_budget_of_a_head_is_the_stage_s(tokens):
     """Of the same scores, ties and NaN included, to the last pair."""
     from baatt.kernels import triton_budget

@@ -19,6 +19,12 @@ from baatt.types import BlockStats
 from tests.kernels.test_triton_selection import case
 
 
+@pytest.fixture(params=[0, triton_budget.ALONE], ids=["in passes", "alone"], autouse=True)
+def pairs_of_a_program(request, monkeypatch):
+    """A head in several passes, and in one program."""
+    monkeypatch.setattr(triton_budget, "ALONE", request.param)
+
+
 def sides(query_size, key_size, heads=2, groups=2):
     empty = [(torch.zeros(*size.shape, 1), side, size) for size, side in ((query_size, heads), (key_size, groups))]
     return [BlockStats(*2 * [x[:, None].expand(-1, side, -1, -1)], size) for x, side, size in empty]

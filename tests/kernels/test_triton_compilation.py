@@ -85,7 +85,7 @@ for name in CASES if chosen == "all" else chosen.split("+"):
     config = BAAttConfig(block_size, 0.5, sort, 256, "covariance", keep_first=0)
     arranged = _sort_on_gpu({}, q, k, v, config, mask)
     selection = _choose_on_gpu({}, arranged.query_summary, arranged.key_summary, config, 0.1)
-    for logits in (True, False):
+    for logits, triton_budget.ALONE in ((True, 0), (False, 0), (True, 4096), (False, 4096)):
         scores = torch.zeros(1, 4, *(side.size.shape[1] for side in (arranged.query_summary, arranged.key_summary)))
         triton_budget.choose_blocks(*arranged[1:4:2], lambda *_: scores, 0.5, 1, logits=logits)
     triton_budget.longest_first(selection.count, 2)
@@ -103,8 +103,8 @@ print(architecture, *sorted(done))
 """
 KERNELS = [
     "_attention_kernel", "_cluster_kernel", "_covariance_kernel", "_digit_kernel", "_gather_kernel",
-    "_list_kernel", "_logit_kernel", "_longest_kernel", "_narrow_kernel", "_norm_kernel", "_order_kernel",
-    "_permute_kernel", "_rank_kernel", "_select_kernel", "_share_kernel", "_sum_kernel", "_tie_kernel",
+    "_head_kernel", "_list_kernel", "_logit_kernel", "_longest_kernel", "_narrow_kernel", "_norm_kernel",
+    "_order_kernel", "_permute_kernel", "_rank_kernel", "_select_kernel", "_share_kernel", "_sum_kernel", "_tie_kernel",
 ]  # fmt: skip
 #: Backend, architecture, threads per warp, KiB of shared memory per block.
 NEWEST = ["cuda,90,32,227", "hip,gfx942,64,64"]

@@ -2,7 +2,8 @@
 
 Scores become unsigned integers of the same order. Their 32 bits are found 8 at a time: each pass counts the next digit
 of the numbers that agree with the digits found so far, over all rows of a head. Only whole numbers are ever added
-atomically, so the result does not depend on the order of programs. Equals of the threshold go to the first rows.
+atomically, so the result does not depend on the order of programs. Equals of the threshold go to the first rows. A head
+of few block pairs fits in a program, which does all of that alone: a dozen launches take longer than their work then.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_selection import SLAB_SCORES, double_bits, filled_blocks, ordered, store_list, threshold
 from baatt.types import BlockSelection, BlockSummary, kept_blocks, slabs_of_heads
 
+#: Block pairs of a head that one program takes.
+ALONE = 4096
 DIGITS = tl.constexpr(256)
 FORCED = tl.constexpr(0xFFFFFFFF)
 
@@ -44,15 +47,22 @@ def choose_blocks(
     index = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.int32, device=key_size.device)
     count = torch.empty(index.shape[:3], dtype=torch.int32, device=index.device)
     share = double_bits(1 - sparsity)
-    width = max(16, next_power_of_2(key_blocks))
+    height, width = (max(16, next_power_of_2(blocks)) for blocks in (query_blocks, key_blocks))
     launch = {"WIDTH": width, "num_warps": min(16, max(1, width // 1024))}
     for part, queries, keys in slabs_of_heads(query_summary, key_summary, SLAB_SCORES // batch):
         scores, some = score(queries, keys).float().contiguous(), part.stop - part.start
+        sizes = query_size, key_size
+        if height * width <= ALONE:
+            _head_kernel[(batch * some,)](
+                scores, *sizes, count, index, some, heads, part.start, query_blocks, key_blocks, share, keep_first,
+                LOGITS=logits, ROWS=height, WIDTH=width, num_warps=min(16, max(4, height * width // 512)),
+            )  # fmt: skip
+            continue
         values = scores.view(torch.int32)
         histogram = torch.zeros(batch * some, DIGITS.value, dtype=torch.int32, device=index.device)
         # The digits of the threshold found so far, and how many values with these digits are kept.
         found = torch.empty(batch * some, 2, dtype=torch.int32, device=index.device)
-        rows, sizes = (query_blocks, batch * some), (query_size, key_size)
+        rows = query_blocks, batch * some
         _rank_kernel[rows](
             scores, values, *sizes, histogram, some, key_blocks, share, keep_first, LOGITS=logits, **launch
         )
@@ -61,7 +71,7 @@ def choose_blocks(
                 _digit_kernel[rows](values, query_size, histogram, found, some, key_blocks, digit, **launch)
             _narrow_kernel[(batch * some,)](
                 histogram, found, *sizes, some, query_blocks, key_blocks, share, FIRST=digit == 0,
-                ROWS=max(16, next_power_of_2(query_blocks)), WIDTH=width, num_warps=launch["num_warps"],
+                ROWS=height, WIDTH=width, num_warps=launch["num_warps"],
             )  # fmt: skip
         ties = torch.empty(batch * some, query_blocks, dtype=torch.int32, device=index.device)
         _tie_kernel[rows](values, query_size, found, ties, some, key_blocks, **launch)
@@ -126,6 +136,62 @@ def _count_digits(digits, counted, histogram_ptr):
 
 
 @triton.jit
+def _rank(scores, columns, filled, wanted, keep_first, LOGITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Scores [rows, WIDTH] to numbers in their order: 0 for an empty key block, FORCED for what is always kept."""
+    if LOGITS:
+        scores -= tl.max(scores, axis=1)[:, None]
+        scores -= tl.log(tl.sum(tl.exp(scores), axis=1))[:, None]
+    scores = tl.where(scores == scores, scores, float("-inf"))
+    values = tl.where(filled[None, :], ordered(scores), 0)
+    best = tl.min(tl.where(values == tl.max(values, axis=1)[:, None], columns[None, :], WIDTH), axis=1)
+    best = (columns[None, :] == best[:, None]) & (keep_first < wanted)
+    forced = (columns < tl.minimum(keep_first, wanted))[None, :] | best
+    return tl.where(filled[None, :] & forced, tl.full((), FORCED, tl.uint32), values)
+
+
+@triton.jit
+def _head_kernel(
+    scores_ptr, query_size_ptr, key_size_ptr, count_ptr, index_ptr, heads, all_heads, first_head, query_blocks,
+    key_blocks, share, keep_first, LOGITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """All lists of a head."""
+    head_entry = tl.program_id(0).to(tl.int64)
+    entry = head_entry // heads
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = rows < query_blocks
+    filled, wanted = filled_blocks(key_size_ptr + entry * key_blocks, columns, key_blocks, share)
+    tokens = tl.load(query_size_ptr + entry * query_blocks + rows, mask=inside, other=0)
+    places = (head_entry * query_blocks + rows)[:, None] * key_blocks + columns[None, :]
+    scores = tl.load(scores_ptr + places, mask=inside[:, None] & filled[None, :], other=float("-inf"))
+    values = tl.where(inside[:, None], _rank(scores, columns, filled, wanted, keep_first, LOGITS, WIDTH), 0)
+    present = tokens > 0
+    shared = tl.reshape(tl.where(present[:, None], values, 0), (ROWS * WIDTH,), can_reorder=True)
+    low, room = threshold(shared, wanted * tl.sum(present.to(tl.int32), axis=0))
+    low, room = low + tl.zeros([ROWS], tl.uint32), room + tl.zeros([ROWS], tl.int32)
+    ties = tl.sum(((values == low[:, None]) & (values > 0) & present[:, None]).to(tl.int32), axis=1)
+    room -= tl.cumsum(ties, axis=0) - ties
+    if tl.min(present.to(tl.int32) | (rows >= query_blocks).to(tl.int32), axis=0) == 0:  # rows without tokens
+        own = tl.zeros([ROWS], tl.uint32)
+        bit = tl.full((), 0x80000000, tl.uint32)
+        for _ in range(32):
+            reached = tl.sum((values >= (own | bit)[:, None]).to(tl.int32), axis=1) >= wanted
+            own = tl.where(reached, own | bit, own)
+            bit = bit >> 1
+        low = tl.where(present, low, own)
+        room = tl.where(present, room, wanted - tl.sum((values > own[:, None]).to(tl.int32), axis=1))
+    tied = (values == low[:, None]) & (values > 0)
+    kept = (values > low[:, None]) | (tied & (tl.cumsum(tied.to(tl.int32), axis=1) <= room[:, None]))
+    count = tl.sum(kept.to(tl.int32), axis=1)
+    list_start = (entry * all_heads + first_head + head_entry % heads) * query_blocks + rows
+    list_ptrs = index_ptr + (list_start * key_blocks)[:, None]
+    tl.store(list_ptrs + tl.cumsum(kept.to(tl.int32), axis=1) - 1, columns[None, :] + rows[:, None] * 0, mask=kept)
+    last = tl.max(tl.where(kept, columns[None, :], 0), axis=1)[:, None]
+    beyond = inside[:, None] & (columns[None, :] >= count[:, None]) & (columns < key_blocks)[None, :]
+    tl.store(list_ptrs + columns[None, :], last + columns[None, :] * 0, mask=beyond)
+    tl.store(count_ptr + list_start, count, mask=inside)
+
+
+@triton.jit
 def _rank_kernel(
     scores_ptr, values_ptr, query_size_ptr, key_size_ptr, histogram_ptr, heads, key_blocks, share, keep_first,
     LOGITS: tl.constexpr, WIDTH: tl.constexpr,
@@ -136,14 +202,7 @@ def _rank_kernel(
     columns = tl.arange(0, WIDTH)
     filled, wanted = filled_blocks(key_size_ptr + entry * key_blocks, columns, key_blocks, share)
     scores = tl.load(scores_ptr + row * key_blocks + columns, mask=filled, other=float("-inf"))
-    if LOGITS:
-        scores -= tl.max(scores, axis=0)
-        scores -= tl.log(tl.sum(tl.exp(scores), axis=0))
-    scores = tl.where(scores == scores, scores, float("-inf"))
-    values = tl.where(filled, ordered(scores), 0)
-    best = tl.min(tl.where(values == tl.max(values, axis=0), columns, WIDTH), axis=0)
-    forced = (columns < tl.minimum(keep_first, wanted)) | ((columns == best) & (keep_first < wanted))
-    values = tl.where(filled & forced, tl.full((), FORCED, tl.uint32), values)
+    values = tl.reshape(_rank(scores[None, :], columns, filled, wanted, keep_first, LOGITS, WIDTH), (WIDTH,))
     tl.store(values_ptr + row * key_blocks + columns, values.to(tl.int32, bitcast=True), mask=columns < key_blocks)
     tokens = tl.load(query_size_ptr + entry * tl.num_programs(0) + tl.program_id(0))
     _count_digits(values >> 24, filled & (tokens > 0), histogram_ptr)
