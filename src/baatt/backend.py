@@ -271,11 +271,15 @@ def _sort_on_gpu(
         return None if made_here else function(x, config.segment, mask)
 
     order_queries, order_keys = sorting.ORDERS[config.sort]
-    given = None if query_mask is None else order_queries(q, config.segment, query_mask)
+    given = order(q, order_queries, None) if query_mask is None else order_queries(q, config.segment, query_mask)
+    stay = given is not None and given.identity and order_keys is order_queries and key_mask is None
+    if given is not None and stay and q.shape[2] == k.shape[2]:  # two launches fewer
+        given_keys: TokenOrder | None = given._replace(index=given.index[:, :1].expand(-1, k.shape[1], -1))
+    else:
+        given_keys = order(k, order_keys, key_mask)
     query_order, key_order = triton_arrangement.order_tokens(
-        q, k, given or order(q, order_queries, None), order(k, order_keys, key_mask),
-        segment=config.segment, key_mask=key_mask,
-    )  # fmt: skip
+        q, k, given, given_keys, segment=config.segment, key_mask=key_mask
+    )
     summarise = SCORES[config.score].summarise
     if summarise is covariance.summarise:
         return triton_arrangement.pool_blocks(q, k, v, query_order, key_order, config.block_size)

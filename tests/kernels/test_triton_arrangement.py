@@ -57,6 +57,19 @@ def check_side(x, order, stats, expected, block_size):
     assert torch.equal(stats.size, eager.size)
 
 
+@pytest.mark.parametrize(("keys", "masked", "shared"), [(40, False, True), (41, False, False), (40, True, False)])
+def test_sides_that_stay_share_their_order(keys, masked, shared):
+    q, k = draw(2, 4, 40, 16, torch.float32, 0), draw(2, 2, keys, 16, torch.float32, 1)
+    mask = torch.arange(keys).expand(2, -1) > 3 if masked else None
+    blocks = _sort_on_gpu({}, q, k, None, BAAttConfig(block_size=16, sort="none", score="window"), mask)
+    for x, order, one in ((q, blocks.query_order, None), (k, blocks.key_order, mask)):
+        expected = sorting.by_position(x, None, one)
+        assert torch.equal(order.index, expected.index)
+        assert torch.equal(order.length, expected.length)
+        assert order.identity == expected.identity
+    assert (blocks.key_order.index.data_ptr() == blocks.query_order.index.data_ptr()) == shared
+
+
 def check_copy(x, order, copy):
     if order.identity:
         assert copy is x
