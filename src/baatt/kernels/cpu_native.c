@@ -6,7 +6,6 @@
 
 #include "cpu_vectors.h"
 
-#define WIDTH (2 * LANES) /* queries of a panel; what is left of a block may fill one vector */
 #define LOG_2 0.69314718f
 
 typedef struct {
@@ -78,7 +77,7 @@ static void attend_task(const void *argument, int64_t task, float *scratch) {
   const int64_t *order = problem->query_order + head * problem->queries + first;
   const int32_t *kept = problem->kept + task * problem->kept_slots;
   const int64_t slots = at_most(problem->count[task], problem->kept_slots);
-  /* Panels of [channels, WIDTH] each; the last may have half the width. */
+  /* Panels of [channels, WIDTH] each; the last may have one vector. */
   float *query = scratch, *accumulator = query + places * channels;
   float *maximum = accumulator + places * channels, *sum = maximum + places, *scores = sum + places;
   float rescale[WIDTH];
@@ -89,7 +88,8 @@ static void attend_task(const void *argument, int64_t task, float *scratch) {
     const int64_t panel = row / WIDTH * WIDTH, width = at_most(places - panel, WIDTH);
     const float *source = problem->query + head * problem->query_head_stride + order[row] * problem->query_row_stride;
     float *target = query + panel * channels + row % WIDTH;
-    for (int64_t channel = 0; channel < channels; channel++) target[channel * width] = source[channel] * (float)problem->scale;
+    for (int64_t channel = 0; channel < channels; channel++)
+      target[channel * width] = source[channel] * (float)problem->scale;
   }
   for (int64_t slot = 0; slot < slots; slot++) {
     const int64_t start = kept[slot] * block_size, present = at_most(problem->keys - start, block_size);

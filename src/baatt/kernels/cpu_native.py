@@ -78,7 +78,7 @@ def _library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         logger.warning("impl='cpu' gathers blocks with PyTorch: building its C files failed: %s", detail)
         return None
-    sizes = ("scratch_size", "summary_scratch", "packed_size", "comparison_scratch")
+    sizes = ("scratch_size", "summary_scratch", "comparison_scratch")
     for name in sizes:
         getattr(loaded, f"baatt_{name}").restype = ctypes.c_int64
     loaded.baatt_scratch_size.argtypes = (ctypes.c_int64, ctypes.c_int64)

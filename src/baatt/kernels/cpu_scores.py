@@ -37,7 +37,7 @@ class _Comparison(ctypes.Structure):
     _fields_ = cpu_native.fields(
         pointers=(
             *("query", "key", "query_variance", "key_variance", "query_count", "key_count", "key_size"),
-            *("scores", "packed", "scratch"),
+            *("scores", "scratch"),
         ),
         sizes=(
             *("batch", "heads", "groups", "query_blocks", "key_blocks", "query_clusters", "key_clusters"),
@@ -113,8 +113,7 @@ def _summarise(
 def _compare(
     tensors: dict[str, Tensor], key_size: Tensor, *, scale: float, weight: float = 0.0, peak: bool = True
 ) -> Tensor:
-    """[B, H, i, J]; `tensors` by their names in `Comparison`. Besides the scores it takes the keys' means once more and
-    some rows of scores per thread."""
+    """[B, H, i, J]; `tensors` by their names in `Comparison`. Besides the scores it takes some rows per thread."""
     library, threads = cpu_native.library(), torch.get_num_threads()
     query, key = tensors["query"], tensors["key"]
     batch, heads, query_blocks = query.shape[:3]
@@ -129,7 +128,6 @@ def _compare(
     # What is compared decides how much room it takes.
     cpu_native.point(comparison, tensors)
     scores = query.new_empty(batch, heads, query_blocks, key_blocks)
-    packed = query.new_empty(library.baatt_packed_size(ctypes.byref(comparison)))
     scratch = query.new_empty(threads, library.baatt_comparison_scratch(ctypes.byref(comparison)))
-    cpu_native.call(library.baatt_compare, comparison, {"scores": scores, "packed": packed, "scratch": scratch})
+    cpu_native.call(library.baatt_compare, comparison, {"scores": scores, "scratch": scratch})
     return scores

@@ -20,10 +20,11 @@ typedef struct {
 
 enum { FLOAT32, BFLOAT16, FLOAT16 }; /* `kind` */
 
-/* One block; rows and points are padded to whole vectors of channels, columns are block_size wide. */
+/* One block; rows and points are padded to whole vectors of channels; columns are panels [channels, width] of tokens,
+ * one of which stays in the first cache while all clusters pass over it. */
 typedef struct {
   float *rows, *columns, *points, *sums, *nearest, *owner;
-  int64_t present, size, channels, stride, clusters;
+  int64_t present, size, width, channels, stride, clusters;
 } Block;
 
 static inline float from_bits(uint32_t x) {
@@ -105,10 +106,11 @@ static void forget(const Block *block) {
 /* Hands some vectors of tokens over to a cluster where its point is nearer; of equal ones the earlier keeps them. */
 static inline __attribute__((always_inline)) void claim(const Block *block, int64_t token, int64_t cluster,
                                                         const int vectors) {
-  const float *point = block->points + cluster * block->stride, *column = block->columns + token;
+  const float *point = block->points + cluster * block->stride, *column = block->columns + token * block->channels;
   vector distance[8];
   for (int i = 0; i < vectors; i++) distance[i] = broadcast(0.0f);
-  for (int64_t channel = 0; channel < block->channels; channel++, column += block->size) {
+#pragma GCC unroll 4
+  for (int64_t channel = 0; channel < block->channels; channel++, column += vectors * LANES) {
     const vector centre = broadcast(point[channel]);
     for (int i = 0; i < vectors; i++) {
       const vector difference = load(column + i * LANES) - centre;
@@ -124,15 +126,16 @@ static inline __attribute__((always_inline)) void claim(const Block *block, int6
   }
 }
 
-/* Lets clusters claim all tokens; a stretch of tokens stays in the first cache while the clusters pass over it. */
+/* Lets clusters claim all tokens. */
 static __attribute__((noinline)) void claim_all(const Block *block, int64_t first, int64_t end) {
-  int64_t token = 0;
-  for (; token + 8 * LANES <= block->size; token += 8 * LANES)
-    for (int64_t cluster = first; cluster < end; cluster++) claim(block, token, cluster, 8);
-  for (; token + 2 * LANES <= block->size; token += 2 * LANES)
-    for (int64_t cluster = first; cluster < end; cluster++) claim(block, token, cluster, 2);
-  for (; token < block->size; token += LANES)
-    for (int64_t cluster = first; cluster < end; cluster++) claim(block, token, cluster, 1);
+  for (int64_t token = 0; token < block->size; token += block->width)
+    for (int64_t cluster = first; cluster < end; cluster++)
+      switch (block->width / LANES) {
+        case 8: claim(block, token, cluster, 8); break;
+        case 4: claim(block, token, cluster, 4); break;
+        case 2: claim(block, token, cluster, 2); break;
+        default: claim(block, token, cluster, 1);
+      }
 }
 
 /* Moves every point to the mean of the tokens it owns, if any, and counts them. As in `mean_of` sums of 16 tokens are
@@ -199,15 +202,21 @@ static void clusters_task(const void *argument, int64_t task, float *scratch) {
   float *points = columns + size * channels, *sums = points + clusters * stride;
   float *nearest = sums + clusters * 2 * stride, *owner = nearest + size;
   const int64_t present = gather(summary, task, scratch);
-  const Block block = {scratch, columns, points, sums, nearest, owner, present, size, channels, stride, clusters};
+  const int64_t width = at_most(size, 8 * LANES);
+  const Block block = {scratch, columns, points, sums,     nearest, owner,
+                       present, size,    width,  channels, stride,  clusters};
   if (present == 0) {
     memset(count, 0, sizeof(int64_t) * clusters);
     memset(mean, 0, sizeof(float) * clusters * channels);
     return;
   }
-  for (int64_t channel = 0; channel < channels; channel++)
-    for (int64_t token = 0; token < size; token++)
-      columns[channel * size + token] = token < present ? scratch[token * stride + channel] : 0.0f;
+  memset(scratch + present * stride, 0, sizeof(float) * (size - present) * stride);
+  for (int64_t token = 0; token < size; token += LANES)
+    for (int64_t channel = 0; channel < channels; channel++) {
+      vector x;
+      for (int i = 0; i < LANES; i++) x[i] = scratch[(token + i) * stride + channel];
+      store(columns + token / width * width * channels + channel * width + token % width, x);
+    }
   spread(&block, count);
   average(&block, count);
   for (int64_t round = 0; round < summary->refinements; round++) {

@@ -22,6 +22,7 @@
 #define LANES 4
 #define ROWS 4
 #endif
+#define WIDTH (2 * LANES) /* queries of a panel */
 #define MAX_THREADS 256
 #define LOG2_E 1.44269504f
 
@@ -66,8 +67,8 @@ static inline float maximum_of_lanes(vector x) {
   return lane[0];
 }
 
-/* 2^x for x <= 0, within 2 ulp: 2^n times a polynomial on |r| <= 1/2; from -127 down it is 0. The last bits of `shifted`
- * are n + 127, the exponent of 2^n. */
+/* 2^x for x <= 0, within 2 ulp: 2^n times a polynomial on |r| <= 1/2; from -127 down it is 0. The last bits of
+ * `shifted` are n + 127, the exponent of 2^n. */
 static inline vector power_of_two(vector x) {
   const vector shift = broadcast(12582912.0f + 127.0f);
   x = larger(broadcast(-127.0f), x);
