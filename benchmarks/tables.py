@@ -7,9 +7,9 @@ own has its table there; RULER's tables are in ruler_tables.py, those of the fir
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from baatt.lab.describe import order_name
+from baatt.lab.describe import order_name, selection_name
 from baatt.lab.records import short_commit
-from baatt.lab.tables import MISSING, Record, Table, percent, pivot, short_length, times
+from baatt.lab.tables import MISSING, Record, Table, error_of, figures, percent, pivot, short_length, times
 
 Text = Callable[[Record], str]
 
@@ -80,20 +80,32 @@ def sparsity_text(one: Record) -> str:
 
 
 def cpu_operator(record: Record) -> str:
-    """Time and memory of the operator on the CPU, a row per sparsity."""
+    """The operator on a processor against dense attention, a row per sparsity."""
+    chosen, peak = record["records"], record["matrix_peak_tflops"]
     rows = [
         [
             sparsity_text(one),
-            f"{one['total_ms']:.1f}",
-            f"{one['dense_ms']:.1f}",
-            times(one["speedup"]),
-            times(one["extra_memory_ratio"]),
-            f"{one['error']:.1e}",
+            figures(one["total_ms"]),
+            percent(one["selection_share"], 0),
+            figures(one["baseline_ms"]["dense"]),
+            times(one["speedup"]["dense"]),
+            percent(one["kept_tflops"] / peak, 0),
+            times(one["peak_memory_bytes"] / one["input_bytes"]),
+            error_of(one["error"], one["error_limit"]),
         ]
-        for one in record["records"]
+        for one in chosen
     ]
-    header = ("sparsity", "BA-Att, ms", "dense, ms", "speed-up", "extra memory / inputs", "error")
-    return block(record, header, rows, f"Tokens sorted: {order_name(record['records'][0]['config'])}.")
+    header = (
+        *("sparsity", "ms", "not attention", "dense, ms", "speed-up", "of the peak", "extra memory / inputs"),
+        "error (limit)",
+    )
+    caption = (
+        f"{selection_name(chosen[0]['config'], ())}; {sizes_text(chosen[0])}. Time of the whole call, selection "
+        "included; share of it that is not attention; operations of attention on kept pairs, of the peak of "
+        f"{1e3 * peak:.0f} GFLOP/s, a large {record['matrix_peak_dtype']} matrix product in the same run; relative L2 "
+        "error against float64 with the same mask, and its limit."
+    )
+    return block(record, header, rows, caption)
 
 
 def study(record: Record, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
