@@ -61,7 +61,7 @@ def check_side(x, order, stats, expected, block_size):
 def test_sides_that_stay_share_their_order(keys, masked, shared):
     q, k = draw(2, 4, 40, 16, torch.float32, 0), draw(2, 2, keys, 16, torch.float32, 1)
     mask = torch.arange(keys).expand(2, -1) > 3 if masked else None
-    blocks = _sort_on_gpu({}, q, k, None, BAAttConfig(block_size=16, sort="none", score="window"), mask)
+    blocks = _sort_on_gpu({}, q, k, None, sorted_config(16, sort="none", score="window"), mask)
     for x, order, one in ((q, blocks.query_order, None), (k, blocks.key_order, mask)):
         expected = sorting.by_position(x, None, one)
         assert torch.equal(order.index, expected.index)

@@ -65,6 +65,8 @@ def dials(block_size: int, sparsity: float, sort: str, segment: int | None, beta
     return {"block_size": block_size, "sparsity": sparsity, "sort": sort, "segment": segment, "beta": beta}
 
 
+#: The score and the first block of `BAAttConfig()`.
+CLUSTERS = {"score": "clusters", "representatives": 4, "refinements": 2, "peak": True, "keep_first": 1}
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
 
 OPERATOR = {
@@ -88,6 +90,8 @@ OPERATOR = {
     "bfloat16": Call((1, 4, 2, 131, 131, 32), dials(16, 0.5, "qk", 32), "both", BF16),
     "float16": Call((2, 2, 2, 90, 120, 16), dials(32, 0.5, "k", 64), "keys", FP16),
     "float64": Call((2, 4, 2, 77, 93, 16), dials(16, 0.5, "qk", 32), "keys", FP64),
+    "clusters": Call((2, 4, 2, 131, 131, 16), dials(16, 0.5, "none", None) | CLUSTERS),
+    "clusters masked": Call((3, 4, 2, 110, 110, 16), dials(16, 0.5, "none", None) | CLUSTERS, "both"),
 }
 
 
