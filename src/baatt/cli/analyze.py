@@ -89,13 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("bound", "layers"):
         _add_study_options(studies[name], {}, ["sparsity", "score", "beta"])
 
-    maps = _add_action(
-        actions, "maps", "Attention in the order of some settings, kept blocks outlined (Fig. 5).", run_maps
-    )
+    summary = "Attention and the kept blocks of the paper's setting, the preset and the oracle, or of orders (Fig. 5)."
+    maps = _add_action(actions, "maps", summary, run_maps)
     _add_study_options(maps, {}, [])
-    maps.description = (
-        f"{maps.description} Without --sort and --score those of the paper's setting, the preset's and the oracle."
-    )
+    maps.description = f"{summary} Orders, as in the other studies, where --sort or --score is given."
     maps.add_argument("--head", type=int, help="query head of --plot (default: the one with most structure)")
     maps.add_argument("--html", type=Path, help="page of all layers and heads, one file for any browser")
 

@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=at_least(1), default=200, help="samples per task and length (default: 200)")
     add("--seed", type=int, default=42, help="which samples (default: 42)")
     add("--dial", action="append", default=[], metavar="NAME=VALUE,...", help="values to try of an option of the "
-        "method, of the sampler, or of dense_layers (0+1,none); every combination is run: --dial beta=0,0.5 --dial "
-        "sort=none,qk")  # fmt: skip
+        "method, of the sampler, or of dense_layers (0+1,none); every combination is run: --dial keep_first=0,1 "
+        "--dial sort=none,qk")  # fmt: skip
     add("--recall-samples", type=at_least(0), default=0, help="samples of each task on which the attention mass kept "
         "in sparse layers is measured (default: 0)")  # fmt: skip
     add("--batch-size", type=at_least(1), default=1, help="prompts answered together (default: 1)")
