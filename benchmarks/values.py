@@ -12,7 +12,7 @@ Read = Callable[[str], Record]
 
 GRIDS = (
     *("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192"),
-    *("ruler_clusters", "ruler_first_4096"),
+    *("ruler_clusters", "ruler_clusters_16384", "ruler_first_4096"),
 )
 #: Tasks of RULER that an average needs: all that need no data set, or the needles among them.
 TASK_COUNTS = {"all": 11, "needles": 8}
@@ -59,10 +59,11 @@ def every_value(read: Read, setting: str, task: str | None = None) -> str:
 def operator_gain(read: Read, length: str, sparsity: str, baseline: str, score: str = "covariance") -> str:
     """Times as fast as dense attention, of gpu_bars.py: `operator_gain 131072 90% cudnn`, with `clusters` of 16."""
     wanted = "operator", score, int(length), _share(sparsity)
-    for one in read("gpu_operator_h200")["records"]:
+    stored = "gpu_operator_h200" if score == "covariance" else "gpu_clusters_h200"
+    for one in read(stored)["records"]:
         if (one["what"], one["config"]["score"], one["shape"][2], one["sparsity"]) == wanted:
             return f"{one['speedup'][baseline]:.1f}"
-    raise LookupError(f"gpu_operator_h200 has no operator with {score} at {length} tokens and {sparsity}")
+    raise LookupError(f"{stored} has no operator with {score} at {length} tokens and {sparsity}")
 
 
 def decoding_rate(read: Read, cache: str, attention: str) -> str:

@@ -47,7 +47,7 @@ def test_the_cases_are_those_of_the_table(bars):
 
 def test_the_floor_is_the_longer_of_products_and_traffic(bars):
     one = {
-        "shape": [1, 4, 300, 16], "groups": 2, "config": {"representatives": 8, "block_size": 128},
+        "shape": [1, 4, 300, 16], "groups": 2, "config": {"score": "clusters", "representatives": 8, "block_size": 128},
         "kept_tflops": 2.0, "stage_ms": {"attend": 3.0}, "input_bytes": 1000,
     }  # fmt: skip
     # 2 TFLOP/s for 3 ms, and 2 * 16 for each of (3 * 8)^2 pairs of 4 heads; q is half of the inputs.
