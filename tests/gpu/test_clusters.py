@@ -12,6 +12,7 @@ from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.kernels import hopper_clusters, triton_clusters
 from baatt.scores import clusters
 from baatt.stages import sorting
+from tests.pairs import mostly_pairs
 
 pytestmark = pytest.mark.gpu
 
@@ -60,9 +61,7 @@ def check(room, sides, masks, config):
     return actual
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("channels", [64, 128])
-@pytest.mark.parametrize("representatives", [1, 4, 5, 8, 16, 32, 64])
+@mostly_pairs("representatives, masked, channels", [1, 4, 5, 8, 16, 32, 64], [False, True], [64, 128])
 def test_clusters_and_scores(room, representatives, channels, masked):
     config = dataclasses.replace(CONFIG, representatives=representatives)
     check(room, *case(2, 4, 2, 1000, 1777, channels, torch.bfloat16, masked), config)

@@ -8,6 +8,7 @@ import torch
 
 from baatt import make_plan
 from baatt.lab.recall import block_mass
+from tests.pairs import mostly_pairs
 from tests.settings import sorted_config
 
 pytestmark = pytest.mark.gpu
@@ -42,9 +43,12 @@ def test_long_ragged_batch(sort):
     assert torch.equal(block_mass(q, k, plan), actual)  # what "auto" takes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 64), (2, 4, 2, 1000, 777, 96), (1, 2, 1, 300, 1500, 256)])
+@mostly_pairs(
+    "shape, block_size, dtype",
+    [(1, 1, 1, 1, 1, 64), (2, 4, 2, 1000, 777, 96), (1, 2, 1, 300, 1500, 256)],
+    [16, 32, 64, 128],
+    [torch.float32, torch.bfloat16, torch.float16],
+)
 def test_shapes(shape, block_size, dtype):
     check(*case(shape, dtype, block_size))
 

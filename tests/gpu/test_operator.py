@@ -13,6 +13,7 @@ from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.backend import Workload, choose_backend
 from baatt.types import BlockSelection
 from tests.budget import assert_within_budget, eager_dtype
+from tests.pairs import mostly_pairs
 from tests.settings import sorted_config
 
 pytestmark = pytest.mark.gpu
@@ -71,18 +72,19 @@ def check(impl, q, k, v, config, key_mask=None, scale=None):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "config", [replace(SORTED, sort="qk"), replace(SORTED, sort="none"), BAAttConfig()], ids=["qk", "none", "clusters"]
+@mostly_pairs(
+    "shape, config, dtype",
+    SHAPES,
+    [replace(SORTED, sort="qk"), replace(SORTED, sort="none"), BAAttConfig()],
+    [torch.bfloat16, torch.float16],
 )
 def test_within_the_error_budget(impl, dtype, shape, config):
     check(impl, *inputs(shape, dtype), replace(config, sparsity=0.6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", PORTABLE_SHAPES)
-@both_settings
+@mostly_pairs(
+    "shape, config, dtype", PORTABLE_SHAPES, list(SETTINGS.values()), [torch.float32, torch.bfloat16, torch.float16]
+)
 def test_portable_shapes(dtype, shape, config):
     *shape, block_size = shape
     check("triton", *inputs(shape, dtype), replace(config, block_size=block_size))
@@ -166,20 +168,19 @@ def test_one_budget_for_a_head(impl, score):
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("channels", [64, 128])
-@pytest.mark.parametrize("sort", ["none", "qk"])
-@pytest.mark.parametrize("launches", ["one", "several"])
-@pytest.mark.parametrize(
-    ("batch", "heads", "groups", "queries", "keys"),
+@mostly_pairs(
+    "shape, launches, sort, channels",
     [(2, 8, 2, 3000, 4000), (1, 3, 1, 40_000, 2500), (3, 2, 2, 129, 5000), (1, 1, 1, 90, 90), (1, 40, 40, 2048, 1024)],
+    ["one", "several"],
+    ["none", "qk"],
+    [64, 128],
 )
-def test_uneven_lists_wherever_their_tiles_run(
-    batch, heads, groups, queries, keys, launches, sort, channels, monkeypatch
-):
+def test_uneven_lists_wherever_their_tiles_run(shape, launches, sort, channels, monkeypatch):
     """Tiles that are claimed give to the last bit what dealt ones give, and that is right; also after one another."""
     from baatt.kernels import hopper
 
-    q, k, v = inputs((batch, heads, groups, queries, keys, channels), torch.bfloat16)
+    *_, keys = shape
+    q, k, v = inputs((*shape, channels), torch.bfloat16)
     config = BAAttConfig(sparsity=0.5, sort=sort, score="covariance", budget="row")
     require("hopper", q, config)
     plan = make_plan(q, k, config, impl="hopper")
@@ -262,9 +263,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("setting", UNSORTED)
-@pytest.mark.parametrize("channels", [64, 128])
-@pytest.mark.parametrize("view", VIEWS)
+@mostly_pairs("view, setting, channels", list(VIEWS), list(UNSORTED), [64, 128])
 def test_views_give_what_contiguous_inputs_give(impl, setting, channels, view):
     q, k, v = inputs((2, 4, 2, 700, 777, channels), torch.bfloat16)
     config = replace(UNSORTED[setting], sparsity=0.6)
