@@ -166,9 +166,9 @@ def clusters_table(record: Record) -> str:
         f"{sizes_text(chosen[0])}. Time of the whole call, selection included. The floor: products of the kept pairs "
         "and of all pairs of clusters (C3), or of block statistics (E5), at the "
         f"{record['matrix_peak_tflops']:.0f} TFLOP/s of a large {record['matrix_peak_dtype']} matrix product in the "
-        f"same run, or q, k, v and output moved once at its {record['memory_bandwidth'] / 1e12:.2f} TB/s, whichever is "
-        "longer; finding the clusters and sorting are not counted. Each row has its own time of cuDNN, which moves with "
-        "the clock of the machine: rows compare by what they are over it."
+        f"same run, or q, k, v and output moved once at its {record['memory_bandwidth'] / 1e12:.2f} TB/s, whichever "
+        "is longer; finding the clusters and sorting are not counted. Each row has its own time of cuDNN, which moves "
+        "with the clock of the machine: rows compare by what they are over it."
     )
     return block(record, header, rows, caption)
 
