@@ -134,6 +134,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_demo_of_the_paper_s_setting_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["demo", "--length", "640", "--preset", "paper", "--output", str(tmp_path / "demo.png")]
     assert main(call) == 0

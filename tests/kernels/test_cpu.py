@@ -218,7 +218,7 @@ print((high_water()[0] - before) / (q.nbytes + k.nbytes + v.nbytes))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", pytest.param("paper", marks=pytest.mark.slow)])
 def test_extra_memory_is_at_most_one_and_a_half_times_the_inputs(preset, dtype):
     """Output included; the resident set of a fresh process: nothing escapes it, and what malloc keeps counts too."""
     run = subprocess.run(
