@@ -69,7 +69,7 @@ def test_compiles_as_designed(channels, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     parts = [part.split(maxsplit=3) for part in run.stdout.split("<compiled> ")[1:]]
     assert [part[0] for part in parts] == ["centre_kernel", "refine_kernel", "share_kernel"]
-    # Three blocks on a multiprocessor have their distances at once, four or more are refined.
+    # Three blocks on a multiprocessor have their products at once, four or more are refined.
     most = {"centre_kernel": 75 * 1024, "refine_kernel": 56 * 1024, "share_kernel": 227 * 1024}
     for name, shared, warps, code in parts:
         assert int(shared) <= most[name]

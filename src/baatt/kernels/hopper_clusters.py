@@ -14,14 +14,14 @@ from torch import Tensor
 from baatt.kernels import triton_clusters
 from baatt.kernels.hopper import DTYPES, tile_descriptor
 from baatt.kernels.hopper_clusters_kernel import centre_kernel, refine_kernel
-from baatt.kernels.hopper_shares_kernel import share_kernel
+from baatt.kernels.hopper_shares_kernel import CONSUMERS, share_kernel
 from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_attention import _gather_rows
 from baatt.types import BlockClusters, ScoreOptions, TokenOrder
 
 BLOCK = 128
 #: Key clusters that are multiplied at a time, and rows of query clusters.
-TILE, ROWS = 128, 192
+TILE, ROWS = 128, 64 * CONSUMERS.value
 STAGES = {64: 6, 128: 4}
 #: How many clusters of a block the layouts of the kernels hold.
 FEWEST, MOST = 4, 32

@@ -1,7 +1,8 @@
 """The Gluon kernels that cluster blocks of 128 tokens, behind `hopper_clusters`: one finds the centres, one refines.
 
-The first keeps the distances inside a block in shared memory, where a farthest-point step reads one row of them; the
-second needs little of it, so that many blocks are under way at once. Each product has the block as an operand.
+The first keeps the products of a block's tokens in shared memory, where a farthest-point step reads one row of them and
+needs no arithmetic over channels; the second needs little of it, so that many blocks are under way at once. A program
+takes a block of queries or, behind those, of keys.
 """
 
 from triton.experimental import gluon

@@ -215,7 +215,7 @@ def share_kernel(
     CHANNELS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr, PEAK: gl.constexpr,
     STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """Persistent: C3 to C5 for tiles of 192 rows of query clusters."""
+    """Persistent: C3 to C5 for tiles of 64 * CONSUMERS rows of query clusters."""
     ring = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, TILE, CHANNELS], descriptor.layout)
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, CHANNELS], DTYPE)
     q_rows = gl.allocate_shared_memory(DTYPE, [CONSUMERS, 64, CHANNELS], rows)
