@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING = frozenset({"ruler_first_8192.json", "ruler_ablations.json", "real_weights_smollm2.json"})
+PENDING: frozenset[str] = frozenset()
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.

@@ -15,13 +15,14 @@ from baatt.lab.tables import MISSING, Record, Table, interval, percent, signed_i
 
 #: Settings of a grid in the order of its tables, whichever was asked first.
 ORDER = (
-    *("paper", "clusters", "safe", "keys", "unsorted", "unsorted-first", "mean", "antidiagonal", "antidiagonal-first"),
-    *("finer", "oracle", "oracle-peak"),
+    *("paper", "clusters", "keep-first-0", "budget-head", "safe", "keys", "unsorted", "unsorted-first", "mean"),
+    *("antidiagonal", "antidiagonal-first", "finer", "oracle", "oracle-peak"),
 )
 #: Results of all tasks; one file holds some settings at some lengths.
 GRIDS = (
     *("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_grid_finer_8192.json"),
     *("ruler_clusters.json", "ruler_clusters_16384.json", "ruler_first_4096.json", "ruler_first_8192.json"),
+    "ruler_options_8192.json",
 )
 #: Asked of clusters: tokens, sparsity, points lost against dense attention.
 BARS = ((4096, 0.5, 1.0), (4096, 0.7, 2.0), (8192, 0.9, 2.5), (16384, 0.9, 3.5))

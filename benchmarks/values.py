@@ -7,15 +7,19 @@ text between the marks. `render.py` fills them in and `render.py --check` compar
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ruler_tables import beyond
+
 Record = Mapping[str, Any]
 Read = Callable[[str], Record]
 
 GRIDS = (
     *("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192"),
-    *("ruler_clusters", "ruler_clusters_16384", "ruler_first_4096"),
+    *("ruler_clusters", "ruler_clusters_16384", "ruler_first_4096", "ruler_first_8192", "ruler_options_8192"),
+    "ruler_ablations",
 )
-#: Tasks of RULER that an average needs: all that need no data set, or the needles among them.
-TASK_COUNTS = {"all": 11, "needles": 8}
+#: Tasks of RULER that an average needs: all that need no data set, the needles among them, or the three of the
+#: ablations, which are asked nothing else; else the words name one task.
+TASK_COUNTS = {"all": 11, "needles": 8, "hard": 3}
 #: Short names of settings of training/evaluate.py.
 NEEDLE_SETTINGS = {
     "dense": "dense",
@@ -36,6 +40,13 @@ def ruler_loss(read: Read, setting: str, sparsity: str, lengths: str, tasks: str
         _average(read, setting, length, 0, tasks) - _average(read, setting, length, _share(sparsity), tasks)
         for length in _numbers(lengths)
     )
+
+
+def ruler_beyond(read: Read, setting: str, other: str, sparsity: str, length: str, tasks: str = "all") -> str:
+    """Points beyond another setting on the samples that both answered: `beyond keep-first-0 clusters 90% 8192`."""
+    both = [_records(read, name, int(length), _share(sparsity), tasks) for name in (setting, other)]
+    count = min(len(each["scores"]) for records in both for each in records)
+    return beyond(*([{"scores": each["scores"][:count]} for each in records] for records in both))
 
 
 def lowest_score(read: Read, tasks: str) -> str:
@@ -76,6 +87,16 @@ def decoding_gain(read: Read, cache: str, attention: str) -> str:
     return f"{_rate(read, cache, attention) / _rate(read, 'none', 'dense'):.2f}"
 
 
+def real_digits(read: Read, *words: str) -> str:
+    """Digits that SmolLM2 predicts right, in percent: `real_digits clusters-16 70% kept`, `real_digits dense`."""
+    return f"{100 * _real(read, *words)['digits']:.1f}"
+
+
+def real_divergence(read: Read, *words: str) -> str:
+    """KL of SmolLM2 to itself with dense attention: `real_kl mean 70% free`, without the first block; beta last."""
+    return f"{_real(read, *words)['kl']:.3f}"
+
+
 def _numbers(lengths: str) -> list[int]:
     return [int(length) for length in lengths.split(",")]
 
@@ -95,19 +116,25 @@ def _is_needle(one: Record) -> bool:
 
 
 def _average(read: Read, setting: str, length: int, sparsity: float, tasks: str) -> float:
-    """In percent; of the first grid in which the setting has all tasks."""
+    """In percent."""
+    found = _records(read, setting, length, sparsity, tasks)
+    return float(100 * sum(one["accuracy"] for one in found) / len(found))
+
+
+def _records(read: Read, setting: str, length: int, sparsity: float, tasks: str) -> list[Record]:
+    """Of the first grid in which the setting has all tasks."""
     for grid in map(read, GRIDS):
         chosen = [each for name, each in grid["settings"].items() if setting in (name, "dense")]
         for each in chosen:
             found = [
-                one["accuracy"]
+                one
                 for one in each["records"]
                 if one["length"] == length
                 and one["config"].get("sparsity", 0) == sparsity
-                and (tasks == "all" or _is_needle(one))
+                and (tasks in ("all", "hard", one["task"]) or (tasks == "needles" and _is_needle(one)))
             ]
-            if len(found) == TASK_COUNTS[tasks]:
-                return float(100 * sum(found) / len(found))
+            if len(found) == TASK_COUNTS.get(tasks, 1):
+                return found
     raise LookupError(f"no grid has {tasks} tasks of {setting} at {length} tokens and sparsity {sparsity:g}")
 
 
@@ -122,6 +149,14 @@ def _answers(read: Read, measure: str, setting: str, task: str | None) -> str:
     return str(sum(found))
 
 
+def _real(read: Read, setting: str, sparsity: str = "0%", first: str = "kept", beta: str = "0.5") -> Record:
+    wanted = {"sparsity": _share(sparsity), "keep_first": {"kept": 1, "free": 0}[first], "beta": float(beta)}
+    for one in read("real_weights_smollm2")["records"]:
+        if one["setting"] == setting and wanted.items() <= (one["config"] or wanted).items():
+            return one
+    raise LookupError(f"real_weights_smollm2 has no {setting} at {sparsity}, first block {first}, beta {beta}")
+
+
 def _rate(read: Read, cache: str, attention: str) -> float:
     for one in read("decoding_h200")["records"]:
         if (one["cache"], one["attention"], one["threshold"]) == (cache, attention, None):
@@ -133,10 +168,13 @@ def _rate(read: Read, cache: str, attention: str) -> float:
 VALUES: dict[str, Callable[..., str]] = {
     "score": ruler_score,
     "loss": ruler_loss,
+    "beyond": ruler_beyond,
     "lowest": lowest_score,
     "word_for_word": word_for_word,
     "every_value": every_value,
     "operator_gain": operator_gain,
+    "real_digits": real_digits,
+    "real_kl": real_divergence,
     "decoding_rate": decoding_rate,
     "decoding_gain": decoding_gain,
 }

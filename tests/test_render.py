@@ -1,5 +1,6 @@
 """The tables in the Markdown files are those of the stored results."""
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -266,12 +267,38 @@ def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):
     assert render.main(["--check"], copy) == 0
 
 
+def test_differences_are_of_the_samples_that_both_answered():
+    read = functools.cache(lambda name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
+    found = sys.modules["values"].VALUES["beyond"](read, "keep-first-0", "clusters", "90%", "8192", "vt")
+    both = [
+        next(
+            one["scores"]
+            for one in read(grid)["settings"][setting]["records"]
+            if (one["task"], one["length"], one["config"].get("sparsity")) == ("vt", 8192, 0.9)
+        )
+        for setting, grid in (("keep-first-0", "ruler_options_8192"), ("clusters", "ruler_clusters"))
+    ]
+    assert [len(scores) for scores in both] == [100, 200]
+    expected = sum(one - other for one, other in zip(*both, strict=False))  # of 100 samples: in percent
+    assert found.startswith(f"{expected:+.1f} [")
+
+
+def test_numbers_of_real_weights_are_of_the_run_that_is_named():
+    record = json.loads((ROOT / "benchmarks/results/real_weights_smollm2.json").read_text())
+    values = sys.modules["values"].VALUES
+    beta = next(one for one in record["records"] if one["config"] and one["config"]["beta"] == 0.1)
+    assert values["real_kl"](lambda _: record, "covariance", "50%", "kept", "0.1") == f"{beta['kl']:.3f}"
+    dense = f"{100 * record['records'][0]['digits']:.1f}"
+    assert values["real_digits"](lambda _: record, "dense") == dense
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("<!--=scores safe-->1<!--/-->", "the value scores is unknown, known are score, loss"),
         ("<!--=score safe-->1<!--/-->", "the value `score safe` cannot be made"),
         ("<!--=score safe 50% 1024-->1<!--/-->", "no grid has all tasks of safe at 1024 tokens"),
+        ("<!--=real_kl mean 70% most-->1<!--/-->", "the value `real_kl mean 70% most` cannot be made"),
         ("<!--=score safe 50% 4096-->1", "needs its own `<!--/-->`"),
         ("<!--=score safe 50% 4096-->\n1<!--/-->", "needs its own `<!--/-->`"),
     ],
