@@ -16,7 +16,7 @@ from baatt.cli.main import build_parser
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.scores import SCORES
 from baatt.stages.pooling import pool_blocks
-from baatt.types import Score, ScoreOptions, TokenOrder
+from baatt.types import Score, ScoreOptions, Sight, TokenOrder
 
 CONFIG = {"block_size": 16, "sparsity": 0.5, "sort": "k", "segment": 32, "keep_first": 0}
 
@@ -34,7 +34,9 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> Directions
     return Directions(torch.nn.functional.normalize(pooled.mean, dim=-1), pooled.size)
 
 
-def compare(queries: Directions, keys: Directions, options: ScoreOptions, scale: float) -> Tensor:
+def compare(
+    queries: Directions, keys: Directions, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """The cosine between two blocks."""
     repeats = queries.mean.shape[1] // keys.mean.shape[1]
     return queries.mean @ keys.mean.repeat_interleave(repeats, dim=1).mT

@@ -28,11 +28,11 @@ def test_full_graph_gives_the_same_values():
 
 def test_registration_is_sound():
     q, k, v, mask = inputs(33)
-    arguments = (q, k, v, mask, mask, None, "cpu", *BAAttConfig(16, 0.5, "qk", 32).values)
+    arguments = (q, k, v, 4, None, mask, mask, None, "cpu", *BAAttConfig(16, 0.5).values)
     torch.library.opcheck(attention, arguments)
 
 
 def test_refusals_pass_through():
     q, k, v, _ = inputs(33)
     with pytest.raises(ValueError, match="value must have the shape of key"):
-        attention(q, k, v[:, :, :5], None, None, None, "auto", *BAAttConfig(16, 0.5, "qk", 32).values)
+        attention(q, k, v[:, :, :5], None, None, None, None, None, "auto", *BAAttConfig(16, 0.5, "qk", 32).values)

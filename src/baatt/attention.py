@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from baatt.backend import Backend, Workload, choose_backend
-from baatt.checks import check_make_plan, check_plan, check_query_and_key, check_value
+from baatt.checks import check_make_plan, check_plan, check_query_and_key, check_structure, check_value
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
+from baatt.stages.structure import look_back
 from baatt.types import SortedBlocks
 
 
@@ -23,17 +24,23 @@ def ba_attention(
     v: Tensor,
     config: BAAttConfig = BAAttConfig(),  # noqa: B008  (frozen)
     *,
+    causal: int | None = None,
+    query_start: int | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Block approximate sparse attention, bidirectional, for inference.
+    """Block approximate sparse attention, bidirectional or (block-)causal, for inference.
 
     Args:
         q: [B, H, N, D] after positional encoding; float64, float32, bfloat16 or float16.
         k: [B, G, M, D] with H % G == 0 (grouped queries); v: the same shape.
         config: the method's options.
+        causal: tokens per causal block: a query sees the keys of its own block and of those before it; 1 is plain
+            causal attention. None: bidirectional.
+        query_start: position of the first query among the keys, where `causal` is given; blocks count from the first
+            key. None: M - N, the queries stand at the last keys.
         key_mask: [B, M] bool, True = attend. Masked keys have no influence at all, whatever their values.
         query_mask: [B, N] bool, True = the row is wanted. Other rows take no part in choosing blocks, so that wanted
             ones do not depend on them; what they get means nothing. In padded self-attention it is the `key_mask`.
@@ -41,20 +48,22 @@ def ba_attention(
         impl: "auto", "reference", "cpu", "triton" or "hopper".
 
     Returns:
-        [B, H, N, D] in q's dtype; rows of an entry whose keys are all masked are 0.
+        [B, H, N, D] in q's dtype; rows that see no key that is not masked are 0.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, saying what was required and what was given.
         RuntimeError: `impl` cannot run here, with the reason.
     """
     if torch.compiler.is_compiling():  # one opaque node of the graph, see baatt.operators
-        traced: Tensor = torch.ops.baatt.attention(q, k, v, key_mask, query_mask, scale, impl, *config.values)
+        given = causal, query_start, key_mask, query_mask, scale, impl
+        traced: Tensor = torch.ops.baatt.attention(q, k, v, *given, *config.values)
         return traced
     check_make_plan(q, k, config, key_mask, query_mask, scale)
+    structure = check_structure(q, k, config, causal, query_start, key_mask, query_mask)
     check_value(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     backend = _backend(impl, q, config, scale)
-    plan, blocks = _decide(q, k, v, config, (key_mask, query_mask), scale, backend)
+    plan, blocks = _decide(q, k, v, config, (key_mask, query_mask), structure, scale, backend)
     copies = {"sorted_k": blocks.sorted_k, "sorted_v": blocks.sorted_v}  # those that fell out on the way
     return _carry_out(q, k, v, plan, backend, {name: copy for name, copy in copies.items() if copy is not None})
 
@@ -64,6 +73,8 @@ def make_plan(
     k: Tensor,
     config: BAAttConfig,
     *,
+    causal: int | None = None,
+    query_start: int | None = None,
     key_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     scale: float | None = None,
@@ -76,8 +87,10 @@ def make_plan(
         ([B, H, I, J] with budget "head") and selection.count [B, H, I].
     """
     check_make_plan(q, k, config, key_mask, query_mask, scale)
+    structure = check_structure(q, k, config, causal, query_start, key_mask, query_mask)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return _decide(q, k, None, config, (key_mask, query_mask), scale, _backend(impl, q, config, scale))[0]
+    backend = _backend(impl, q, config, scale)
+    return _decide(q, k, None, config, (key_mask, query_mask), structure, scale, backend)[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -> Tensor:
@@ -111,19 +124,24 @@ def _decide(
     v: Tensor | None,
     config: BAAttConfig,
     masks: tuple[Tensor | None, Tensor | None],
+    structure: tuple[int, int] | None,
     scale: float,
     backend: Backend,
 ) -> tuple[Plan, SortedBlocks]:
-    """The plan, and with it the sorted copies that fell out on the way; masks: of keys, of queries."""
+    """The plan, and with it the sorted copies that fell out on the way.
+
+    masks: of keys, of queries; structure: tokens per causal block, position of the first query.
+    """
     with torch.autocast(q.device.type, enabled=False):
         blocks = backend.sort_blocks(q, k, v, config, *masks)
         summaries = blocks.query_summary, blocks.key_summary
-        selection = backend.choose_blocks(*summaries, config, scale)
-    return Plan(config, scale, blocks.query_order, blocks.key_order, *summaries, selection), blocks
+        sight = None if structure is None else look_back(q, k, *structure, config.block_size, *masks)
+        selection = backend.choose_blocks(*summaries, config, scale, sight)
+    return Plan(config, scale, blocks.query_order, blocks.key_order, *summaries, selection, sight), blocks
 
 
 def _carry_out(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: Backend, copies: dict[str, Tensor]) -> Tensor:
     decided = plan.query_order, plan.key_order, plan.selection
-    options = {"block_size": plan.config.block_size, "scale": plan.scale}
+    options = {"block_size": plan.config.block_size, "scale": plan.scale, "sight": plan.sight}
     with torch.autocast(q.device.type, enabled=False):
         return backend.sparse_attention(q, k, v, *decided, **options, **copies).out

@@ -23,6 +23,7 @@ from baatt.types import (
     BlockSummary,
     Partial,
     ScoreOptions,
+    Sight,
     SortedBlocks,
     TokenOrder,
     slabs_of_heads,
@@ -51,7 +52,7 @@ class Backend(NamedTuple):
 
     name: str
     sort_blocks: Callable[..., SortedBlocks]
-    choose_blocks: Callable[[BlockSummary, BlockSummary, BAAttConfig, float], BlockSelection]
+    choose_blocks: Callable[[BlockSummary, BlockSummary, BAAttConfig, float, Sight | None], BlockSelection]
     sparse_attention: Callable[..., Partial]
 
 
@@ -197,6 +198,7 @@ def _choose_in_stages(
     key_summary: BlockSummary,
     config: BAAttConfig,
     scale: float,
+    sight: Sight | None = None,
 ) -> BlockSelection:
     """Slab by slab of query blocks or, where they share a budget, of heads: up to `SLAB_SCORES` a batch entry."""
     score, (heads, query_blocks) = SCORES[config.score], query_summary[0].shape[1:3]
@@ -204,16 +206,16 @@ def _choose_in_stages(
     if config.budget == "row":
         rows = max(1, SLAB_SCORES // (heads * key_summary.size.shape[1]))
         slabs = [slice(first, first + rows) for first in range(0, query_blocks, rows)]
-        sides = [(take_blocks(query_summary, slab), key_summary) for slab in slabs]
+        sides = [(take_blocks(query_summary, slab), key_summary, sight and sight.take(slab)) for slab in slabs]
     else:
-        sides = [some[1:] for some in slabs_of_heads(query_summary, key_summary, SLAB_SCORES)]
+        sides = [(*some[1:], sight) for some in slabs_of_heads(query_summary, key_summary, SLAB_SCORES)]
     empty = (key_summary.size == 0)[:, None, None]
     parts = []
-    for queries, keys in sides:
-        scores = compare(queries, keys, config, scale).masked_fill(empty, -math.inf)
+    for queries, keys, part in sides:
+        scores = compare(queries, keys, config, scale, part).masked_fill(empty, -math.inf)
         if config.budget == "head" and score.logits:
-            scores = selection.log_distribution(scores)
-        options = {"budget": config.budget, "query_block_size": queries.size}
+            scores = selection.log_distribution(scores, part)
+        options = {"budget": config.budget, "query_block_size": queries.size, "sight": part}
         parts.append(selection.select_blocks(scores, keys.size, config.sparsity, config.keep_first, **options))
     axis = 2 if config.budget == "row" else 1
     index, count = torch.cat([part.index for part in parts], axis), torch.cat([part.count for part in parts], axis)
@@ -226,6 +228,7 @@ def _choose_on_gpu(
     key_summary: BlockSummary,
     config: BAAttConfig,
     scale: float,
+    sight: Sight | None = None,
 ) -> BlockSelection:
     from baatt.kernels import triton_budget, triton_selection
 
@@ -233,7 +236,7 @@ def _choose_on_gpu(
     dtype = query_summary[0].dtype
     twin = twins.get(score.compare) if dtype in HALF else None
     compare = functools.partial(twin or gpu_comparison(score.compare, dtype), options=config, scale=scale)
-    sides, budget = (query_summary, key_summary, compare), (config.sparsity, config.keep_first)
+    sides, budget = (query_summary, key_summary, compare), (config.sparsity, config.keep_first, sight)
     if config.budget == "row":
         return triton_selection.choose_blocks(*sides, *budget)
     return triton_budget.choose_blocks(*sides, *budget, logits=score.logits)

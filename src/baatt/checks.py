@@ -31,6 +31,45 @@ def check_make_plan(
         raise ValueError(f"scale must be finite and positive, got {scale}")
 
 
+def check_structure(
+    q: Tensor,
+    k: Tensor,
+    config: BAAttConfig,
+    causal: int | None,
+    query_start: int | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> tuple[int, int] | None:
+    """Tokens per causal block and position of the first query; None if attention is bidirectional."""
+    for name, value, least in (("causal", causal, 1), ("query_start", query_start, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{name} must be an int or None, got {value!r}")
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if causal is None:
+        if query_start is not None:
+            raise ValueError(f"query_start must be None where causal is None, got {query_start}")
+        return None
+    queries, keys = q.shape[2], k.shape[2]
+    if query_start is None and queries > keys:
+        raise ValueError(f"query must have at most M={keys} tokens where query_start is None, got N={queries}")
+    start = keys - queries if query_start is None else query_start
+    if config.sort != "none":
+        _check_sorted_structure(config, causal, start, masked=key_mask is not None or query_mask is not None)
+    return causal, start
+
+
+def _check_sorted_structure(config: BAAttConfig, causal: int, start: int, *, masked: bool) -> None:
+    """Tokens may only change places among those that see and are seen alike."""
+    required, segment = f"sort must be 'none' with causal={causal}", config.segment
+    if masked:
+        raise ValueError(f"{required} and masked tokens, which move the segments, got {config.sort!r}")
+    if segment is None or causal % segment:
+        raise ValueError(f"{required} unless segment divides it, got {config.sort!r} with segment={segment}")
+    if "q" in config.sort and start % segment:
+        raise ValueError(f"{required} unless segment={segment} divides query_start={start}, got {config.sort!r}")
+
+
 def check_value(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse a value that does not fit query and key."""
     _check_tensor("value", v)
@@ -54,6 +93,10 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
         ("selection.index", plan.selection.index, (*rows, plan.selection.index.shape[-1])),
         ("selection.count", plan.selection.count, rows),
     ]
+    if plan.sight is not None:
+        blocks = (batch, rows[2])
+        required += [("sight.limit", plan.sight.limit, (*blocks, plan.config.block_size))]
+        required += [("sight.spans", plan.sight.spans, (*blocks, 4))]
     for name, x, shape in required:
         if x.shape != shape:
             raise ValueError(f"plan.{name} must have shape {shape} to fit query and key, got {tuple(x.shape)}")

@@ -13,7 +13,10 @@ from baatt.attention import ba_attention
 from baatt.config import OPTION_TYPES, BAAttConfig
 
 _TYPES = {int: "int", float: "float", str: "str", bool: "bool", int | None: "int?", float | None: "float?"}
-_SCHEMA = "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask, float? scale, str impl, {}) -> Tensor"
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, int? causal, int? query_start, Tensor? key_mask, Tensor? query_mask, "
+    "float? scale, str impl, {}) -> Tensor"
+)
 
 
 @torch.library.custom_op(
@@ -25,6 +28,8 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    causal: int | None,
+    query_start: int | None,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     scale: float | None,
@@ -32,8 +37,10 @@ def attention(
     *options: Any,
 ) -> Tensor:
     """`baatt.ba_attention` with its config as `BAAttConfig.values`: same errors, the result is contiguous."""
-    config = BAAttConfig(*options)
-    return ba_attention(q, k, v, config, key_mask=key_mask, query_mask=query_mask, scale=scale, impl=impl)
+    return ba_attention(
+        q, k, v, BAAttConfig(*options), causal=causal, query_start=query_start, key_mask=key_mask,
+        query_mask=query_mask, scale=scale, impl=impl,
+    )  # fmt: skip
 
 
 @attention.register_fake

@@ -6,7 +6,7 @@ A plan is data: the visualiser draws one, an ablation edits a field, a kernel's 
 from typing import NamedTuple
 
 from baatt.config import BAAttConfig
-from baatt.types import BlockSelection, BlockSummary, TokenOrder
+from baatt.types import BlockSelection, BlockSummary, Sight, TokenOrder
 
 
 class Plan(NamedTuple):
@@ -19,3 +19,4 @@ class Plan(NamedTuple):
     query_summary: BlockSummary
     key_summary: BlockSummary
     selection: BlockSelection
+    sight: Sight | None = None

@@ -26,6 +26,24 @@ class TokenOrder(NamedTuple):
     identity: bool = False
 
 
+class Sight(NamedTuple):
+    """What the queries of every block may see, where attention is causal: the keys in front of a limit.
+
+    Keys count in their order, the masked ones behind all others. Heads see alike.
+    limit: [B, I, P] int32, how many keys each query sees, in the order of the queries; 0 where there is none, or it is
+        masked.
+    spans: [B, I, 4] int32, in key blocks: those that hold the keys at the place of the first and of the last query
+        of the block, how many from the front all its queries see wholly, and how many any of them sees.
+    """
+
+    limit: Tensor
+    spans: Tensor
+
+    def take(self, blocks: slice) -> "Sight":
+        """Of some query blocks."""
+        return Sight(self.limit[:, blocks], self.spans[:, blocks])
+
+
 class BlockStats(NamedTuple):
     """Per-block moments of sorted tokens (E3), float32 (float64 for float64 input). L is I or J.
 
@@ -86,15 +104,16 @@ class Score(NamedTuple):
     """How pairs of blocks are scored.
 
     summarise: (x [B, H, N, D] in the original order, its `TokenOrder`, `ScoreOptions`) -> `BlockSummary`.
-    compare: (summary of i query blocks, summary of all J key blocks, `ScoreOptions`, scale: the factor on q.k) ->
-        [B, H, i, J], larger = kept sooner.
+    compare: (summary of i query blocks, summary of all J key blocks, `ScoreOptions`, scale: the factor on q.k, `Sight`
+        of the query blocks or None: all see all) -> [B, H, i, J], larger = kept sooner. A softmax over keys leaves out
+        those beyond sight; what stands at key blocks that no query of a block sees does not matter.
     options: fields of `BAAttConfig` that change the scores, besides those that cut the blocks.
     logits: the scores mean the same in every row only after a softmax over the key blocks (E6); without it they are
         shares, or something else that one threshold may cut through all rows of a head.
     """
 
     summarise: Callable[[Tensor, TokenOrder, ScoreOptions], BlockSummary]
-    compare: Callable[[BlockSummary, BlockSummary, ScoreOptions, float], Tensor]
+    compare: Callable[[BlockSummary, BlockSummary, ScoreOptions, float, Sight | None], Tensor]
     options: tuple[str, ...] = ()
     logits: bool = False
 
@@ -149,7 +168,7 @@ class BlockSelection(NamedTuple):
     """The kept key blocks of every query block (E7).
 
     index: [B, H, I, K] int32, ascending in its first `count` entries; the rest repeat the last kept block.
-    count: [B, H, I] int32, kept blocks; 0 only where a batch entry has no key at all.
+    count: [B, H, I] int32, kept blocks; 0 only where a batch entry has no key at all, or no query of a block sees one.
     mean_count: where rows keep different numbers of blocks, about how many they keep on average; kernels plan with it.
     """
 
@@ -161,6 +180,11 @@ class BlockSelection(NamedTuple):
 def kept_blocks(sparsity: float, key_blocks: int) -> int:
     """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
     return max(1, math.ceil((1 - sparsity) * key_blocks))
+
+
+def mean_of_rows(kept: int, query_blocks: int, key_blocks: int) -> int:
+    """About how many blocks a row keeps on average where `kept` is K of one that sees all, the last being one."""
+    return max(1, round(kept * (1 - query_blocks / (2 * max(query_blocks, key_blocks)))))
 
 
 class Partial(NamedTuple):

@@ -320,7 +320,7 @@ class Handle:
             return dense()
         self._kept_pairs += pairs * config.kept_blocks(blocks) / blocks
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
-        masks = {"key_mask": key_mask, "query_mask": key_mask if is_square and not is_cross else None}
+        masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": key_mask if is_square and not is_cross else None}
         permutation = self.order(q.shape[2], q.device) if self.order is not None and is_square else None
         if permutation is not None:
             masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}

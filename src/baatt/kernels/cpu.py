@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baatt.kernels import cpu_gather, cpu_native
-from baatt.types import BlockSelection, Partial, TokenOrder
+from baatt.types import BlockSelection, Partial, Sight, TokenOrder
 
 
 def sparse_attention(
@@ -25,6 +25,7 @@ def sparse_attention(
     *,
     block_size: int,
     scale: float,
+    sight: Sight | None = None,
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`."""
     for name, order in (("query_order", query_order), ("key_order", key_order)):
@@ -58,6 +59,7 @@ def sparse_attention(
                 count=selection.count[entry, heads],
                 out=out[entry, heads],
                 lse=lse[entry, heads],
+                limit=None if sight is None else sight.limit[entry],
             )
             attend_group(group, block_size=block_size, scale=scale)
     return Partial(out, lse)

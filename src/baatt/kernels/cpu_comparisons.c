@@ -14,6 +14,7 @@ typedef struct {
   const float *query_variance, *key_variance;  /* like the means; 0 where not compared */
   const int64_t *query_count, *key_count;      /* batch x heads x blocks x clusters: tokens; 0 for covariance */
   const int64_t *key_size;                     /* batch x key blocks: tokens */
+  const int32_t *spans;                        /* batch x query blocks x 4: the last is key blocks seen; 0: all are */
   float *scores;                               /* batch x heads x query blocks x key blocks */
   float *scratch;                              /* threads x baatt_comparison_scratch */
   int64_t batch, heads, groups, query_blocks, key_blocks, query_clusters, key_clusters, channels, peak, threads;
@@ -109,27 +110,43 @@ static __attribute__((noinline)) void tile_sums(const float *logits, const int64
   }
 }
 
-/* C3, C4: shares [key blocks, WIDTH] of query clusters from `place` on. Without any key they are 0. */
-static void share_panel(const Comparison *c, int64_t place, int64_t lanes, int64_t group, float *scratch,
+/* Key blocks that the query block of number `block` sees, over all batch entries and heads. */
+static inline int64_t seen_by(const Comparison *c, int64_t block) {
+  const int64_t entry = block / c->query_blocks / c->heads;
+  return c->spans ? c->spans[(entry * c->query_blocks + block % c->query_blocks) * 4 + 3] : c->key_blocks;
+}
+
+/* C3, C4: shares [key blocks, WIDTH] of query clusters from `place` on. Without any key they are 0.
+ * Returns how many key blocks any of them sees; shares beyond are not written. */
+static int64_t share_panel(const Comparison *c, int64_t place, int64_t lanes, int64_t group, float *scratch,
                         float *shares) {
   const int64_t blocks = tile_blocks(c), clusters = c->key_clusters;
   float *logits = scratch + depth_of(c) * WIDTH, *shifts = logits + TILE * WIDTH;
   float maximum[WIDTH], total[WIDTH] = {0};
+  int64_t seen[WIDTH], end = 0;
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    seen[lane] = seen_by(c, (place + lane) / c->query_clusters);
+    end = seen[lane] > end ? seen[lane] : end;
+  }
   for (int lane = 0; lane < WIDTH; lane++) maximum[lane] = -INFINITY;
   load_panel(c, place, lanes, scratch);
-  for (int64_t block = 0; block < c->key_blocks; block += blocks) {
-    const int64_t first = (group * c->key_blocks + block) * clusters, some = at_most(c->key_blocks - block, blocks);
+  for (int64_t block = 0; block < end; block += blocks) {
+    const int64_t first = (group * c->key_blocks + block) * clusters, some = at_most(end - block, blocks);
     multiply(c, first, some * clusters, scratch, logits, 0);
+    for (int64_t lane = 0; lane < lanes; lane++)
+      for (int64_t row = (seen[lane] > block ? seen[lane] - block : 0) * clusters; row < some * clusters; row++)
+        logits[row * WIDTH + lane] = -INFINITY;
     tile_sums(logits, c->key_count + first, clusters, some, maximum, total, shifts + block / blocks * WIDTH,
               shares + block * WIDTH);
   }
-  for (int64_t block = 0; block < c->key_blocks; block++)
+  for (int64_t block = 0; block < end; block++)
     for (int64_t column = 0; column < WIDTH; column += LANES) {
       const vector sum = load(total + column), shift = load(shifts + block / blocks * WIDTH + column);
       const vector factor = power_of_two(shift - load(maximum + column)) / sum;
       float *share = shares + block * WIDTH + column;
       store(share, choose(sum == broadcast(0.0f), broadcast(0.0f), load(share) * factor));
     }
+  return end;
 }
 
 /* C5, or the mean: a task is as many query blocks of one head as WIDTH clusters hold, one at least. */
@@ -146,12 +163,12 @@ static void shares_task(const void *argument, int64_t task, float *scratch) {
   memset(c->scores + first * c->key_blocks, 0, sizeof(float) * (end - first) * c->key_blocks);
   for (int64_t place = first * clusters; place < end * clusters; place += WIDTH) {
     const int64_t lanes = at_most(end * clusters - place, WIDTH);
-    share_panel(c, place, lanes, group_of(c, head), scratch, shares);
+    const int64_t seen = share_panel(c, place, lanes, group_of(c, head), scratch, shares);
     for (int64_t lane = 0; lane < lanes; lane++) {
       float *scores = c->scores + (place + lane) / clusters * c->key_blocks;
       const float *share = shares + lane, count = (float)c->query_count[place + lane];
       if (count == 0) continue;
-      for (int64_t block = 0; block < c->key_blocks; block++, share += WIDTH)
+      for (int64_t block = 0; block < seen; block++, share += WIDTH)
         scores[block] = !c->peak ? scores[block] + *share * count : *share > scores[block] ? *share : scores[block];
     }
   }

@@ -14,6 +14,7 @@ typedef struct {
   const int64_t *query_order;  /* heads x queries: sorted place -> row of query and output */
   const int32_t *kept;         /* heads x query blocks x kept_slots: ids of kept key blocks */
   const int32_t *count;        /* heads x query blocks: slots in use */
+  const int32_t *limit;        /* query blocks x block_size: keys that a query sees, from the front; 0 where all do */
   float *output;               /* heads x queries x channels, contiguous */
   float *lse;                  /* heads x queries, contiguous */
   float *scratch;              /* threads x scratch_size */
@@ -67,6 +68,13 @@ static void add_values(const Problem *problem, const float *value, const float *
   }
 }
 
+/* Scores [keys, width] of the keys from `start` on that a query does not see become -inf. */
+static void hide(float *scores, int64_t start, int64_t keys, int64_t width, const int32_t *limit, int64_t rows) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t key = limit[row] > start ? limit[row] - start : 0; key < keys; key++)
+      scores[key * width + row] = -INFINITY;
+}
+
 /* One query block: q rows gathered and scaled, then every kept key block, then the rows written back in order. */
 static void attend_task(const void *argument, int64_t task, float *scratch) {
   const Problem *problem = argument;
@@ -81,6 +89,12 @@ static void attend_task(const void *argument, int64_t task, float *scratch) {
   float *query = scratch, *accumulator = query + places * channels;
   float *maximum = accumulator + places * channels, *sum = maximum + places, *scores = sum + places;
   float rescale[WIDTH];
+  const int32_t *limit = problem->limit ? problem->limit + task % query_blocks * block_size : 0;
+  int64_t whole = problem->keys, seen = limit ? 0 : problem->keys;
+  for (int64_t row = 0; limit && row < rows; row++) {
+    whole = at_most(whole, limit[row]);
+    seen = limit[row] > seen ? limit[row] : seen;
+  }
 
   memset(query, 0, sizeof(float) * 2 * places * channels); /* the places beyond a ragged end are computed too */
   for (int64_t place = 0; place < places; place++) maximum[place] = -INFINITY, sum[place] = 0;
@@ -92,13 +106,14 @@ static void attend_task(const void *argument, int64_t task, float *scratch) {
       target[channel * width] = source[channel] * (float)problem->scale;
   }
   for (int64_t slot = 0; slot < slots; slot++) {
-    const int64_t start = kept[slot] * block_size, present = at_most(problem->keys - start, block_size);
+    const int64_t start = kept[slot] * block_size, present = at_most(at_most(problem->keys, seen) - start, block_size);
     if (kept[slot] < 0 || present <= 0) continue; /* a block of masked keys only */
     const float *key = problem->key + start * channels, *value = problem->value + start * channels;
     const int64_t next = slot + 1 < slots ? kept[slot + 1] * block_size : start;
     for (int64_t place = 0; place < places; place += WIDTH) {
       const int64_t width = at_most(places - place, WIDTH);
       product(key, channels, 1, query + place * channels, scores, width, present, channels, width, 0);
+      if (start + present > whole) hide(scores, start, present, width, limit + place, at_most(rows - place, width));
       softmax(scores, present, width, maximum + place, sum + place, rescale);
       add_values(problem, value, scores, accumulator + place * channels, present, width, rescale,
                  (next + place) * channels);

@@ -44,7 +44,7 @@ class _Problem(ctypes.Structure):
     """`Problem` of cpu_native.c: the same fields in the same order."""
 
     _fields_ = fields(
-        pointers=("query", "key", "value", "query_order", "kept", "count", "output", "lse", "scratch"),
+        pointers=("query", "key", "value", "query_order", "kept", "count", "limit", "output", "lse", "scratch"),
         sizes=(
             *("query_head_stride", "query_row_stride"),
             *("heads", "queries", "keys", "channels", "block_size", "kept_slots", "threads"),
@@ -132,6 +132,8 @@ def attend_group(kernel: ctypes.CDLL, group: Group, *, block_size: int, scale: f
         "lse": group.lse,
         "scratch": q.new_empty(threads, kernel.baatt_scratch_size(block_size, channels)),
     }
+    if group.limit is not None:
+        tensors["limit"] = group.limit.to(torch.int32).contiguous()
     problem = _Problem(
         query_head_stride=q.stride(0), query_row_stride=q.stride(1), heads=heads, queries=queries, keys=k.shape[0],
         channels=channels, block_size=block_size, kept_slots=group.kept.shape[-1], threads=threads, scale=scale,

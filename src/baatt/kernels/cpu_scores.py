@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from baatt.kernels import cpu_native
-from baatt.types import BlockClusters, BlockStats, ScoreOptions, TokenOrder
+from baatt.types import BlockClusters, BlockStats, ScoreOptions, Sight, TokenOrder
 
 #: `kind` of cpu_summaries.c; these are the dtypes that have twins.
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -36,7 +36,7 @@ class _Comparison(ctypes.Structure):
 
     _fields_ = cpu_native.fields(
         pointers=(
-            *("query", "key", "query_variance", "key_variance", "query_count", "key_count", "key_size"),
+            *("query", "key", "query_variance", "key_variance", "query_count", "key_count", "key_size", "spans"),
             *("scores", "scratch"),
         ),
         sizes=(
@@ -64,7 +64,9 @@ def summarise_clusters(x: Tensor, order: TokenOrder, options: ScoreOptions) -> B
     return BlockClusters(mean, tokens, _sizes(x, order, options))
 
 
-def compare_covariance(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+def compare_covariance(
+    queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """Logit of the block means and its compensation (E4, E5); see `scores.covariance.compare`."""
     tensors = {"query": queries.mean, "key": keys.mean}
     if options.beta:
@@ -72,14 +74,20 @@ def compare_covariance(queries: BlockStats, keys: BlockStats, options: ScoreOpti
     return _compare(tensors, keys.size, scale=scale, weight=options.beta * scale * scale)
 
 
-def compare_means(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+def compare_means(
+    queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """Logit of the block means (E4); see `scores.simple.compare_means`."""
     return _compare({"query": queries.mean, "key": keys.mean}, keys.size, scale=scale)
 
 
-def compare_clusters(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
+def compare_clusters(
+    queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """Share of a key block for the query cluster that wants it most (C3 to C5); see `scores.clusters.compare`."""
     tensors = {"query": queries.mean, "key": keys.mean, "query_count": queries.tokens, "key_count": keys.tokens}
+    if sight is not None:
+        tensors["spans"] = sight.spans
     return _compare(tensors, keys.size, scale=scale, peak=options.peak)
 
 

@@ -18,7 +18,7 @@ from baatt.kernels.hopper_kernel import attention_kernel, gl, ring_stages
 from baatt.kernels.launching import cdiv
 from baatt.kernels.triton_arrangement import moved, sorted_copies
 from baatt.kernels.triton_budget import longest_first
-from baatt.types import BlockSelection, Partial, TokenOrder
+from baatt.types import BlockSelection, Partial, Sight, TokenOrder
 
 BLOCK = 128
 #: Tiles that are sorted together where their lists differ in length: of few heads, whose keys fit in the L2 cache.
@@ -57,6 +57,7 @@ def sparse_attention(
     scale: float,
     sorted_k: Tensor | None = None,
     sorted_v: Tensor | None = None,
+    sight: Sight | None = None,
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 

@@ -17,7 +17,7 @@ from baatt.kernels.hopper_clusters_kernel import centre_kernel, refine_kernel
 from baatt.kernels.hopper_shares_kernel import CONSUMERS, share_kernel
 from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_attention import _gather_rows
-from baatt.types import BlockClusters, ScoreOptions, TokenOrder
+from baatt.types import BlockClusters, ScoreOptions, Sight, TokenOrder
 
 BLOCK = 128
 #: Key clusters that are multiplied at a time, and rows of query clusters.
@@ -68,7 +68,9 @@ def summarise_sides(
     return queries, keys
 
 
-def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
+def compare(
+    queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0.
 
     scale: positive, as the backend sees to: maxima are taken of products that are not scaled yet.

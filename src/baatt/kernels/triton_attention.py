@@ -17,7 +17,7 @@ from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_arrangement import moved, sorted_copies
-from baatt.types import BlockSelection, Partial, TokenOrder
+from baatt.types import BlockSelection, Partial, Sight, TokenOrder
 
 MAX_CHANNELS = 256
 #: Bytes of shared memory per block: of sm_86 and sm_89, the smallest; and what 256 channels want for full tiles.
@@ -57,6 +57,7 @@ def sparse_attention(
     scale: float,
     sorted_k: Tensor | None = None,
     sorted_v: Tensor | None = None,
+    sight: Sight | None = None,
 ) -> Partial:
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_selection import SLAB_SCORES, double_bits, filled_blocks, ordered, store_list, threshold
-from baatt.types import BlockSelection, BlockSummary, kept_blocks, slabs_of_heads
+from baatt.types import BlockSelection, BlockSummary, Sight, kept_blocks, slabs_of_heads
 
 #: Block pairs of a head that one program takes.
 ALONE = 4096
@@ -29,6 +29,7 @@ def choose_blocks(
     score: Callable[[BlockSummary, BlockSummary], Tensor],
     sparsity: float,
     keep_first: int = 0,
+    sight: Sight | None = None,
     *,
     logits: bool = False,
 ) -> BlockSelection:
@@ -42,6 +43,8 @@ def choose_blocks(
     Returns:
         BlockSelection as `stages.selection.select_blocks` with budget "head".
     """
+    if sight is not None:
+        raise NotImplementedError("causal selection")
     query_size, key_size = query_summary.size.contiguous(), key_summary.size.contiguous()
     (batch, heads), (query_blocks, key_blocks) = query_summary[0].shape[:2], (query_size.shape[1], key_size.shape[1])
     index = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.int32, device=key_size.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _shared_memory
-from baatt.types import BlockClusters, ScoreOptions, TokenOrder
+from baatt.types import BlockClusters, ScoreOptions, Sight, TokenOrder
 
 #: Without matrix units, as for float32, the eager functions are as good.
 DTYPES = (torch.bfloat16, torch.float16)
@@ -48,7 +48,9 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
     return BlockClusters(mean, number, size)
 
 
-def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
+def compare(
+    queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0."""
     query_mean, query_tokens = queries.mean, queries.tokens
     if query_mean.stride(-1) != 1 or query_mean.stride(-2) != query_mean.shape[-1]:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
 from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _load_rows, _shared_memory
-from baatt.types import ScoreOptions
+from baatt.types import ScoreOptions, Sight
 
 SLAB_SUMS = 128 * 2**20  # 512 MiB
 #: Runs of keys that the second launch reads at once.
 WIDTH = 32
 
 
-def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Tensor:
+def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float, sight: Sight | None = None) -> Tensor:
     """Attention mass of every block pair, averaged over the queries of a block; see `scores.exact.compare`.
 
     Args:
@@ -38,7 +38,7 @@ def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Ten
     return _mass(queries, keys, scale, peak=False)
 
 
-def compare_peak(queries: Any, keys: Any, options: ScoreOptions, scale: float) -> Tensor:
+def compare_peak(queries: Any, keys: Any, options: ScoreOptions, scale: float, sight: Sight | None = None) -> Tensor:
     """As `compare`, of the query of a block that attends to the key block most; see `scores.exact.compare_peak`."""
     return _mass(queries, keys, scale, peak=True)
 

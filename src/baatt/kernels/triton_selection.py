@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
-from baatt.types import BlockSelection, BlockStats, BlockSummary, ScoreOptions, kept_blocks, take_blocks
+from baatt.types import BlockSelection, BlockStats, BlockSummary, ScoreOptions, Sight, kept_blocks, take_blocks
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
 TILE = 64
@@ -29,6 +29,7 @@ def choose_blocks(
     score: Callable[[BlockSummary, BlockSummary], Tensor],
     sparsity: float,
     keep_first: int = 0,
+    sight: Sight | None = None,
 ) -> BlockSelection:
     """Score every block pair and keep the K best of every row (E7), ties to the lower id.
 
@@ -42,6 +43,8 @@ def choose_blocks(
     Returns:
         BlockSelection as `stages.selection.select_blocks`.
     """
+    if sight is not None:
+        raise NotImplementedError("causal selection")
     size = key_summary.size
     (batch, heads, query_blocks), key_blocks = query_summary[0].shape[:3], size.shape[1]
     capacity = kept_blocks(sparsity, key_blocks)
@@ -55,12 +58,16 @@ def choose_blocks(
     return selection
 
 
-def compare(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+def compare(
+    queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """See `scores.covariance.compare`."""
     return covariance_score(queries, keys, scale=scale, beta=options.beta)
 
 
-def compare_means(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+def compare_means(
+    queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """See `scores.simple.compare_means`."""
     return covariance_score(queries, keys, scale=scale, beta=0)
 

@@ -55,7 +55,7 @@ def block_mass(q: Tensor, k: Tensor, plan: Plan, *, impl: str = "auto") -> Tenso
         if choose_backend(impl, q.device, workload).name != "reference":
             compare = gpu_comparison(exact.compare, torch.bfloat16 if impl == "triton" else q.dtype)
     queries, keys = (exact.summarise(x, y, plan.config) for x, y in ((q, plan.query_order), (k, plan.key_order)))
-    return compare(queries, keys, plan.config, plan.scale)
+    return compare(queries, keys, plan.config, plan.scale, plan.sight)
 
 
 def kept_mass(mass: Tensor, selection: BlockSelection) -> Tensor:

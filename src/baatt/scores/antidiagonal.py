@@ -11,7 +11,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from baatt.stages.pooling import gather_blocks
-from baatt.types import BlockTokens, ScoreOptions, TokenOrder
+from baatt.types import BlockTokens, ScoreOptions, Sight, TokenOrder
 
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, stride: int) -> BlockTokens:
@@ -21,14 +21,28 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, stride: in
     return gather_blocks(x, order, options.block_size)
 
 
-def compare(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float, *, stride: int) -> Tensor:
-    """Sums of the sampled weights, [B, H, i, J]; head by head, which bounds the memory."""
+def compare(
+    queries: BlockTokens,
+    keys: BlockTokens,
+    options: ScoreOptions,
+    scale: float,
+    sight: Sight | None = None,
+    *,
+    stride: int,
+) -> Tensor:
+    """Sums of the sampled weights, [B, H, i, J]; head by head, which bounds the memory.
+
+    With sight a run of queries meets the runs of keys of which one of its queries sees a token.
+    """
     heads, runs = queries.tokens.shape[1], options.block_size // stride
     repeats = heads // keys.tokens.shape[1]
     rows = rearrange(queries.tokens, "b h i (r s) d -> b h (i r) s d", s=stride).flip(3)
     columns = rearrange(keys.tokens, "b g j (c s) d -> b g (j c) (s d)", s=stride)
     first = torch.arange(runs, device=columns.device) * stride
     absent = rearrange(first >= rearrange(keys.size, "b j -> b j 1"), "b j c -> b 1 (j c)")
+    if sight is not None:
+        limit = reduce(sight.limit, "b i (r s) -> b (i r) 1", "max", s=stride)
+        absent = absent | (torch.arange(absent.shape[-1], device=columns.device) * stride >= limit)
     scores = []
     for head in range(heads):
         logits = rearrange(rows[:, head], "b n s d -> b n (s d)") @ columns[:, head // repeats].mT * (scale / stride)

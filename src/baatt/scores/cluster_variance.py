@@ -14,7 +14,7 @@ from torch import Tensor
 
 from baatt.scores import clusters
 from baatt.stages.pooling import gather_blocks
-from baatt.types import ScoreOptions, TokenOrder
+from baatt.types import ScoreOptions, Sight, TokenOrder
 
 #: Most that a logit gets.
 CAP = 4.0
@@ -42,9 +42,11 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> ClusterMom
     return ClusterMoments(means, tokens, size, variance)
 
 
-def compare(queries: ClusterMoments, keys: ClusterMoments, options: ScoreOptions, scale: float) -> Tensor:
+def compare(
+    queries: ClusterMoments, keys: ClusterMoments, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """As `clusters.compare`, by the logits above."""
-    return clusters.compare_by(spread_logits, queries, keys, options, scale)
+    return clusters.compare_by(spread_logits, queries, keys, options, scale, sight)
 
 
 def spread_logits(

@@ -15,7 +15,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from baatt.stages.pooling import gather_blocks
-from baatt.types import BlockClusters, ScoreOptions, TokenOrder
+from baatt.types import BlockClusters, ScoreOptions, Sight, TokenOrder
 
 #: Logits of one head in memory at once: 256 MiB in float32.
 SLAB_LOGITS = 2**26
@@ -32,9 +32,14 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
     return BlockClusters(means, torch.stack([one.sum(-1) for one in belongs], dim=-1), size)
 
 
-def compare(queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float) -> Tensor:
-    """Score of every block pair (C3-C5), [B, H, i, J]; without `peak` the mean over the queries, which estimates E1."""
-    return compare_by(mean_logits, queries, keys, options, scale)
+def compare(
+    queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
+    """Score of every block pair (C3-C5), [B, H, i, J]; without `peak` the mean over the queries, which estimates E1.
+
+    With sight the softmax runs over the key blocks of which some query of the block sees a token.
+    """
+    return compare_by(mean_logits, queries, keys, options, scale, sight)
 
 
 def find_clusters(members: Tensor, size: Tensor, options: ScoreOptions) -> tuple[Tensor, list[Tensor]]:
@@ -59,12 +64,14 @@ def compare_by(
     keys: Any,
     options: ScoreOptions,
     scale: float,
+    sight: Sight | None,
 ) -> Tensor:
     """As `compare`; logits_of: (means [n, D], keys, batch entry and key head, options, scale) -> [n, J * R] of C3
     without ln n."""
     batch, heads, rows, clusters, _ = queries.mean.shape
     groups, blocks = keys.mean.shape[1:3]
     step = max(1, SLAB_LOGITS // (clusters * blocks * keys.mean.shape[3]))
+    block = torch.arange(blocks, device=keys.size.device).repeat_interleave(keys.mean.shape[3])
     scores: Tensor = queries.mean.new_zeros(batch, heads, rows, blocks)
     for entry in range(batch):
         for head in range(heads):
@@ -73,6 +80,9 @@ def compare_by(
             for slab in (slice(first, first + step) for first in range(0, rows, step)):
                 means = rearrange(queries.mean[entry, head, slab], "i a d -> (i a) d")
                 logits = logits_of(means, keys, place, options, scale) + weight
+                if sight is not None:
+                    seen = sight.spans[entry, slab, 3].repeat_interleave(clusters)
+                    logits = logits.masked_fill(block >= rearrange(seen, "n -> n 1"), -math.inf)
                 shares = reduce(logits.softmax(-1), "n (j r) -> n j", "sum", j=blocks)
                 shares = rearrange(shares, "(i a) j -> i a j", a=clusters)
                 count = rearrange(queries.tokens[entry, head, slab], "i a -> i a 1")

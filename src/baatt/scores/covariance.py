@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from baatt.stages.pooling import pool_blocks
-from baatt.types import BlockStats, ScoreOptions, TokenOrder
+from baatt.types import BlockStats, ScoreOptions, Sight, TokenOrder
 
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockStats:
@@ -20,7 +20,9 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockStats
     return pool_blocks(x, order, options.block_size)
 
 
-def compare(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+def compare(
+    queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """`covariance_score` with the config's beta."""
     return covariance_score(queries, keys, scale=scale, beta=options.beta)
 

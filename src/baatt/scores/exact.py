@@ -13,7 +13,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from baatt.stages.pooling import gather_blocks
-from baatt.types import BlockTokens, ScoreOptions, TokenOrder
+from baatt.types import BlockTokens, ScoreOptions, Sight, TokenOrder
 
 #: Attention weights in memory at once: on a CPU, on a GPU.
 SLAB_WEIGHTS = (2**23, 2**28)
@@ -24,19 +24,23 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockToken
     return gather_blocks(x, order, options.block_size, x.dtype)
 
 
-def compare(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float) -> Tensor:
+def compare(
+    queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """Attention mass of every block pair, averaged over the queries of a block (E1).
 
     Returns:
         [B, H, i, J] float32 (float64 for float64), each row sums to 1; 0 for query blocks and key blocks without a
         token, and for a batch entry without keys.
     """
-    return _mass(queries, keys, scale, _mean)
+    return _mass(queries, keys, scale, _mean, sight)
 
 
-def compare_peak(queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float) -> Tensor:
+def compare_peak(
+    queries: BlockTokens, keys: BlockTokens, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """As `compare`, of the query of a block that attends to the key block most; rows sum to 1 or more."""
-    return _mass(queries, keys, scale, _peak)
+    return _mass(queries, keys, scale, _peak, sight)
 
 
 def _mean(shares: Tensor, size: Tensor) -> Tensor:
@@ -49,7 +53,11 @@ def _peak(shares: Tensor, size: Tensor) -> Tensor:
 
 
 def _mass(
-    queries: BlockTokens, keys: BlockTokens, scale: float, over_queries: Callable[[Tensor, Tensor], Tensor]
+    queries: BlockTokens,
+    keys: BlockTokens,
+    scale: float,
+    over_queries: Callable[[Tensor, Tensor], Tensor],
+    sight: Sight | None,
 ) -> Tensor:
     batch, heads, rows, size, _ = queries.tokens.shape
     groups, blocks = keys.tokens.shape[1:3]
@@ -57,6 +65,9 @@ def _mass(
     place = torch.arange(size, device=queries.size.device)
     absent_keys = rearrange(place >= rearrange(keys.size, "b j -> b j 1"), "b j c -> b 1 (j c)")
     present = rearrange(place < rearrange(queries.size, "b i -> b i 1"), "b i p -> b i p 1")
+    if sight is not None:
+        present = present & rearrange(sight.limit > 0, "b i p -> b i p 1")
+        positions = torch.arange(blocks * size, device=place.device)
     mass = torch.empty(batch, heads, rows, blocks, dtype=dtype, device=queries.tokens.device)
     step = max(1, SLAB_WEIGHTS[queries.tokens.is_cuda] // (blocks * size * size))
     for entry in range(batch):
@@ -64,7 +75,11 @@ def _mass(
             columns = rearrange(keys.tokens[entry, head * groups // heads], "j c d -> d (j c)").to(dtype)
             for slab in (slice(first, first + step) for first in range(0, rows, step)):
                 logits = scale * rearrange(queries.tokens[entry, head, slab], "i p d -> (i p) d").to(dtype) @ columns
-                weights = logits.masked_fill(absent_keys[entry], -math.inf).softmax(-1)
+                logits = logits.masked_fill(absent_keys[entry], -math.inf)
+                if sight is not None:
+                    limit = rearrange(sight.limit[entry, slab], "i p -> (i p) 1")
+                    logits = logits.masked_fill(positions >= limit, -math.inf)
+                weights = logits.softmax(-1)
                 shares = reduce(weights, "(i p) (j c) -> i p j", "sum", p=size, c=size)
                 counted = torch.where(present[entry, slab], shares, 0)
                 mass[entry, head, slab] = over_queries(counted, queries.size[entry, slab])

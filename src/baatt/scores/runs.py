@@ -5,6 +5,7 @@ many keys the run has, goes through a softmax over all runs of keys; the shares 
 one token give the exact mass (E1); runs of a whole block rank as BA-Att does.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from baatt.scores.covariance import covariance_score
 from baatt.stages.pooling import pool_blocks
-from baatt.types import BlockStats, ScoreOptions, TokenOrder
+from baatt.types import BlockStats, ScoreOptions, Sight, TokenOrder
 
 
 class RunStats(NamedTuple):
@@ -39,11 +40,21 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, run: int) 
     return RunStats(mean, variance, rearrange(tokens, "b l r -> b 1 l r"), tokens.sum(-1))
 
 
-def compare(queries: RunStats, keys: RunStats, options: ScoreOptions, scale: float) -> Tensor:
-    """Mass of every block pair [B, H, i, J], counted in queries; head by head, which bounds the memory."""
+def compare(
+    queries: RunStats, keys: RunStats, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
+    """Mass of every block pair [B, H, i, J], counted in queries; head by head, which bounds the memory.
+
+    With sight a run of queries meets the runs of keys of which one of its queries sees a token.
+    """
     heads, groups = queries.mean.shape[1], keys.mean.shape[1]
     query_tokens, key_tokens = (rearrange(side.tokens, "b 1 l r -> b (l r)") for side in (queries, keys))
     key_weight = rearrange(key_tokens.to(keys.mean.dtype).log(), "b m -> b 1 m")
+    if sight is not None:
+        runs = queries.tokens.shape[-1]
+        limit = reduce(sight.limit, "b i (r p) -> b (i r) 1", "max", r=runs)
+        first = torch.arange(key_tokens.shape[1], device=limit.device) * (options.block_size // runs)
+        key_weight = key_weight.masked_fill(first >= limit, -math.inf)
     scores = []
     for head in range(heads):
         one, group = slice(head, head + 1), slice(head * groups // heads, head * groups // heads + 1)

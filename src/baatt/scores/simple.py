@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from baatt.scores.covariance import covariance_score
-from baatt.types import BlockStats, ScoreOptions, TokenOrder
+from baatt.types import BlockStats, ScoreOptions, Sight, TokenOrder
 
 SEED = 20260519
 
@@ -25,7 +25,9 @@ class BlockPlaces(NamedTuple):
     size: Tensor
 
 
-def compare_means(queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float) -> Tensor:
+def compare_means(
+    queries: BlockStats, keys: BlockStats, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """Logit of the block means (E4)."""
     return covariance_score(queries, keys, scale=scale, beta=0)
 
@@ -38,15 +40,21 @@ def summarise_places(x: Tensor, order: TokenOrder, options: ScoreOptions) -> Blo
     return BlockPlaces(repeat(number, "(h l) -> b h l", b=batch, h=heads), heads, blocks, size)
 
 
-def compare_window(queries: BlockPlaces, keys: BlockPlaces, options: ScoreOptions, scale: float) -> Tensor:
+def compare_window(
+    queries: BlockPlaces, keys: BlockPlaces, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """The first key block, then the key blocks nearest to the query block by place in the sequence."""
     rows, columns = ((side.number[:, :1] % side.blocks + 0.5) / side.blocks for side in (queries, keys))
+    if sight is not None:
+        rows = rearrange((sight.spans[..., 1] + 0.5) / keys.blocks, "b i -> b 1 i")
     near = -(rearrange(rows, "b 1 i -> b 1 i 1") - rearrange(columns, "b 1 j -> b 1 1 j")).abs()
     near[..., 0] = 1
     return repeat(near, "b 1 i j -> b h i j", h=queries.number.shape[1])
 
 
-def compare_random(queries: BlockPlaces, keys: BlockPlaces, options: ScoreOptions, scale: float) -> Tensor:
+def compare_random(
+    queries: BlockPlaces, keys: BlockPlaces, options: ScoreOptions, scale: float, sight: Sight | None = None
+) -> Tensor:
     """Anything: the floor. The same numbers at every call, however query blocks and heads are cut into slabs."""
     batch, heads, rows = queries.number.shape
     generator = torch.Generator().manual_seed(SEED)

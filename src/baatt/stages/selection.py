@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from baatt.types import BlockSelection, kept_blocks
+from baatt.types import BlockSelection, Sight, kept_blocks, mean_of_rows
 
 
 def select_blocks(
@@ -22,6 +22,7 @@ def select_blocks(
     *,
     budget: str = "row",
     query_block_size: Tensor | None = None,
+    sight: Sight | None = None,
 ) -> BlockSelection:
     """Keep the key blocks of the highest score, K = max(1, ceil((1 - sparsity) * J)) of a row or on average (E7).
 
@@ -37,34 +38,52 @@ def select_blocks(
             would, those of the highest score over all rows, the first and, where K has room, the best block of each
             row among them. That needs all rows of a head, in scores that mean the same in every row.
         query_block_size: [B, I] int64, for "head": rows without a token take no part and keep K. None: all have some.
+        sight: of the I query blocks. J of a row then counts the key blocks that it sees, and those at the place of its
+            first and last query are kept before all others, even where K is less.
 
     Returns:
-        BlockSelection with index [B, H, I, K] ("head": [B, H, I, J]) and count [B, H, I] int32.
+        BlockSelection with index [B, H, I, K] ("head": [B, H, I, J]; with sight at least 2) and count [B, H, I] int32.
     """
     query_blocks, key_blocks = scores.shape[2:]
-    present = rearrange(key_block_size > 0, "b j -> b 1 1 j")
+    present, columns = rearrange(key_block_size > 0, "b j -> b 1 1 j"), torch.arange(key_blocks, device=scores.device)
+    if sight is not None:
+        present = present & (columns < rearrange(sight.spans[..., 3], "b i -> b 1 i 1"))
+        lowest, highest = -math.inf, torch.finfo(scores.dtype).max  # +inf is left to what is kept whatever its score
+        scores = scores.masked_fill(~present, lowest).nan_to_num(nan=lowest, posinf=highest, neginf=lowest)
     available = present.sum(-1, keepdim=True)
     # The same float64 product as in `kept_blocks`, so that an entry without padding keeps exactly as many.
     count = ((1 - sparsity) * available.double()).ceil().long().clamp(min=1).minimum(available)
-    first = present & (torch.arange(key_blocks, device=scores.device) < count.clamp(max=keep_first))
+    first = present & (columns < count.clamp(max=keep_first))
+    if sight is not None:
+        own = present & (columns == rearrange(sight.spans[..., :2], "b i s -> s b 1 i 1")).any(0)
+        count = torch.maximum(count, own.sum(-1, keepdim=True))
+        beyond = (own & (columns >= keep_first)).sum(-1, keepdim=True)
+        first = own | (present & (columns < (count - beyond).clamp(max=keep_first)))
     sizes = scores.new_ones(1, query_blocks) if query_block_size is None else query_block_size
     kept = BUDGETS[budget](scores, present & rearrange(sizes > 0, "b i -> b 1 i 1"), first, count)
     usual = kept_blocks(sparsity, key_blocks)
-    return _lists(kept, usual) if budget == "row" else _lists(kept, key_blocks)._replace(mean_count=usual)
+    capacity = key_blocks if budget == "head" else usual if sight is None else min(key_blocks, max(usual, 2))
+    selection = _lists(kept, capacity)
+    if budget == "row" and sight is None:
+        return selection
+    return selection._replace(mean_count=usual if sight is None else mean_of_rows(usual, query_blocks, key_blocks))
 
 
-def log_distribution(scores: Tensor) -> Tensor:
-    """Logarithm of the distribution of a row's attention over the key blocks, of logits [B, H, I, J] (E6).
+def log_distribution(scores: Tensor, sight: Sight | None = None) -> Tensor:
+    """Logarithm of the distribution of a row's attention over the key blocks it sees, of logits [B, H, I, J] (E6).
 
     It ranks as the distribution itself, whose small shares would all be 0.
     """
+    if sight is not None:
+        unseen = torch.arange(scores.shape[-1], device=scores.device) >= sight.spans[..., 3, None]
+        scores = scores.masked_fill(rearrange(unseen, "b i j -> b 1 i j"), -math.inf)
     return scores.log_softmax(dim=-1)
 
 
 def _best_of_rows(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) -> Tensor:
     """Which block pairs are kept, [B, H, I, J]: `count` [B, 1, 1, 1] of every row, the `first` [B, 1, 1, J] before all.
 
-    pairs: [B, 1, I, J], where both blocks have a token.
+    pairs: [B, 1, I, J], where both blocks have a token. With sight `count` and `first` have an axis of rows.
     """
     ranked = torch.where(first, math.inf, scores).argsort(dim=-1, descending=True, stable=True)
     best = torch.arange(scores.shape[-1], device=scores.device) < count
@@ -80,7 +99,7 @@ def _best_of_heads(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) 
     ranked = flat.argsort(dim=-1, descending=True, stable=True)
     eligible = rearrange(pairs.expand_as(scores), "b h i j -> b h (i j)").gather(-1, ranked)
     rows = pairs.any(-1, keepdim=True)
-    total = rearrange(count * rows.sum(2, keepdim=True), "b 1 1 1 -> b 1 1")
+    total = rearrange((count * rows).sum(2, keepdim=True), "b 1 1 1 -> b 1 1")
     kept = torch.zeros_like(eligible).scatter(-1, ranked, eligible & (eligible.cumsum(-1) <= total))
     kept = rearrange(kept, "b h (i j) -> b h i j", j=scores.shape[-1])
     return torch.where(rows, kept, _best_of_rows(scores, pairs, first, count))

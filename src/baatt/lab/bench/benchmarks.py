@@ -69,7 +69,7 @@ def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, 
     stages: dict[str, Callable[[], Any]] = {
         "arrange": functools.partial(backend.sort_blocks, *inputs, plan.config, None),
         "score_and_select": lambda: backend.choose_blocks(
-            plan.query_summary, plan.key_summary, plan.config, plan.scale
+            plan.query_summary, plan.key_summary, plan.config, plan.scale, plan.sight
         ),
         "attend": attention_kernel(inputs, plan, backend),
     }
