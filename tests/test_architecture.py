@@ -164,5 +164,5 @@ def test_attention_holds_no_tensor_arithmetic():
     """attention.py reads as the algorithm: no arithmetic operator and no method of a tensor that computes."""
     tree = ast.parse((PACKAGE / "attention.py").read_text())
     arithmetic = [node for node in ast.walk(tree) if isinstance(node, ast.BinOp)]
-    lines = {ast.unparse(node) for node in arithmetic}
-    assert lines <= {"Tensor | None", "float | None", "1 / math.sqrt(q.shape[-1])"}
+    lines = {line for node in arithmetic if not (line := ast.unparse(node)).endswith(" | None")}
+    assert lines <= {"1 / math.sqrt(q.shape[-1])"}
