@@ -37,17 +37,19 @@ CLUSTERS = dataclasses.replace(
 
 def make_case(
     what: str, tokens: int, sparsity: float, heads: int = 32, channels: int = 128, against: tuple[str, ...] = (),
-    config: BAAttConfig = PAPER,
+    config: BAAttConfig = PAPER, causal: int | None = None,
 ) -> Case:  # fmt: skip
     """B 1, bfloat16; the paper's options are of all orders the one that costs most."""
     shape = Shape(1, heads, heads, tokens, channels)
     config = dataclasses.replace(config, sparsity=sparsity)
-    return Case(what, shape, config, torch.bfloat16, torch.device("cuda"), against=against)
+    return Case(what, shape, config, torch.bfloat16, torch.device("cuda"), against=against, causal=causal)
 
 
 def name_of(case: Case) -> str:
-    """`operator-32K-0.5`, `clusters-8-head-4K-0.5`; with H and D where they are not 32 and 128."""
+    """`operator-32K-0.5`, `clusters-8-head-4K-0.5`, `causal-32-16K-0.5`; with H and D where they are not 32 and 128."""
     config = case.config
+    if case.causal is not None:
+        return f"causal-{case.causal}-{short_length(case.shape.tokens)}-{config.sparsity:g}"
     chosen = f"clusters-{config.representatives}" if config.score == "clusters" else case.what
     budget = "" if config.budget == "row" else f"-{config.budget}"
     heads = "" if case.shape.heads == 32 else f"-h{case.shape.heads}"
@@ -68,6 +70,11 @@ ALL = [
             ({"budget": "head"}, ("cudnn",)),
         )
         for tokens, sparsity in OPERATOR_OF_CLUSTERS
+    ),
+    *(
+        make_case("operator", tokens, sparsity, against=("cudnn", "flash"), config=CLUSTERS, causal=causal)
+        for tokens, sparsity in OPERATOR_OF_CLUSTERS
+        for causal in (1, 32)
     ),
 ]
 CASES = {name_of(case): case for case in ALL}
@@ -190,6 +197,30 @@ def floor_ms(one: Record, report: Record) -> float:
     operations = 2 * batch * heads * products * blocks**2 * channels + kept
     moved = one["input_bytes"] * (1 + heads / (heads + 2 * one["groups"]))
     return max(operations / report["matrix_peak_tflops"] / 1e9, 1e3 * moved / report["memory_bandwidth"])
+
+
+def causal_table(record: Record) -> str:
+    """Causal attention, blocks chosen by clusters, against causal dense attention; a row per length and structure."""
+    chosen = [one for one in records_of(record, "operator") if one["causal"]]
+    rows = [
+        [
+            length_text(one),
+            sparsity_text(one),
+            "1" if one["causal"] == 1 else f"{one['causal']}",
+            f"{one['total_ms']:.3g}",
+            percent(one["selection_share"], 0),
+            *(times(one["speedup"].get(name)) for name in ("cudnn", "flash")),
+            error_of(one["error"], one["error_limit"]),
+        ]
+        for one in chosen
+    ]
+    caption = (
+        f"{sizes_text(chosen[0])}. Time of the whole call, selection included; speed-up over causal dense attention of "
+        "cuDNN and FlashAttention-2, which know no blocks of several tokens; relative L2 error against float64 with "
+        "the same mask, and its limit."
+    )
+    header = ("length", "sparsity", "tokens per causal block", "ms", "not attention", "over cudnn", "over flash")
+    return block(record, (*header, "error (limit)"), rows, caption)
 
 
 def compensation_table(record: Record) -> str:

@@ -37,6 +37,11 @@ def test_the_cases_are_those_of_the_table(bars):
             for chosen in ("clusters-16", "clusters-8", "clusters-16-head")
             for place in ("4K-0.5", "16K-0.5", "32K-0.9", "128K-0.9", "256K-0.9")
         ),
+        *(
+            f"causal-{tokens}-{place}"
+            for place in ("4K-0.5", "16K-0.5", "32K-0.9", "128K-0.9", "256K-0.9")
+            for tokens in (1, 32)
+        ),
     ]
     assert bars.CASES["clusters-16-128K-0.9"].config == BAAttConfig(
         128, 0.9, "none", 1024, "clusters", 0.5, representatives=16, refinements=2, keep_first=1

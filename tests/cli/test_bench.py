@@ -17,7 +17,7 @@ from baatt.lab.bench.benchmarks import REPORT
 
 TINY = ["bench", "--device", "cpu", "--shape", "1x2x300x16", "--block-size", "16", "--segment", "64"]
 FIELDS = (
-    "what impl shape groups dtype sparsity achieved_sparsity config graph without_graph stage_ms total_ms "
+    "what impl shape groups dtype causal sparsity achieved_sparsity config graph without_graph stage_ms total_ms "
     "compensation_cost baseline_ms speedup refused kept_tflops arithmetic_intensity selection_share error "
     "error_limit verified_blocks peak_memory_bytes input_bytes "
 )

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against", type=names_of(BASELINES, {"none": ()}),
         help=f'of {",".join(BASELINES)}, or "none" (default: dense for the operator, none for the kernel)',
     )  # fmt: skip
+    parser.add_argument(
+        "--causal", type=at_least(1), metavar="TOKENS", help="per causal block (default: bidirectional)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="(default: bfloat16 on a GPU, float32 on the CPU)")
     parser.add_argument("--threads", type=at_least(1), help="of the CPU (default: as PyTorch finds)")
@@ -118,9 +121,12 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
     against = arguments.against
     if against and arguments.what != "operator":
         raise UsageError(f"--against applies to --what operator only: random lists have no baseline, got {against}")
+    if arguments.causal and arguments.what != "operator":
+        raise UsageError(f"--causal applies to --what operator only, got {arguments.causal}")
     against = tuple((["dense"] if arguments.what == "operator" else []) if against is None else against)
+    common = dtype, torch.device(device), arguments.impl, against, arguments.seed, arguments.causal
     return [
-        Case(arguments.what, shape, config, dtype, torch.device(device), arguments.impl, against, arguments.seed)
+        Case(arguments.what, shape, config, *common)
         for shape, config in itertools.product(dict.fromkeys(shapes), read_configs(arguments))
     ]
 
@@ -198,7 +204,9 @@ def table(found: Sequence[Record]) -> Table:
     add("error (limit)", lambda one: error_of(one["error"], one["error_limit"]))
     batch, heads, tokens, channels = first["shape"]
     shape = f"{Shape(batch, heads, first['groups'], tokens, channels)} ({short_length(tokens)} tokens)"
-    title = f"{first['what']} {first['impl']}, {shape}, {first['dtype']}{', CUDA graphs' if first['graph'] else ''}"
+    causal = f", causal in blocks of {first['causal']}" if first["causal"] else ""
+    title = f"{first['what']} {first['impl']}, {shape}{causal}, {first['dtype']}"
+    title += ", CUDA graphs" if first["graph"] else ""
     strong = [row[0] for row in rows if row[0].startswith(("total", "speed-up"))]
     return Table(("sparsity", *(f"{one['sparsity']:g}" for one in found)), rows, title=title, strong=strong)
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from baatt import BAAttConfig, make_plan
+from baatt import BAAttConfig, ba_attention, make_plan
 from baatt.lab.bench import benchmarks, timing
-from baatt.lab.bench.baselines import static_refusals
+from baatt.lab.bench.baselines import prepare_baseline, static_refusals
 from baatt.lab.bench.benchmarks import kept_pairs, measure, random_plan
-from baatt.lab.bench.case import Case, Shape, estimated_bytes
+from baatt.lab.bench.case import Case, Shape, estimated_bytes, make_inputs
 from baatt.lab.bench.roofline import draw_report
 from baatt.lab.bench.verification import VerificationError
 
@@ -44,6 +44,26 @@ def test_operator_record(impl, dtype):
     assert json.loads(json.dumps(record))["config"]["block_size"] == 16
 
 
+@pytest.mark.parametrize("causal", [1, 12])
+def test_causal_record(causal):
+    record = measure(case(against=("dense", "flash", "flex"), causal=causal))
+    assert record["causal"] == causal
+    assert record["error"] <= record["error_limit"]
+    assert list(record["speedup"]) == ["dense"]
+    assert record["refused"]["flex"] == "its mask is made of whole blocks here"
+    # Of the 19 blocks row i sees i + 1, or one more where a causal block of 12 goes beyond.
+    seen = [-(-min(301, -(-16 * (row + 1) // causal) * causal) // 16) for row in range(19)]
+    assert record["achieved_sparsity"] == 1 - sum(-(-some // 2) for some in seen) / sum(seen)
+
+
+def test_dense_attention_is_told_the_structure():
+    inputs = make_inputs(case())
+    for causal in (1, 12):
+        plan = make_plan(*inputs[:2], BAAttConfig(16, 0.0), causal=causal)
+        ours = ba_attention(*inputs, BAAttConfig(16, 0.0), causal=causal)
+        torch.testing.assert_close(prepare_baseline("dense", inputs, plan)(), ours)
+
+
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 @pytest.mark.parametrize("shape", [SMALL, Shape(2, 3, 3, 128, 40)])
 def test_kernel_record(impl, shape):
@@ -72,6 +92,7 @@ def test_a_wrong_output_is_not_timed(monkeypatch, what, name):
 
 def test_kept_pairs_counts_ragged_blocks():
     q, k = torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16)
+    assert kept_pairs(make_plan(q, k, BAAttConfig(sparsity=0.0, block_size=16), causal=1)) == 70 * 71
     assert kept_pairs(make_plan(q, k, BAAttConfig(sparsity=0.0, block_size=16))) == 2 * 70 * 70
     plan = make_plan(q, k, BAAttConfig(sparsity=0.5, block_size=16))
     expected = 0

@@ -7,7 +7,7 @@ import torch
 
 from baatt import attend, make_plan
 from baatt.lab.bench import verification
-from baatt.lab.bench.verification import VerificationError, kept_tokens, require_verified, verify
+from baatt.lab.bench.verification import VerificationError, kept_places, require_verified, verify
 from tests.settings import sorted_config
 
 
@@ -60,9 +60,9 @@ def test_not_finite_is_wrong_wherever_it_stands(monkeypatch, poison):
         require_verified("name", verify(q, k, v, plan, out))
 
 
-def test_kept_tokens_are_those_of_the_list():
+def test_kept_places_are_those_of_the_list():
     _, _, _, plan = example(torch.float32)
-    kept = kept_tokens(plan, 1, 3, 1, 0)
+    kept = kept_places(plan, 1, 3, 0)
     blocks = plan.selection.index[1, 3, 0, : plan.selection.count[1, 3, 0]].tolist()
     places = [place for block in blocks for place in range(16 * block, min(16 * block + 16, 301))]
-    assert kept.tolist() == plan.key_order.index[1, 1, places].tolist()
+    assert kept.tolist() == places

@@ -17,7 +17,7 @@ from torch import Tensor
 from baatt.lab.bench.case import Case, Inputs
 from baatt.lab.bench.verification import VerificationError, require_verified, verify
 from baatt.plan import Plan
-from baatt.types import TokenOrder
+from baatt.types import Sight, TokenOrder
 
 
 class RefusedError(Exception):
@@ -51,6 +51,8 @@ def prepare_baseline(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Any]
     try:
         function = baseline.prepare(inputs, plan)
         function()
+    except RefusedError:
+        raise
     except VerificationError as error:
         raise RefusedError(str(error)) from error
     except Exception as error:  # kernels and compilers raise whatever they like, and that is the reason
@@ -74,19 +76,36 @@ def sort_tokens(x: Tensor, order: TokenOrder) -> Tensor:
     return torch.take_along_dim(x, rearrange(order.index, "b h n -> b h n 1"), dim=2)
 
 
-def _prepare_dense(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+def _prepare_dense(inputs: Inputs, plan: Plan, *, masked: bool = True) -> Callable[[], Tensor]:
+    """masked: it can take a mask [N, N], which blocks of several tokens need."""
     # Grouped heads as they are; the option refuses some backends, so it is given only where it is needed.
     options: dict[str, Any] = {"enable_gqa": True} if inputs.q.shape[1] != inputs.k.shape[1] else {}
+    if plan.sight is not None:
+        options |= _structure(plan.sight, masked=masked)
     return functools.partial(F.scaled_dot_product_attention, *inputs, scale=plan.scale, **options)
+
+
+def _structure(sight: Sight, *, masked: bool) -> dict[str, Any]:
+    """What `scaled_dot_product_attention` is told of N queries that see as many keys."""
+    limit = rearrange(sight.limit[0], "i p -> (i p)")
+    places = torch.arange(len(limit), device=limit.device)
+    if bool((limit == torch.where(limit > 0, places + 1, 0)).all()):
+        return {"is_causal": True}
+    if not masked:
+        raise RefusedError("it knows no causal blocks of several tokens")
+    queries = int((limit > 0).sum())
+    return {"attn_mask": places[:queries] < rearrange(limit[:queries], "n -> n 1")}
 
 
 def _prepare_with(backend: str, inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel(getattr(SDPBackend, backend))(_prepare_dense(inputs, plan))
+    return sdpa_kernel(getattr(SDPBackend, backend))(_prepare_dense(inputs, plan, masked=False))
 
 
 def _prepare_flex(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    if plan.sight is not None:
+        raise RefusedError("its mask is made of whole blocks here")
     q = sort_tokens(inputs.q, plan.query_order)
     k, v = (sort_tokens(x, plan.key_order) for x in (inputs.k, inputs.v))
     options = {"block_mask": block_mask(plan, k.shape[2]), "scale": plan.scale, "enable_gqa": q.shape[1] != k.shape[1]}

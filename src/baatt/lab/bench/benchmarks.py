@@ -61,11 +61,12 @@ def start_report(command: str, device: torch.device, dtype: torch.dtype, path: P
 
 def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, Any]:
     """Every stage alone, then the whole call in turns with beta 0, where the score reads it, and with the baselines."""
+    options: dict[str, Any] = {"impl": backend.name, "causal": case.causal}
     total, uncompensated = (
-        functools.partial(ba_attention, *inputs, dataclasses.replace(case.config, beta=beta), impl=backend.name)
+        functools.partial(ba_attention, *inputs, dataclasses.replace(case.config, beta=beta), **options)
         for beta in (case.config.beta, 0.0)
     )
-    plan = make_plan(inputs.q, inputs.k, case.config, impl=backend.name)
+    plan = make_plan(inputs.q, inputs.k, case.config, **options)
     stages: dict[str, Callable[[], Any]] = {
         "arrange": functools.partial(backend.sort_blocks, *inputs, plan.config, None),
         "score_and_select": lambda: backend.choose_blocks(
@@ -149,9 +150,20 @@ def kept_pairs(plan: Plan) -> int:
     size, queries, keys = plan.config.block_size, plan.query_order.index.shape[-1], plan.key_order.index.shape[-1]
     index, count = plan.selection[:2]
     slots = torch.arange(index.shape[-1], device=index.device, dtype=torch.int32)
-    keys_kept = torch.where(slots < count.unsqueeze(-1), (keys - index * size).clamp(max=size), 0).sum(-1)
-    first = torch.arange(index.shape[2], device=index.device) * size
+    used, first = slots < count.unsqueeze(-1), torch.arange(index.shape[2], device=index.device) * size
+    if plan.sight is not None:  # query by query, a row of a block at a time
+        limits = plan.sight.limit.long().unbind(-1)
+        seen = ((limit[:, None, :, None] - index * size).clamp(0, size) * used for limit in limits)
+        return sum(int(keys_seen.sum()) for keys_seen in seen)
+    keys_kept = torch.where(used, (keys - index * size).clamp(max=size), 0).sum(-1)
     return int((keys_kept * (queries - first).clamp(max=size)).sum())
+
+
+def seen_blocks(plan: Plan, blocks: int) -> int:
+    """Block pairs over all heads of which some query sees some key; `blocks`: J."""
+    if plan.sight is None:
+        return plan.selection.count.numel() * blocks
+    return int(plan.sight.spans[..., 3].sum()) * plan.selection.count.shape[1]
 
 
 def _record(
@@ -173,8 +185,9 @@ def _record(
         "shape": list(inputs.q.shape),
         "groups": case.shape.groups,
         "dtype": str(case.dtype).removeprefix("torch."),
+        "causal": case.causal,  # tokens per causal block; None: bidirectional
         "sparsity": case.config.sparsity,
-        "achieved_sparsity": 1 - kept_blocks / (selection.count.numel() * case.blocks),  # of block pairs
+        "achieved_sparsity": 1 - kept_blocks / seen_blocks(plan, case.blocks),  # of block pairs that are seen
         "config": dataclasses.asdict(plan.config),
         "graph": graph,  # timed as replays of a CUDA graph
         "without_graph": [],  # the baselines that could not be, with the reason

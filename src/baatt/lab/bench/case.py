@@ -37,7 +37,10 @@ class Inputs(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What to measure: a name in `BENCHMARKS`, on which tensors, with which options, against which `BASELINES`."""
+    """What to measure: a name in `BENCHMARKS`, on which tensors, with which options, against which `BASELINES`.
+
+    causal: tokens per causal block, of the operator only; None: bidirectional.
+    """
 
     what: str
     shape: Shape
@@ -47,6 +50,7 @@ class Case(NamedTuple):
     impl: str = "auto"
     against: tuple[str, ...] = ()
     seed: int = 0
+    causal: int | None = None
 
     @property
     def scale(self) -> float:

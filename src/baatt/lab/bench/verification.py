@@ -47,10 +47,14 @@ def verify(q: Tensor, k: Tensor, v: Tensor, plan: Plan, out: Tensor) -> Verifica
         size = plan.config.block_size
         rows = plan.query_order.index[entry, head, block * size : (block + 1) * size]
         key_head = head * k.shape[1] // heads
-        keys = kept_tokens(plan, entry, head, key_head, block)
+        places = kept_places(plan, entry, head, block)
+        keys = plan.key_order.index[entry, key_head, places]
         sides = q[entry, head, rows], k[entry, key_head, keys], v[entry, key_head, keys]
-        exact = _attention(*sides, plan.scale, torch.float64)
-        eager = _attention(*sides, plan.scale, eager_dtype).to(q.dtype)
+        hidden = None
+        if plan.sight is not None:
+            hidden = places >= rearrange(plan.sight.limit[entry, block, : len(rows)], "p -> p 1")
+        exact = _attention(*sides, hidden, plan.scale, torch.float64)
+        eager = _attention(*sides, hidden, plan.scale, eager_dtype).to(q.dtype)
         norm += float(exact.square().sum())
         eager_error += float((eager.double() - exact).square().sum())
         error += float((out[entry, head, rows].double() - exact).square().sum())
@@ -70,14 +74,16 @@ def require_verified(name: str, found: Verification, factor: float = 1.0) -> Ver
     return found
 
 
-def kept_tokens(plan: Plan, entry: int, head: int, key_head: int, block: int) -> Tensor:
-    """Original positions of the keys that one query block attends to, [T]."""
+def kept_places(plan: Plan, entry: int, head: int, block: int) -> Tensor:
+    """Places, in the order of the keys, of those that one query block attends to, [T]."""
     size = plan.config.block_size
     count = int(plan.selection.count[entry, head, block])
     kept = plan.selection.index[entry, head, block, :count].long()
     places = (rearrange(kept * size, "k -> k 1") + torch.arange(size, device=kept.device)).flatten()
-    return plan.key_order.index[entry, key_head, places[places < plan.key_order.length[entry]]]
+    return places[places < plan.key_order.length[entry]]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (q.to(dtype) @ k.to(dtype).T * scale).softmax(-1) @ v.to(dtype)
+def _attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor:
+    """hidden: [P, T] bool, what a query does not see; every query sees some key."""
+    logits = q.to(dtype) @ k.to(dtype).T * scale
+    return (logits if hidden is None else logits.masked_fill(hidden, -math.inf)).softmax(-1) @ v.to(dtype)
