@@ -1,4 +1,4 @@
-"""BA-Att: block approximate sparse attention for bidirectional diffusion models (arXiv 2605.19726)."""
+"""BA-Att: block approximate sparse attention for diffusion models and causal prefill (arXiv 2605.19726)."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -134,7 +134,8 @@ def _clusters(config: Config) -> str:
         return str(config["score"])
     spread = f" with their variance, beta {config['beta']:g}" if config["score"] == "clusters-variance" else ""
     rounds = "" if config["refinements"] == 2 else f", refinements {config['refinements']}"
-    return f"{config['representatives']} clusters{spread}{rounds}{'' if config['peak'] else ', mean over queries'}"
+    number = f"{config['representatives']} cluster{'' if config['representatives'] == 1 else 's'}"
+    return f"{number}{spread}{rounds}{'' if config['peak'] else ', mean over queries'}"
 
 
 def _kept(config: Config) -> str:
