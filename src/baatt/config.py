@@ -29,9 +29,9 @@ def _is_number(value: object) -> bool:
 class BAAttConfig:
     """The options of BA-Att.
 
-    Block size, sparsity and beta are the paper's. Blocks are chosen by clusters, unsorted, the first one kept: it loses few
-    answers on RULER (docs/ruler.md) and fits models with an attention sink (docs/real-weights.md). `preset("paper")` is
-    the paper's own setting, exactly.
+    Block size, sparsity and beta are the paper's. Blocks are chosen by clusters, unsorted, the first one kept, which
+    loses few answers on RULER (docs/ruler.md) and fits models with an attention sink (docs/real-weights.md).
+    `preset("paper")` is the paper's own setting, exactly.
 
     Args:
         block_size: P, tokens per block of queries and of keys: 16, 32, 64 or 128.
