@@ -5,8 +5,10 @@ other properties of a kernel are not options of the method and live in `baatt.ke
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from baatt.scores import SCORES
@@ -116,10 +118,14 @@ OPTION_TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.
 
 @dataclass(frozen=True)
 class Policy:
-    """Which calls of a model's attention stay dense.
+    """Which calls of a model's attention stay dense, and how sparse single layers are.
+
+    A file of `save` is a profile; `baatt evaluate fidelity --by-layer` measures one.
 
     Args:
         dense_layers: layer indices that stay dense; negative ones count from the last layer.
+        layer_sparsity: (layer, sparsity) of the layers that have a sparsity of their own in place of the config's;
+            layers as in `dense_layers`, none of them twice or dense.
         dense_steps: fraction of the denoising steps, counted from the first, that stay dense, in [0, 1].
         min_length: calls over fewer keys than this stay dense.
         min_queries: calls with fewer queries than this stay dense where they have more keys than queries, as when a
@@ -135,6 +141,7 @@ class Policy:
     """
 
     dense_layers: tuple[int, ...] = ()
+    layer_sparsity: tuple[tuple[int, float], ...] = ()
     dense_steps: float = 0.0
     min_length: int = 0
     min_queries: int = 1024
@@ -146,17 +153,56 @@ class Policy:
         """The policy's part of a named setting; ValueError if the name is not in `PRESETS`."""
         return _preset(name).policy
 
-    def check_layers(self, layers: int) -> frozenset[int]:
-        """The layers that stay dense in a model of `layers` layers, counted from 0; ValueError if it lacks one."""
-        for layer in self.dense_layers:
+    @classmethod
+    def load(cls, path: str | Path) -> "Policy":
+        """The policy of a file that `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError, TypeError: it holds something else.
+        """
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} must hold the JSON of Policy.save, got {error}") from None
+        known = {one.name for one in dataclasses.fields(cls)}
+        if not isinstance(stored, dict) or not stored.keys() <= known:
+            raise ValueError(f"{path} must hold fields of Policy among {', '.join(sorted(known))}, got {stored!r:.200}")
+        return cls(**{name: _as_tuple(value) for name, value in stored.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file that `load` reads."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def named_layers(self) -> tuple[int, ...]:
+        """Layers that differ from the others."""
+        return *self.dense_layers, *(layer for layer, _ in self.layer_sparsity)
+
+    def check_layers(self, layers: int) -> "Policy":
+        """The same with layers counted from 0, for a model of `layers` layers; ValueError if it lacks one."""
+        for layer in self.named_layers:
             if not -layers <= layer < layers:
+                name = "dense_layers" if layer in self.dense_layers else "layer_sparsity"
                 required = f"must lie in [{-layers}, {layers}) for {layers} layers"
-                raise ValueError(f"policy.dense_layers {required}, got {layer}")
-        return frozenset(layer % layers for layer in self.dense_layers)
+                raise ValueError(f"policy.{name} {required}, got {layer}")
+        dense = tuple(sorted({layer % layers for layer in self.dense_layers}))
+        sparse = tuple((layer % layers, sparsity) for layer, sparsity in self.layer_sparsity)
+        return dataclasses.replace(self, dense_layers=dense, layer_sparsity=sparse)
 
     def __post_init__(self) -> None:
         if not isinstance(self.dense_layers, tuple) or not all(_is_integer(layer) for layer in self.dense_layers):
             raise TypeError(f"dense_layers must be a tuple of ints, got {self.dense_layers!r}")
+        pairs = self.layer_sparsity
+        if not isinstance(pairs, tuple) or not all(
+            isinstance(one, tuple) and len(one) == 2 and _is_integer(one[0]) and _is_number(one[1]) for one in pairs
+        ):
+            raise TypeError(f"layer_sparsity must be a tuple of (layer, sparsity), got {pairs!r}")
+        for layer, sparsity in pairs:
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"layer_sparsity must be in [0, 1), got {sparsity} for layer {layer}")
+        if pairs and len(set(self.named_layers)) < len(self.named_layers):
+            raise ValueError(f"layer_sparsity must name every layer once and none of dense_layers, got {pairs}")
         if not _is_number(self.dense_steps):
             raise TypeError(f"dense_steps must be a finite number, got {self.dense_steps!r}")
         if not 0 <= self.dense_steps <= 1:
@@ -169,6 +215,11 @@ class Policy:
         for name in ("only_self_attention", "recover_padding"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+
+
+def _as_tuple(value: Any) -> Any:
+    """What JSON makes lists of."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 class Preset(NamedTuple):

@@ -51,6 +51,19 @@ def test_without_sparsity_it_is_the_model(model, tokens):
     torch.testing.assert_close(actual[1][mask], expected[1][mask])
 
 
+def test_layers_with_a_sparsity_of_their_own(model, tokens, tmp_path):
+    profile = Policy(dense_layers=(0,), layer_sparsity=((-1, 0.8),))
+    profile.save(tmp_path / "policy.json")
+    with baatt.enable(model, HALF, Policy.load(tmp_path / "policy.json")) as handle:
+        found = run(model, tokens)
+    blocks, kept = 5, [5, 3, 1]  # of the 5 key blocks, by layer
+    assert handle.sparsity == pytest.approx(1 - sum(kept) / (3 * blocks))
+    with baatt.enable(model, BAAttConfig(block_size=16, sparsity=0.9), Policy(layer_sparsity=((1, 0.5), (0, 0.0)))):
+        mixed = run(model, tokens)
+    assert [handle.config_of(layer).sparsity for layer in (None, 1, 2)] == [0.5, 0.5, 0.8]
+    torch.testing.assert_close(mixed, found)  # 0.9 of 5 blocks keeps one, as 0.8 does, and 0 is dense attention
+
+
 def test_counts_by_layer_and_achieved_sparsity(model, tokens):
     with baatt.enable(model, HALF, Policy(dense_layers=(0, -1))) as handle:
         run(model, tokens)
@@ -124,6 +137,8 @@ def test_refusals(model):
     model.eval()
     with pytest.raises(ValueError, match=r"policy.dense_layers must lie in \[-3, 3\) for 3 layers, got 3"):
         baatt.enable(model, HALF, Policy(dense_layers=(3,)))
+    with pytest.raises(ValueError, match=r"policy.layer_sparsity must lie in \[-3, 3\) for 3 layers, got -4"):
+        baatt.enable(model, HALF, Policy(layer_sparsity=((-4, 0.5),)))
     baatt.enable(model, HALF).disable()  # a refusal leaves nothing attached
     with pytest.raises(ValueError, match=r"known kind: .*ModernBERT.*; got torch.nn.modules.linear.Linear"):
         baatt.enable(torch.nn.Linear(2, 2).eval(), HALF)

@@ -272,7 +272,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"impl must be one of .* got 'fast'"), sparse_sdpa(HALF, impl="fast"):
         pass
     with (
-        pytest.raises(ValueError, match=r"policy.dense_layers must be empty: .* got \(0,\)"),
+        pytest.raises(ValueError, match=r"policy must name no layers: .* got \(0,\)"),
         sparse_sdpa(HALF, policy=Policy(dense_layers=(0,))),
     ):
         pass

@@ -821,7 +821,7 @@ def test_register_refuses(registered):
         adapter.register(3)
     with pytest.raises(ValueError, match=r"impl must be one of .* got 'fast'"):
         adapter.register(impl="fast")
-    with pytest.raises(ValueError, match=r"policy.dense_layers must not count from the last layer here, got \(0, -1\)"):
+    with pytest.raises(ValueError, match=r"policy must not count layers from the last one here, got \(0, -1\)"):
         adapter.register(policy=Policy(dense_layers=(0, -1)))
     assert not any("ba_att" in mapping for mapping in registries())
 

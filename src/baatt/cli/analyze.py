@@ -6,7 +6,6 @@ any model. The first two print a table and can store JSON and a picture, `maps` 
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from tokenizers import Tokenizer
 
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
@@ -25,7 +23,7 @@ from baatt.cli.options import (
     add_sparse_options,
     check_files,
     layer_numbers,
-    load_model,
+    load_any_model,
     names_of,
     read_configs,
     read_device,
@@ -35,7 +33,7 @@ from baatt.integrations.enable import enable
 from baatt.lab.capture import Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
 from baatt.lab.layers import measure_bound, measure_layers
-from baatt.lab.loading import DTYPES, check_memory, load_transformers
+from baatt.lab.loading import check_memory
 from baatt.lab.maps import compared, draw_maps, maps_page, most_structured_head
 from baatt.lab.options import given, variants
 from baatt.lab.plots import draw_bound, draw_recall
@@ -75,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=4096, help="tokens of a document of --task (default: 4096)")
     add("--seed", type=int, default=0, help="which document (default: 0)")
     add("--impl", default="auto", help=argparse.SUPPRESS)
-    add("--trust-remote-code", action="store_true", help="run the modelling code that a transformers folder brings")
-    add_model_options(capture)
+    add_model_options(capture, any_kind=True)
 
     studies = {name: _add_action(actions, name, study.summary, run_study) for name, study in STUDIES.items()}
     _add_study_options(studies["recall"], {"sparsity": (0.3, 0.5, 0.7, 0.9), "beta": None}, ["score"])
@@ -105,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
 def run_capture(arguments: argparse.Namespace) -> None:
     """Run the model once, densely, and write the file."""
     check_files(arguments, "output")
-    model, tokenizer = _open_model(arguments)
+    model, tokenizer = load_any_model(arguments)
     handle = enable(model, None)  # every call stays dense: a capture shows what the model itself computes
     count = handle.layer_count or 0
     if any(not -count <= layer < count for layer in arguments.layers or ()):
@@ -214,23 +211,6 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {percent(configs[0].sparsity)} sparsity"
     draw_maps(heads.q, heads.k, plans, head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
-
-
-def _open_model(arguments: argparse.Namespace) -> tuple[Any, Tokenizer]:
-    """The model of --model: of LLaDA's layout by us, of every other by transformers."""
-    try:
-        config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) if arguments.model else None
-    except (OSError, ValueError):
-        config = None  # our loader says what is missing
-    if not isinstance(config, dict) or config.get("model_type") == "llada":
-        return load_model(arguments)
-    try:
-        return load_transformers(
-            arguments.model, dtype=DTYPES[arguments.dtype], device=read_device(arguments.device),
-            trust_remote_code=arguments.trust_remote_code,
-        )  # fmt: skip
-    except ImportError as error:
-        raise UsageError(f"--model is not in LLaDA's layout: {error}") from None
 
 
 def _add_action(

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from baatt.assets import shipped_model
+from baatt.cli import fidelity
 from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, at_least, check_files, lengths, load_model
 from baatt.cli.ruler_report import answer_bar, show_averages, show_length
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     summary = "RULER's tasks at any length: accuracy beside dense attention, with intervals and paired tests."
     ruler = benchmarks.add_parser("ruler", help=summary, description=summary)
+    fidelity.add_arguments(benchmarks.add_parser("fidelity", help=fidelity.SUMMARY, description=fidelity.SUMMARY))
     add = ruler.add_argument
     add("--tasks", default="all", help="by commas; needles: the eight needle tasks; all: the eleven that need no data "
         "set, and qa_1 and qa_2 where --squad and --hotpot are given (default: all)")  # fmt: skip
@@ -78,7 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """All answers, then tables and summary; or a picture of a stored file."""
+    """All answers, then tables and summary; or a picture of a stored file; or the other benchmark."""
+    if arguments.benchmark == "fidelity":
+        fidelity.run(arguments)
+        return
     if arguments.draw is not None:
         draw_stored(arguments)
         return

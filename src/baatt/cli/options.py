@@ -7,6 +7,7 @@ A preset names config and policy together; single options change one field of th
 import argparse
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -74,10 +75,14 @@ def read_configs(arguments: argparse.Namespace) -> list[BAAttConfig]:
     return variants(base, given(arguments, type(base)))
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype."""
+def add_model_options(parser: argparse.ArgumentParser, *, any_kind: bool = False) -> None:
+    """--model, --device, --dtype; --trust-remote-code where a model may be of any kind that `baatt.enable` knows."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, help="folder in LLaDA's layout (default: the model shipped with baatt)")
+    layout = "in LLaDA's layout, or of transformers" if any_kind else "in LLaDA's layout"
+    group.add_argument("--model", type=Path, help=f"folder {layout} (default: the model shipped with baatt)")
+    if any_kind:
+        text = "run the modelling code that a transformers folder brings"
+        group.add_argument("--trust-remote-code", action="store_true", help=text)
     group.add_argument("--device", default="cpu", help='where to run, e.g. "cpu" or "cuda" (default: cpu)')
     group.add_argument(
         "--dtype", choices=list(loading.DTYPES), default="float32", help="of the weights (default: float32)"
@@ -92,23 +97,48 @@ def read_device(name: str) -> torch.device:
         raise UsageError(f"--{error}") from None
 
 
+def read_place(arguments: argparse.Namespace) -> torch.device:
+    """What --device names; a UsageError where there is none, or --impl does not run there."""
+    device = read_device(arguments.device)
+    try:
+        choose_backend(arguments.impl, device)
+    except RuntimeError as error:
+        raise UsageError(f"--impl {arguments.impl} is refused: {error}") from None
+    return device
+
+
 def load_model(arguments: argparse.Namespace, policy: Policy | None = None) -> "tuple[MaskedDiffusionLM, Tokenizer]":
     """Model and tokenizer of the chosen folder, on the chosen device.
 
     Raises:
         UsageError: no such device, an implementation that does not run there, or dense layers that are not there.
     """
-    device = read_device(arguments.device)
-    try:
-        choose_backend(arguments.impl, device)
-    except RuntimeError as error:
-        raise UsageError(f"--impl {arguments.impl} is refused: {error}") from None
+    device = read_place(arguments)
     model, tokenizer = loading.load_model(arguments.model, dtype=loading.DTYPES[arguments.dtype], device=device)
     try:
         (policy or Policy()).check_layers(model.config.n_layers)
     except ValueError as error:
         raise UsageError(str(error).replace("policy.dense_layers", "--dense-layers")) from None
     return model, tokenizer
+
+
+def load_any_model(
+    arguments: argparse.Namespace, *, head: bool = False, gguf: str | None = None
+) -> "tuple[Any, Tokenizer]":
+    """The model of --model: of LLaDA's layout by us, of every other by transformers; `head`, `gguf` as there."""
+    try:
+        config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) if arguments.model else None
+    except (OSError, ValueError):
+        config = None  # our loader says what is missing
+    if gguf is None and (not isinstance(config, dict) or config.get("model_type") == "llada"):
+        return load_model(arguments)
+    try:
+        return loading.load_transformers(
+            arguments.model, dtype=loading.DTYPES[arguments.dtype], device=read_place(arguments),
+            trust_remote_code=arguments.trust_remote_code, head=head, gguf=gguf,
+        )  # fmt: skip
+    except ImportError as error:
+        raise UsageError(f"--model is not in LLaDA's layout: {error}") from None
 
 
 def check_files(arguments: argparse.Namespace, *files: str, pictures: Collection[str] = ()) -> None:

@@ -5,6 +5,7 @@ brings the calls here and knows the library they come from; this file knows none
 is one opaque operator that runs eagerly, so steps and counts stay right there and nothing is compiled again for them.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -88,7 +89,7 @@ class Handle:
         self.policy, self.impl, self.order = policy or Policy(), impl, order
         self.progress = DenoisingProgress()
         self.layer_count: int | None = None
-        self._dense_layers = frozenset(self.policy.dense_layers)
+        self._layers = self.policy  # with layers counted from 0, once their number is known
         self.number = next(_numbers)
         HANDLES[self.number] = self
         self.undo = ExitStack()
@@ -171,7 +172,14 @@ class Handle:
 
     def set_layers(self, count: int) -> None:
         """Say how many layers the model has; a ValueError if the policy names one that it does not have."""
-        self._dense_layers, self.layer_count = self.policy.check_layers(count), count
+        self._layers, self.layer_count = self.policy.check_layers(count), count
+
+    def config_of(self, layer: int | None) -> BAAttConfig:
+        """The method's options in a layer, which may have a sparsity of its own."""
+        for one, sparsity in self._layers.layer_sparsity:
+            if one == layer:
+                return dataclasses.replace(self.config, sparsity=sparsity)
+        return self.config
 
     @property
     def calls_as_asked(self) -> int:
@@ -310,7 +318,7 @@ class Handle:
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
         if self._watcher is not None:
             self._watcher(layer, q, k, v, key_mask, scale)
-        config, refusal = self.config, self._refusal(q, k, v, scale, layer, is_cross)
+        config, refusal = self.config_of(layer), self._refusal(q, k, v, scale, layer, is_cross)
         blocks = math.ceil(k.shape[2] / config.block_size)
         pairs = q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / config.block_size) * blocks
         self._pairs += pairs
@@ -335,7 +343,7 @@ class Handle:
             return BY_POLICY + "dense attention everywhere"
         if policy.only_self_attention and is_cross:
             return BY_POLICY + "cross-attention"
-        if layer in self._dense_layers:
+        if layer in self._layers.dense_layers:
             return f"{BY_POLICY}dense layer {layer}"
         if policy.dense_steps > 0:
             is_first = self.progress.is_among_first(policy.dense_steps)

@@ -79,9 +79,8 @@ def sparse_sdpa(
         TypeError, ValueError: arguments that do not fit, or a policy that names layers.
     """
     handle = Handle(config, policy, impl=impl)
-    layers = handle.policy.dense_layers
-    if layers:
-        raise ValueError(f"policy.dense_layers must be empty: a call does not tell its layer, got {layers}")
+    if layers := handle.policy.named_layers:
+        raise ValueError(f"policy must name no layers: a call does not tell its layer, got {layers}")
     if min_length is not None:
         handle.policy = dataclasses.replace(handle.policy, min_length=min_length)
     with SparseSDPA(handle.sdpa):

@@ -76,9 +76,9 @@ def register(
     if not name or name == _ENABLED_NAME or any(part in name for part in SPECIAL_NAMES):
         parts = ", ".join(map(repr, SPECIAL_NAMES))
         raise ValueError(f"name must not be empty, {_ENABLED_NAME!r} or contain one of {parts}, got {name!r}")
-    layers = handle.policy.dense_layers
+    layers = handle.policy.named_layers
     if any(layer < 0 for layer in layers):
-        raise ValueError(f"policy.dense_layers must not count from the last layer here, got {layers}")
+        raise ValueError(f"policy must not count layers from the last one here, got {layers}")
     if name not in _registered and any(name in mapping for mapping in _registries()):
         raise ValueError(f"name must not be registered by somebody else, got {name!r}")
     _add(name, _Pair(lambda module: (handle, _Place(handle.number, _layer_of(module), _is_cross(module)))))

@@ -6,7 +6,9 @@ reads a model is imported when one is read: a machine that only times kernels ha
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,29 +49,68 @@ def load_model(
 
 
 def load_transformers(
-    name: str | Path, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    head: bool = False,
+    gguf: str | None = None,
 ) -> tuple[Any, Tokenizer]:
     """The model, in evaluation mode, and the fast tokenizer of a folder or hub name of transformers.
 
     Args:
         trust_remote_code: whether the modelling code that the folder brings may run.
+        head: whether it is to give logits.
+        gguf: name of a GGUF file there that holds weights, config and tokenizer.
 
     Raises:
         ImportError: transformers is not installed, with the extra that brings it.
-        ValueError: the folder has no fast tokenizer.
+        ValueError: the folder has no fast tokenizer, or no head where one is wanted.
     """
     from tokenizers import Tokenizer
 
     try:
-        from transformers import AutoModel, AutoTokenizer
+        import transformers
     except ImportError:
         raise ImportError(f"{name} needs transformers: pip install 'baatt[transformers]'") from None
-    model = AutoModel.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    place: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf is not None:
+        place["gguf_file"] = gguf
+    kind = transformers.AutoModel
+    if head:
+        kind = getattr(transformers, _class_with_head(transformers.AutoConfig.from_pretrained(name, **place), name))
+    model = kind.from_pretrained(name, dtype=dtype, **place).to(device).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **place)
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(fast, Tokenizer):
         raise ValueError(f"{name} must have a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
     return model, fast
+
+
+def _class_with_head(config: Any, name: str | Path) -> str:
+    """Which of transformers' automatic classes gives a folder's model its head; remote code says it itself."""
+    kinds = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+    remote = getattr(config, "auto_map", None) or {}
+    for kind in (*kinds, "AutoModel"):
+        if kind in remote:
+            return kind
+    named = " ".join(getattr(config, "architectures", None) or ["CausalLM"])  # a GGUF file names none
+    for kind, part in zip(kinds, ("CausalLM|LMHead", "MaskedLM"), strict=True):
+        if re.search(part, named):
+            return kind
+    raise ValueError(f"{name} must hold a language model with its head, ...ForCausalLM or ...ForMaskedLM, got {named}")
+
+
+def find_mask_token(model: Any, tokenizer: Tokenizer, folder: Path | None) -> int | None:
+    """The id of the mask, which the model's config or the tokenizer's names; None where neither does."""
+    found = getattr(model.config, "mask_token_id", None)
+    settings = None if folder is None else folder / "tokenizer_config.json"
+    if found is None and settings is not None and settings.is_file():
+        name = json.loads(settings.read_text(encoding="utf-8")).get("mask_token")
+        name = name["content"] if isinstance(name, dict) else name
+        found = None if name is None else tokenizer.token_to_id(name)
+    return found
 
 
 def free_bytes(device: torch.device) -> int:

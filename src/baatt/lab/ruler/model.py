@@ -212,7 +212,7 @@ class RulerModel:
         heads = {layer: found.to(self.device) for layer, found in recorder.found.items()}
         found: dict[Cell, Sequence[float]] = {}
         for policy in dict.fromkeys(cell.policy for cell in cells):
-            dense = policy.check_layers(self.model.config.n_layers)
+            dense = policy.check_layers(self.model.config.n_layers).dense_layers
             some = {cell: cell.config for cell in cells if cell.config and cell.policy == policy}
             if len(dense) == len(heads):
                 continue
@@ -242,7 +242,7 @@ def checksums(folder: Path) -> dict[str, str]:
     """
     found = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix in {".json", ".safetensors", ".jinja"}:
+        if file.suffix in {".json", ".safetensors", ".gguf", ".jinja"}:
             with file.open("rb") as data:
                 found[file.name] = hashlib.file_digest(data, "sha256").hexdigest()[:16]
     return found
@@ -250,7 +250,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def weights_of(files: Mapping[str, str]) -> str:
     """The checksums of the weights among those of `checksums`."""
-    return " ".join(sum_ for name, sum_ in files.items() if name.endswith(".safetensors"))
+    return " ".join(sum_ for name, sum_ in files.items() if name.endswith((".safetensors", ".gguf")))
 
 
 @functools.cache
