@@ -7,6 +7,8 @@ a sparsity per layer at the same mean, that `--policy` and `Policy.load` read. W
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from baatt.config import Policy
 from baatt.lab.answers import AnswerStore
 from baatt.lab.fidelity.documents import CITIES
 from baatt.lab.fidelity.measure import is_asked
-from baatt.lab.fidelity.profile import allocate
+from baatt.lab.fidelity.profile import allocate, costs_of
 from baatt.lab.fidelity.reader import Reader
 from baatt.lab.fidelity.report import draw_fidelity, layer_table, length_table
 from baatt.lab.fidelity.study import Cell, Setup, Study
@@ -80,19 +82,12 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_any_model(arguments, head=True, gguf=arguments.gguf)
     reader = Reader(model, find_mask_token(model, tokenizer, arguments.model))
     folder = arguments.store or arguments.json.with_suffix(".answers")
-    bar = Progress(
-        TextColumn("documents read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
-    task = bar.add_task("", total=0)
-    with bar:
-        study = Study(
-            reader, tokenizer, text, arguments.lengths, setup, AnswerStore(folder), lambda done: bar.advance(task, done)
-        )
+    with reading_bar() as (expect, advance):
+        study = Study(reader, tokenizer, text, arguments.lengths, setup, AnswerStore(folder), made["commit"], advance)
         cells = make_cells(arguments, study.layers)
         length, (config, policy) = arguments.lengths[0], read_preset(arguments)
         layers = study.layer_cells(length, config, policy) if arguments.by_layer else []
-        bar.update(task, total=study.open_documents([*cells, *layers]))
+        expect(study.open_documents([*cells, *layers]) + (setup.documents if layers else 0))
         header: dict[str, Any] = {
             "study": "fidelity", **made, "model": arguments.model.name if arguments.model else "needle-18m",
             "weights": weights_of(setup.files), "text": str(arguments.text or "heldout.txt"),
@@ -100,13 +95,39 @@ def run(arguments: argparse.Namespace) -> None:
             "shift": reader.shift, **{name: value for name, value in vars(setup).items() if name != "files"},
         }  # fmt: skip
         if layers:
-            profile = allocate(study.costs(layers), config.sparsity, policy)
+            found = study.layer_records(layers)
+            profile = allocate(costs_of(found), config.sparsity, policy)
             profile.save(arguments.save)
-            header |= {"profile": dataclasses.asdict(profile), "layers": [study.record(one) for one in layers]}
+            header |= {"profile": dataclasses.asdict(profile), "layers": found}
             cells.append(Cell(length, config, profile, "profile"))
         records = [study.record(cell) for cell in cells]
     report(header | {"records": records}, arguments)
     Console(soft_wrap=True).print(f"Records: {arguments.json}, measurements: {folder}", highlight=False)
+
+
+@contextmanager
+def reading_bar() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """How many documents are read of how many; gives what to tell their number, and then those that were just read.
+    Without a terminal a line says every twentieth part."""
+    console, read, everything = Console(stderr=True), 0, 0
+    columns = TextColumn("documents read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=None)
+
+    def expect(total: int) -> None:
+        nonlocal everything
+        everything = total
+        bar.update(task, total=total)
+
+    def advance(done: int) -> None:
+        nonlocal read
+        before, read = read, read + done
+        bar.update(task, completed=read)
+        if everything and not console.is_terminal and 20 * before // everything < 20 * read // everything:
+            console.print(f"{read}/{everything} documents read", highlight=False)
+
+    with bar:
+        yield expect, advance
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from baatt.config import Policy
+from baatt.lab.tables import Record
 
 #: Shares of key blocks kept that each layer is measured at, over the share that a uniform sparsity keeps.
 FACTORS = (0.5, 1, 2, 4)
@@ -28,6 +29,14 @@ class Cost(NamedTuple):
 def grid(sparsity: float) -> list[float]:
     """The sparsities that a layer is measured at; without the dense one, which costs nothing."""
     return [round(1 - factor * (1 - sparsity), 6) for factor in FACTORS if factor * (1 - sparsity) < 1]
+
+
+def costs_of(records: Sequence[Record]) -> list[Cost]:
+    """From the records of layers made sparse alone: the others were dense and count in the share skipped."""
+    return [
+        Cost(one["layer"], one["config"]["sparsity"], 1 - one["sparsity_achieved"] * one["layers_routed"], one["kl"])
+        for one in records
+    ]
 
 
 def allocate(costs: Sequence[Cost], sparsity: float, policy: Policy) -> Policy:

@@ -18,7 +18,7 @@ from baatt.integrations.enable import enable
 from baatt.lab.answers import AnswerStore, request_key
 from baatt.lab.fidelity.documents import Document, Masks, make_documents
 from baatt.lab.fidelity.measure import Comparison, DenseRunError, find_shift, record_of
-from baatt.lab.fidelity.profile import Cost, grid
+from baatt.lab.fidelity.profile import grid
 from baatt.lab.fidelity.reader import Reader
 
 
@@ -53,7 +53,7 @@ class Study:
     """Measures cells.
 
     Args:
-        lengths: of the cells to come. advance: told how many documents were read.
+        lengths: of the cells to come. commit: kept with what is measured. advance: told how many documents were read.
 
     Attributes:
         layers: how many the model has.
@@ -70,9 +70,10 @@ class Study:
         lengths: Sequence[int],
         setup: Setup,
         store: AnswerStore,
+        commit: str | None = None,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self.reader, self.setup, self.store, self.advance = reader, setup, store, advance
+        self.reader, self.setup, self.store, self.advance, self.commit = reader, setup, store, advance, commit
         positions = find_positions(reader.model.config)
         if positions is not None and max(lengths) > positions:
             raise ValueError(f"--lengths must be within the {positions} positions of the model, got {max(lengths)}")
@@ -108,10 +109,11 @@ class Study:
                 )  # fmt: skip
                 self._comparison = cell.length, comparison
             try:
-                self.store.put(key, self._comparison[1].measure(cell.config, cell.policy))
+                measured = self._comparison[1].measure(cell.config, cell.policy)
             except DenseRunError as error:
                 where = f"{cell.length} tokens, {cell.config.score}, sparsity {cell.config.sparsity:g}"  # type: ignore[union-attr]
                 raise DenseRunError(f"{where}: {error}") from None
+            self.store.put(key, measured | {"commit": self.commit})
         found: dict[str, Any] = self.store[key]
         return found
 
@@ -130,22 +132,18 @@ class Study:
         layers = [layer for layer in range(self.layers) if layer not in dense]
         return [Cell(length, one, self._alone(policy, layer), layer=layer) for layer in layers for one in configs]
 
-    def costs(self, cells: Sequence[Cell]) -> list[Cost]:
-        """Of `layer_cells`; layers whose calls stay dense for another reason are left out.
+    def layer_records(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Of `layer_cells`, without the layers whose calls stay dense for another reason.
 
         Raises:
-            DenseRunError: all of them.
+            DenseRunError: that are all.
         """
         found, refusal = [], DenseRunError("no layer is left to be sparse")
         for cell in cells:
             try:
-                record = self.record(cell)
+                found.append(self.record(cell))
             except DenseRunError as error:
                 refusal = error
-                continue
-            # The other layers were dense, as the policy asks, and count in the share.
-            kept = 1 - record["sparsity_achieved"] * record["layers_routed"]
-            found.append(Cost(cell.layer, cell.config.sparsity, kept, record["kl"]))  # type: ignore[arg-type, union-attr]
         if not found:
             raise refusal
         return found
