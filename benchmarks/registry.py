@@ -12,10 +12,11 @@ import archive_tables
 import busy_plan
 import compatibility
 import decoding
+import fidelity_tables
 import frontier
 import gpu_bars
 import oracle_mass
-import real_weights
+import real_weights_tables
 import ruler_tables
 import scaling_model
 import short_queries
@@ -51,7 +52,7 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING = frozenset({"gpu_causal_h200.json"})
+PENDING = frozenset({"fidelity_smollm2.json", "fidelity_profile.json", "fidelity_layers.json", "gpu_causal_h200.json"})
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
@@ -126,14 +127,27 @@ CASES: dict[str, Case] = {
         ("oracle_mass.json",),
         {"oracle_mass": oracle_mass.table},
     ),
+    "fidelity": Case(
+        "what sparse attention costs on a real pretrained model, every layer sparse: scores, a profile of layers",
+        "bash benchmarks/fidelity.sh FOLDER",
+        ("fidelity_smollm2.json", "fidelity_profile.json", "fidelity_layers.json"),
+        {
+            "fidelity": Block(fidelity_tables.by_score, ("fidelity_smollm2.json",)),
+            "fidelity_bars": Block(
+                fidelity_tables.bars, ("fidelity_smollm2.json", "fidelity_profile.json"), together=True
+            ),
+            "fidelity_profile": Block(fidelity_tables.profile, ("fidelity_profile.json",)),
+            "fidelity_layers": Block(fidelity_tables.layers, ("fidelity_layers.json",)),
+        },
+    ),
     "real_weights": Case(
         "scores on a real pretrained model, every layer sparse: KL to the dense model and planted numbers found",
-        "python benchmarks/real_weights.py --gguf FILE --json FILE",
+        "bash benchmarks/fidelity.sh FOLDER",
         ("real_weights_smollm2.json",),
         {
-            "real_weights": real_weights.table,
-            "real_weights_bars": real_weights.bars_table,
-            "real_weights_beta": real_weights.beta_table,
+            "real_weights": real_weights_tables.table,
+            "real_weights_bars": real_weights_tables.bars_table,
+            "real_weights_beta": real_weights_tables.beta_table,
         },
     ),
     "ulysses": Case(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Logits of a slab, at most: 256 MiB in float32.
-SLAB = 2**26
+#: Logits of a slab, at most: 512 MiB in float32, and a few times that while they are compared.
+SLAB = 2**27
 
 
 class Reader:
