@@ -235,7 +235,11 @@ def _choose_on_gpu(
     score = SCORES[config.score]
     dtype = query_summary[0].dtype
     twin = twins.get(score.compare) if dtype in HALF else None
-    compare = functools.partial(twin or gpu_comparison(score.compare, dtype), options=config, scale=scale)
+    function = twin or gpu_comparison(score.compare, dtype)
+
+    def compare(queries: BlockSummary, keys: BlockSummary, part: Sight | None) -> Tensor:
+        return function(queries, keys, config, scale, part)
+
     sides, budget = (query_summary, key_summary, compare), (config.sparsity, config.keep_first, sight)
     if config.budget == "row":
         return triton_selection.choose_blocks(*sides, *budget)

@@ -37,7 +37,7 @@ if backend == "hip":
     torch.version.hip = "for the constants that depend on it"
 from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu, _choose_on_gpu
-from baatt.kernels import triton_attention, triton_clusters, triton_budget, triton_mass
+from baatt.kernels import triton_attention, triton_clusters, triton_budget, triton_mass, triton_structure
 from baatt.scores import exact
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -46,6 +46,8 @@ CASES = {
     "usual": (torch.bfloat16, 128, 128, True, "k"), "half": (torch.float16, 64, 64, False, "k"),
     "in place": (torch.bfloat16, 128, 128, False, "none"), "most shared memory": (torch.float32, 256, 128, False, "k"),
     "wide": (torch.bfloat16, 256, 128, False, "q"), "small": (torch.float32, 40, 16, True, "none"),
+    "causal": (torch.bfloat16, 128, 128, False, "none"), "causal small": (torch.float32, 40, 16, True, "none"),
+    "causal wide": (torch.bfloat16, 256, 128, True, "none"), "causal half": (torch.float16, 64, 64, False, "none"),
 }
 done = set()
 
@@ -84,27 +86,30 @@ for name in CASES if chosen == "all" else chosen.split("+"):
     mask = torch.ones(1, 300, dtype=torch.bool) if masked else None
     config = BAAttConfig(block_size, 0.5, sort, 256, "covariance", keep_first=0)
     arranged = _sort_on_gpu({}, q, k, v, config, mask)
-    selection = _choose_on_gpu({}, arranged.query_summary, arranged.key_summary, config, 0.1)
+    sight = triton_structure.look_back(q, k, 4, 3, block_size)
+    sight = sight if "causal" in name else None
+    selection = _choose_on_gpu({}, arranged.query_summary, arranged.key_summary, config, 0.1, sight)
     for logits, triton_budget.ALONE in ((True, 0), (False, 0), (True, 4096), (False, 4096)):
         scores = torch.zeros(1, 4, *(side.size.shape[1] for side in (arranged.query_summary, arranged.key_summary)))
-        triton_budget.choose_blocks(*arranged[1:4:2], lambda *_: scores, 0.5, 1, logits=logits)
+        triton_budget.choose_blocks(*arranged[1:4:2], lambda *_: scores, 0.5, 1, sight, logits=logits)
     triton_budget.longest_first(selection.count, 2)
     triton_attention.sparse_attention(
-        q, k, v, arranged.query_order, arranged.key_order, selection, block_size=block_size, scale=0.1
+        q, k, v, arranged.query_order, arranged.key_order, selection, block_size=block_size, scale=0.1, sight=sight
     )
     blocks, size = -(-300 // block_size), torch.zeros(1, -(-300 // block_size), dtype=torch.int64)
     tokens = [exact.BlockTokens(x.new_zeros(*x.shape[:2], blocks, block_size, channels), size) for x in (q, k)]
-    triton_mass.compare(*tokens, config, 0.1)
-    triton_mass.compare_peak(*tokens, config, 0.1)
+    triton_mass.compare(*tokens, config, 0.1, sight)
+    triton_mass.compare_peak(*tokens, config, 0.1, sight)
     if triton_clusters.fits(q, block_size):
         sides = (q, arranged.query_order), (k, arranged.key_order)
-        triton_clusters.compare(*(triton_clusters.summarise(*side, config) for side in sides), config, 0.1)
+        triton_clusters.compare(*(triton_clusters.summarise(*side, config) for side in sides), config, 0.1, sight)
 print(architecture, *sorted(done))
 """
 KERNELS = [
     "_attention_kernel", "_cluster_kernel", "_covariance_kernel", "_digit_kernel", "_gather_kernel",
     "_head_kernel", "_list_kernel", "_logit_kernel", "_longest_kernel", "_narrow_kernel", "_norm_kernel",
-    "_order_kernel", "_permute_kernel", "_rank_kernel", "_select_kernel", "_share_kernel", "_sum_kernel", "_tie_kernel",
+    "_order_kernel", "_permute_kernel", "_rank_kernel", "_select_kernel", "_share_kernel", "_sight_kernel",
+    "_sum_kernel", "_tie_kernel",
 ]  # fmt: skip
 #: Backend, architecture, threads per warp, KiB of shared memory per block.
 NEWEST = ["cuda,90,32,227", "hip,gfx942,64,64"]
@@ -114,7 +119,7 @@ OLDER = ["cuda,80,32,163", "cuda,86,32,99"]
 @pytest.mark.parametrize(
     "targets",
     [
-        {NEWEST[0]: "usual", NEWEST[1]: "half"},
+        {NEWEST[0]: "usual+causal", NEWEST[1]: "half"},
         pytest.param(dict.fromkeys(NEWEST + OLDER, "all"), marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
     ids=["newest", "all"],

@@ -44,7 +44,9 @@ def test_selection_in_slabs(sparsity, masked, beta, keep_first, poisoned_memory,
     scores = theirs(query_stats, key_stats)
     torch.testing.assert_close(ours(query_stats, key_stats), scores, atol=2e-6, rtol=2e-6)
     monkeypatch.setattr(triton_selection, "SLAB_SCORES", 2 * 2 * 10 * 3)  # three of the five query blocks at a time
-    actual = triton_selection.choose_blocks(query_stats, key_stats, ours, sparsity, keep_first)
+    actual = triton_selection.choose_blocks(
+        query_stats, key_stats, lambda queries, keys, sight: ours(queries, keys), sparsity, keep_first
+    )
     expected = selection.select_blocks(scores, key_stats.size, sparsity, keep_first)
     assert torch.equal(actual.index, expected.index)
     assert torch.equal(actual.count, expected.count)
@@ -56,7 +58,7 @@ def test_counts_are_rounded_in_double_precision(sparsity):
     scores = torch.randn(8, 1, 2, 100)
     actual = triton_selection.choose_blocks(
         *(BlockStats(torch.zeros(8, 1, blocks, 1), torch.zeros(8, 1, blocks, 1), size) for blocks in (2, 100)),
-        lambda query_stats, key_stats: scores,
+        lambda *_: scores,
         sparsity,
     )
     assert torch.equal(actual.count, selection.select_blocks(scores, size, sparsity).count)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from baatt.stages.selection import log_distribution, select_blocks
+from baatt.types import Sight
 from tests.naive import naive_head_selection, naive_selection
+from tests.naive_causal import naive_causal_selection
 
 SPARSITIES = [0.0, 0.1, 0.3, 0.5, 0.7, 0.875, 0.9, 0.99]
 
@@ -43,6 +45,21 @@ def test_count_of_a_shorter_entry_is_that_of_the_entry_alone(sparsity):
 def test_of_equal_scores_the_lower_id_wins():
     selection = select_blocks(torch.zeros(1, 1, 1, 8), torch.ones(1, 8, dtype=torch.int64), 0.5)
     assert selection.index.flatten().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("keep_first", [1, 2, 9])
+def test_own_blocks_are_kept_before_the_first(keep_first):
+    """Whatever a row sees and wherever its own blocks are, if need be without the first blocks."""
+    rows = [
+        (first, last, first, seen) for seen in range(9) for last in range(max(1, seen)) for first in range(last + 1)
+    ]
+    scores, size = torch.randn(1, 1, len(rows), 8), torch.full((1, 8), 16)
+    sight = Sight(torch.zeros(1, len(rows), 16).int(), torch.tensor([rows]).int())
+    for sparsity in (0.0, 0.5, 0.9):
+        selection = select_blocks(scores, size, sparsity, keep_first, sight=sight)
+        for i, (first, last, _, seen) in enumerate(rows):
+            kept = selection.index[0, 0, i, : selection.count[0, 0, i]].tolist()
+            assert kept == naive_causal_selection(scores[0, 0, i, :seen].tolist(), {first, last}, sparsity, keep_first)
 
 
 @pytest.mark.parametrize("keep_first", [1, 2, 9])

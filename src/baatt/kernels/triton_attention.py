@@ -62,6 +62,7 @@ def sparse_attention(
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 
     sorted_k, sorted_v: k and v in sorted order where they exist, any strides; what lies behind the keys is not read.
+    With sight, lists have to be ascending.
     """
     k, v = sorted_copies(k, v, key_order, sorted_k, sorted_v)
     k, v = (x if max(x.stride()[2:]) < FAR else x.contiguous() for x in (k, v))
@@ -75,10 +76,11 @@ def sparse_attention(
     unit = math.gcd(16, *strides)
     index = selection.index.contiguous()
     options = launch_options(q.dtype, channels, block_size, _shared_memory(q.device))
+    limit, spans = (None, None) if sight is None else (x.contiguous() for x in sight)
     _attention_kernel[(cdiv(tokens, options["ROWS"]), batch * heads)](
         q, *q.stride(), k, *(stride // unit for stride in strides[:2]), k.stride(3),
         v, *(stride // unit for stride in strides[2:]), v.stride(3),
-        index, selection.count.contiguous(), moved(query_order), key_order.length.contiguous(), out, lse,
+        index, selection.count.contiguous(), moved(query_order), key_order.length.contiguous(), limit, spans, out, lse,
         heads, heads // groups, tokens, index.shape[-1], scale * math.log2(math.e),
         UNIT=unit, K_STRIDE=k.stride(2), V_STRIDE=v.stride(2), CHANNELS=channels, BLOCK=block_size, **options,
     )  # fmt: skip
@@ -122,16 +124,20 @@ def _shared_memory(device: torch.device) -> int:
 def _attention_kernel(
     q_ptr, stride_batch, stride_head, stride_token, stride_channel,
     k_ptr, k_stride_batch, k_stride_head, k_stride_channel, v_ptr, v_stride_batch, v_stride_head, v_stride_channel,
-    index_ptr, count_ptr, order_ptr, length_ptr, out_ptr, lse_ptr, heads, repeats, tokens, slots, scale,
+    index_ptr, count_ptr, order_ptr, length_ptr, limit_ptr, spans_ptr, out_ptr, lse_ptr,
+    heads, repeats, tokens, slots, scale,
     UNIT: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head_entry = tl.program_id(1).to(tl.int64)
-    list_start = head_entry * tl.cdiv(tokens, BLOCK) + tl.program_id(0) // (BLOCK // ROWS)
+    place = tl.program_id(0)
+    if limit_ptr is not None:
+        place = tl.num_programs(0) - 1 - place  # the longest lists first
+    list_start = head_entry * tl.cdiv(tokens, BLOCK) + place // (BLOCK // ROWS)
     count = tl.load(count_ptr + list_start)
     entry, head = head_entry // heads, head_entry % heads
     length = tl.load(length_ptr + entry)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = place * ROWS + tl.arange(0, ROWS)
     order = rows.to(tl.int64)
     if order_ptr is not None:
         order = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
@@ -145,30 +151,48 @@ def _attention_kernel(
     running_max = tl.full([ROWS], LOWEST, tl.float32)
     running_sum = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(0, count * (BLOCK // TILE)):
-        first_key = _first_key(index_ptr + list_start * slots, step, BLOCK, TILE)
-        key_tile = _load_rows(k_ptr, first_key, length, 0, k_stride_channel, K_STRIDE, TILE, CHANNELS, DEPTH)
-        value_tile = _load_rows(v_ptr, first_key, length, 0, v_stride_channel, V_STRIDE, TILE, CHANNELS, COLUMNS)
-        scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
-        # Sums of DEPTH products and then their sum: one sum over all channels would round once per channel. An fma and
-        # no addition, for the compiler would take an addition into the product again.
-        for first_column in tl.static_range(DEPTH, COLUMNS, DEPTH):
-            more_queries = _gather_rows(query_ptrs, rows < tokens, first_column, stride_channel, CHANNELS, DEPTH)
-            more_keys = _load_rows(
-                k_ptr, first_key, length, first_column, k_stride_channel, K_STRIDE, TILE, CHANNELS, DEPTH
+    list_ptr = index_ptr + list_start * slots
+    steps = count * (BLOCK // TILE)
+    plain = steps
+    if limit_ptr is not None:
+        limits = tl.load(limit_ptr + entry * tl.cdiv(tokens, BLOCK) * BLOCK + rows)
+        whole = tl.load(spans_ptr + (entry * tl.cdiv(tokens, BLOCK) + place // (BLOCK // ROWS)) * 4 + 2)
+        while (count > 0) & (tl.load(list_ptr + tl.maximum(count - 1, 0)) >= whole):
+            count -= 1
+        plain = count * (BLOCK // TILE)
+    # Blocks that all rows see wholly, and then, where there is a limit, the last ones, of which some rows do not.
+    for masked in tl.static_range(1 if limit_ptr is None else 2):
+        for step in range(plain if masked else 0, steps if masked else plain):
+            first_key = _first_key(list_ptr, step, BLOCK, TILE)
+            key_tile = _load_rows(k_ptr, first_key, length, 0, k_stride_channel, K_STRIDE, TILE, CHANNELS, DEPTH)
+            value_tile = _load_rows(v_ptr, first_key, length, 0, v_stride_channel, V_STRIDE, TILE, CHANNELS, COLUMNS)
+            scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
+            # Sums of DEPTH products and then their sum: one sum over all channels would round once per channel. An fma
+            # and no addition, for the compiler would take an addition into the product again.
+            for first_column in tl.static_range(DEPTH, COLUMNS, DEPTH):
+                more_queries = _gather_rows(query_ptrs, rows < tokens, first_column, stride_channel, CHANNELS, DEPTH)
+                more_keys = _load_rows(
+                    k_ptr, first_key, length, first_column, k_stride_channel, K_STRIDE, TILE, CHANNELS, DEPTH
+                )
+                product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
+                scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
+            if masked:
+                visible = tl.arange(0, TILE)[None, :] < (limits - first_key.to(tl.int32))[:, None]
+            else:
+                visible = (tl.arange(0, TILE) < length - first_key)[None, :]
+            scores = tl.where(visible, scores, float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_max[:, None])
+            shrink = tl.exp2(running_max - new_max)
+            running_max = new_max
+            running_sum = running_sum * shrink + tl.sum(weights, axis=1)
+            accumulator = tl.dot(
+                weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], input_precision=PRECISION
             )
-            product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
-            scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
-        scores = tl.where((tl.arange(0, TILE) < length - first_key)[None, :], scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_max[:, None])
-        shrink = tl.exp2(running_max - new_max)
-        running_max = new_max
-        running_sum = running_sum * shrink + tl.sum(weights, axis=1)
-        accumulator = tl.dot(
-            weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], input_precision=PRECISION
-        )
 
+    if limit_ptr is not None:  # rows that are not wanted went along
+        running_sum = tl.where(limits > 0, running_sum, 0.0)
+        accumulator = tl.where((limits > 0)[:, None], accumulator, 0.0)
     divisor = tl.where(running_sum == 0, 1.0, running_sum)
     lse = tl.where(running_sum == 0, float("-inf"), (running_max + tl.log2(divisor)) * LN_2)
     targets = head_entry * tokens + order

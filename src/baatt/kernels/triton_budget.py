@@ -14,8 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
-from baatt.kernels.triton_selection import SLAB_SCORES, double_bits, filled_blocks, ordered, store_list, threshold
-from baatt.types import BlockSelection, BlockSummary, Sight, kept_blocks, slabs_of_heads
+from baatt.kernels.triton_selection import (
+    SLAB_SCORES,
+    double_bits,
+    kept_anyway,
+    kept_of,
+    ordered,
+    own_blocks,
+    row_budget,
+    store_list,
+    threshold,
+)
+from baatt.types import BlockSelection, BlockSummary, Sight, kept_blocks, mean_of_rows, slabs_of_heads
 
 #: Block pairs of a head that one program takes.
 ALONE = 4096
@@ -26,7 +36,7 @@ FORCED = tl.constexpr(0xFFFFFFFF)
 def choose_blocks(
     query_summary: BlockSummary,
     key_summary: BlockSummary,
-    score: Callable[[BlockSummary, BlockSummary], Tensor],
+    score: Callable[[BlockSummary, BlockSummary, Sight | None], Tensor],
     sparsity: float,
     keep_first: int = 0,
     sight: Sight | None = None,
@@ -36,25 +46,25 @@ def choose_blocks(
     """Score every block pair and keep the I * K best of every head (E7), ties to the lower row, then the lower id.
 
     Args:
-        query_summary, key_summary, sparsity, keep_first: see `triton_selection.choose_blocks`.
-        score: (query_summary, key_summary) -> [B, h, I, J] of its own, called with slabs of heads and written over.
+        query_summary, key_summary, sparsity, keep_first, sight: see `triton_selection.choose_blocks`.
+        score: (query_summary, key_summary, sight) -> [B, h, I, J] of its own, called with slabs of heads and written
+            over.
         logits: scores go through a softmax over the key blocks first (E6).
 
     Returns:
         BlockSelection as `stages.selection.select_blocks` with budget "head".
     """
-    if sight is not None:
-        raise NotImplementedError("causal selection")
     query_size, key_size = query_summary.size.contiguous(), key_summary.size.contiguous()
     (batch, heads), (query_blocks, key_blocks) = query_summary[0].shape[:2], (query_size.shape[1], key_size.shape[1])
     index = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.int32, device=key_size.device)
     count = torch.empty(index.shape[:3], dtype=torch.int32, device=index.device)
-    share = double_bits(1 - sparsity)
+    usual, share = kept_blocks(sparsity, key_blocks), double_bits(1 - sparsity)
+    spans = None if sight is None else sight.spans.contiguous()
     height, width = (max(16, next_power_of_2(blocks)) for blocks in (query_blocks, key_blocks))
     launch = {"WIDTH": width, "num_warps": min(16, max(1, width // 1024))}
     for part, queries, keys in slabs_of_heads(query_summary, key_summary, SLAB_SCORES // batch):
-        scores, some = score(queries, keys).float().contiguous(), part.stop - part.start
-        sizes = query_size, key_size
+        scores, some = score(queries, keys, sight).float().contiguous(), part.stop - part.start
+        sizes = query_size, key_size, spans
         if height * width <= ALONE:
             _head_kernel[(batch * some,)](
                 scores, *sizes, count, index, some, heads, part.start, query_blocks, key_blocks, share, keep_first,
@@ -82,7 +92,7 @@ def choose_blocks(
             values, *sizes, found, ties.cumsum(-1, dtype=torch.int32), count, index, some, heads, part.start,
             key_blocks, share, **launch,
         )  # fmt: skip
-    return BlockSelection(index, count, kept_blocks(sparsity, key_blocks))
+    return BlockSelection(index, count, usual if sight is None else mean_of_rows(usual, query_blocks, key_blocks))
 
 
 def longest_first(count: Tensor, together: int) -> Tensor:
@@ -139,37 +149,55 @@ def _count_digits(digits, counted, histogram_ptr):
 
 
 @triton.jit
-def _rank(scores, columns, filled, wanted, keep_first, LOGITS: tl.constexpr, WIDTH: tl.constexpr):
-    """Scores [rows, WIDTH] to numbers in their order: 0 for an empty key block, FORCED for what is always kept."""
+def _rank(scores, columns, filled, forced, room, LOGITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Scores [rows, WIDTH] to numbers in their order: 0 for a key block that is empty or not seen, FORCED for those
+    that are `forced` and, where there is `room`, the best."""
     if LOGITS:
         scores -= tl.max(scores, axis=1)[:, None]
         scores -= tl.log(tl.sum(tl.exp(scores), axis=1))[:, None]
     scores = tl.where(scores == scores, scores, float("-inf"))
-    values = tl.where(filled[None, :], ordered(scores), 0)
+    values = tl.where(filled, ordered(scores), 0)
     best = tl.min(tl.where(values == tl.max(values, axis=1)[:, None], columns[None, :], WIDTH), axis=1)
-    best = (columns[None, :] == best[:, None]) & (keep_first < wanted)
-    forced = (columns < tl.minimum(keep_first, wanted))[None, :] | best
-    return tl.where(filled[None, :] & forced, tl.full((), FORCED, tl.uint32), values)
+    forced = forced | ((columns[None, :] == best[:, None]) & room)
+    return tl.where(filled & forced, tl.full((), FORCED, tl.uint32), values)
+
+
+@triton.jit
+def _seen_by_rows(spans_ptr, filled, rows, inside, share):
+    """Of rows with sight: their own blocks, how many key blocks they see, and K."""
+    first = tl.load(spans_ptr + rows * 4, mask=inside, other=0)
+    last = tl.load(spans_ptr + rows * 4 + 1, mask=inside, other=0)
+    seen = tl.load(spans_ptr + rows * 4 + 3, mask=inside, other=0)
+    seen = tl.minimum(seen, tl.sum(filled.to(tl.int32), axis=0))
+    return first, last, seen, kept_of(seen, own_blocks(first, last), share)
 
 
 @triton.jit
 def _head_kernel(
-    scores_ptr, query_size_ptr, key_size_ptr, count_ptr, index_ptr, heads, all_heads, first_head, query_blocks,
-    key_blocks, share, keep_first, LOGITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    scores_ptr, query_size_ptr, key_size_ptr, spans_ptr, count_ptr, index_ptr, heads, all_heads, first_head,
+    query_blocks, key_blocks, share, keep_first, LOGITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """All lists of a head."""
     head_entry = tl.program_id(0).to(tl.int64)
     entry = head_entry // heads
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = rows < query_blocks
-    filled, wanted = filled_blocks(key_size_ptr + entry * key_blocks, columns, key_blocks, share)
+    size_ptr = key_size_ptr + entry * key_blocks
+    filled, wanted, forced, room = row_budget(size_ptr, None, columns, key_blocks, share, keep_first)
+    wanted += tl.zeros([ROWS], tl.int32)
+    if spans_ptr is None:
+        filled, forced = filled[None, :], forced[None, :]
+    else:
+        first, last, seen, wanted = _seen_by_rows(spans_ptr + entry * query_blocks * 4, filled, rows, inside, share)
+        filled = columns[None, :] < seen[:, None]
+        forced, room = kept_anyway(first[:, None], last[:, None], wanted[:, None], columns[None, :], keep_first)
     tokens = tl.load(query_size_ptr + entry * query_blocks + rows, mask=inside, other=0)
     places = (head_entry * query_blocks + rows)[:, None] * key_blocks + columns[None, :]
-    scores = tl.load(scores_ptr + places, mask=inside[:, None] & filled[None, :], other=float("-inf"))
-    values = tl.where(inside[:, None], _rank(scores, columns, filled, wanted, keep_first, LOGITS, WIDTH), 0)
+    scores = tl.load(scores_ptr + places, mask=inside[:, None] & filled, other=float("-inf"))
+    values = tl.where(inside[:, None], _rank(scores, columns, filled, forced, room, LOGITS, WIDTH), 0)
     present = tokens > 0
     shared = tl.reshape(tl.where(present[:, None], values, 0), (ROWS * WIDTH,), can_reorder=True)
-    low, room = threshold(shared, wanted * tl.sum(present.to(tl.int32), axis=0))
+    low, room = threshold(shared, tl.sum(tl.where(present, wanted, 0), axis=0))
     low, room = low + tl.zeros([ROWS], tl.uint32), room + tl.zeros([ROWS], tl.int32)
     ties = tl.sum(((values == low[:, None]) & (values > 0) & present[:, None]).to(tl.int32), axis=1)
     room -= tl.cumsum(ties, axis=0) - ties
@@ -196,16 +224,21 @@ def _head_kernel(
 
 @triton.jit
 def _rank_kernel(
-    scores_ptr, values_ptr, query_size_ptr, key_size_ptr, histogram_ptr, heads, key_blocks, share, keep_first,
-    LOGITS: tl.constexpr, WIDTH: tl.constexpr,
+    scores_ptr, values_ptr, query_size_ptr, key_size_ptr, spans_ptr, histogram_ptr, heads, key_blocks, share,
+    keep_first, LOGITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a row to numbers in their order, in place: 0 for an empty key block, FORCED for what is always kept."""
+    """Scores of a row to numbers in their order, in place, as `_rank`."""
     entry = tl.program_id(1).to(tl.int64) // heads
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     columns = tl.arange(0, WIDTH)
-    filled, wanted = filled_blocks(key_size_ptr + entry * key_blocks, columns, key_blocks, share)
+    if spans_ptr is not None:
+        spans_ptr += (entry * tl.num_programs(0) + tl.program_id(0)) * 4
+    filled, _, forced, room = row_budget(
+        key_size_ptr + entry * key_blocks, spans_ptr, columns, key_blocks, share, keep_first
+    )
     scores = tl.load(scores_ptr + row * key_blocks + columns, mask=filled, other=float("-inf"))
-    values = tl.reshape(_rank(scores[None, :], columns, filled, wanted, keep_first, LOGITS, WIDTH), (WIDTH,))
+    values = _rank(scores[None, :], columns, filled[None, :], forced[None, :], room, LOGITS, WIDTH)
+    values = tl.reshape(values, (WIDTH,))
     tl.store(values_ptr + row * key_blocks + columns, values.to(tl.int32, bitcast=True), mask=columns < key_blocks)
     tokens = tl.load(query_size_ptr + entry * tl.num_programs(0) + tl.program_id(0))
     _count_digits(values >> 24, filled & (tokens > 0), histogram_ptr)
@@ -224,17 +257,21 @@ def _digit_kernel(
 
 @triton.jit
 def _narrow_kernel(
-    histogram_ptr, found_ptr, query_size_ptr, key_size_ptr, heads, query_blocks, key_blocks, share,
+    histogram_ptr, found_ptr, query_size_ptr, key_size_ptr, spans_ptr, heads, query_blocks, key_blocks, share,
     FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Find the next digit of a head's threshold and clear its histogram."""
     head_entry = tl.program_id(0)
     entry = (head_entry // heads).to(tl.int64)
     if FIRST:
-        _, wanted = filled_blocks(key_size_ptr + entry * key_blocks, tl.arange(0, WIDTH), key_blocks, share)
-        rows = tl.arange(0, ROWS)
-        tokens = tl.load(query_size_ptr + entry * query_blocks + rows, mask=rows < query_blocks, other=0)
-        room = wanted * tl.sum((tokens > 0).to(tl.int32), axis=0)
+        size_ptr, rows = key_size_ptr + entry * key_blocks, tl.arange(0, ROWS)
+        filled, wanted, _, _ = row_budget(size_ptr, None, tl.arange(0, WIDTH), key_blocks, share, 0)
+        inside = rows < query_blocks
+        tokens = tl.load(query_size_ptr + entry * query_blocks + rows, mask=inside, other=0)
+        wanted += tl.zeros([ROWS], tl.int32)
+        if spans_ptr is not None:
+            _, _, _, wanted = _seen_by_rows(spans_ptr + entry * query_blocks * 4, filled, rows, inside, share)
+        room = tl.sum(tl.where(tokens > 0, wanted, 0), axis=0)
         before = 0
     else:
         room = tl.load(found_ptr + head_entry * 2 + 1)
@@ -259,8 +296,8 @@ def _tie_kernel(values_ptr, query_size_ptr, found_ptr, ties_ptr, heads, key_bloc
 
 @triton.jit
 def _list_kernel(
-    values_ptr, query_size_ptr, key_size_ptr, found_ptr, ties_ptr, count_ptr, index_ptr, heads, all_heads, first_head,
-    key_blocks, share, WIDTH: tl.constexpr,
+    values_ptr, query_size_ptr, key_size_ptr, spans_ptr, found_ptr, ties_ptr, count_ptr, index_ptr, heads, all_heads,
+    first_head, key_blocks, share, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The list of a row, by the threshold of its head; of a row without tokens by its own."""
     values, tokens = _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH)
@@ -272,7 +309,9 @@ def _list_kernel(
         up_to_here = tl.load(ties_ptr + head_entry * tl.num_programs(0) + tl.program_id(0))
         room = tl.load(found_ptr + head_entry * 2 + 1) - (up_to_here - ties)
     else:
-        _, wanted = filled_blocks(key_size_ptr + entry * key_blocks, columns, key_blocks, share)
+        if spans_ptr is not None:
+            spans_ptr += (entry * tl.num_programs(0) + tl.program_id(0)) * 4
+        _, wanted, _, _ = row_budget(key_size_ptr + entry * key_blocks, spans_ptr, columns, key_blocks, share, 0)
         low, room = threshold(values, wanted)
     list_start = (entry * all_heads + first_head + head_entry % heads) * tl.num_programs(0) + tl.program_id(0)
     list_ptr = index_ptr + list_start * key_blocks

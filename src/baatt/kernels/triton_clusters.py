@@ -51,7 +51,7 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
 def compare(
     queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float, sight: Sight | None = None
 ) -> Tensor:
-    """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0."""
+    """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0, beyond sight whatever memory held."""
     query_mean, query_tokens = queries.mean, queries.tokens
     if query_mean.stride(-1) != 1 or query_mean.stride(-2) != query_mean.shape[-1]:
         query_mean = query_mean.contiguous()
@@ -66,9 +66,10 @@ def compare(
     programs = min(tiles, _programs(query_mean.device), max(1, SCRATCH // (4 * launch["ROWS"] * (width + steps))))
     # Sums of every key block, and what they are relative to in every step.
     scratch = torch.empty(programs, width + steps, launch["ROWS"], dtype=torch.float32, device=query_mean.device)
+    spans = None if sight is None else sight.spans.contiguous()
     _logit_kernel[(programs,)](
         query_mean, *query_mean.stride()[:3], query_tokens.contiguous(), keys.mean.contiguous(), weights.contiguous(),
-        scores, scratch, tiles, heads, groups, query_blocks, key_blocks, width, clusters, key_clusters,
+        spans, scores, scratch, tiles, heads, groups, query_blocks, key_blocks, width, clusters, key_clusters,
         scale * math.log2(math.e), CHANNELS=channels, PEAK=options.peak, **launch,
     )  # fmt: skip
     return scores
@@ -160,12 +161,12 @@ def _means(members, present, belongs, slots, points):
 
 @triton.jit
 def _logit_kernel(
-    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, k_ptr, weight_ptr, scores_ptr, scratch_ptr,
-    tiles, heads, groups, query_blocks, key_blocks, width, clusters, key_clusters, scale,
+    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, k_ptr, weight_ptr, spans_ptr, scores_ptr,
+    scratch_ptr, tiles, heads, groups, query_blocks, key_blocks, width, clusters, key_clusters, scale,
     CHANNELS: tl.constexpr, PEAK: tl.constexpr, COLUMNS: tl.constexpr, QUERY_CLUSTERS: tl.constexpr,
     KEY_CLUSTERS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """C3 to C5 for some blocks of queries after others, all key clusters each."""
+    """C3 to C5 for some blocks of queries after others, each over all key clusters up to the last that one sees."""
     BLOCKS: tl.constexpr = ROWS // QUERY_CLUSTERS
     KEY_BLOCKS: tl.constexpr = TILE // KEY_CLUSTERS
     rows, columns = tl.arange(0, ROWS), tl.arange(0, TILE)
@@ -175,8 +176,16 @@ def _logit_kernel(
     place = columns % 8 // 2 * (TILE // 4) + columns // 8 * 2 + columns % 2 if ALONE else columns
     scratch_ptr += tl.program_id(0).to(tl.int64) * (width + tl.cdiv(key_blocks, KEY_BLOCKS)) * ROWS
     maxima_ptr = scratch_ptr + width * ROWS
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
         head_tiles = tl.cdiv(query_blocks, BLOCKS)
+        tile = number
+        if spans_ptr is not None:
+            # The longest of all heads first, and every other round of the programs from its end: all get as much.
+            before = number // tl.num_programs(0) * tl.num_programs(0)
+            if before // tl.num_programs(0) % 2 == 1:
+                tile = before + tl.minimum(tl.num_programs(0), tiles - before) - 1 - tl.program_id(0)
+            every = tiles // head_tiles
+            tile = tile % every * head_tiles + head_tiles - 1 - tile // every
         head_entry = (tile // head_tiles).to(tl.int64)
         entry, head = head_entry // heads, head_entry % heads
         first_row = tile % head_tiles * BLOCKS
@@ -187,45 +196,56 @@ def _logit_kernel(
         key_start = (entry * groups + head // (heads // groups)) * key_blocks
         running_max = tl.full([ROWS], LOWEST, tl.float32)
         running_sum = tl.zeros([ROWS], tl.float32)
-        for first in range(0, key_blocks, KEY_BLOCKS):
-            key_block, key_cluster = first + place // KEY_CLUSTERS, place % KEY_CLUSTERS
-            inside = (key_block < key_blocks) & (key_cluster < key_clusters)
-            key_rows = (key_start + key_block) * key_clusters + key_cluster
-            keys = _gather_rows(k_ptr + key_rows * CHANNELS, inside, 0, 1, CHANNELS, COLUMNS)
-            weight = tl.load(weight_ptr + key_rows, mask=inside, other=float("-inf"))
-            logits = tl.dot(queries, tl.trans(keys)) * scale + weight[None, :]
-            new_max = tl.maximum(running_max, tl.max(logits, axis=1))
-            shares = tl.exp2(logits - new_max[:, None])
-            if ALONE:
-                shares = tl.permute(tl.reshape(shares, (ROWS, TILE // 8, 4, 2)), (0, 2, 1, 3))
-            sums = tl.sum(tl.reshape(shares, (ROWS, KEY_BLOCKS, KEY_CLUSTERS)), axis=2)
-            running_sum = running_sum * tl.exp2(running_max - new_max) + tl.sum(sums, axis=1)
-            running_max = new_max
-            tl.store(scratch_ptr + (first + tl.arange(0, KEY_BLOCKS))[None, :] * ROWS + rows[:, None], sums)
-            tl.store(maxima_ptr + first // KEY_BLOCKS * ROWS + rows, new_max)
+        last, plain = key_blocks, key_blocks
+        if spans_ptr is not None:
+            spans_ptrs = spans_ptr + (entry * query_blocks + blocks) * 4 + 3
+            seen = tl.load(spans_ptrs, mask=blocks < query_blocks, other=0)
+            last = tl.max(seen, axis=0)
+            plain = tl.min(tl.where(blocks < query_blocks, seen, key_blocks), axis=0) // KEY_BLOCKS * KEY_BLOCKS
+        # Key blocks that all rows see and then, where attention is causal, the last ones, which some rows do not.
+        for masked in tl.static_range(1 if spans_ptr is None else 2):
+            for first in range(plain if masked else 0, last if masked else plain, KEY_BLOCKS):
+                key_block, key_cluster = first + place // KEY_CLUSTERS, place % KEY_CLUSTERS
+                inside = (key_block < key_blocks) & (key_cluster < key_clusters)
+                key_rows = (key_start + key_block) * key_clusters + key_cluster
+                keys = _gather_rows(k_ptr + key_rows * CHANNELS, inside, 0, 1, CHANNELS, COLUMNS)
+                weight = tl.load(weight_ptr + key_rows, mask=inside, other=float("-inf"))
+                logits = tl.dot(queries, tl.trans(keys)) * scale + weight[None, :]
+                if masked:
+                    logits = tl.where(key_block[None, :] < seen[:, None], logits, float("-inf"))
+                new_max = tl.maximum(running_max, tl.max(logits, axis=1))
+                shares = tl.exp2(logits - new_max[:, None])
+                if ALONE:
+                    shares = tl.permute(tl.reshape(shares, (ROWS, TILE // 8, 4, 2)), (0, 2, 1, 3))
+                sums = tl.sum(tl.reshape(shares, (ROWS, KEY_BLOCKS, KEY_CLUSTERS)), axis=2)
+                running_sum = running_sum * tl.exp2(running_max - new_max) + tl.sum(sums, axis=1)
+                running_max = new_max
+                tl.store(scratch_ptr + (first + tl.arange(0, KEY_BLOCKS))[None, :] * ROWS + rows[:, None], sums)
+                tl.store(maxima_ptr + first // KEY_BLOCKS * ROWS + rows, new_max)
         tokens = tl.load(
             q_tokens_ptr + (head_entry * query_blocks + blocks) * clusters + cluster, mask=present, other=0
         )
         tl.debug_barrier()  # other threads of the program read what was written
         _peaks(
             scratch_ptr, maxima_ptr, running_max, tl.where(running_sum == 0, 1.0, running_sum), tokens.to(tl.float32),
-            scores_ptr + (head_entry * query_blocks + first_row) * key_blocks, query_blocks - first_row, key_blocks,
-            PEAK, BLOCKS, QUERY_CLUSTERS, KEY_BLOCKS,
+            scores_ptr + (head_entry * query_blocks + first_row) * key_blocks, query_blocks - first_row, last,
+            key_blocks, PEAK, BLOCKS, QUERY_CLUSTERS, KEY_BLOCKS,
         )  # fmt: skip
         tl.debug_barrier()
 
 
 @triton.jit
 def _peaks(
-    sums_ptr, maxima_ptr, maximum, total, tokens, scores_ptr, query_blocks, key_blocks,
+    sums_ptr, maxima_ptr, maximum, total, tokens, scores_ptr, query_blocks, last, key_blocks,
     PEAK: tl.constexpr, BLOCKS: tl.constexpr, CLUSTERS: tl.constexpr, KEY_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Shares of the key blocks from the sums [width, BLOCKS * CLUSTERS] of rows; their peak over CLUSTERS, or mean."""
+    """Shares of key blocks up to `last` from the sums [width, BLOCKS * CLUSTERS] of rows; their peak over CLUSTERS, or
+    mean."""
     WIDTH: tl.constexpr = 32
     rows, blocks = tl.arange(0, BLOCKS * CLUSTERS), tl.arange(0, BLOCKS)
-    for first in range(0, key_blocks, WIDTH):
+    for first in range(0, last, WIDTH):
         columns = first + tl.arange(0, WIDTH)
-        inside = columns < key_blocks
+        inside = columns < last
         sources = columns[:, None] * (BLOCKS * CLUSTERS) + rows[None, :]
         steps = (columns // KEY_BLOCKS)[:, None] * (BLOCKS * CLUSTERS) + rows[None, :]
         sums = tl.load(sums_ptr + sources, mask=inside[:, None], other=0.0)

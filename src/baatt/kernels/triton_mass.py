@@ -35,15 +35,15 @@ def compare(queries: Any, keys: Any, options: ScoreOptions, scale: float, sight:
     Returns:
         [B, H, i, J] float32, each row sums to 1; 0 without queries or keys.
     """
-    return _mass(queries, keys, scale, peak=False)
+    return _mass(queries, keys, scale, sight, peak=False)
 
 
 def compare_peak(queries: Any, keys: Any, options: ScoreOptions, scale: float, sight: Sight | None = None) -> Tensor:
     """As `compare`, of the query of a block that attends to the key block most; see `scores.exact.compare_peak`."""
-    return _mass(queries, keys, scale, peak=True)
+    return _mass(queries, keys, scale, sight, peak=True)
 
 
-def _mass(queries: Any, keys: Any, scale: float, *, peak: bool) -> Tensor:
+def _mass(queries: Any, keys: Any, scale: float, sight: Sight | None, *, peak: bool) -> Tensor:
     q, k = queries.tokens, keys.tokens.contiguous()
     batch, heads, query_blocks, block_size, channels = q.shape
     groups, key_blocks = k.shape[1:3]
@@ -51,17 +51,19 @@ def _mass(queries: Any, keys: Any, scale: float, *, peak: bool) -> Tensor:
     run = min(launch["TILE"], block_size)
     runs = key_blocks * (block_size // run)
     query_size, key_size = queries.size.contiguous(), keys.size.contiguous()
+    limit = None if sight is None else sight.limit.contiguous()
     mass = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=q.device)
     blocks = max(1, min(query_blocks, SLAB_SUMS // (batch * heads * runs * block_size)))
     sums = torch.empty(batch, heads, runs, blocks * block_size, dtype=torch.float32, device=q.device)
     for first in range(0, query_blocks, blocks):
         count = min(query_blocks - first, blocks)
         _sum_kernel[(cdiv(count * block_size, launch["ROWS"]), batch * heads)](
-            q, *q.stride(), k, key_size, sums, heads, heads // groups, key_blocks, runs, first, count * block_size,
-            blocks * block_size, scale * math.log2(math.e), CHANNELS=channels, BLOCK=block_size, RUN=run, **launch,
+            q, *q.stride(), k, key_size, limit, sums, heads, heads // groups, query_blocks, key_blocks, runs, first,
+            count * block_size, blocks * block_size, scale * math.log2(math.e),
+            CHANNELS=channels, BLOCK=block_size, RUN=run, **launch,
         )  # fmt: skip
         _share_kernel[(count, batch * heads)](
-            sums, query_size, key_size, mass, heads, query_blocks, key_blocks, runs, first, blocks * block_size,
+            sums, query_size, key_size, limit, mass, heads, query_blocks, key_blocks, runs, first, blocks * block_size,
             BLOCK=block_size, RUN=run, WIDTH=WIDTH, PEAK=peak, num_warps=4,
         )  # fmt: skip
     return mass
@@ -89,12 +91,12 @@ def launch_options(dtype: torch.dtype, channels: int, shared_memory: int) -> dic
 
 @triton.jit
 def _sum_kernel(
-    q_ptr, stride_batch, stride_head, stride_block, stride_token, stride_channel, k_ptr, key_size_ptr, sums_ptr,
-    heads, repeats, key_blocks, runs, first_block, slab_rows, stride_sums, scale,
+    q_ptr, stride_batch, stride_head, stride_block, stride_token, stride_channel, k_ptr, key_size_ptr, limit_ptr,
+    sums_ptr, heads, repeats, query_blocks, key_blocks, runs, first_block, slab_rows, stride_sums, scale,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """log2 of the sum of 2^(scale * q.k) over every run of RUN keys, for ROWS rows."""
+    """log2 of the sum of 2^(scale * q.k) over every run of RUN keys, for ROWS rows; up to the last run one sees."""
     head_entry = tl.program_id(1).to(tl.int64)
     length = _count_keys(key_size_ptr + head_entry // heads * key_blocks, key_blocks, BLOCK)
     k_ptr += (head_entry // repeats) * key_blocks * BLOCK * CHANNELS
@@ -105,7 +107,12 @@ def _sum_kernel(
     queries = _gather_rows(query_ptrs, present, 0, stride_channel, CHANNELS, DEPTH)
     # Rows side by side in memory: a step has one number of each to write.
     sums_ptrs = sums_ptr + head_entry * runs * stride_sums + rows[:, None]
-    for step in range(0, tl.cdiv(length, TILE).to(tl.int32)):
+    end = length
+    if limit_ptr is not None:
+        limit_ptr += (head_entry // heads * query_blocks + first_block) * BLOCK
+        limits = tl.load(limit_ptr + rows, mask=present, other=0)
+        end = tl.max(limits, axis=0)
+    for step in range(0, tl.cdiv(end, TILE).to(tl.int32)):
         first_key = tl.cast(step, tl.int64) * TILE
         key_tile = _load_rows(k_ptr, first_key, length, 0, 1, CHANNELS, TILE, CHANNELS, DEPTH)
         scores = tl.dot(queries, tl.trans(key_tile), input_precision=PRECISION) * scale
@@ -115,7 +122,11 @@ def _sum_kernel(
             more_keys = _load_rows(k_ptr, first_key, length, first_column, 1, CHANNELS, TILE, CHANNELS, DEPTH)
             product = tl.dot(more_queries, tl.trans(more_keys), input_precision=PRECISION)
             scores = tl.fma(product, tl.full(product.shape, 1.0, tl.float32) * scale, scores)
-        scores = tl.where((tl.arange(0, TILE) < length - first_key)[None, :], scores, float("-inf"))
+        if limit_ptr is None:
+            visible = (tl.arange(0, TILE) < length - first_key)[None, :]
+        else:
+            visible = tl.arange(0, TILE)[None, :] < (limits - first_key.to(tl.int32))[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
         scores = tl.reshape(scores, (ROWS, TILE // RUN, RUN))
         # At least the lowest finite number: a run without keys then sums to 0, not to exp2(inf - inf).
         largest = tl.maximum(tl.max(scores, axis=2), LOWEST)
@@ -128,28 +139,32 @@ def _sum_kernel(
 
 @triton.jit
 def _share_kernel(
-    sums_ptr, query_size_ptr, key_size_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block, stride_sums,
-    BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PEAK: tl.constexpr,
+    sums_ptr, query_size_ptr, key_size_ptr, limit_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block,
+    stride_sums, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PEAK: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the runs of keys in the rows of one query block, added up by key block, the rows' mean or peak."""
     head_entry = tl.program_id(1).to(tl.int64)
     block = first_block + tl.program_id(0)
     length = _count_keys(key_size_ptr + head_entry // heads * key_blocks, key_blocks, BLOCK).to(tl.int32)
     count = tl.load(query_size_ptr + head_entry // heads * query_blocks + block).to(tl.int32)
-    filled = tl.cdiv(length, RUN)
     rows = tl.arange(0, BLOCK)
+    limits = tl.where(rows < count, length, 0)
+    if limit_ptr is not None:
+        limits = tl.load(limit_ptr + (head_entry // heads * query_blocks + block) * BLOCK + rows)
+    seen = tl.cdiv(limits, RUN)
+    filled = tl.max(seen, axis=0)
     sums_ptr += head_entry * runs * stride_sums + tl.program_id(0) * BLOCK
     running_max = tl.full([BLOCK], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(0, filled, WIDTH):
-        sums = _load_sums(sums_ptr, first, filled, rows, count, stride_sums, WIDTH)
+        sums = _load_sums(sums_ptr, first, rows, seen, stride_sums, WIDTH)
         new_max = tl.maximum(running_max, tl.max(sums, axis=0))
         running_sum = running_sum * tl.exp2(running_max - new_max) + tl.sum(tl.exp2(sums - new_max[None, :]), axis=0)
         running_max = new_max
     divisor = tl.where(running_sum == 0, 1.0, running_sum)
     mass_ptr += (head_entry * query_blocks + block) * key_blocks
     for first in range(0, key_blocks * (BLOCK // RUN), WIDTH):
-        sums = _load_sums(sums_ptr, first, filled, rows, count, stride_sums, WIDTH)
+        sums = _load_sums(sums_ptr, first, rows, seen, stride_sums, WIDTH)
         shares = tl.exp2(sums - running_max[None, :]) / divisor[None, :]
         if PEAK:
             of_blocks = tl.sum(tl.reshape(shares, (WIDTH // (BLOCK // RUN), BLOCK // RUN, BLOCK)), axis=1)
@@ -175,9 +190,9 @@ def _count_keys(size_ptr, key_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_sums(sums_ptr, first, filled, rows, count, stride_sums, WIDTH: tl.constexpr):
-    """Part [WIDTH, BLOCK] of the sums from run `first` on, -inf from run `filled` and row `count` on."""
+def _load_sums(sums_ptr, first, rows, seen, stride_sums, WIDTH: tl.constexpr):
+    """Part [WIDTH, BLOCK] of the sums from run `first` on, -inf behind the runs that a row sees."""
     columns = first + tl.arange(0, WIDTH)
-    inside = (columns < filled)[:, None] & (rows < count)[None, :]
+    inside = columns[:, None] < seen[None, :]
     offsets = columns[:, None].to(tl.int64) * stride_sums + rows[None, :]
     return tl.load(sums_ptr + offsets, mask=inside, other=float("-inf"))

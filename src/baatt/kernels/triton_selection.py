@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
-from baatt.types import BlockSelection, BlockStats, BlockSummary, ScoreOptions, Sight, kept_blocks, take_blocks
+from baatt.types import (
+    BlockSelection,
+    BlockStats,
+    BlockSummary,
+    ScoreOptions,
+    Sight,
+    kept_blocks,
+    mean_of_rows,
+    take_blocks,
+)
 
 SLAB_SCORES = 64 * 2**20  # 256 MiB in fp32
 TILE = 64
@@ -26,7 +35,7 @@ FEW = 64  # programs, when smaller tiles for more of them are faster
 def choose_blocks(
     query_summary: BlockSummary,
     key_summary: BlockSummary,
-    score: Callable[[BlockSummary, BlockSummary], Tensor],
+    score: Callable[[BlockSummary, BlockSummary, Sight | None], Tensor],
     sparsity: float,
     keep_first: int = 0,
     sight: Sight | None = None,
@@ -36,25 +45,28 @@ def choose_blocks(
     Args:
         query_summary: of [B, H, I] blocks.
         key_summary: of [B, G, J] blocks.
-        score: (query_summary, key_summary) -> [B, H, i, J], called with slabs of query blocks.
+        score: (query_summary, key_summary, sight) -> [B, H, i, J], called with slabs of query blocks.
         sparsity: share of key blocks skipped.
         keep_first: key blocks from the front that are kept whatever their score.
+        sight: of all query blocks; scores of key blocks that a row does not see are not read.
 
     Returns:
         BlockSelection as `stages.selection.select_blocks`.
     """
-    if sight is not None:
-        raise NotImplementedError("causal selection")
     size = key_summary.size
     (batch, heads, query_blocks), key_blocks = query_summary[0].shape[:3], size.shape[1]
-    capacity = kept_blocks(sparsity, key_blocks)
+    usual = kept_blocks(sparsity, key_blocks)
+    capacity = usual if sight is None else min(key_blocks, max(usual, 2))
+    mean_count = None if sight is None else mean_of_rows(usual, query_blocks, key_blocks)
+    spans = None if sight is None else sight.spans.contiguous()
     index = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=size.device)
-    selection = BlockSelection(index, torch.empty(index.shape[:3], dtype=torch.int32, device=index.device))
+    count = torch.empty(index.shape[:3], dtype=torch.int32, device=index.device)
+    selection = BlockSelection(index, count, mean_count)
     rows = max(1, min(query_blocks, SLAB_SCORES // (batch * heads * key_blocks)))
     for start in range(0, query_blocks, rows):
         slab = slice(start, start + rows)
-        scores = score(take_blocks(query_summary, slab), key_summary)
-        _select(scores.float().contiguous(), size, sparsity, selection, start, keep_first)
+        scores = score(take_blocks(query_summary, slab), key_summary, sight and sight.take(slab))
+        _select(scores.float().contiguous(), size, sparsity, selection, start, keep_first, spans)
     return selection
 
 
@@ -98,13 +110,19 @@ def double_bits(number: float) -> int:
 
 
 def _select(
-    scores: Tensor, key_size: Tensor, sparsity: float, selection: BlockSelection, start: int, keep_first: int = 0
+    scores: Tensor,
+    key_size: Tensor,
+    sparsity: float,
+    selection: BlockSelection,
+    start: int,
+    keep_first: int = 0,
+    spans: Tensor | None = None,
 ) -> None:
     """Fill rows `start` and following of `selection` from scores [B, H, i, J]."""
     batch, heads, rows, key_blocks = scores.shape
     width = max(16, next_power_of_2(key_blocks))
     _select_kernel[(rows, batch * heads)](
-        scores, key_size, selection.count, selection.index, heads, rows, key_blocks,
+        scores, key_size, spans, selection.count, selection.index, heads, rows, key_blocks,
         selection.index.shape[2], selection.index.shape[3], start, double_bits(1 - sparsity), keep_first,
         WIDTH=width, num_warps=min(16, max(1, width // 1024)),
     )  # fmt: skip
@@ -157,12 +175,44 @@ def ordered(scores):
 
 
 @triton.jit
-def filled_blocks(size_ptr, columns, key_blocks, share):
-    """Which key blocks of an entry hold a token, and K of a row; share: the bits of the double 1 - sparsity."""
+def row_budget(size_ptr, spans_ptr, columns, key_blocks, share, keep_first):
+    """Of a row: which key blocks it sees that hold a token, K, which of them are kept whatever their score, and whether
+    others have room; share: the bits of the double 1 - sparsity; spans_ptr: of the row, None where it sees all."""
     filled = tl.load(size_ptr + columns, mask=columns < key_blocks, other=0) > 0
-    available = tl.sum(filled.to(tl.int32), axis=0)
-    wanted = tl.ceil((share + tl.zeros([1], tl.int64)).to(tl.float64, bitcast=True) * available.to(tl.float64))
-    return filled, tl.minimum(tl.maximum(tl.max(wanted, axis=0).to(tl.int32), 1), available)
+    if spans_ptr is None:
+        count = tl.max(kept_of(tl.sum(filled.to(tl.int32), axis=0) + tl.zeros([1], tl.int32), 1, share), axis=0)
+        forced, room = columns < tl.minimum(keep_first, count), keep_first < count
+    else:
+        first, last = tl.load(spans_ptr), tl.load(spans_ptr + 1)
+        filled = filled & (columns < tl.load(spans_ptr + 3))
+        available = tl.sum(filled.to(tl.int32), axis=0) + tl.zeros([1], tl.int32)
+        count = tl.max(kept_of(available, own_blocks(first, last), share), axis=0)
+        forced, room = kept_anyway(first, last, count, columns, keep_first)
+    return filled, count, forced, room
+
+
+@triton.jit
+def kept_of(available, least, share):
+    """K of rows [n] that see so many key blocks: at least so many, 0 where they see none."""
+    wanted = (share + tl.zeros_like(available).to(tl.int64)).to(tl.float64, bitcast=True) * available.to(tl.float64)
+    return tl.minimum(tl.maximum(tl.ceil(wanted).to(tl.int32), least), available)
+
+
+@triton.jit
+def own_blocks(first, last):
+    """How many key blocks hold the ends of a row of blocks."""
+    return tl.where(first == last, 1, 2)
+
+
+@triton.jit
+def kept_anyway(first, last, count, columns, keep_first):
+    """Which blocks a row keeps whatever their score: its own, then the first as far as its K goes; and whether others
+    have room. `columns` has an axis of its own."""
+    apart = first < last
+    others = columns - (columns > first).to(tl.int32) - ((columns > last) & apart).to(tl.int32)
+    room = count - own_blocks(first, last)
+    forced = (columns == first) | (columns == last) | ((columns < keep_first) & (others < room))
+    return forced, keep_first - (first < keep_first).to(tl.int32) - ((last < keep_first) & apart).to(tl.int32) < room
 
 
 @triton.jit
@@ -192,17 +242,26 @@ def store_list(values, low, room, columns, filled, list_ptr, capacity, WIDTH: tl
 
 @triton.jit
 def _select_kernel(
-    scores_ptr, size_ptr, count_ptr, index_ptr, heads, rows, key_blocks, query_blocks, capacity, start, share,
-    keep_first, WIDTH: tl.constexpr,
+    scores_ptr, size_ptr, spans_ptr, count_ptr, index_ptr, heads, rows, key_blocks, query_blocks, capacity, start,
+    share, keep_first, WIDTH: tl.constexpr,
 ):  # fmt: skip
     head_entry = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0)
     columns = tl.arange(0, WIDTH)
-    filled, count = filled_blocks(size_ptr + head_entry // heads * key_blocks, columns, key_blocks, share)
+    entry = head_entry // heads
+    if spans_ptr is not None:
+        spans_ptr += (entry * query_blocks + start + row) * 4
+    filled, count, forced, _ = row_budget(
+        size_ptr + entry * key_blocks, spans_ptr, columns, key_blocks, share, keep_first
+    )
     scores_ptr += (head_entry * rows + row) * key_blocks
-    scores = tl.load(scores_ptr + columns, mask=columns < key_blocks, other=float("-inf"))
+    if spans_ptr is None:
+        scores = tl.load(scores_ptr + columns, mask=columns < key_blocks, other=float("-inf"))
+    else:
+        scores = tl.load(scores_ptr + columns, mask=filled, other=float("-inf"))
+        scores = tl.where(scores == scores, scores, float("-inf"))
     values = tl.where(filled, ordered(scores), 0)  # an empty block is below all others
-    values = tl.where(filled & (columns < keep_first), tl.full((), 0xFFFFFFFF, tl.uint32), values)
+    values = tl.where(filled & forced, tl.full((), 0xFFFFFFFF, tl.uint32), values)
     low, room = threshold(values, count)
     list_start = head_entry * query_blocks + start + row
     store_list(values, low, room, columns, filled, index_ptr + list_start * capacity, capacity, WIDTH)

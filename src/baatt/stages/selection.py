@@ -56,9 +56,10 @@ def select_blocks(
     first = present & (columns < count.clamp(max=keep_first))
     if sight is not None:
         own = present & (columns == rearrange(sight.spans[..., :2], "b i s -> s b 1 i 1")).any(0)
-        count = torch.maximum(count, own.sum(-1, keepdim=True))
-        beyond = (own & (columns >= keep_first)).sum(-1, keepdim=True)
-        first = own | (present & (columns < (count - beyond).clamp(max=keep_first)))
+        number = own.sum(-1, keepdim=True)
+        count = torch.maximum(count, number)
+        others = present & ~own & (columns < keep_first)
+        first = own | (others & (others.cumsum(-1) <= count - number))
     sizes = scores.new_ones(1, query_blocks) if query_block_size is None else query_block_size
     kept = BUDGETS[budget](scores, present & rearrange(sizes > 0, "b i -> b 1 i 1"), first, count)
     usual = kept_blocks(sparsity, key_blocks)
