@@ -14,7 +14,6 @@ from baatt.backend import Backend, Workload, choose_backend
 from baatt.checks import check_make_plan, check_plan, check_query_and_key, check_structure, check_value
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
-from baatt.stages.structure import look_back
 from baatt.types import SortedBlocks
 
 
@@ -135,7 +134,7 @@ def _decide(
     with torch.autocast(q.device.type, enabled=False):
         blocks = backend.sort_blocks(q, k, v, config, *masks)
         summaries = blocks.query_summary, blocks.key_summary
-        sight = None if structure is None else look_back(q, k, *structure, config.block_size, *masks)
+        sight = None if structure is None else backend.look_back(q, k, *structure, config.block_size, *masks)
         selection = backend.choose_blocks(*summaries, config, scale, sight)
     return Plan(config, scale, blocks.query_order, blocks.key_order, *summaries, selection, sight), blocks
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from baatt.config import BAAttConfig
 from baatt.scores import SCORES, clusters, covariance, exact, simple
-from baatt.stages import selection, sorting, sparse
+from baatt.stages import selection, sorting, sparse, structure
 from baatt.types import (
     BlockSelection,
     BlockSummary,
@@ -42,18 +42,20 @@ _logged: set[str] = set()
 
 
 class Backend(NamedTuple):
-    """The functions of one implementation, in the order in which they run.
+    """The functions of one implementation.
 
     sort_blocks: (q, k, v, config, key_mask, query_mask) -> orders and summaries: a pair of `ORDERS`, `summarise` of a
         score; v is there, or None, because a kernel copies it on the way.
     choose_blocks: the best block pairs: `compare` of a score, then `baatt.stages.selection.select_blocks`.
     sparse_attention: of `baatt.stages.sparse`, or a twin, which may take the sorted copies of `SortedBlocks` besides.
+    look_back: of `baatt.stages.structure`, or a twin.
     """
 
     name: str
     sort_blocks: Callable[..., SortedBlocks]
     choose_blocks: Callable[[BlockSummary, BlockSummary, BAAttConfig, float, Sight | None], BlockSelection]
     sparse_attention: Callable[..., Partial]
+    look_back: Callable[..., Sight] = structure.look_back
 
 
 class Workload(NamedTuple):
@@ -296,6 +298,23 @@ def _sort_on_gpu(
     return SortedBlocks(query_order, summaries[0], key_order, summaries[1], *own)
 
 
+def _look_back_on_gpu(
+    q: Tensor,
+    k: Tensor,
+    causal: int,
+    query_start: int,
+    block_size: int,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> Sight:
+    from baatt.kernels import triton_structure
+
+    where = q, k, causal, query_start, block_size
+    if key_mask is None and query_mask is None:
+        return triton_structure.look_back(*where)
+    return structure.look_back(*where, key_mask, query_mask)
+
+
 def _summarise_sides(
     summarise: Callable[..., BlockSummary],
     q: Tensor,
@@ -330,7 +349,7 @@ def _backend(impl: str) -> Backend:
     if impl in ("triton", "hopper"):
         twins, attention = _cluster_twins(impl), _import_kernel(impl).sparse_attention
         sort, choose = functools.partial(_sort_on_gpu, twins), functools.partial(_choose_on_gpu, twins)
-        return Backend(impl, sort, choose, attention)
+        return Backend(impl, sort, choose, attention, _look_back_on_gpu)
     twin, attention = _itself, sparse.sparse_attention
     if impl == "cpu":
         from baatt.kernels import cpu

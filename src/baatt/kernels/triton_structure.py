@@ -10,22 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv
-from baatt.stages import structure
 from baatt.types import Sight
 
 
-def look_back(
-    q: Tensor,
-    k: Tensor,
-    causal: int,
-    query_start: int,
-    block_size: int,
-    key_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-) -> Sight:
+def look_back(q: Tensor, k: Tensor, causal: int, query_start: int, block_size: int) -> Sight:
     """See `stages.structure.look_back`."""
-    if key_mask is not None or query_mask is not None:
-        return structure.look_back(q, k, causal, query_start, block_size, key_mask, query_mask)
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     blocks = cdiv(queries, block_size)
     limit = torch.empty(batch, blocks, block_size, dtype=torch.int32, device=q.device)
