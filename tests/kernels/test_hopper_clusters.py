@@ -8,15 +8,19 @@ import sys
 
 import pytest
 
+from baatt.kernels import hopper_shares_kernel
+
 SCRIPT = """
 import re
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.tools.disasm import get_sass
+from triton.tools import disasm
 from baatt.kernels.hopper_clusters_kernel import centre_kernel, gl, refine_kernel
 from baatt.kernels.hopper_shares_kernel import share_kernel
+
+disasm.FLINE_RE = re.compile(disasm.FLINE_RE.pattern.replace("{4}", "{4,}"))  # it stops after 4096 instructions
 
 def compile_for(kernel, channels, pointers, values, odd):
     layout = gl.NVMMASharedLayout.get_default_for([1, 1, 128, channels], gl.bfloat16)
@@ -32,7 +36,7 @@ def compile_for(kernel, channels, pointers, values, odd):
         GluonASTSource(kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}
     )
     print("<compiled>", kernel.__name__, compiled.metadata.shared, compiled.metadata.num_warps)
-    print(get_sass(compiled.asm["cubin"]))
+    print(disasm.get_sass(compiled.asm["cubin"]))
 
 channels = int(sys.argv[1])
 tokens = {"q_ptr": "*bf16", "k_ptr": "*bf16", "centre_ptr": "*i32", "nearest_ptr": "*i8"}
@@ -44,7 +48,9 @@ compile_for(centre_kernel, channels, tokens | lengths, values | dict.fromkeys(or
 compile_for(refine_kernel, channels, tokens | lengths | orders | means, values | {"CLUSTERS": 16}, list(lengths))
 sides = {"q_ptr": "*bf16", "q_tokens_ptr": "*i64", "number_ptr": "*fp32", "scores_ptr": "*fp32", "scratch_ptr": "*fp32"}
 values = {"QUERY_CLUSTERS": 16, "KEY_CLUSTERS": 16, "PEAK": True, "STAGES": 4}
-compile_for(share_kernel, channels, sides | {"scale_log2": "fp32"}, values, [])
+sides |= {"scale_log2": "fp32"}
+compile_for(share_kernel, channels, sides, values | dict.fromkeys(["spans_ptr", "stride_spans"]), [])
+compile_for(share_kernel, channels, sides | {"spans_ptr": "*i32"}, values, [])
 """
 
 
@@ -68,7 +74,7 @@ def test_compiles_as_designed(channels, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     parts = [part.split(maxsplit=3) for part in run.stdout.split("<compiled> ")[1:]]
-    assert [part[0] for part in parts] == ["centre_kernel", "refine_kernel", "share_kernel"]
+    assert [part[0] for part in parts] == ["centre_kernel", "refine_kernel", "share_kernel", "share_kernel"]
     # Three blocks on a multiprocessor have their products at once, four or more are refined.
     most = {"centre_kernel": 75 * 1024, "refine_kernel": 56 * 1024, "share_kernel": 227 * 1024}
     for name, shared, warps, code in parts:
@@ -79,3 +85,14 @@ def test_compiles_as_designed(channels, tmp_path):
         checked = [code] if name != "share_kernel" else [loop for loop in innermost_loops(code) if "MUFU.EX2" in loop]
         assert checked
         assert not any(re.search(r"\b(LDL|STL)\b", part) for part in checked), "registers are spilled"
+
+
+@pytest.mark.parametrize(("all_heads", "head_tiles", "programs"), [(32, 11, 132), (32, 86, 132), (3, 5, 15), (1, 7, 2)])
+def test_tiles_of_unequal_length_are_dealt_evenly(all_heads, head_tiles, programs):
+    tiles = all_heads * head_tiles
+    place_of = hopper_shares_kernel.place_of.fn
+    for spans in (None, "some"):
+        dealt = [place_of(tile, programs, tiles, head_tiles, spans) for tile in range(tiles)]
+        assert sorted(dealt) == [divmod(tile, head_tiles) for tile in range(tiles)]
+    work = [sum(1 + part for _, part in dealt[program::programs]) for program in range(programs)]
+    assert max(work) <= max(head_tiles, 1.15 * sum(work) / programs)

@@ -3,8 +3,8 @@
 A persistent grid walks over tiles of 128 sorted query rows. One producer warp brings K and V blocks in by TMA, which
 follows the strides of k and v; two consumer warpgroups of 64 rows each gather their queries and multiply, and the
 product with the next key block runs while the softmax weights of this one meet V. Lists are walked from the back, so
-that the one ragged key block comes first and the steady loop needs no mask. Gluon is experimental: `refusal` compiles a
-kernel once and reports whatever goes wrong.
+that the one ragged key block, or the one on the diagonal, comes first and the steady loop needs no mask. Gluon is
+experimental: `refusal` compiles a kernel once and reports whatever goes wrong.
 """
 
 import functools
@@ -21,7 +21,8 @@ from baatt.kernels.triton_budget import longest_first
 from baatt.types import BlockSelection, Partial, Sight, TokenOrder
 
 BLOCK = 128
-#: Tiles that are sorted together where their lists differ in length: of few heads, whose keys fit in the L2 cache.
+#: Tiles that are sorted together where their lists differ in length: of few heads, whose keys fit in the L2 cache, and
+#: enough that two of a causal head, a long one and a short one, are about one share of a multiprocessor.
 WINDOW = 256
 #: Blocks that a multiprocessor walks through before all of them start together again.
 IN_STEP = 800
@@ -62,8 +63,8 @@ def sparse_attention(
     """Attend from every query block to its kept key blocks (E8); see `stages.sparse.sparse_attention`.
 
     block_size: 128; scale: positive; sorted_k, sorted_v: k and v in sorted order where they exist; selection: ascending
-    lists without empty key blocks. What TMA cannot read is copied first: channels that are not side by side, rows that
-    do not begin at multiples of 16 bytes, and heads or entries that share their memory.
+    lists without empty key blocks, or such as no query sees. What TMA cannot read is copied first: channels that are
+    not side by side, rows that do not begin at multiples of 16 bytes, and heads or entries that share their memory.
     """
     if block_size != BLOCK:
         raise ValueError(f"block_size must be {BLOCK}, got {block_size}")
@@ -81,14 +82,17 @@ def sparse_attention(
     uneven = None
     if selection.mean_count is not None:
         uneven = longest_first(selection.count, together=cdiv(WINDOW, query_blocks))
-        chunk = chunk - chunk % query_blocks or chunk  # so that a launch does not end with the longest of a head
+        # So that a launch does not end with the longest of a head.
+        chunk = chunk - chunk % query_blocks or (chunk if sight is None else query_blocks)
+    limits = (None, None) if sight is None else (sight.limit.contiguous(), sight.spans.contiguous())
     for first_tile in range(0, tiles, chunk):
         last_tile = min(first_tile + chunk, tiles)
         attention_kernel[(min(last_tile - first_tile, properties.multi_processor_count),)](
             q, *q.stride()[:3], *descriptors,
-            index, selection.count.contiguous(), uneven, moved(query_order), key_order.length.contiguous(), out, lse,
-            first_tile, last_tile, query_blocks, index.shape[-1], heads, k.shape[1], tokens, scale * math.log2(math.e),
-            BLOCK=BLOCK, CHANNELS=channels, STAGES=ring_stages(channels), DTYPE=dtype, num_warps=4,
+            index, selection.count.contiguous(), uneven, moved(query_order), key_order.length.contiguous(), *limits,
+            out, lse, first_tile, last_tile, query_blocks, index.shape[-1], heads, k.shape[1], tokens,
+            scale * math.log2(math.e), BLOCK=BLOCK, CHANNELS=channels, STAGES=ring_stages(channels), DTYPE=dtype,
+            num_warps=4,
         )  # fmt: skip
     return Partial(out, lse)
 
@@ -116,6 +120,9 @@ def _tiles_per_launch(tiles: int, kept: int, bytes_per_head: int, properties: An
 
     Ascending lists make all multiprocessors sweep over the same keys at the same time, so that a block comes from
     memory once for all of them, as long as they keep in step. A new launch puts them back in step.
+
+    Causal lists need that less. The longest first means later query blocks first, all of which begin at the diagonal;
+    and who is done last gets a shorter one next, so that those who are out of step meet again after each second tile.
     """
     fits = 2 * bytes_per_head <= properties.L2_cache_size
     return tiles if fits else properties.multi_processor_count * max(1, round(IN_STEP / kept))

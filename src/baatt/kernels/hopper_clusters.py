@@ -71,13 +71,13 @@ def summarise_sides(
 def compare(
     queries: BlockClusters, keys: BlockClusters, options: ScoreOptions, scale: float, sight: Sight | None = None
 ) -> Tensor:
-    """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0.
+    """See `scores.clusters.compare`; [B, H, i, J] float32, of empty key blocks 0 and beyond sight whatever was there.
 
     scale: positive, as the backend sees to: maxima are taken of products that are not scaled yet.
     """
     query_mean, clusters = queries.mean, queries.mean.shape[3]
     if not FEWEST <= clusters <= MOST:
-        return triton_clusters.compare(queries, keys, options, scale)
+        return triton_clusters.compare(queries, keys, options, scale, sight)
     batch, heads, query_blocks, _, channels = query_mean.shape
     groups, key_blocks = keys.mean.shape[1:3]
     wide = next_power_of_2(clusters)
@@ -89,9 +89,10 @@ def compare(
     room = ROWS * steps * (TILE // wide + 1)
     programs = min(tiles, _multiprocessors(query_mean.device), max(1, triton_clusters.SCRATCH // (4 * room)))
     scratch = torch.empty(programs, room, dtype=torch.float32, device=query_mean.device)
+    limits = (None, None) if sight is None else (sight.spans, sight.spans.stride(0))
     share_kernel[(programs,)](
         query_mean, *query_mean.stride()[:3], queries.tokens.contiguous(),
-        tile_descriptor(tiled, DTYPES[tiled.dtype]), numbers, scores, scratch,
+        tile_descriptor(tiled, DTYPES[tiled.dtype]), numbers, *limits, scores, scratch,
         tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale * math.log2(math.e),
         CHANNELS=channels, QUERY_CLUSTERS=wide, KEY_CLUSTERS=wide, PEAK=options.peak, STAGES=STAGES[channels],
         DTYPE=DTYPES[query_mean.dtype], num_warps=4,

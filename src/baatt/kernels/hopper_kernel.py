@@ -7,6 +7,9 @@ Tiles of equal work are dealt round and round. Uneven ones stand in a list, and 
 producer, a tile ahead, and tells its consumers through a ring. With a slot more than `STAGES` that ring needs no empty
 barriers: where the producer comes to a slot again, blocks of the tiles since have gone through all stages.
 
+Where rows see only the keys in front of a limit, the blocks that hold keys beyond it for some rows stand at the back of
+a list: the first one has a mask, and so have, seldom, a few more.
+
 Ring entry number e of a program, counted over all its tiles, uses stage e % STAGES in phase e // STAGES; K and V have
 rings of their own. Full barriers count the producer's expected bytes, empty barriers one arrival per consumer.
 """
@@ -16,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 NO_TILE = gl.constexpr(0x7FFFFFFF)
+LOWEST = gl.constexpr(-3.4028234663852886e38)
 LN_2 = gl.constexpr(0.6931471805599453)
 
 # Triton 3.8 renamed the load and 3.9 left only an error under the old name, so the new one goes first.
@@ -109,6 +113,16 @@ def load_queries(
 
 
 @gluon.jit
+def load_limits(limit_ptr, spans_ptr, list_ptr, tile, count, heads, query_blocks, rows, BLOCK: gl.constexpr):
+    """Of a tile: the keys that each row sees, the first block that hides some, and the last but one of its list."""
+    place = tile // query_blocks // heads * query_blocks + tile % query_blocks
+    limit = gl.load(limit_ptr + place * BLOCK + rows)
+    whole = gl.load(spans_ptr + place * 4 + 2)
+    second = gl.load(list_ptr - 1, mask=count > 1, other=-1)
+    return limit, whole, second
+
+
+@gluon.jit
 def load_block(
     descriptor, batch_entry, group, block, full, empty, ring, entry, BLOCK: gl.constexpr, STAGES: gl.constexpr
 ):
@@ -150,9 +164,20 @@ def produce(
 
 
 @gluon.jit
+def hide(scores, visible, columns):
+    """-inf from column `visible` of a row on.
+
+    The bits of a column that differ between threads change sides, which leaves constants on theirs: the columns of a
+    thread would need a register each.
+    """
+    own = columns & 6
+    return gl.where((columns & ~6)[None, :] < visible[:, None] - own[None, :], scores, float("-inf"))
+
+
+@gluon.jit
 def consume(
     q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty, tile_ring,
-    tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, limit_ptr, spans_ptr, out_ptr, lse_ptr,
     first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
     HALF: gl.constexpr, BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -170,13 +195,20 @@ def consume(
     columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, score_layout))
     channels = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, wide_layout))
     half_rows = HALF * ROWS + gl.arange(0, ROWS, layout=wide_rows)
+    limit_rows = HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score_layout))
     no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=score_layout)
     entry, turn = 0, 0
 
     tile, end = first_tile_of(tiles_ptr, first_tile, last_tile)
     count = gl.maximum(gl.load(count_ptr + tile), 1)
-    last_block = gl.load(index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1)
-    length = gl.cast(gl.load(length_ptr + tile // query_blocks // heads), gl.int32)
+    list_ptr = index_ptr + gl.cast(tile, gl.int64) * capacity + count - 1
+    last_block = gl.load(list_ptr)
+    if limit_ptr is None:
+        length = gl.cast(gl.load(length_ptr + tile // query_blocks // heads), gl.int32)
+    else:
+        limit, whole, second = load_limits(
+            limit_ptr, spans_ptr, list_ptr, tile, count, heads, query_blocks, limit_rows, BLOCK
+        )
     rows = (tile % query_blocks) * BLOCK + half_rows
     order = load_order(order_ptr, tile // query_blocks, tokens, rows)
     queries = load_queries(
@@ -187,7 +219,8 @@ def consume(
         turn += 1
         target = gl.cast(tile // query_blocks, gl.int64) * tokens + order
         stored = rows < tokens
-        present = length - last_block * BLOCK
+        if limit_ptr is None:
+            present = length - last_block * BLOCK
         # The last tile has itself for the next one.
         next_tile = gl.where(following < end, following, tile)
         next_count = gl.maximum(gl.load(count_ptr + next_tile), 1)
@@ -203,15 +236,19 @@ def consume(
         scores = warpgroup_mma(query_operand, k_block, no_scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
-        scores = gl.where(columns[None, :] < present, scores, float("-inf"))
-        running_max = gl.max(scores, 1) * scale_log2
-        running_max = gl.where(running_max == float("-inf"), 0.0, running_max)  # an entry whose keys are all masked
+        if limit_ptr is None:
+            scores = gl.where(columns[None, :] < present, scores, float("-inf"))
+            running_max = gl.max(scores, 1) * scale_log2
+            running_max = gl.where(running_max == float("-inf"), 0.0, running_max)  # an entry whose keys are all masked
+        else:  # a limit is never beyond the length, and a row may see none of this block, but of the next ones
+            scores = hide(scores, limit - last_block * BLOCK, columns)
+            running_max = gl.maximum(gl.max(scores, 1) * scale_log2, LOWEST)
         weights = gl.exp2(scores * scale_log2 - running_max[:, None])
         running_sum = gl.sum(weights, 1)
         operand = gl.convert_layout(weights.to(DTYPE), weight_layout)
         accumulator = gl.zeros([ROWS, CHANNELS], gl.float32, layout=out_layout)
 
-        for _ in range(1, count):
+        for slot in range(1, count):
             stage = (entry + 1) % STAGES
             mbarrier.wait(k_full.index(stage), ((entry + 1) // STAGES) & 1)
             k_block = k_ring.index(stage).reshape([BLOCK, CHANNELS]).permute((1, 0))
@@ -222,7 +259,15 @@ def consume(
             accumulator = warpgroup_mma(operand, v_block, accumulator, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(k_empty.index(stage), count=1)
-            new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+            if limit_ptr is None:
+                peak = gl.max(scores, 1)
+            elif second >= whole:
+                scores = hide(scores, limit - second * BLOCK, columns)
+                second = gl.load(list_ptr - slot - 1, mask=slot + 1 < count, other=-1)
+                peak = gl.max(scores, 1)
+            else:  # behind the branch the maximum would wait for the product with V
+                peak = gl.max(scores, 1)
+            new_max = gl.maximum(running_max, peak * scale_log2)
             weights = gl.exp2(scores * scale_log2 - new_max[:, None])
             shrink = gl.exp2(running_max - new_max)
             running_sum = running_sum * shrink + gl.sum(weights, 1)
@@ -233,8 +278,14 @@ def consume(
             accumulator = accumulator * gl.convert_layout(shrink, out_rows)[:, None]
             entry += 1
 
-        last_block = gl.load(index_ptr + gl.cast(next_tile, gl.int64) * capacity + next_count - 1)
-        length = gl.cast(gl.load(length_ptr + next_tile // query_blocks // heads), gl.int32)
+        list_ptr = index_ptr + gl.cast(next_tile, gl.int64) * capacity + next_count - 1
+        last_block = gl.load(list_ptr)
+        if limit_ptr is None:
+            length = gl.cast(gl.load(length_ptr + next_tile // query_blocks // heads), gl.int32)
+        else:
+            limit, whole, second = load_limits(
+                limit_ptr, spans_ptr, list_ptr, next_tile, next_count, heads, query_blocks, limit_rows, BLOCK
+            )
         count = next_count
         queries = load_queries(
             q_ptr, stride_batch, stride_head, stride_token, order, next_tile, rows < tokens, heads, query_blocks,
@@ -263,7 +314,7 @@ def consume(
 @gluon.jit
 def attention_kernel(
     q_ptr, stride_batch, stride_head, stride_token, k_descriptor, v_descriptor,
-    index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
+    index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, limit_ptr, spans_ptr, out_ptr, lse_ptr,
     first_tile, last_tile, query_blocks, capacity, heads, groups, tokens, scale_log2,
     BLOCK: gl.constexpr, CHANNELS: gl.constexpr, STAGES: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -290,8 +341,8 @@ def attention_kernel(
                 consume,
                 (
                     q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                    tile_ring, tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
-                    first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
+                    tile_ring, tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, limit_ptr, spans_ptr,
+                    out_ptr, lse_ptr, first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     0, BLOCK, CHANNELS, STAGES, DTYPE,
                 ),
             ),
@@ -299,8 +350,8 @@ def attention_kernel(
                 consume,
                 (
                     q_ptr, stride_batch, stride_head, stride_token, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-                    tile_ring, tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, out_ptr, lse_ptr,
-                    first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
+                    tile_ring, tile_full, index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, limit_ptr, spans_ptr,
+                    out_ptr, lse_ptr, first_tile, last_tile, query_blocks, capacity, heads, tokens, scale_log2,
                     1, BLOCK, CHANNELS, STAGES, DTYPE,
                 ),
             ),

@@ -3,6 +3,11 @@
 Its parts are those of the attention kernel: a producer brings in tiles of key clusters, consumers multiply each 64 rows
 of query clusters with them, one after the other, so that the product of one runs while others sum up theirs. Sums of
 exponentials stay in scratch memory until a row is through.
+
+With sight a tile ends with the last key block that one of its query blocks sees, and only the steps since the first
+that one of them does not see have a mask. Later query blocks take longer, so tiles go out by descending length: those
+of all heads, then the next shorter ones, every other round the other way about, so that whoever had the longest of a
+round has the shortest of the next. Some tiles of a head are always under way together and share its keys in L2.
 """
 
 from triton.experimental import gluon
@@ -61,15 +66,54 @@ def scores_layout(query_clusters, key_clusters, steps):
 
 
 @gluon.jit
+def place_of(tile, programs, tiles, head_tiles, spans_ptr):
+    """Which row of [B * H], and which of its tiles, a program takes: each has every number of a round of `programs`."""
+    head_entry, part = tile // head_tiles, tile % head_tiles
+    if spans_ptr is not None:
+        turn = tile // programs
+        if (turn % 2 == 1) & ((turn + 1) * programs <= tiles):
+            tile = (2 * turn + 1) * programs - 1 - tile
+        all_heads = tiles // head_tiles
+        head_entry, part = tile % all_heads, head_tiles - 1 - tile // all_heads
+    return head_entry, part
+
+
+@gluon.jit
+def steps_of(
+    spans_ptr, stride_spans, batch_entry, part, query_blocks, key_blocks, steps, WARPS: gl.constexpr,
+    QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr,
+):  # fmt: skip
+    """Steps of a tile that need no mask, and all: up to what its query blocks see."""
+    plain, last = steps, steps
+    if spans_ptr is not None:
+        TILE_BLOCKS: gl.constexpr = CONSUMERS * 64 // QUERY_CLUSTERS
+        KEY_BLOCKS: gl.constexpr = TILE // KEY_CLUSTERS
+        every_warp: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0]))
+        own = gl.arange(0, 64, layout=every_warp)
+        blocks = part * TILE_BLOCKS + own
+        inside = (own < TILE_BLOCKS) & (blocks < query_blocks)
+        spans_ptr += gl.cast(batch_entry, gl.int64) * stride_spans
+        seen = gl.load(spans_ptr + blocks * 4 + 3, mask=inside, other=0)
+        last = (gl.max(seen, 0) + KEY_BLOCKS - 1) // KEY_BLOCKS
+        # What a query block that sees nothing scores does not matter.
+        plain = gl.min(gl.where(seen > 0, seen, key_blocks), 0) // KEY_BLOCKS
+    return plain, last
+
+
+@gluon.jit
 def produce(
-    descriptor, ring, full, empty, tiles, head_tiles, heads, groups, steps, STAGES: gl.constexpr
+    descriptor, ring, full, empty, spans_ptr, stride_spans, tiles, head_tiles, heads, groups, query_blocks, key_blocks,
+    steps, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """The producer warp: the tiles of key clusters of a head, again for every tile of rows."""
     entry = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        head_entry = tile // head_tiles
+        head_entry, part = place_of(tile, gl.num_programs(0), tiles, head_tiles, spans_ptr)
         batch_entry, group = head_entry // heads, head_entry % heads // (heads // groups)
-        for step in range(0, steps):
+        _, last = steps_of(
+            spans_ptr, stride_spans, batch_entry, part, query_blocks, key_blocks, steps, 1, QUERY_CLUSTERS, KEY_CLUSTERS
+        )
+        for step in range(0, last):
             load_block(descriptor, batch_entry, group, step, full, empty, ring, entry, TILE, STAGES)
             entry += 1
 
@@ -82,8 +126,8 @@ def consume(
     """One warpgroup: 64 rows of query clusters of every tile, of whole query blocks."""
     (
         q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, turn, number_ptr,
-        scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters,
-        scale_log2,
+        spans_ptr, stride_spans, scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks,
+        steps, clusters, scale_log2,
     ) = sides  # fmt: skip
     ROWS: gl.constexpr = 64
     BLOCKS: gl.constexpr = ROWS // QUERY_CLUSTERS
@@ -98,6 +142,9 @@ def consume(
     rows = gl.arange(0, ROWS, layout=rows_summed)
     columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, products))
     key_places = gl.arange(0, KEY_BLOCKS, layout=gl.SliceLayout(0, summed))
+    rows_masked = gl.arange(0, ROWS, layout=rows_products)
+    # Which of the key blocks of a tile a column belongs to, see `hopper_clusters._tile_kernel`.
+    column_blocks = (columns % 8 // 2 * (TILE // 4) + columns // 8 * 2 + columns % 2) // KEY_CLUSTERS
     nothing = gl.zeros([ROWS, TILE], gl.float32, layout=products)
     # Of each row the sums of its key blocks, then what the sums of a tile are relative to.
     scratch_ptr += (gl.cast(gl.program_id(0), gl.int64) * CONSUMERS + PART) * ROWS * steps * (KEY_BLOCKS + 1)
@@ -107,8 +154,9 @@ def consume(
     own = q_rows.index(PART)
     entry = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        head_entry = gl.cast(tile // head_tiles, gl.int64)
-        first_block = (tile % head_tiles * CONSUMERS + PART) * BLOCKS
+        head_entry, part = place_of(tile, gl.num_programs(0), tiles, head_tiles, spans_ptr)
+        head_entry = gl.cast(head_entry, gl.int64)
+        first_block = (part * CONSUMERS + PART) * BLOCKS
         blocks, cluster = first_block + rows_wide // QUERY_CLUSTERS, rows_wide % QUERY_CLUSTERS
         present = (blocks < query_blocks) & (cluster < clusters)
         q_offset = (head_entry // heads) * stride_batch + (head_entry % heads) * stride_head
@@ -120,29 +168,41 @@ def consume(
         gl.thread_barrier()
         key_entry = head_entry // heads * groups + head_entry % heads // (heads // groups)
         number_ptrs = number_ptr + key_entry * steps * TILE + columns
+        if spans_ptr is not None:
+            row_blocks = first_block + rows_masked // QUERY_CLUSTERS
+            seen_ptrs = spans_ptr + head_entry // heads * stride_spans + row_blocks * 4 + 3
+            seen = gl.load(seen_ptrs, mask=row_blocks < query_blocks, other=0)
         running_max = gl.full([ROWS], LOWEST, gl.float32, layout=rows_products)
         running_sum = gl.zeros([ROWS], gl.float32, layout=rows_products)
-        for step in range(0, steps):
-            number = gl.load(number_ptrs + step * TILE)
-            mbarrier.wait(full.index(entry % STAGES), (entry // STAGES) & 1)
-            keys = ring.index(entry % STAGES).reshape([TILE, CHANNELS]).permute((1, 0))
-            # In turn, so that the products of one warpgroup run beside the exponentials of the others.
-            mbarrier.wait(turn.index(PART), (entry & 1) ^ (1 if PART == 0 else 0))
-            scores = warpgroup_mma(own, keys, nothing, use_acc=False, is_async=True)
-            mbarrier.arrive(turn.index((PART + 1) % CONSUMERS), count=1)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(empty.index(entry % STAGES), count=1)
-            entry += 1
-            running_max, running_sum, sums = add_up(
-                scores, number, running_max, running_sum, scale_log2, ROWS, KEY_BLOCKS, KEY_CLUSTERS, summed
-            )
-            gl.store(sums_ptrs + step * KEY_BLOCKS, sums)
-            gl.store(maxima_ptr + step * ROWS + rows, gl.convert_layout(running_max, rows_summed))
+        plain, last = steps_of(
+            spans_ptr, stride_spans, head_entry // heads, part, query_blocks, key_blocks, steps, 4, QUERY_CLUSTERS,
+            KEY_CLUSTERS,
+        )  # fmt: skip
+        for masked in gl.static_range(1 if spans_ptr is None else 2):
+            for step in range(plain if masked else 0, last if masked else plain):
+                number = gl.load(number_ptrs + step * TILE)
+                mbarrier.wait(full.index(entry % STAGES), (entry // STAGES) & 1)
+                keys = ring.index(entry % STAGES).reshape([TILE, CHANNELS]).permute((1, 0))
+                # In turn, so that the products of one warpgroup run beside the exponentials of the others.
+                mbarrier.wait(turn.index(PART), (entry & 1) ^ (1 if PART == 0 else 0))
+                scores = warpgroup_mma(own, keys, nothing, use_acc=False, is_async=True)
+                mbarrier.arrive(turn.index((PART + 1) % CONSUMERS), count=1)
+                scores = warpgroup_mma_wait(0, deps=(scores,))
+                mbarrier.arrive(empty.index(entry % STAGES), count=1)
+                entry += 1
+                if masked:
+                    visible = (seen - step * KEY_BLOCKS)[:, None]
+                    scores = gl.where(column_blocks[None, :] < visible, scores, float("-inf"))
+                running_max, running_sum, sums = add_up(
+                    scores, number, running_max, running_sum, scale_log2, ROWS, KEY_BLOCKS, KEY_CLUSTERS, summed
+                )
+                gl.store(sums_ptrs + step * KEY_BLOCKS, sums)
+                gl.store(maxima_ptr + step * ROWS + rows, gl.convert_layout(running_max, rows_summed))
         gl.thread_barrier()  # other threads read the maxima
         write_scores(
             scratch_ptr, maxima_ptr, running_max, running_sum, q_tokens_ptr + head_entry * query_blocks * clusters,
-            scores_ptr + head_entry * query_blocks * key_blocks, first_block, query_blocks, key_blocks, steps, clusters,
-            PEAK, ROWS, QUERY_CLUSTERS, KEY_CLUSTERS,
+            scores_ptr + head_entry * query_blocks * key_blocks, first_block, query_blocks, key_blocks, steps, last,
+            clusters, PEAK, ROWS, QUERY_CLUSTERS, KEY_CLUSTERS,
         )  # fmt: skip
         gl.thread_barrier()
 
@@ -163,7 +223,7 @@ def add_up(
 
 @gluon.jit
 def write_scores(
-    sums_ptr, maxima_ptr, maximum, total, q_tokens_ptr, scores_ptr, first_block, query_blocks, key_blocks, steps,
+    sums_ptr, maxima_ptr, maximum, total, q_tokens_ptr, scores_ptr, first_block, query_blocks, key_blocks, steps, last,
     clusters,
     PEAK: gl.constexpr, ROWS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr,
 ):  # fmt: skip
@@ -189,10 +249,10 @@ def write_scores(
         factor = factor * number
     sources = gl.arange(0, STEPS * KEY_BLOCKS, layout=gl.SliceLayout(0, summed))
     targets = gl.arange(0, STEPS * KEY_BLOCKS, layout=gl.SliceLayout(0, scored))
-    width = steps * KEY_BLOCKS
-    for first in range(0, width, STEPS * KEY_BLOCKS):
+    width, end = steps * KEY_BLOCKS, last * KEY_BLOCKS
+    for first in range(0, end, STEPS * KEY_BLOCKS):
         places = first + sources
-        written = (places < width)[None, :]
+        written = (places < end)[None, :]
         sums = gl.load(sums_ptr + rows[:, None] * width + places[None, :], mask=written, other=0.0)
         maxima = gl.load(
             maxima_ptr + (places // KEY_BLOCKS)[None, :] * ROWS + rows[:, None], mask=written, other=LOWEST
@@ -210,8 +270,8 @@ def write_scores(
 
 @gluon.jit
 def share_kernel(
-    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, descriptor, number_ptr, scores_ptr, scratch_ptr,
-    tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale_log2,
+    q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, descriptor, number_ptr, spans_ptr, stride_spans,
+    scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale_log2,
     CHANNELS: gl.constexpr, QUERY_CLUSTERS: gl.constexpr, KEY_CLUSTERS: gl.constexpr, PEAK: gl.constexpr,
     STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -229,16 +289,22 @@ def share_kernel(
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     sides = (
         q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, q_rows, ring, full, empty, turn, number_ptr,
-        scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters,
-        scale_log2,
+        spans_ptr, stride_spans, scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks,
+        steps, clusters, scale_log2,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (consume, (sides, 0, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES)),
             (consume, (sides, 1, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES)),
             (consume, (sides, 2, CHANNELS, QUERY_CLUSTERS, KEY_CLUSTERS, PEAK, STAGES)),
-            (produce, (descriptor, ring, full, empty, tiles, head_tiles, heads, groups, steps, STAGES)),
+            (
+                produce,
+                (
+                    descriptor, ring, full, empty, spans_ptr, stride_spans, tiles, head_tiles, heads, groups,
+                    query_blocks, key_blocks, steps, QUERY_CLUSTERS, KEY_CLUSTERS, STAGES,
+                ),
+            ),
         ],
         [4, 4, 1],
         [160, 160, 24],
-    )
+    )  # fmt: skip
