@@ -24,6 +24,14 @@ def recorded():
 CONFIGS = [sorted_config(16, 0.5, "none", None, beta=0.5), sorted_config(16, 0.5, "qk", 32, beta=0.0)]
 
 
+def test_the_mass_of_a_causal_plan_is_what_its_queries_see(recorded):
+    q, k, _ = recorded.layers[3]
+    plan = make_plan(q, k, sorted_config(16, 0.0, "none", None), causal=4)
+    mass = block_mass(q, k, plan)
+    assert (mass.triu(plan.sight.spans[0, 0, 3]) == 0).all()
+    torch.testing.assert_close(kept_mass(mass, plan.selection), torch.ones(1, 4, 5))
+
+
 def test_recall(recorded, tmp_path):
     steps = []
     configs = [

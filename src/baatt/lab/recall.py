@@ -41,7 +41,8 @@ def block_mass(q: Tensor, k: Tensor, plan: Plan, *, impl: str = "auto") -> Tenso
             for bfloat16 and float16 where it can run, else "reference". float32 has no matrix units to gain from.
 
     Returns:
-        [B, H, I, J] float32 (float64 for float64), each row sums to 1; 0 for a batch entry without keys.
+        [B, H, I, J] float32 (float64 for float64), each row sums to 1, or less by the share of its queries that
+        see no key.
 
     Raises:
         ValueError: an unknown `impl`.
