@@ -89,9 +89,12 @@ def test_a_masked_model_of_transformers(here, capsys):
         pytest.skip("this version has no EuroBERT")
     options = {"num_key_value_heads": 2, "mask_token_id": 1}
     folder = str(transformers_folder(here / "euro", "EuroBertForMaskedLM", **options))
-    assert main(command(folder, "--lengths", "512", "--sparsity", "0.5", "--needles", "0")) == 0
-    assert "needles" not in capsys.readouterr().err
-    dense, sparse = stored(here)["records"]
+    Policy(layer_sparsity=((0, 0.75),)).save("mine.json")
+    asked = ["--lengths", "512", "--sparsity", "0.5", "--needles", "0", "--policy", "mine.json"]
+    assert main(command(folder, *asked)) == 0
+    assert "stayed dense" not in capsys.readouterr().err
+    dense, sparse, own = stored(here)["records"]
+    assert [one["sparsity_achieved"] for one in (sparse, own)] == pytest.approx([0.5, 0.625])
     assert dense["kl"] == 0 < sparse["kl"]
     assert "recalled" not in sparse
     assert sparse["reasons"] == {}

@@ -153,10 +153,11 @@ def make_cells(arguments: argparse.Namespace, layers: int) -> list[Cell]:
         raise UsageError("--sparsity must be above 0: dense attention is measured anyway")
     if arguments.policy is not None:
         policy = Policy.load(arguments.policy).check_layers(layers)
-        own = dict.fromkeys(policy.dense_layers, 0.0) | dict(policy.layer_sparsity)
-        for config, _, _ in pairs[:]:
-            mean = sum(own.get(layer, config.sparsity) for layer in range(layers)) / layers
-            one = dataclasses.replace(config, sparsity=round(mean, 4)), policy, arguments.policy.name
+        own, found = dict.fromkeys(policy.dense_layers, 0.0) | dict(policy.layer_sparsity), pairs[:]
+        for config, _, _ in found:
+            if len(own) == layers:  # none is left to the config: its sparsity names the mean
+                config = dataclasses.replace(config, sparsity=round(sum(own.values()) / layers, 4))
+            one = config, policy, arguments.policy.name
             pairs += [one] if one not in pairs else []
     return [cell for length in arguments.lengths for cell in (Cell(length), *(Cell(length, *pair) for pair in pairs))]
 
