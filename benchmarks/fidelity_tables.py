@@ -41,7 +41,7 @@ def bars(records: Sequence[Record]) -> str:
     one = found["clusters"]
     ratio = one["kl"] / found["exact"]["kl"]
     lost = 100 * one["recalled_lost"]
-    points = signed_interval(-one["recalled_lost"], -one["recalled_lost_high"], -one["recalled_lost_low"])
+    points = signed_interval(*(0 - one[f"recalled_lost{end}"] for end in ("", "_high", "_low")))
     rows = [
         ["clusters, 70 %, digits", f"at most {MOST_LOST:g} point less than dense", points, verdict(lost <= MOST_LOST)],
         [

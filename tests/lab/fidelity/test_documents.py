@@ -58,6 +58,7 @@ def test_special_tokens_stand_around_and_are_not_predicted(tokenizer):
     special.post_processor = processors.TemplateProcessing(
         single="<|mask|> $A <|endoftext|>", special_tokens=[("<|mask|>", 1), ("<|endoftext|>", 0)]
     )
+    special.enable_truncation(100)
     (document,) = made(special, count=1)
     assert (document.tokens[0], document.tokens[-1], len(document.tokens)) == (1, 0, 1024)
     assert document.targets[-1] == 1022

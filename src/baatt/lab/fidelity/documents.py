@@ -55,6 +55,8 @@ def make_documents(
     Raises:
         ValueError: a text too short for the documents, or a length too short for the facts.
     """
+    tokenizer.no_truncation()  # some files cut every text at the length of their training
+    tokenizer.no_padding()
     prose = tokenizer.encode(text, add_special_tokens=False).ids
     if count * length > len(prose):
         raise ValueError(
