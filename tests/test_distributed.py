@@ -4,7 +4,7 @@ import functools
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ class Case(NamedTuple):
     keys: int = 35
     heads: int = HEADS
     batch: int = 2
+    causal: int | None = None
 
     def config(self) -> BAAttConfig:
         return BAAttConfig(block_size=16, sparsity=self.sparsity)
@@ -59,6 +60,10 @@ CASES = {
     "cross": Case(queries=7, keys=50, groups=2, masked=True),
     "one token": Case(queries=1, keys=1, batch=1),
     "uneven groups": Case(heads=12, groups=6),
+    "causal": Case(causal=1, groups=2),
+    "causal with padding": Case(causal=1, masked=True),
+    "blocks": Case(causal=8, sparsity=0.0, groups=4),
+    "the last queries": Case(causal=4, queries=20, masked=True),
 }
 
 
@@ -102,19 +107,22 @@ def worker(rank: int, size: int, folder: Path) -> None:
     errors: dict[str, str] = {}
     shapes: dict[str, list[tuple[int, ...]]] = {}
 
-    def observed(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None, config: BAAttConfig, name: str) -> Tensor:
+    def observed(q: Tensor, k: Tensor, v: Tensor, *, config: BAAttConfig, name: str, **options: Any) -> Tensor:
         shapes[name] = [tuple(x.shape) for x in (q, k, v)]
-        return ba_attention(q, k, v, config, key_mask=key_mask)
+        return ba_attention(q, k, v, config, **options)
 
     for name, case in CASES.items():
         q, k, v, mask = parts(case, rank, size)
         fn = functools.partial(observed, config=case.config(), name=name)
-        found[name] = ulysses_attention(fn, q, k, v, key_mask=mask)
+        found[name] = ulysses_attention(fn, q, k, v, key_mask=mask, causal=case.causal)
     fn = functools.partial(ba_attention, config=Case().config())
     for name, (q, k, v, mask) in misfits(rank, size).items():
         with pytest.raises(ValueError, match=r".") as caught:
             ulysses_attention(fn, q, k, v, key_mask=mask)
         errors[name] = str(caught.value)
+    with pytest.raises(ValueError, match=r".") as caught:
+        ulysses_attention(fn, *parts(Case(), rank, size)[:3], causal=1 if rank else None)
+    errors["causal"] = str(caught.value)
     with pytest.raises(ValueError, match=r".") as caught:
         ulysses_attention(lambda q, k, v, key_mask: q[:, :1, :3], *parts(Case(), rank, size)[:3])
     errors["fn"] = str(caught.value)
@@ -143,7 +151,7 @@ def test_it_is_the_result_of_one_process(run, name):
     size, stored = run
     case = CASES[name]
     q, k, v, mask = case.inputs(size)
-    expected = ba_attention(q, k, v, case.config(), key_mask=mask)
+    expected = ba_attention(q, k, v, case.config(), key_mask=mask, causal=case.causal)
     actual = torch.cat([one["found"][name] for one in stored], dim=2)
     assert actual.dtype == case.dtype
     assert torch.equal(actual, expected)
@@ -184,6 +192,7 @@ def test_parts_that_differ_raise_everywhere(run):
         "fewer queries": f"length n of q {same} {lengths} by rank{hint}",
         "no mask": f"number of key masks {same} {', '.join(['1'] * (size - 1) + ['0'])} by rank",
         "dtype": f"dtype {same} {dtypes} by rank",
+        "causal": f"causal {same} {', '.join(['0'] + ['1'] * (size - 1))} by rank",
     }
     for name, message in expected.items():
         assert messages(run, name) == [message] * size

@@ -6,6 +6,7 @@ there what it gives in one process. There is no ring attention: BA-Att ranks all
 before it attends, and a step of a ring sees the keys of one process alone. Knows no sparsity.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: What all processes must agree on.
-_AGREED = ("B", "H", "G", "length n of q", "length m of k and v", "D", "dtype", "number of key masks")
+_AGREED = ("B", "H", "G", "length n of q", "length m of k and v", "D", "dtype", "number of key masks", "causal")
 
 
 def ulysses_attention(
@@ -28,6 +29,7 @@ def ulysses_attention(
     group: "dist.ProcessGroup | None" = None,
     *,
     key_mask: Tensor | None = None,
+    causal: int | None = None,
 ) -> Tensor:
     """Attention over the whole sequence, of which every process holds one part; for inference.
 
@@ -38,10 +40,12 @@ def ulysses_attention(
     a GPU it waits for the work queued before. An exception of `fn` on one process alone leaves the others waiting.
 
     Args:
-        fn: called as fn(q, k, v, key_mask=...) with [B, H/w, w n, D], [B, G'/w, w m, D] and [B, w m] or None.
+        fn: called as fn(q, k, v, key_mask=...) with [B, H/w, w n, D], [B, G'/w, w m, D] and [B, w m] or None, and with
+            causal=... where it is given.
         q: [B, H, n, D], the part of this process, w dividing H. k, v: [B, G, m, D] with H a multiple of G.
         group: of any backend; None = the default group.
         key_mask: [B, m] bool, True = attend, the part of this process; all have one or none has.
+        causal: tokens per causal block of the whole sequence, handed to `fn`; the same on all processes.
 
     Returns:
         [B, H, n, D], the part of this process.
@@ -55,6 +59,8 @@ def ulysses_attention(
     for name, x in (("q", q), ("k", k), ("v", v), ("key_mask", key_mask)):
         if not isinstance(x, Tensor) and not (name == "key_mask" and x is None):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if causal is not None:
+        fn = functools.partial(fn, causal=causal)
     if size == 1:
         return fn(q, k, v, key_mask=key_mask)
     problem = _problem(q, k, v, key_mask, size)
@@ -62,6 +68,7 @@ def ulysses_attention(
     if problem is None:
         (batch, heads, queries, channels), (groups, keys) = q.shape, k.shape[1:3]
         sizes = [batch, heads, groups, queries, keys, channels, _DTYPES.index(q.dtype), int(key_mask is not None)]
+        sizes.append(causal or 0)
     _agree(problem, sizes, q.device, group, size)
     q, k, v = _whole_sequences(q, k, v, group, size)
     if key_mask is not None:

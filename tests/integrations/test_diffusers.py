@@ -123,7 +123,7 @@ def test_padded_text_does_not_matter(name):
 def test_a_mask_between_queries_stays_with_the_model():
     case = build("wan")
     attention = case.model.blocks[0].attn1
-    x, mask = torch.randn(1, TOKENS, 32), torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None]
+    x, mask = torch.randn(1, TOKENS, 32), torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu()[None, None]
     with torch.no_grad():
         expected = attention(x, None, mask)
         with baatt.enable(case.model, HALF) as handle:

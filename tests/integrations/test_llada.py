@@ -216,7 +216,7 @@ def test_a_fork_that_hands_its_mask_on(masked, tokens, mask):
         with baatt.enable(masked, ALL_BLOCKS, policy) as handle:
             torch.testing.assert_close(masked(tokens, attention_mask=mask).logits[real], expected[real])
         assert counts(handle) == (3, 0)
-    bias = torch.zeros(1, 1, 70, 70).masked_fill(torch.ones(70, 70, dtype=torch.bool).triu(1), -torch.inf)
+    bias = torch.zeros(1, 1, 70, 70).masked_fill(torch.ones(70, 70, dtype=torch.bool).tril(-1), -torch.inf)
     expected = masked(tokens, attention_bias=bias).logits
     with baatt.enable(masked, HALF) as handle, pytest.warns(NoSparseAttentionWarning):
         assert torch.equal(masked(tokens, attention_bias=bias).logits, expected)
@@ -225,7 +225,7 @@ def test_a_fork_that_hands_its_mask_on(masked, tokens, mask):
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [({"is_causal": True}, "causal attention"), ({"dropout_p": 0.1}, "dropout")],
+    [({"is_causal": True}, "arguments ['is_causal']"), ({"dropout_p": 0.1}, "dropout")],
 )
 def test_flags_of_the_method(model, arguments, reason):
     block = model.blocks[1]

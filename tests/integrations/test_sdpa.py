@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported_by_name
 import baatt
 from baatt import BAAttConfig, Policy
 from baatt.integrations.handle import Handle
-from baatt.integrations.masks import KeyMask
+from baatt.integrations.masks import Structure
 from baatt.integrations.sdpa import Current, SparseSDPA, sparse_sdpa
 
 ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
@@ -100,19 +100,61 @@ def test_padding_by_padding(qkv, real):
 
 def test_two_axes_are_queries_and_keys_and_not_a_batch(qkv):
     q, k, v = (x[:, :, :B] for x in qkv)  # as many queries as batch entries
-    mask = torch.tensor([[True, False], [True, True]])
+    mask = torch.tensor([[True, False], [True, True]])  # causal
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with sparse_sdpa(ALL_BLOCKS) as handle:
-        assert torch.equal(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), expected)
-    assert handle.reasons == {"a mask that differs between queries": 1}
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), expected)
+    assert counts(handle) == (1, 0)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(N, N), (30, N), (N, 30)])
+def test_the_causal_flag_stands_at_the_first_key(qkv, queries, keys):
+    q, k, v = qkv[0][:, :, :queries], qkv[1][:, :, :keys], qkv[2][:, :, :keys]
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with sparse_sdpa(ALL_BLOCKS, policy=Policy(min_queries=0)) as handle:
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
+    with sparse_sdpa(HALF, policy=Policy(min_queries=0)):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.equal(out, baatt.ba_attention(q, k, v, HALF, causal=1, query_start=0))
+    assert counts(handle) == (1, 0)
+
+
+@pytest.mark.parametrize("causal", [1, 4, 24])
+@pytest.mark.parametrize("queries", [N, 40])
+@pytest.mark.parametrize("pad", [False, True])
+def test_causal_masks(qkv, real, causal, queries, pad):
+    """As models write them out, the queries at the last keys."""
+    q, blocks = qkv[0][:, :, -queries:], torch.arange(N) // causal
+    rows = slice(N - queries, None)
+    mask = (blocks[:, None] >= blocks)[rows].expand(B, 1, -1, -1) & (real | (not pad))[:, None, None]
+    expected = F.scaled_dot_product_attention(q, *qkv[1:], attn_mask=mask)
+    wanted = (real | (not pad))[:, None, rows].expand(B, H, -1)
+    for given in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)):
+        with sparse_sdpa(ALL_BLOCKS, policy=Policy(min_queries=40)) as handle:
+            out = F.scaled_dot_product_attention(q, *qkv[1:], attn_mask=given)
+        torch.testing.assert_close(out[wanted], expected[wanted])
+        assert counts(handle) == (1, 0)
+    masks = {"key_mask": real, "query_mask": real[:, rows]} if pad else {}
+    with sparse_sdpa(HALF, policy=Policy(min_queries=40)):
+        out = F.scaled_dot_product_attention(q, *qkv[1:], attn_mask=mask)
+    half = baatt.ba_attention(q, *qkv[1:], HALF, causal=causal, query_start=N - queries, **masks)
+    assert torch.equal(out[wanted], half[wanted])
+
+
+def test_an_order_and_a_causal_mask_stay_dense(qkv):
+    handle = Handle(HALF, order=lambda length, device: torch.arange(length, device=device).flip(0))
+    with SparseSDPA(handle.sdpa):
+        out = F.scaled_dot_product_attention(*qkv, is_causal=True)
+    assert torch.equal(out, F.scaled_dot_product_attention(*qkv, is_causal=True))
+    assert handle.reasons == {"an order of tokens, which a causal mask does not allow": 1}
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"is_causal": True}, "causal attention"),
-        ({"attn_mask": torch.ones(N, N, dtype=torch.bool).tril()}, "a mask that differs between queries"),
-        ({"attn_mask": draw(N, N).clamp(max=0)}, "a mask that differs between queries"),
+        ({"attn_mask": torch.ones(N, N, dtype=torch.bool).triu()}, "a mask that differs between queries"),
+        ({"attn_mask": torch.ones(N, N, dtype=torch.bool).tril().triu(-9)}, "a sliding window"),
+        ({"attn_mask": draw(N, N).clamp(max=0)}, "an additive mask with weights"),
         ({"attn_mask": draw(B, 1, N, N)}, "an additive mask with weights"),
         ({"attn_mask": draw(1, N)}, "an additive mask with weights"),
         ({"attn_mask": draw(B, H, 1, N) > 0}, "a mask that differs between heads"),
@@ -259,9 +301,9 @@ def test_other_threads_are_untouched_and_leaving_restores(qkv):
 def test_contexts_nest(qkv):
     with sparse_sdpa(HALF) as outer, sparse_sdpa(ALL_BLOCKS) as inner:
         F.scaled_dot_product_attention(*qkv)
-        F.scaled_dot_product_attention(*qkv, is_causal=True)
-    assert (inner.sparse_calls, inner.reasons) == (1, {"causal attention": 1})
-    assert (outer.sparse_calls, outer.reasons) == (0, {"causal attention": 1})
+        F.scaled_dot_product_attention(*qkv, dropout_p=0.5)
+    assert (inner.sparse_calls, inner.reasons) == (1, {"dropout": 1})
+    assert (outer.sparse_calls, outer.reasons) == (0, {"dropout": 1})
 
 
 def test_refusals():
@@ -287,9 +329,9 @@ def test_an_adapter_may_know_layer_and_mask_better(qkv, real):
 
     def key_mask(mask, batch, keys):
         asked.append((mask.shape, batch, keys))
-        return KeyMask(real, None)
+        return Structure(key_mask=real)
 
-    handle.key_mask = key_mask
+    handle.masks = key_mask
     with SparseSDPA(lambda call, dense: handle.sdpa(call, dense, layer=next(layer))):
         out = F.scaled_dot_product_attention(*qkv, attn_mask=torch.zeros(N, N))
         F.scaled_dot_product_attention(*qkv)
@@ -332,15 +374,13 @@ def test_in_a_compiled_graph(real, when, dynamic):
         for step in range(2):
             handle.at_step(step, 2)
             for mask, out in zip(asked, expected, strict=True):
-                rows = real if mask is square else torch.ones_like(real)
+                rows = real if mask is not None and mask.shape[1:] == square.shape[1:] else torch.ones_like(real)
                 torch.testing.assert_close(compiled(x, mask)[rows], out[rows])
-        torch.testing.assert_close(
-            compiled(x, causal=True), causal
-        )  # its reason is known while tracing, where nothing is counted
+        torch.testing.assert_close(compiled(x, causal=True), causal)
     torch.testing.assert_close(compiled(x), expected[0])
-    # Two calls in each of six forwards of a dense and a sparse step; below-the-diagonal masks are dense in both.
-    assert handle.reasons == {"policy: one of the first steps": 11, "a mask that differs between queries": 2}
-    assert handle.sparse_calls == 11 + 1
+    # Two calls in each of six forwards of a dense and a sparse step, and in one more.
+    assert handle.reasons == {"policy: one of the first steps": 12}
+    assert handle.sparse_calls == 12 + 2
 
 
 def test_a_compiled_graph_with_gradients_is_dense(real):

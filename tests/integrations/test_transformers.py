@@ -32,7 +32,6 @@ SMALL = {
 }
 GROUPED = {**SMALL, "num_key_value_heads": 2, "num_hidden_layers": 2}
 PADDINGS = ("none", "left", "right")
-CAUSAL = "causal layer: set config.is_causal=False for a bidirectional model"
 WINDOW = "a sliding window"
 #: Decoder-only models become bidirectional by config.is_causal=False.
 HEEDS_IS_CAUSAL = '"is_causal"' in inspect.getsource(masking_utils.create_causal_mask)
@@ -57,7 +56,7 @@ def build(name, causal=None, **changes):
     if causal is not None:
         config.is_causal = causal
     torch.manual_seed(0)
-    return getattr(transformers, name)(config).eval()
+    return getattr(transformers, name.replace("TextFor", "For"))(config).eval()
 
 
 def modernbert(layers=4, **changes):
@@ -84,14 +83,13 @@ MODELS = {
         "Gemma3TextModel", causal, head_dim=8, sliding_window=32, layer_types=["sliding_attention", "full_attention"]
     ),
 }
-#: Model, its config.is_causal, and what each layer does with 70 tokens: sparse, window, causal.
+#: Model, its config.is_causal, and what each layer does with 70 tokens: sparse, window.
 ROUTES = [
     ("ModernBERT", None, "swws"),
     ("EuroBERT", None, "ss"),
-    *((name, None, "cc") for name in ("Qwen2", "Qwen3", "Llama", "Mistral", "Gemma3")),
-    *((name, False, "ss") for name in ("Qwen2", "Qwen3", "Llama")),
-    ("Mistral", False, "ww"),
-    ("Gemma3", False, "ws"),
+    *((name, causal, "ss") for name in ("Qwen2", "Qwen3", "Llama") for causal in (None, False)),
+    *(("Mistral", causal, "ww") for causal in (None, False)),
+    *(("Gemma3", causal, "ws") for causal in (None, False)),
 ]
 IDS = [f"{name}{'' if causal is None else '-bidirectional'}" for name, causal, _ in ROUTES]
 
@@ -140,7 +138,7 @@ def registries():
 
 def routes(handle):
     """What each layer did, in the letters of `ROUTES`, where every layer was called once."""
-    letters = {None: "s", WINDOW: "w", CAUSAL: "c", "causal layer: config.is_causal=False is not heeded here": "c"}
+    letters = {None: "s", WINDOW: "w"}
     assert all(calls.sparse + calls.dense == 1 for calls in handle.layers.values())
     return "".join(letters[next(iter(calls.reasons), None)] for calls in handle.layers.values())
 
@@ -157,8 +155,9 @@ def test_routes_of_enable(name, causal, expected, pad):
     dense = run(model, ids, mask)
     with baatt.enable(model, ALL_BLOCKS) as handle:
         actual = run(model, ids, mask)
-    torch.testing.assert_close(actual, dense)
-    assert routes(handle) == (expected if causal is None or HEEDS_IS_CAUSAL else "cc")
+    real = padding(pad).bool()
+    torch.testing.assert_close(actual[real], dense[real])
+    assert routes(handle) == expected
     assert torch.equal(run(model, ids, mask), dense)
 
 
@@ -174,19 +173,19 @@ def test_routes_of_register(name, causal, expected, pad, registered):
     dense = run(model, ids, mask)
     handle = registered("ba_att", ALL_BLOCKS)
     model.set_attn_implementation("ba_att")
-    torch.testing.assert_close(run(model, ids, mask), dense)
-    assert routes(handle) == (expected if causal is None or HEEDS_IS_CAUSAL else "cc")
+    torch.testing.assert_close(run(model, ids, mask)[mask.bool()], dense[mask.bool()])
+    assert routes(handle) == expected
 
 
 @pytest.mark.skipif(not follows("ModernBertModel"), reason="does not follow the interface in this version")
 @pytest.mark.parametrize(
-    ("length", "pad", "expected"), [(11, "none", "ssss"), (11, "left", "swws"), (45, "none", "swws")]
+    ("length", "pad", "expected"), [(11, "none", "ssss"), (11, "left", "ssss"), (45, "none", "swws")]
 )
 def test_windows_that_hold_all_keys(length, pad, expected):
     model, ids, mask = modernbert(), tokens(length), padding(pad, length)
     dense = run(model, ids, mask)
     with baatt.enable(model, ALL_BLOCKS) as handle:
-        torch.testing.assert_close(run(model, ids, mask), dense)
+        torch.testing.assert_close(run(model, ids, mask)[mask.bool()], dense[mask.bool()])
     assert routes(handle) == expected
 
 
@@ -210,13 +209,16 @@ def test_an_old_modernbert_is_refused():
 
 @heeds_is_causal
 @pytest.mark.parametrize("pad", PADDINGS)
-def test_half_the_blocks_are_what_ba_attention_gives(pad):
+@pytest.mark.parametrize(("causal", "kept"), [(1, (1 + 1 + 2 + 2 + 3) / 15), (None, 3 / 5)])
+def test_half_the_blocks_are_what_ba_attention_gives(causal, kept, pad):
+    real = padding(pad).bool()
+
     def by_hand(module, query, key, value, attention_mask, scaling=None, **options):
-        mask = None if attention_mask is None else attention_mask[:, 0, 0]
-        out = ba_attention(query, key, value, HALF, key_mask=mask, query_mask=mask, scale=scaling)
+        masks = {} if pad == "none" else {"key_mask": real, "query_mask": real}
+        out = ba_attention(query, key, value, HALF, causal=causal, **masks, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
-    model, ids, mask = MODELS["Qwen2"](causal=False), tokens(), padding(pad)
+    model, ids, mask = MODELS["Qwen2"](causal=causal is not None), tokens(), padding(pad)
     dense = run(model, ids, mask)
     with baatt.enable(model, HALF) as handle:
         actual = run(model, ids, mask)
@@ -228,7 +230,7 @@ def test_half_the_blocks_are_what_ba_attention_gives(pad):
         del mapping["by_hand"]
     assert (actual - dense).abs().max() > 1e-3
     assert (handle.sparse_calls, handle.dense_calls) == (2, 0)
-    assert handle.sparsity == pytest.approx(2 / 5)
+    assert handle.sparsity == pytest.approx(1 - kept)
 
 
 # The model's own masks, and models that work on the masks they are given.
@@ -416,9 +418,9 @@ def test_position_bias_of_t5():
         dense = model(**inputs)[0]
         with baatt.enable(model, ALL_BLOCKS) as handle:
             torch.testing.assert_close(model(**inputs)[0], dense)
-    # The encoder's and, all zeros, cross-attention's.
+    # That of cross-attention is all zeros.
     assert handle.sparse_calls == 0
-    assert handle.reasons == {"position bias": 4, CAUSAL: 2}
+    assert handle.reasons == {"position bias": 6}
 
 
 def test_cross_attention_is_known_by_class_path_and_role():
@@ -432,33 +434,85 @@ def test_cross_attention_is_known_by_class_path_and_role():
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "use_cache": False}
     with torch.no_grad():
         dense = model(**inputs)[0]
-        for policy, sparse in ((Policy(), 1), (Policy(only_self_attention=False), 2)):
+        for policy, sparse in ((Policy(), 2), (Policy(only_self_attention=False), 3)):
             with baatt.enable(model, ALL_BLOCKS, policy) as handle:
                 torch.testing.assert_close(model(**inputs)[0], dense)
-            if HEEDS_IS_CAUSAL:  # older masks are not known to be bidirectional
-                assert handle.sparse_calls == sparse
-                assert handle.reasons.get("policy: cross-attention", 0) == 2 - sparse
+            assert handle.sparse_calls == sparse
+            assert handle.reasons.get("policy: cross-attention", 0) == 3 - sparse
 
 
-def test_a_causal_model_says_what_to_do():
-    model = MODELS["Qwen2"]()
-    with warnings.catch_warnings(), baatt.enable(model, HALF):
-        warnings.simplefilter("default")
-        with pytest.warns(
-            NoSparseAttentionWarning, match=r"Qwen2Model ran .*: causal layer: set config.is_causal=False"
-        ):
-            run(model, tokens())
+# Decoders: the prompt is sparse, every further token dense.
 
 
+ROWS = "policy: fewer queries than min_queries=1024, of more keys"
+DECODERS = {
+    "Qwen2": lambda: decoder("Qwen2ForCausalLM"),
+    "Qwen3": lambda: decoder("Qwen3ForCausalLM", head_dim=8),
+    "Llama": lambda: decoder("LlamaForCausalLM"),
+    "Gemma3": lambda: decoder(
+        "Gemma3TextForCausalLM", head_dim=8, sliding_window=32, layer_types=["sliding_attention", "full_attention"]
+    ),
+}
+
+
+@pytest.mark.parametrize("pad", PADDINGS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_causal_generation_stays_as_it_is(cache):
-    model, ids = decoder("Qwen2ForCausalLM"), tokens(20)
-    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
-    options["attention_mask"] = padding("left", 20)
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_of_decoders(name, cache, pad):
+    model, ids = DECODERS[name](), tokens(50)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    options |= {"attention_mask": padding(pad, 50), "cache_implementation": cache}
     expected = model.generate(ids, **options)
-    with baatt.enable(model, HALF) as handle:
+    with baatt.enable(model, ALL_BLOCKS) as handle:
         assert torch.equal(model.generate(ids, **options), expected)
-    assert handle.reasons == {CAUSAL: 2 * (expected.shape[1] - 20)}
+    layers = {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()}
+    assert layers == {0: (0, 6) if name == "Gemma3" else (1, 5), 1: (1, 5)}
+    assert handle.reasons == {ROWS: 10} | ({WINDOW: 1} if name == "Gemma3" else {})
+    with baatt.enable(model, HALF) as handle:
+        model.generate(ids, **options)
+    assert handle.sparsity > 0
+
+
+@pytest.mark.parametrize("pad", ["none", "left"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_prompt_in_chunks(cache, pad):
+    """M > N: the queries of a chunk stand behind what the cache holds, and a static one has room behind them."""
+    model, ids, mask = DECODERS["Qwen3"](), tokens(90), padding(pad, 90)
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    expected = run(model, ids, mask, position_ids=places)
+    past = transformers.DynamicCache()
+    if cache == "static":
+        past = transformers.StaticCache(config=model.config, max_cache_len=128)
+    has_position = "cache_position" in inspect.signature(model.forward).parameters
+    with baatt.enable(model, ALL_BLOCKS, Policy(min_queries=16)) as handle, torch.no_grad():
+        for first, last in ((0, 40), (40, 80), (80, 90)):
+            options = {"attention_mask": mask[:, :last], "position_ids": places[:, first:last], "past_key_values": past}
+            options |= {"cache_position": torch.arange(first, last)} if has_position else {}
+            out, rows = model(ids[:, first:last], **options).logits, mask[:, first:last].bool()
+            torch.testing.assert_close(out[rows], expected[:, first:last][rows])
+    assert {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()} == {0: (2, 1), 1: (2, 1)}
+    assert handle.reasons == {"policy: fewer queries than min_queries=16, of more keys": 2}
+
+
+def test_a_config_that_sorts_is_refused_for_a_causal_model():
+    paper = BAAttConfig.preset("paper")
+    model, ids = MODELS["Qwen2"](), tokens()
+    with pytest.raises(
+        ValueError, match=r"config\.sort must be 'none' for Qwen2Model, whose layers are causal, got 'qk'"
+    ):
+        baatt.enable(model, paper)
+    assert model.config._attn_implementation == "sdpa"
+    if HEEDS_IS_CAUSAL:
+        with baatt.enable(MODELS["Qwen2"](causal=False), paper):
+            pass
+    model, mask = stub(), block_causal(70, 32)
+    dense = run(model, ids, mask)
+    reason = "sort must be 'none' with causal=32 unless segment divides it, got 'qk' with segment=1024"
+    with baatt.enable(model, paper) as handle, warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with pytest.warns(NoSparseAttentionWarning, match="sort must be 'none' with causal=32"):
+            assert torch.equal(run(model, ids, mask), dense)
+    assert handle.reasons == {reason: 2}
 
 
 # DiffusionGemma: a causal encoder fills a cache, a bidirectional decoder reads it behind its canvas.
@@ -499,10 +553,10 @@ def test_diffusion_gemma_forward(pad):
             torch.testing.assert_close(model(**inputs).logits, dense)
         with baatt.enable(model, ALL_BLOCKS, Policy(min_queries=256)) as cautious:
             torch.testing.assert_close(model(**inputs).logits, dense)
-    # Sliding layers too: their cache is cut to the window, behind which the canvas sees all.
-    assert {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()} == {0: (1, 1), 1: (1, 1)}
-    assert handle.reasons == {CAUSAL: 2}
-    assert cautious.reasons == {CAUSAL: 2, "policy: fewer queries than min_queries=256, of more keys": 2}
+    # The canvas of sliding layers too: their cache is cut to the window, behind which it sees all.
+    assert {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()} == {0: (1, 1), 1: (2, 0)}
+    assert handle.reasons == {WINDOW: 1}
+    assert cautious.reasons == {WINDOW: 1, "policy: fewer queries than min_queries=256, of more keys": 2}
 
 
 def generate(model, mask, **options):
@@ -519,9 +573,9 @@ def test_diffusion_gemma_generates_the_same_tokens(cache):
     dense = generate(model, mask, **options)
     with baatt.enable(model, ALL_BLOCKS, Policy(min_queries=0)) as handle:
         assert torch.equal(generate(model, mask, **options), dense)
-    # Two canvases of two steps.
-    assert {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()} == {0: (4, 2), 1: (4, 2)}
-    assert handle.reasons == {CAUSAL: 4}
+    # Two canvases of two steps, each behind a pass of the encoder.
+    assert {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()} == {0: (4, 2), 1: (6, 0)}
+    assert handle.reasons == {WINDOW: 2}
     assert dense.shape == (2, 90)
 
 
@@ -537,7 +591,7 @@ def test_diffusion_gemma_generates_from_full_graphs():
     with baatt.enable(model, ALL_BLOCKS, Policy(min_queries=0)) as handle:
         model._compile_functions = lambda sampler, stopping: (model.model.encoder, compiled, sampler, stopping)
         assert torch.equal(generate(model, mask, **options), dense)
-    assert {layer: calls.sparse for layer, calls in handle.layers.items()} == {0: 4, 1: 4}
+    assert {layer: calls.sparse for layer, calls in handle.layers.items()} == {0: 4, 1: 6}
 
 
 # Compiled graphs.
@@ -729,14 +783,30 @@ def test_llada2_is_reached_although_transformers_refuses():
         baatt.enable(stub(StubModel), ALL_BLOCKS)
 
 
-def test_block_causal_masks_of_llada2_stay_dense():
-    model, ids = stub(), tokens()
-    blocks = torch.arange(70) // 32
-    mask = torch.zeros(1, 1, 70, 70).masked_fill(blocks[:, None] < blocks, -torch.inf)
-    dense = run(model, ids, mask)
+def block_causal(length, size):
+    """As LLaDA2's `generate` makes it: the logarithm of zeros and ones in bfloat16."""
+    blocks = torch.arange(length) // size
+    return (blocks[:, None] >= blocks).float().log().to(torch.float32)[None, None]
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_generation_of_llada2_is_a_block_causal_pass_a_step(size):
+    """Each step is a pass over all blocks so far, with a slice of one mask."""
+    model, canvas = stub(), torch.full((1, 96), MASK)
+    canvas[:, :20] = tokens(20)[:1]
+    mask = block_causal(96, size)
+    windows = [window for window in range(size, 97, size) if window > 20]
+    dense = [run(model, canvas[:, :window], mask[:, :, :window, :window]) for window in windows for _ in range(2)]
     with baatt.enable(model, ALL_BLOCKS) as handle:
-        assert torch.equal(run(model, ids, mask), dense)
-    assert handle.reasons == {"a mask that differs between queries": 2}
+        for window, expected in zip((one for one in windows for _ in range(2)), dense, strict=True):
+            torch.testing.assert_close(run(model, canvas[:, :window], mask[:, :, :window, :window]), expected)
+    assert (handle.sparse_calls, handle.dense_calls) == (4 * len(windows), 0)
+    with baatt.enable(model, HALF) as handle:
+        assert (run(model, canvas, mask) - dense[-1]).abs().max() > 1e-4
+    q = torch.zeros(1, 1, 96, 8)
+    kept = baatt.make_plan(q, q, HALF, causal=size).selection.count.sum()
+    seen = baatt.make_plan(q, q, ALL_BLOCKS, causal=size).selection.count.sum()
+    assert handle.sparsity == pytest.approx(1 - float(kept / seen))
 
 
 def test_steps_are_read_from_masked_tokens_without_a_cache():

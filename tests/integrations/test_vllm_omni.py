@@ -94,14 +94,14 @@ def test_other_masks_are_dense(plugin):
     assert torch.equal(actual, exact(query, key, value, mask))
     weights = torch.randn(2, 4, 70, 70, generator=torch.Generator().manual_seed(1))
     assert torch.equal(plugin(query, key, value, DIALS | {"attn_mask": weights}), exact(query, key, value, weights))
-    reasons = {"a mask that differs between queries": 1, "a mask that differs between heads": 1}
+    reasons = {"a mask that differs between queries": 1, "an additive mask with weights": 1}
     assert counts(plugin) == [(0, 2, reasons)]
     with pytest.raises(ValueError, match=r"attn_mask must have shape \[B, M\] or \[B, H, N, M\], got \(2, 70, 70\)"):
         plugin(query, key, value, DIALS | {"attn_mask": mask[0].expand(2, 70, 70)})
 
 
 @pytest.mark.parametrize("mask", [None, "tokens", "additive"])
-def test_causal_calls_are_dense(plugin, mask):
+def test_causal_calls(plugin, mask):
     query, key, value = inputs(groups=2)
     visible = torch.ones(70, 70, dtype=torch.bool).tril()
     tokens = torch.ones(2, 70, dtype=torch.bool)
@@ -111,10 +111,16 @@ def test_causal_calls_are_dense(plugin, mask):
         "tokens": {"attn_mask": tokens},
         "additive": {"attn_mask": torch.zeros(2, 1, 1, 70).masked_fill(~tokens[:, None, None], -torch.inf)},
     }[mask]
-    actual = plugin(query, key, value, DIALS | given, is_causal=True, softmax_scale=0.3)
     expected = exact(query, key, value, visible & tokens[:, None, None] if mask else visible, scale=0.3)
+    actual = plugin(query, key, value, ALL_BLOCKS | given, is_causal=True, softmax_scale=0.3)
+    rows = tokens if mask else torch.ones_like(tokens)
+    torch.testing.assert_close(actual[rows], expected[rows])
+    actual = plugin(query, key, value, DIALS | given | {"min_length": 99}, is_causal=True, softmax_scale=0.3)
     torch.testing.assert_close(actual, expected)
-    assert counts(plugin) == [(0, 1, {"causal attention": 1})]
+    assert counts(plugin) == [(1, 0, {}), (0, 1, {"policy: fewer keys than min_length=99": 1})]
+    actual = plugin(query, key, value, ALL_BLOCKS | {"attn_mask": visible[None, None]}, is_causal=True)
+    torch.testing.assert_close(actual, exact(query, key, value, visible))
+    assert counts(plugin)[0] == (1, 1, {"a causal flag beside a causal mask": 1})
 
 
 def test_cross_attention_is_dense(plugin):

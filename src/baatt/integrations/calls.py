@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from baatt.integrations.masks import Structure
+
 #: Handles by number, as long as they live.
 HANDLES: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 
@@ -38,8 +40,8 @@ class SdpaCall(NamedTuple):
             return "values of another shape than keys, or keys of another width than queries"
         if q.shape[1] != k.shape[1] and (not self.enable_gqa or q.shape[1] % k.shape[1]):
             return "fewer heads of keys than of queries without enable_gqa"
-        if self.is_causal:
-            return "causal attention"
+        if self.is_causal and mask is not None:
+            return "a causal flag beside a mask"
         if self.dropout_p > 0:
             return "dropout"
         if mask is not None:
@@ -72,15 +74,22 @@ def routed_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    causal: int | None,
+    query_start: int | None,
     scale: float | None,
     layer: int | None,
     is_cross: bool | None,
     told: Sequence[Tensor],
     number: int,
 ) -> Tensor:
-    """`Handle.in_graph` as one node of a compiled graph; `told` are tensors for what must not be part of the graph."""
+    """`Handle.in_graph` as one node of a compiled graph.
+
+    A mask with 2 axes is one of keys; `told` are tensors for what must not be part of the graph.
+    """
+    key_mask, mask = (mask, None) if mask is not None and mask.ndim == 2 else (None, mask)
     call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    out: Tensor = HANDLES[number].in_graph(call, layer, is_cross, told)
+    known = Structure(causal, query_start, key_mask)
+    out: Tensor = HANDLES[number].in_graph(call, known, layer, is_cross, told)
     return out.to(q.dtype).contiguous()
 
 

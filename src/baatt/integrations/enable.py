@@ -128,6 +128,7 @@ def _watch(root: nn.Module, handle: Handle) -> None:
         if torch.compiler.is_compiling():
             return
         before = handle.calls_as_asked
+        handle.masks.start_forward()
         if handle.read_step is not None and handle.policy.dense_steps > 0 and not handle.progress.told:
             handle.read_step(args, kwargs)
 

@@ -1,6 +1,6 @@
 """One place decides for every attention call of a foreign model whether it goes sparse, and counts it with the reason.
 
-In: q, k, v of a call, its layer, a key mask. Out: attention of the same shape, from `ba_attention` or exact. An adapter
+In: q, k, v of a call, its layer, a mask. Out: attention of the same shape, from `ba_attention` or exact. An adapter
 brings the calls here and knows the library they come from; this file knows none. In a compiled graph the whole decision
 is one opaque operator that runs eagerly, so steps and counts stay right there and nothing is compiled again for them.
 """
@@ -8,12 +8,10 @@ is one opaque operator that runs eagerly, so steps and counts stay right there a
 import dataclasses
 import functools
 import itertools
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +19,11 @@ from torch import Tensor
 
 from baatt.attention import ba_attention
 from baatt.backend import IMPLS, Workload, choose_backend
+from baatt.checks import check_structure
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.calls import HANDLES, SdpaCall, routed_attention
-from baatt.integrations.masks import KeyMaskReader
+from baatt.integrations.counts import BY_POLICY, Counts, block_pairs
+from baatt.integrations.masks import MaskReader, Structure
 from baatt.integrations.progress import DenoisingProgress
 from baatt.stages.dense import dense_attention
 
@@ -35,8 +35,6 @@ Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float], N
 
 _numbers = itertools.count()
 
-#: Reasons that a policy asked for: a forward without a sparse call is no surprise then.
-BY_POLICY = "policy: "
 GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
 
 
@@ -44,15 +42,7 @@ class NoSparseAttentionWarning(UserWarning):
     """A model ran and none of its attention was sparse, although the policy asked for nothing dense."""
 
 
-class LayerCalls(NamedTuple):
-    """Calls of one layer: sparse, dense, and the reasons of the dense ones with their number."""
-
-    sparse: int
-    dense: int
-    reasons: dict[str, int]
-
-
-class Handle:
+class Handle(Counts):
     """What `enable` gives: counts, the denoising step, and the way back. A context manager that disables on exit.
 
     Args:
@@ -61,7 +51,7 @@ class Handle:
 
     Attributes:
         progress: where the denoising step comes from. layer_count: layers of the model, once they are known.
-        key_mask: reads the mask of a call. undo: what `disable` runs.
+        masks: reads the mask of a call. undo: what `disable` runs.
         read_step: an adapter's: tells `progress` the step, given (args, kwargs) of a forward before it runs, or None.
         hear: an adapter's: takes what went along with a call of a compiled graph and returns the layer, or None.
         is_timed: whether `seconds` sums the time of all calls, for which every call waits for the device.
@@ -78,6 +68,7 @@ class Handle:
         impl: str = "auto",
         order: TokenPermutation | None = None,
     ) -> None:
+        super().__init__()
         if not isinstance(config, BAAttConfig | None):
             raise TypeError(f"config must be a BAAttConfig or None, got {type(config).__name__}")
         if not isinstance(policy, Policy | None):
@@ -93,60 +84,11 @@ class Handle:
         self.number = next(_numbers)
         HANDLES[self.number] = self
         self.undo = ExitStack()
-        self.key_mask = KeyMaskReader()
+        self.masks = MaskReader()
         self.read_step: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.hear: Callable[[Sequence[Tensor]], int] | None = None
-        self._calls: Counter[tuple[int | None, str | None]] = Counter()  # by layer and reason, None = sparse
-        self._pairs = self._kept_pairs = 0.0
-        self.is_timed, self.seconds = False, 0.0
+        self.is_timed = False
         self._watcher: Watcher | None = None
-
-    @property
-    def sparse_calls(self) -> int:
-        """Attention calls that went sparse."""
-        return sum(count for (_, reason), count in self._calls.items() if reason is None)
-
-    @property
-    def dense_calls(self) -> int:
-        """Attention calls that came here and stayed dense."""
-        return sum(self._calls.values()) - self.sparse_calls
-
-    @property
-    def reasons(self) -> dict[str, int]:
-        """Why calls stayed dense, with their number."""
-        found: dict[str, int] = {}
-        for (_, reason), count in self._calls.items():
-            if reason is not None:
-                found[reason] = found.get(reason, 0) + count
-        return found
-
-    @property
-    def layers(self) -> dict[int | None, LayerCalls]:
-        """Counts by layer; None holds calls of which the layer is not known."""
-        found: dict[int | None, LayerCalls] = {}
-        for layer in sorted({layer for layer, _ in self._calls}, key=lambda layer: -1 if layer is None else layer):
-            reasons = {reason: count for (one, reason), count in self._calls.items() if one == layer and reason}
-            found[layer] = LayerCalls(self._calls[layer, None], sum(reasons.values()), reasons)
-        return found
-
-    @property
-    def sparsity(self) -> float:
-        """Achieved share of block pairs skipped, over all calls that came here; a dense call skips none.
-
-        Counts every key block of a call, padding included.
-        """
-        return 1 - self._kept_pairs / self._pairs if self._pairs else 0.0
-
-    def report(self) -> str:
-        """The counts in a few lines."""
-        calls = f"{self.sparse_calls} sparse and {self.dense_calls} dense attention calls"
-        lines = [f"  {count} dense: {reason}" for reason, count in sorted(self.reasons.items())]
-        return "\n".join([f"{calls}, {100 * self.sparsity:.1f} % of block pairs skipped", *lines])
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        self._calls.clear()
-        self._pairs = self._kept_pairs = self.seconds = 0.0
 
     def at_step(self, step: int, total: int) -> None:
         """Say which denoising step is about to run, from 0; for loops whose model is not told itself.
@@ -181,11 +123,6 @@ class Handle:
                 return dataclasses.replace(self.config, sparsity=sparsity)
         return self.config
 
-    @property
-    def calls_as_asked(self) -> int:
-        """Calls that went sparse, or stayed dense because the policy says so."""
-        return sum(count for (_, reason), count in self._calls.items() if not reason or reason.startswith(BY_POLICY))
-
     def override(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of one instance; `disable` puts it back, unless another value has come since."""
         own, absent = vars(owner), object()
@@ -201,7 +138,7 @@ class Handle:
     def count_dense(self, layer: int | None, reason: str) -> None:
         """Count a call that stays dense; in a traced graph, which must not have side effects, nothing is counted."""
         if not torch.compiler.is_compiling():
-            self._calls[layer, reason] += 1
+            self.count(layer, reason)
 
     def attention(
         self,
@@ -211,6 +148,8 @@ class Handle:
         *,
         layer: int | None,
         key_mask: Tensor | None = None,
+        causal: int | None = None,
+        query_start: int | None = None,
         scale: float | None = None,
         is_cross: bool | None = False,
         dense: Callable[[], Tensor] | None = None,
@@ -221,6 +160,7 @@ class Handle:
         Args:
             q: [B, H, N, D]; k, v: [B, G, M, D], M any number of keys; key_mask: [B, M] bool, True = attend, or None.
             layer: its number, or None where the adapter cannot tell.
+            causal, query_start: as `ba_attention`, but a start must be given with `causal`.
             scale: factor on q.k; None = 1 / sqrt(D).
             is_cross: whether queries and keys belong to different sequences; None: as many queries as keys says no.
             dense: the model's own attention for a call that stays dense; None computes it exactly here, as a compiled
@@ -230,7 +170,8 @@ class Handle:
         Returns:
             [B, H, N, D].
         """
-        return self._attend(SdpaCall(q, k, v, key_mask, scale=scale), dense, layer, is_cross, refusal)
+        known = Structure(causal, query_start, key_mask, refusal)
+        return self._attend(SdpaCall(q, k, v, scale=scale), known, dense, layer, is_cross)
 
     def sdpa(
         self,
@@ -243,7 +184,7 @@ class Handle:
         refusal: str | None = None,
         told: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Attention of a call that may be no plain bidirectional attention and may have any mask.
+        """Attention of a call that may be causal and may have any mask.
 
         A mask is looked at when the call runs: in a compiled graph it goes with the call through one opaque operator.
 
@@ -255,52 +196,60 @@ class Handle:
             told: what goes along in a compiled graph, for `hear`.
         """
         refusal = call.refusal() if refusal is None else refusal
+        known = Structure(refusal=refusal)
         if refusal is None:
             call = call.under_autocast()
-            if call.attn_mask is None and key_mask is not None:
-                call = call._replace(attn_mask=key_mask)
-                return self._attend(call, None, layer, is_cross, told=told)
-        return self._attend(call, dense, layer, is_cross, refusal, told)
+            if call.is_causal:  # as PyTorch has it, the first query stands at the first key
+                known = Structure(1, 0)
+            elif call.attn_mask is None and key_mask is not None:
+                return self._attend(call, Structure(key_mask=key_mask), None, layer, is_cross, told)
+        return self._attend(call, known, dense, layer, is_cross, told)
 
-    def in_graph(self, call: SdpaCall, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]) -> Tensor:
-        """A call of a compiled graph, when the graph runs; a mask with 2 axes is a key mask."""
+    def in_graph(
+        self, call: SdpaCall, known: Structure, layer: int | None, is_cross: bool | None, told: Sequence[Tensor]
+    ) -> Tensor:
+        """A call of a compiled graph, when the graph runs."""
         if self.hear is not None and told:
             layer = self.hear(told)
-        if call.attn_mask is None or call.attn_mask.ndim == 2:
-            return self._attend(call, None, layer, is_cross)
         q, k, v, mask = call[:4]
         dense = functools.partial(
             F.scaled_dot_product_attention, q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa
         )
-        return self.sdpa(call, dense, layer=layer, is_cross=is_cross)
+        return self._attend(call, known, None if mask is None else dense, layer, is_cross)
 
     def _attend(
         self,
         call: SdpaCall,
+        known: Structure,
         dense: Callable[[], Tensor] | None,
         layer: int | None,
         is_cross: bool | None,
-        refusal: str | None = None,
         told: Sequence[Tensor] = (),
     ) -> Tensor:
-        """`attention`, or `sdpa` of a call whose mask has 4 axes or is a key mask."""
+        """A call of which the structure is known, unless it has a mask, with 4 axes."""
         q, k, v, mask = call[:4]
-        if refusal is None and mask is not None and mask.ndim == 4 and not torch.compiler.is_compiling():
-            mask, refusal = self.key_mask(mask, k.shape[0], k.shape[2])
-        if refusal is None and needs_gradients(q, k, v, *([] if mask is None else [mask])):
+        is_traced = torch.compiler.is_compiling()
+        if known.refusal is None and mask is not None and not is_traced:
+            known = self.masks(mask, k.shape[0], k.shape[2])
+        refusal = known.refusal
+        if refusal is None and needs_gradients(q, k, v, *(x for x in (mask, known.key_mask) if x is not None)):
             refusal = GRADIENTS
         elif refusal is None and v.shape != k.shape:  # before the operator, whose result has the shape of q
             refusal = "values of another shape than keys"
-        if refusal is None and torch.compiler.is_compiling():
-            routed: Tensor = routed_attention(q, k, v, mask, call.scale, layer, is_cross, list(told), self.number)
-            return routed
+        options: dict[str, Any] = {"causal": known.causal, "query_start": known.query_start, "scale": call.scale}
         if dense is None:
-            dense = functools.partial(dense_attention, q, k, v, key_mask=mask, scale=call.scale)
-        if refusal is not None:
-            self.count_dense(layer, refusal)
+            dense = functools.partial(dense_attention, q, k, v, key_mask=known.key_mask, **options)
+        # A decoding step stays dense anyway, and there every node that is opaque costs time.
+        if refusal is not None or (is_traced and q.shape[2] == 1 and self.policy.min_queries > 1):
+            self.count_dense(layer, refusal or "")
             return dense()
+        if is_traced:
+            given = known.key_mask if mask is None else mask
+            options |= {"layer": layer, "is_cross": is_cross, "told": list(told), "number": self.number}
+            routed: Tensor = routed_attention(q, k, v, given, **options)
+            return routed
         started = self._now(q.device)
-        out = self._decide(call._replace(attn_mask=mask), dense, layer, is_cross)
+        out = self._decide(call, known, dense, layer, is_cross)
         self.seconds += self._now(q.device) - started
         return out
 
@@ -310,34 +259,46 @@ class Handle:
             torch.cuda.synchronize(device)
         return time.perf_counter() if self.is_timed else 0.0
 
-    def _decide(self, call: SdpaCall, dense: Callable[[], Tensor], layer: int | None, is_cross: bool | None) -> Tensor:
-        """A call that may go sparse, unless the policy says no; its mask is a key mask."""
-        q, k, v, key_mask = call[:4]
+    def _decide(
+        self, call: SdpaCall, known: Structure, dense: Callable[[], Tensor], layer: int | None, is_cross: bool | None
+    ) -> Tensor:
+        """A call that may go sparse, unless the policy says no."""
+        known, k, v = known.cut(call.query, call.key, call.value)
+        q, key_mask = call.query, known.key_mask
         is_square = q.shape[2] == k.shape[2]
-        is_cross = not is_square if is_cross is None else is_cross
+        is_cross = known.causal is None and not is_square if is_cross is None else is_cross
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
         if self._watcher is not None:
             self._watcher(layer, q, k, v, key_mask, scale)
-        config, refusal = self.config_of(layer), self._refusal(q, k, v, scale, layer, is_cross)
-        blocks = math.ceil(k.shape[2] / config.block_size)
-        pairs = q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / config.block_size) * blocks
-        self._pairs += pairs
-        self._calls[layer, refusal] += 1
-        if refusal is not None:
-            self._kept_pairs += pairs
-            return dense()
-        self._kept_pairs += pairs * config.kept_blocks(blocks) / blocks
+        config = self.config_of(layer)
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
-        masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": key_mask if is_square and not is_cross else None}
+        query_mask = known.query_mask(q.shape[2]) if known.causal is not None or (is_square and not is_cross) else None
+        masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
+        structure: dict[str, Any] = {"causal": known.causal, "query_start": known.query_start, **masks}
+        refusal = self._refusal(q, k, v, scale, layer, is_cross, structure)
+        pairs, kept = block_pairs(config, q.shape[2], k.shape[2], known.causal, known.query_start or 0)
+        self.count(layer, refusal, pairs * q.shape[0] * q.shape[1], kept * q.shape[0] * q.shape[1])
+        if refusal is not None:
+            return dense()
         permutation = self.order(q.shape[2], q.device) if self.order is not None and is_square else None
-        if permutation is not None:
-            masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}
-            q, k, v = (x[:, :, permutation] for x in (q, k, v))
+        if permutation is None:
+            return ba_attention(q, k, v, config, **structure, scale=call.scale, impl=self.impl)
+        masks = {name: None if mask is None else mask[:, permutation] for name, mask in masks.items()}
+        q, k, v = (x[:, :, permutation] for x in (q, k, v))
         out = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
-        return out if permutation is None else torch.empty_like(out).index_copy(2, permutation, out)
+        return torch.empty_like(out).index_copy(2, permutation, out)
 
-    def _refusal(self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int | None, is_cross: bool) -> str | None:
-        """Why the policy, or the device, has a call stay dense, or None."""
+    def _refusal(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        layer: int | None,
+        is_cross: bool,
+        structure: dict[str, Any],
+    ) -> str | None:
+        """Why the policy, the config or the device has a call stay dense, or None."""
         policy, queries, keys = self.policy, q.shape[2], k.shape[2]
         if not self._is_sparse:
             return BY_POLICY + "dense attention everywhere"
@@ -361,6 +322,12 @@ class Handle:
             return f"{BY_POLICY}fewer keys than min_length={policy.min_length}"
         if queries < keys and queries < policy.min_queries:
             return f"{BY_POLICY}fewer queries than min_queries={policy.min_queries}, of more keys"
+        if structure["causal"] is not None and self.order is not None:
+            return "an order of tokens, which a causal mask does not allow"
+        try:
+            check_structure(q, k, self.config, **structure)
+        except ValueError as error:
+            return str(error)
         return None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import Handle
-from baatt.integrations.masks import NO_MASK
+from baatt.integrations.masks import DIFFERS, NO_MASK, Structure
 from baatt.integrations.progress import by_name
 from baatt.integrations.sdpa import Current
 
@@ -85,10 +85,14 @@ def _routed(
         unknown = [name for name, value in others.items() if value is not None]
         padding, mask = NO_MASK, given.get()
         if attn_mask is None and mask is not None:  # blocks may be on several devices
-            padding = handle.key_mask(mask.to(q.device), k.shape[0], k.shape[2])
+            padding = handle.masks(mask.to(q.device), k.shape[0], k.shape[2])
+        if unknown or is_causal:  # LLaDA's own code does not heed the flag
+            padding = Structure(refusal=f"arguments {unknown or ['is_causal']}")
+        elif padding.causal is not None:
+            padding = Structure(refusal=DIFFERS)
         return handle.sdpa(
             SdpaCall(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa=True), dense, layer=layer, is_cross=False,
-            key_mask=padding.mask, refusal=f"arguments {unknown}" if unknown else padding.refusal,
+            key_mask=padding.key_mask, refusal=padding.refusal,
         )  # fmt: skip
 
     return attention

@@ -1,16 +1,19 @@
-"""From the masks that other libraries hand to attention to a key mask [B, M] bool, or the reason why there is none.
+"""From the masks that other libraries hand to attention to their structure, or the reason why they have none we know.
 
-In: None, bool (True = attend) or additive floats that broadcast to [B, H, N, M]. Only a mask that treats all heads and
-all queries alike is a key mask; every other one stays with dense attention, which takes it as it is. `as_key_mask`
-looks at shapes and at one row of queries; `KeyMaskReader` also compares the rows of a mask that is written out for
-every query.
+In: None, bool (True = attend) or additive floats that broadcast to [B, H, N, M]. Out: `Structure`: which keys are
+hidden from all, and the length of causal blocks. It is found in the values, never in shapes or flags: a mask is
+measured row by row once, a structure is guessed from where rows grow, and every row is compared with it exactly. Every
+other mask stays with dense attention, which takes it as it is.
 """
 
-import weakref
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 #: An additive value of at most this bars a key: exp of it is 0 next to any score that is less than 9000 lower.
 BARRED = -1e4
@@ -18,80 +21,240 @@ BARRED = -1e4
 #: Entries of a mask that are looked at together, so that the copies made on the way stay small.
 CHUNK = 2**26
 
+#: Masks that a reader remembers; models have one or two, for full layers and for windows.
+REMEMBERED = 8
 
-class KeyMask(NamedTuple):
-    """mask: [B, M] bool (True = attend), or None where every key counts; refusal: why it is no key mask, else None."""
+_Memory: Any = StorageWeakRef  # which has no types
 
-    mask: Tensor | None
-    refusal: str | None
-
-
-NO_MASK = KeyMask(None, None)
+DIFFERS = "a mask that differs between queries"
+WEIGHTS = "an additive mask with weights"
+WINDOW = "a sliding window"
+PARTS = "parts of a sequence that do not see one another"
 
 
-def as_key_mask(mask: Tensor | None, batch: int, keys: int) -> KeyMask:
-    """The key mask that an attention mask amounts to.
+class Structure(NamedTuple):
+    """What a mask amounts to.
 
-    Args:
-        mask: None; [B or 1, M] bool; or [B or 1, H or 1, N or 1, M], bool or additive. An axis of heads or queries
-            counts as one entry if it is expanded (stride 0), as libraries make it from a padding mask. Additive values
-            are 0 or at most `BARRED`; they are not looked at, and refused, in a compiled graph.
-        batch, keys: B and M of the call.
+    causal: tokens of a causal block, 1 for plain causal; None where all queries see alike.
+    query_start: position of the first query among the keys where `causal` is given, else None.
+    key_mask: [B, M] bool, True = attend, or None where every key counts.
+    refusal: why it is nothing of this, or None.
     """
-    if mask is None:
-        return NO_MASK
-    refusal = _wrong_shape(mask, batch, keys)
-    if refusal is not None:
-        return KeyMask(None, refusal)
-    if mask.ndim == 2:
-        return KeyMask(mask.expand(batch, keys), None)
-    if mask.shape[2] != 1 and mask.stride(2) != 0:
-        return KeyMask(None, "a mask that differs between queries")
-    row = mask[:, 0, 0]
-    if row.dtype != torch.bool:
-        if torch.compiler.is_compiling():
-            return KeyMask(None, "an additive mask in a compiled graph")  # its values cannot be looked at there
-        attended = _attended(row)
-        if not bool((attended | (row <= BARRED)).all()):
-            return KeyMask(None, "an additive mask with weights")
-        row = attended
-    return KeyMask(row.expand(batch, keys), None)
+
+    causal: int | None = None
+    query_start: int | None = None
+    key_mask: Tensor | None = None
+    refusal: str | None = None
+
+    def query_mask(self, queries: int) -> Tensor | None:
+        """[B, N] bool, False where the query's own key is hidden: that is padding. None where no key is."""
+        if self.key_mask is None:
+            return None
+        start = self.query_start or 0
+        own = self.key_mask[:, start : start + queries]
+        return own if own.shape[1] == queries else F.pad(own, (0, queries - own.shape[1]), value=True)
+
+    def cut(self, q: Tensor, k: Tensor, v: Tensor) -> tuple["Structure", Tensor, Tensor]:
+        """Without keys behind the last that a query sees, as a static cache has them; k, v: [B, G, M, D]."""
+        if self.causal is None or self.query_start is None:
+            return self, k, v
+        end = ((self.query_start + q.shape[2] - 1) // self.causal + 1) * self.causal
+        if end >= k.shape[2]:
+            return self, k, v
+        key_mask = None if self.key_mask is None else self.key_mask[:, :end]
+        return self._replace(key_mask=key_mask), k[:, :, :end], v[:, :, :end]
 
 
-class KeyMaskReader:
-    """`as_key_mask` that looks further and remembers the last mask, which all layers of a forward share.
+NO_MASK = Structure()
 
-    A mask [B, 1, N, M] that is written out for every query is a key mask if all its rows are alike, or if it is the
-    product of a key mask with itself: then queries that are padding attend to nothing, and their rows of the result
-    mean nothing to the caller; with a key mask they attend to what all others do. Costs one pass over the mask, N * M
-    reads against the 4 * N * M * D operations of every head, and a wait for the device. A mask of which the first and
-    the last row differ costs no more than those two.
+
+class MaskReader:
+    """Reads masks, and remembers those whose memory is alive and has not been written to since.
+
+    A mask costs a few passes over it, 2 bytes an entry against the 4 * D operations of every head, and one wait for the
+    device; all layers of a forward share that. Tensors of inference mode do not say whether they were written to: those
+    are remembered until `start_forward` is called again, if it ever was.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], tuple[object, ...], KeyMask] | None = None
+        self._known: dict[tuple[object, ...], tuple[Any, Structure]] = {}
+        self._forward: int | None = None
 
-    def __call__(self, mask: Tensor | None, batch: int, keys: int) -> KeyMask:
-        """The key mask of a call, arguments as `as_key_mask`; in a compiled graph it is `as_key_mask`."""
-        if mask is None or torch.compiler.is_compiling() or mask.ndim != 4 or _wrong_shape(mask, batch, keys):
-            return as_key_mask(mask, batch, keys)
-        # Layers take slices of one mask. One of inference mode has no version: it may have been written to.
-        owner = mask if mask._base is None else mask._base
-        state = None
-        if not mask.is_inference():
-            state = mask._version, mask.storage_offset(), mask.shape, mask.stride(), mask.dtype
-        if self._last is not None and state is not None and self._last[0]() is owner and self._last[1] == state:
-            found = self._last[2]
-        else:
-            alike = mask.shape[2] == 1 or mask.stride(2) == 0
-            found = as_key_mask(mask, mask.shape[0], keys) if alike else _compare_rows(mask[:, 0])
-            if state is not None:
-                self._last = weakref.ref(owner), state, found
-        return found if found.mask is None else KeyMask(found.mask.expand(batch, keys), None)
+    def start_forward(self) -> None:
+        """A new forward of a model begins: tensors of inference mode may hold something else now."""
+        self._forward = 1 + (self._forward or 0)
+
+    def __call__(self, mask: Tensor | None, batch: int, keys: int) -> Structure:
+        """The structure of a mask.
+
+        Args:
+            mask: None; [B or 1, M] bool; or [B or 1, H or 1, N or 1, M], bool or additive.
+            batch, keys: B and M of the call.
+        """
+        if mask is None:
+            return NO_MASK
+        refusal = _wrong_shape(mask, batch, keys)
+        if refusal is not None:
+            return Structure(refusal=refusal)
+        if mask.ndim == 2:
+            return Structure(key_mask=mask.expand(batch, keys))
+        has_one_row = all(mask.shape[axis] == 1 or mask.stride(axis) == 0 for axis in (1, 2))
+        if has_one_row and mask.dtype == torch.bool:  # as it is: nothing to wait for
+            return Structure(key_mask=mask[:, 0, 0].expand(batch, keys))
+        if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return Structure(refusal="a mask whose values cannot be looked at in a graph")
+        found = self._remembered(mask)
+        return found if found.key_mask is None else found._replace(key_mask=found.key_mask.expand(batch, keys))
+
+    def _remembered(self, mask: Tensor) -> Structure:
+        version = ("forward", self._forward) if mask.is_inference() else mask._version
+        storage = _Memory(mask.untyped_storage())  # not its address, which is used again when it is gone
+        place = mask.storage_offset(), mask.shape, mask.stride(), mask.dtype
+        key = storage.cdata, version, *place
+        known = self._known.get(key)
+        if known is not None and not known[0].expired():
+            return known[1]
+        found = read_mask(mask)
+        if version != ("forward", None):
+            alive = [(one, entry) for one, entry in self._known.items() if not entry[0].expired()]
+            self._known = dict([*alive, (key, (storage, found))][-REMEMBERED:])
+        return found
+
+
+def read_mask(mask: Tensor) -> Structure:
+    """The structure of [B, H, N, M], bool or additive, by its values; an axis may be expanded.
+
+    Rows of padding may see nothing instead, as in the product of a key mask with itself; what they get of a structure
+    means nothing. They are those at whose place no query sees the key.
+    """
+    rows = _measure(_collapsed(mask))
+    if not rows.alike:
+        return Structure(refusal="a mask that differs between heads")
+    if not rows.known:
+        return Structure(refusal=WEIGHTS)
+    # Some versions of transformers let padding on the left see all, because a row of nothing was not a number.
+    # Its keys are then those that no other row sees.
+    part = torch.where(rows.seen_in_part[:, :1], rows.seen, rows.seen_in_part)
+    for seen in (rows.seen, part):
+        visible = seen.cpu()
+        found = _find(rows, visible)
+        if found is not None:
+            return found if bool(visible.all()) else found._replace(key_mask=seen)
+    return Structure(refusal=_reason(rows, rows.seen.cpu()))
+
+
+class _Rows(NamedTuple):
+    """Rows of a mask [B, N, M], all on the CPU but for the keys that are seen.
+
+    counts, first, end: [B, N] int64, how many keys a row sees, its first one and the one behind its last.
+    seen: [B, M] bool, keys that any row sees; seen_in_part: that any row sees which does not see all.
+    known: whether all values attend or bar; alike: whether heads agree.
+    """
+
+    counts: Tensor
+    first: Tensor
+    end: Tensor
+    seen: Tensor
+    seen_in_part: Tensor
+    known: bool
+    alike: bool
+
+
+def _collapsed(mask: Tensor) -> Tensor:
+    """One entry of every axis but that of keys that is expanded."""
+    for axis in range(3):
+        mask = mask.narrow(axis, 0, 1) if mask.stride(axis) == 0 else mask
+    return mask
+
+
+def _measure(mask: Tensor) -> _Rows:
+    batch, heads, queries, keys = mask.shape
+    known, alike = torch.ones(2, dtype=torch.bool, device=mask.device)
+    seen, seen_in_part = torch.zeros(2, batch, keys, dtype=torch.bool, device=mask.device)
+    measures = []
+    step = max(1, CHUNK // (batch * heads * keys))
+    for start in range(0, queries, step):
+        values = mask[:, :, start : start + step]
+        every = values if values.dtype == torch.bool else values == 0
+        if values.dtype != torch.bool:
+            known = known & (every | (values <= BARRED)).all()
+        attended = every[:, 0].contiguous()
+        if heads > 1:
+            alike = alike & (every == every[:, :1]).all()
+        count = attended.sum(dim=2)
+        seen |= attended.any(dim=1)
+        seen_in_part |= (attended & rearrange(count < keys, "b n -> b n 1")).any(dim=1)
+        ends = [side.view(torch.uint8).argmax(dim=2) for side in (attended, attended.flip(2))]
+        measures.append(torch.stack([count, ends[0], keys - ends[1]]))
+    count, first, end = torch.cat(measures, dim=2).cpu()
+    end = torch.where(count > 0, end, 0)
+    flags = torch.stack([known, alike]).tolist()
+    return _Rows(count, first, end, seen, seen_in_part, *flags)
+
+
+def _find(rows: _Rows, visible: Tensor) -> Structure | None:
+    """The structure of rows that see the keys [B, M] which are visible, or None."""
+    queries, keys = rows.counts.shape[1], visible.shape[1]
+    fits = rows.counts == visible.sum(dim=1, keepdim=True)
+    if queries == keys:
+        fits |= (rows.counts == 0) & ~visible
+    if bool(fits.all()):
+        return Structure()
+    # A row that sees further than the one before begins a block: at a key behind all that one saw.
+    some = (rows.counts > 0) & ((rows.counts < keys) | visible.all(dim=1, keepdim=True))
+    grows = some[:, 1:] & some[:, :-1] & (rows.end[:, 1:] > rows.end[:, :-1])
+    places = (1 + torch.arange(queries - 1)).expand_as(grows)[grows]
+    if not len(places):
+        return None
+    least = int((rows.end[:, :-1][grows] - places).max())
+    most = int((rows.end[:, 1:][grows] - 1 - places).min())
+    for start in dict.fromkeys((0, keys - queries, least, most)):
+        if not max(least, 0) <= start <= most:
+            continue
+        for causal in _divisors(math.gcd(*(start + places).tolist())):
+            if _fits(rows, visible, causal, start):
+                return Structure(causal, start)
+    return None
+
+
+def _fits(rows: _Rows, visible: Tensor, causal: int, start: int) -> bool:
+    """Whether every row sees exactly the visible keys of its block and those before, but for rows of padding."""
+    keys = visible.shape[1]
+    places = start + torch.arange(rows.counts.shape[1])
+    edge = ((places // causal + 1) * causal).clamp(max=keys)
+    before = F.pad(visible.cumsum(dim=1), (1, 0))
+    # All that a row sees is visible, so it sees all of that before the edge if it sees as many.
+    fits = (rows.counts == before[:, edge]) & (rows.end <= edge)
+    own = places.clamp(max=keys - 1)
+    padding = ~visible[:, own] & (places < keys)
+    fits |= padding & (rows.counts == 0)
+    fits |= padding & (before[:, own] == 0) & (rows.counts == keys)
+    return bool(fits.all())
+
+
+def _reason(rows: _Rows, visible: Tensor) -> str:
+    """What a mask is that has no structure we know."""
+    before = F.pad(visible.cumsum(dim=1), (1, 0))
+    some = rows.counts > 0
+    is_run = rows.counts == before.gather(1, rows.end) - before.gather(1, rows.first)
+    both = some[:, 1:] & some[:, :-1]
+    moves, grows = (x[:, 1:] - x[:, :-1] for x in (rows.first, rows.end))
+    if bool((is_run | ~some).all()) and bool(((moves >= 0) & (grows >= 0) | ~both).all()):
+        moved = both & (moves > 0)
+        if bool(moved.any()) and bool((both & (grows > 0)).any()):
+            is_new = rows.first[:, 1:] >= rows.end[:, :-1]
+            return PARTS if bool(is_new[moved].all()) else WINDOW
+    return DIFFERS
+
+
+def _divisors(number: int) -> list[int]:
+    """The largest first."""
+    small = [one for one in range(1, math.isqrt(number) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)}, reverse=True)
 
 
 def _wrong_shape(mask: Tensor, batch: int, keys: int) -> str | None:
-    """Why the shape or the dtype of a mask alone rules a key mask out, or None."""
+    """Why the shape or the dtype of a mask alone rules a structure out, or None."""
     if mask.ndim not in (2, 4) or (mask.ndim == 2 and mask.dtype != torch.bool):
         return f"a mask of {mask.dtype} with {mask.ndim} axes"
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -100,39 +263,4 @@ def _wrong_shape(mask: Tensor, batch: int, keys: int) -> str | None:
         return f"a mask over {mask.shape[-1]} of {keys} keys"
     if mask.shape[0] not in (1, batch):
         return f"a mask for {mask.shape[0]} of {batch} batch entries"
-    if mask.ndim == 4 and mask.shape[1] != 1 and mask.stride(1) != 0:
-        return "a mask that differs between heads"
     return None
-
-
-def _compare_rows(mask: Tensor) -> KeyMask:
-    """The key mask of [B, N, M], which has a row for every query: that mask or, where the query is padding, nothing."""
-    batch, queries, keys = mask.shape
-    first, last = _attended(mask[:, 0]), _attended(mask[:, -1])
-    comparable = first.any(dim=1) & last.any(dim=1)
-    if bool(((first != last).any(dim=1) & comparable).any()):
-        return KeyMask(None, "a mask that differs between queries")
-    known = torch.ones((), dtype=torch.bool, device=mask.device)
-    visible = torch.zeros(batch, keys, dtype=torch.bool, device=mask.device)
-    counts = []
-    step = max(1, CHUNK // (batch * keys))
-    for start in range(0, queries, step):
-        rows = mask[:, start : start + step]
-        attended = _attended(rows)
-        if rows.dtype != torch.bool:
-            known &= (attended | (rows <= BARRED)).all()
-        visible |= attended.any(dim=1)
-        counts.append(attended.sum(dim=2))
-    count = torch.cat(counts, dim=1)
-    # A row is a part of `visible`, so it is `visible` where it has as many entries.
-    full, empty = count == visible.sum(dim=1, keepdim=True), count == 0
-    alike = full.all(dim=1)
-    if queries == keys:
-        alike |= (full | empty).all(dim=1) & (empty == ~visible).all(dim=1)
-    if not bool(known):
-        return KeyMask(None, "an additive mask with weights")
-    return KeyMask(visible, None) if bool(alike.all()) else KeyMask(None, "a mask that differs between queries")
-
-
-def _attended(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.bool else x == 0

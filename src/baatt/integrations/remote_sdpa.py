@@ -1,13 +1,14 @@
 """Remote code of diffusion language models whose attention layers call `scaled_dot_product_attention`.
 
 Known by the names of their classes. The stack of layers runs inside a `SparseSDPA`, and hooks on the layers tell which
-one is running. Masks written out for every query, as Dream and LLaDA-V make them of their padding, are recognised by
-their values (see `KeyMaskReader`); what padded queries get then differs from the model's own, which is 0 or arbitrary.
-Block-causal masks stay dense. Needs no transformers.
+one is running. Masks written out for every query, of padding or of causal blocks, are recognised by their values (see
+`MaskReader`); what padded queries get then differs from the model's own, which is 0 or arbitrary. Needs no
+transformers.
 """
 
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +26,13 @@ KNOWN: Mapping[str, str] = {
     "LLaDASdpaAttention": "LLaDA-V: always an additive mask [B, 1, N, N], all rows equal",
     "LLaDAMoEAttention": "LLaDA-MoE; without SDPA",
     "LLaDAMoESdpaAttention": "LLaDA-MoE: no mask, or one with 4 axes",
-    "SDARAttention": "SDAR: block-causal",
+    "SDARAttention": "SDAR: block-causal, bool [1, N, M]; FlashAttention by name where a mask hides nothing",
     "LLaDA2MoeAttention": "LLaDA2: block-causal, additive [1, 1, N, N]",
+    "Fast_dLLM_QwenAttention": "Fast-dLLM v2: block-causal, bool [N, M]",
 }
+
+#: What SDAR's code calls for a block over a cache, which no instance can have replaced.
+FLASH = "flash_attn_func"
 
 
 def roots(model: Any) -> list[nn.Module]:
@@ -84,6 +89,10 @@ class _LayerWatch:
         layer = self.layer.get()
         self.layer.set(None)
         if not self.called and output is not None:  # a layer that failed has none
-            advice = "load the model with attn_implementation='sdpa'"
-            reason = f"{type(module).__name__} does not call scaled_dot_product_attention: {advice}"
+            name, code = type(module).__name__, vars(sys.modules[type(module).__module__])
+            reason = (
+                f"{name} does not call scaled_dot_product_attention: load the model with attn_implementation='sdpa'"
+            )
+            if any(base.__name__ == "SDARAttention" for base in type(module).__mro__) and FLASH in code:
+                reason = f"{name} calls {FLASH} by name"
             self.handle.count_dense(layer, reason)

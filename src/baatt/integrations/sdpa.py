@@ -1,6 +1,6 @@
 """Any code that ends in `torch.nn.functional.scaled_dot_product_attention`, while a context is open in this thread.
 
-Calls with a causal flag, dropout or a mask that is no key mask stay as they are. Nothing is assigned in
+Calls with dropout, or a mask whose structure the operator does not know, stay as they are. Nothing is assigned in
 `torch.nn.functional`, so other models, a video decoder in the same pipeline for one, see nothing unless they run inside
 the context. Misses the fused path of `nn.MultiheadAttention` and code that calls FlashAttention itself.
 """

@@ -19,8 +19,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from baatt.config import BAAttConfig, Policy
+from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import Handle
-from baatt.integrations.masks import KeyMask, as_key_mask
 
 #: Parts of a name that transformers reads a meaning into.
 SPECIAL_NAMES = ("flash", "sdpa", "flex_attention", "eager", "paged|", "/")
@@ -103,12 +103,18 @@ def attach(model: Any, handle: Handle) -> int:
     """Let the configs of the model, and of its parts that use the interface, name our implementation.
 
     Raises:
-        ValueError: a model that cannot run with `attn_implementation="sdpa"`, which dense calls need.
+        ValueError: a model that cannot run with `attn_implementation="sdpa"`, which dense calls need, or a config that
+            sorts tokens, for a model of which all layers are causal.
     """
     if not model._supports_sdpa:
         raise ValueError(
             f"model must support attn_implementation='sdpa', which dense calls use, got {type(model).__name__}, "
             "whose attention has something (sinks, softcapping) that sdpa has not"
+        )
+    sort = handle.config.sort
+    if sort != "none" and _is_causal(model):
+        raise ValueError(
+            f"config.sort must be 'none' for {type(model).__name__}, whose layers are causal, got {sort!r}"
         )
     number = handle.number
     configs = _interface_configs(model)
@@ -194,10 +200,12 @@ class _Pair:
         if found is None:
             return self.dense(call), None
         handle, place = found
-        key_mask, refusal = _key_mask(call)
-        out = handle.attention(
-            query, key, value, layer=place.layer, key_mask=key_mask, scale=options.get("scaling"),
-            is_cross=place.is_cross, dense=lambda: self.dense(call).transpose(1, 2), refusal=refusal,
+        # As transformers has it: a mask says all, and without one a lone query sees all.
+        is_causal = call.is_causal and attention_mask is None and query.shape[2] > 1
+        asked = SdpaCall(query, key, value, attention_mask, 0.0, is_causal, options.get("scaling"), enable_gqa=True)
+        out = handle.sdpa(
+            asked, lambda: self.dense(call).transpose(1, 2), layer=place.layer, is_cross=place.is_cross,
+            refusal=_refusal(call),
         )  # fmt: skip
         return rearrange(out, "b h n d -> b n h d").contiguous(), None
 
@@ -239,23 +247,15 @@ class _Pair:
         return None if not in_graph and bool(padded.all()) else rearrange(padded, "b m -> b 1 1 m")
 
 
-def _key_mask(call: _Call) -> KeyMask:
-    """The key mask of a call, or why it is not plain bidirectional attention."""
-    options = call.options
-    if call.is_causal:
-        heeded = getattr(getattr(call.module, "config", None), "is_causal", True)
-        advice = "set config.is_causal=False for a bidirectional model"
-        return KeyMask(None, f"causal layer: {advice if heeded else 'config.is_causal=False is not heeded here'}")
+def _refusal(call: _Call) -> str | None:
+    """Which part of a call the operator has not, or None."""
     for name, reason in (("softcap", "softcap"), ("position_bias", "position bias"), ("cache", "a paged cache")):
-        if options.get(name) is not None:
-            return KeyMask(None, reason)
-    if options.get("dropout", 0.0) > 0 and call.module.training:
-        return KeyMask(None, "dropout in training")
-    found = as_key_mask(call.mask, call.k.shape[0], call.k.shape[2])
-    # SDPA knows windows by their mask only: without one, as over a cache that is cut to the window, all keys count.
-    if found.refusal is not None and options.get("sliding_window") is not None:
-        return KeyMask(None, "a sliding window")
-    return found
+        if call.options.get(name) is not None:
+            return reason
+    is_written_out = call.mask is not None and call.mask.ndim == 4 and call.mask.shape[2] > 1
+    if torch.compiler.is_compiling() and is_written_out and call.options.get("sliding_window") is not None:
+        return "a sliding window"  # whose values a graph cannot look at: it would for nothing when it runs
+    return "dropout in training" if call.options.get("dropout", 0.0) > 0 and call.module.training else None
 
 
 def _softcapped(call: _Call) -> Tensor:
@@ -288,6 +288,15 @@ def _follows(model: Any) -> bool:
         return True
     test = getattr(type(model), "_can_set_attn_implementation", None)
     return test is not None and bool(test())
+
+
+def _is_causal(model: Any) -> bool:
+    """Whether all attention of a model is known to be causal: other code may give its layers masks of its own."""
+    base = _library("modeling_utils").PreTrainedModel
+    parts = [module for module in model.modules() if isinstance(module, base)]
+    flags = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    is_native = all(type(part).__module__.startswith("transformers.models.") for part in parts)
+    return is_native and bool(flags) and all(flags) and all(getattr(part.config, "is_causal", True) for part in parts)
 
 
 def _interface_configs(model: Any) -> list[Any]:

@@ -1,9 +1,9 @@
 """vLLM-Omni's plugin for sparse attention: the callable that its `SPARSE_ATTN` dispatcher finds by entry point.
 
 In: query, key, value [B, N, H, D] and one flat dict that holds the plugin's settings, the state of the denoising loop
-and the mask. Out: [B, N, H, D]. Causal attention, attention between sequences of different lengths and masks that are
-no key masks stay dense and exact; every dense call is counted with its reason. Imports nothing of vLLM. A call does not
-tell its layer, so there are no dense layers here.
+and the mask. Out: [B, N, H, D]. Attention between sequences of different lengths and masks without a structure that
+the operator knows stay dense and exact; every dense call is counted with its reason. Imports nothing of vLLM. A call
+does not tell its layer, so there are no dense layers here.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.handle import Handle
-from baatt.integrations.masks import as_key_mask
+from baatt.integrations.masks import Structure
 from baatt.integrations.progress import DenoisingProgress
 
 CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
@@ -60,7 +60,7 @@ class SparseAttention:
                 the defaults; `attn_mask` (or `attention_mask`): [B, M], True or not 0 = attend, or [B or 1, .., .., M]
                 bool or additive; `denoise_step_idx` and `total_denoise_steps`: numbers or a tensor of one per sample,
                 of which the least advanced counts. Other keys of the engine are left alone.
-            is_causal: dense; queries and keys begin at the same token.
+            is_causal: queries and keys begin at the same token.
             softmax_scale: factor on q.k; None = 1 / sqrt(D).
 
         Returns:
@@ -81,12 +81,14 @@ class SparseAttention:
             mask = rearrange(mask.bool(), "B M -> B 1 1 M")
         if mask is not None and mask.ndim != 4:
             raise ValueError(f"attn_mask must have shape [B, M] or [B, H, N, M], got {tuple(mask.shape)}")
-        found = as_key_mask(mask, k.shape[0], k.shape[2])
-        refusal = "causal attention" if is_causal else found.refusal
+        found = handle.masks(mask, k.shape[0], k.shape[2])
+        if is_causal and found.refusal is None:
+            both = Structure(refusal="a causal flag beside a causal mask")
+            found = found._replace(causal=1, query_start=0) if found.causal is None else both
         dense = functools.partial(_dense, q, k, v, mask, is_causal, softmax_scale)
         out = handle.attention(
-            q, k, v, layer=None, key_mask=found.mask, scale=softmax_scale, is_cross=None,
-            dense=None if refusal is None else dense, refusal=refusal,
+            q, k, v, layer=None, **found._asdict(), scale=softmax_scale, is_cross=None,
+            dense=None if found.refusal is None else dense,
         )  # fmt: skip
         return rearrange(out, "B H N D -> B N H D")
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig, Policy
+from baatt.integrations.counts import BY_POLICY
 from baatt.integrations.enable import enable
-from baatt.integrations.handle import BY_POLICY, NoSparseAttentionWarning
+from baatt.integrations.handle import NoSparseAttentionWarning
 from baatt.lab.fidelity.documents import Document
 from baatt.lab.fidelity.reader import SLAB, Reader
 from baatt.lab.statistics import bootstrap_interval
