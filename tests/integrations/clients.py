@@ -51,7 +51,7 @@ def decoder(name: str, attends: str = "causal", *, static: bool = False, **chang
     return Client(attends, "transformers", model, lambda: model.generate(prompt(2), **options))
 
 
-class LLaDA2Attention(nn.Module):
+class LLaDA2MoeAttention(nn.Module):
     """Takes its function from the interface, with `is_causal` False and an additive mask of its caller."""
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -78,7 +78,7 @@ class LLaDA2MoeModelLM(transformers.PreTrainedModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embedding, self.head = nn.Embedding(64, 32), nn.Linear(32, 64)
-        self.layers = nn.ModuleList(LLaDA2Attention(config, layer) for layer in range(2))
+        self.layers = nn.ModuleList(LLaDA2MoeAttention(config, layer) for layer in range(2))
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

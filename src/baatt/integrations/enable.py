@@ -21,7 +21,8 @@ ADAPTERS: Mapping[str, str] = {
     "masked_diffusion": "baatt.models: MaskedDiffusionLM, and baatt.llada_v: VisualDiffusionLM",
     "diffusers": "diffusers transformers and pipelines: Wan, HunyuanVideo, CogVideoX, LTX, Flux and others",
     "llada": "remote code of the LLaDA family (modeling_llada.py: LLaDA-8B, LLaDA-1.5, UltraLLaDA)",
-    "remote_sdpa": "remote code that calls scaled_dot_product_attention (Dream, DiffuCoder, LLaDA-MoE, LLaDA-V, SDAR, LLaDA2, Fast-dLLM v2)",
+    "remote_sdpa": "remote code that calls scaled_dot_product_attention "
+    "(Dream, DiffuCoder, LLaDA-MoE, LLaDA-V, LLaDA2, SDAR, Fast-dLLM v2)",
     "transformers": "transformers models that use the attention interface (ModernBERT, EuroBERT, Qwen, Llama, ...)",
 }
 
