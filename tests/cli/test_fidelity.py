@@ -101,6 +101,19 @@ def test_a_masked_model_of_transformers(here, capsys):
     assert "transformers" in stored(here)["versions"]
 
 
+def test_a_causal_model_of_transformers(here):
+    pytest.importorskip("transformers")
+    folder = str(transformers_folder(here / "qwen", "Qwen2ForCausalLM", num_key_value_heads=2))
+    assert main(command(folder, "--lengths", "512", "--sparsity", "0.2,0.9", "--batch-size", "2")) == 0
+    found = stored(here)
+    assert found["predicts"] == "the tokens of the second half"
+    dense, few, many = found["records"]
+    assert 0 < few["kl"] < many["kl"]
+    assert few["sparse_calls"] == 2
+    assert 0 < few["sparsity_achieved"] < 0.2 < many["sparsity_achieved"] < 0.9  # the diagonal is always kept
+    assert dense["agreement"] == 1 > few["agreement"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
