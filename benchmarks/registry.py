@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import archive_tables
 import busy_plan
+import clients
 import compatibility
 import decoding
 import fidelity_tables
@@ -161,6 +162,12 @@ CASES: dict[str, Case] = {
         "python benchmarks/scaling_model.py --node-bandwidth 2.7e11",
         ("ulysses_scaling.json",),
         {"ulysses_scaling": scaling_model.table},
+    ),
+    "clients": Case(
+        "causal, block-causal and bidirectional models under their own loops: what is sparse, and what is not and why",
+        "python benchmarks/clients.py --json FILE",
+        ("clients.json",),
+        {"clients": clients.table},
     ),
     "compatibility": Case(
         "tests of the integrations beside several versions of the libraries",
