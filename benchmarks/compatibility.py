@@ -40,9 +40,10 @@ HOOKS = (
     "test_remote_sdpa.py",
     "test_sdpa.py",
     "test_masks.py",
+    "test_counts.py",
     "test_transformers.py",
 )
-VIDEO = ("test_diffusers.py", "test_llada2_pipeline.py", "test_video.py", "test_vllm_omni.py")
+VIDEO = ("test_clients.py", "test_diffusers.py", "test_llada2_pipeline.py", "test_video.py", "test_vllm_omni.py")
 ENVIRONMENTS = {
     "installed": Environment((), HOOKS + VIDEO),
     # With the newest versions of what they depend on that their metadata allows.
