@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import baatt
 from baatt import BAAttConfig, Policy
+from baatt.integrations.masks import MaskReader, read_mask
 from baatt.integrations.sdpa import sparse_sdpa
 from tests.budget import assert_within_budget
 from tests.integrations.stubs import Config, DreamModel, LLaDAModelLM
@@ -31,6 +32,57 @@ def test_sdpa_without_sparsity_is_within_the_budget(channels):
         out = F.scaled_dot_product_attention(q, k, v)
     assert_within_budget(out, F.scaled_dot_product_attention(q, k, v), exact)
     assert handle.sparse_calls == 1
+
+
+@pytest.mark.parametrize("causal", [1, 32])
+@pytest.mark.parametrize("queries", [1500, 1100])
+def test_causal_masks_are_within_the_budget(causal, queries):
+    q, k, v = (draw(2, 4, length, 128, seed=seed) for seed, length in enumerate((queries, 1500, 1500)))
+    blocks = torch.arange(1500, device="cuda") // causal
+    mask = (blocks[:, None] >= blocks)[-queries:][None, None]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), mask)
+    with sparse_sdpa(ALL_BLOCKS) as handle:
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    assert_within_budget(out, F.scaled_dot_product_attention(q, k, v, mask), exact)
+    assert handle.sparse_calls == 1
+
+
+def test_a_mask_is_waited_for_once():
+    blocks, real = torch.arange(700) // 32, torch.arange(700) >= torch.tensor([[0], [50]])
+    mask = (blocks[:, None] >= blocks)[None, None] & real[:, None, None] & real[:, None, :, None]
+    read, on_device = MaskReader(), mask.cuda()
+    additive = torch.zeros(mask.shape, device="cuda").masked_fill(~on_device, torch.finfo(torch.float32).min)
+    expected = read_mask(mask)
+    for given in (on_device, additive):
+        found = read(given, 2, 700)
+        assert found[:2] == expected[:2] == (32, 0)
+        assert torch.equal(found.key_mask.cpu(), expected.key_mask)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert read(given[:, :, :700], 2, 700).key_mask is not None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_decoders():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=200, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).cuda().to(torch.bfloat16).eval()
+    tokens = torch.randint(1, 200, (2, 1300), device="cuda")
+    mask = torch.ones_like(tokens)
+    mask[1, :300] = 0
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits
+        with baatt.enable(model, ALL_BLOCKS) as handle:
+            actual = model(tokens, attention_mask=mask).logits
+            model.generate(tokens, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    error = (actual - expected)[mask.bool()].float().norm() / expected[mask.bool()].float().norm()
+    assert error < 0.02  # a few roundings of bfloat16 through two layers
+    assert (handle.sparse_calls, handle.dense_calls) == (2 + 2, 2 * 3)
 
 
 def test_a_head_that_no_kernel_takes_stays_dense():

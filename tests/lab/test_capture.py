@@ -20,6 +20,8 @@ def test_recorder_keeps_the_first_call_of_wanted_layers():
             recorder.keep(layer, *each)
     assert list(recorder.found) == [1]
     assert all(torch.equal(one, two) for one, two in zip(recorder.found[1], first, strict=True))
+    with pytest.raises(ValueError, match="attention must be bidirectional in a capture, got causal=1"):
+        recorder.keep(1, *first, causal=1)
 
 
 def test_file(tmp_path):

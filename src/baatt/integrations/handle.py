@@ -30,8 +30,8 @@ from baatt.stages.dense import dense_attention
 #: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
 TokenPermutation = Callable[[int, torch.device], Tensor | None]
 
-#: Is shown every call: layer, q [B, H, N, D], k and v [B, G, M, D], key mask, factor on q.k.
-Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float], None]
+#: Is shown every call: layer, q [B, H, N, D], k and v [B, G, M, D], key mask, factor on q.k, tokens per causal block.
+Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float, int | None], None]
 
 _numbers = itertools.count()
 
@@ -269,7 +269,7 @@ class Handle(Counts):
         is_cross = known.causal is None and not is_square if is_cross is None else is_cross
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
         if self._watcher is not None:
-            self._watcher(layer, q, k, v, key_mask, scale)
+            self._watcher(layer, q, k, v, key_mask, scale, known.causal)
         config = self.config_of(layer)
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
         query_mask = known.query_mask(q.shape[2]) if known.causal is not None or (is_square and not is_cross) else None

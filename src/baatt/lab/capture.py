@@ -67,12 +67,15 @@ class Recorder:
         v: Tensor,
         key_mask: Tensor | None = None,
         scale: float | None = None,
+        causal: int | None = None,
     ) -> None:
         """Keep a call of a wanted layer that has none yet.
 
         Raises:
-            ValueError: keys are masked, which a capture cannot hold, or the layer is not known.
+            ValueError: keys are masked or attention is causal, which a capture cannot hold, or the layer is not known.
         """
+        if causal is not None:
+            raise ValueError(f"attention must be bidirectional in a capture, got causal={causal}")
         if layer is None:
             raise ValueError("layer must be known to be recorded, got None")
         if layer in self.found or (self.wanted is not None and layer not in self.wanted):
