@@ -42,7 +42,7 @@ def refused(reason):
 
 
 def test_no_mask(read):
-    assert read(None, B, M) == NO_MASK == (None, None, None, None)
+    assert read(None, B, M) == NO_MASK == (None,) * 5
 
 
 # Key masks.
@@ -156,7 +156,7 @@ def unwanted(structure, queries, keys):
     """[B or 1, N] bool, rows that are padding: their result means nothing."""
     if structure.causal is None and queries != keys:
         return torch.zeros(1, queries, dtype=torch.bool)
-    mask = structure.query_mask(queries)
+    mask = structure.wanted(queries)
     return torch.zeros(1, queries, dtype=torch.bool) if mask is None else ~mask
 
 
@@ -183,6 +183,19 @@ def test_every_length_start_and_padding(queries, keys):
             assert found.refusal is None
             rows = ~unwanted(found, queries, keys).expand(2, -1)
             assert torch.equal(written(found, 2, queries, keys)[rows], mask[rows])
+            if found.causal is not None and queries < keys:  # a token that is real is never taken for padding
+                own = (start + torch.arange(queries)).clamp(max=keys - 1)
+                assert not (~rows & given.key_mask[:, own]).any()
+
+
+def test_a_place_that_hidden_keys_leave_open():
+    """Where the last key of a block is hidden, queries might stand one place earlier, but none is padding for that."""
+    real = torch.ones(1, 64, dtype=torch.bool)
+    real[0, [31, 47]] = False
+    mask = written(Structure(16, 16, real), 1, 32, 64)
+    found = read_mask(mask[:, None])
+    assert torch.equal(written(found, 1, 32, 64), mask)
+    assert found.wanted(32).all()
 
 
 @pytest.mark.parametrize("causal", [1, 2, 4, 5, 8])

@@ -150,6 +150,7 @@ class Handle(Counts):
         key_mask: Tensor | None = None,
         causal: int | None = None,
         query_start: int | None = None,
+        query_mask: Tensor | None = None,
         scale: float | None = None,
         is_cross: bool | None = False,
         dense: Callable[[], Tensor] | None = None,
@@ -160,7 +161,8 @@ class Handle(Counts):
         Args:
             q: [B, H, N, D]; k, v: [B, G, M, D], M any number of keys; key_mask: [B, M] bool, True = attend, or None.
             layer: its number, or None where the adapter cannot tell.
-            causal, query_start: as `ba_attention`, but a start must be given with `causal`.
+            causal, query_start, query_mask: as `ba_attention`, but a start must be given with `causal`, and without a
+                query mask the queries at places of masked keys are not wanted.
             scale: factor on q.k; None = 1 / sqrt(D).
             is_cross: whether queries and keys belong to different sequences; None: as many queries as keys says no.
             dense: the model's own attention for a call that stays dense; None computes it exactly here, as a compiled
@@ -170,7 +172,7 @@ class Handle(Counts):
         Returns:
             [B, H, N, D].
         """
-        known = Structure(causal, query_start, key_mask, refusal)
+        known = Structure(causal, query_start, key_mask, query_mask, refusal)
         return self._attend(SdpaCall(q, k, v, scale=scale), known, dense, layer, is_cross)
 
     def sdpa(
@@ -272,7 +274,7 @@ class Handle(Counts):
             self._watcher(layer, q, k, v, key_mask, scale, known.causal)
         config = self.config_of(layer)
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
-        query_mask = known.query_mask(q.shape[2]) if known.causal is not None or (is_square and not is_cross) else None
+        query_mask = known.wanted(q.shape[2]) if known.causal is not None or (is_square and not is_cross) else None
         masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
         structure: dict[str, Any] = {"causal": known.causal, "query_start": known.query_start, **masks}
         refusal = self._refusal(q, k, v, scale, layer, is_cross, structure)

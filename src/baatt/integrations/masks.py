@@ -38,18 +38,20 @@ class Structure(NamedTuple):
     causal: tokens of a causal block, 1 for plain causal; None where all queries see alike.
     query_start: position of the first query among the keys where `causal` is given, else None.
     key_mask: [B, M] bool, True = attend, or None where every key counts.
+    query_mask: [B, N] bool, False for rows of padding, where the mask tells; None where places do.
     refusal: why it is nothing of this, or None.
     """
 
     causal: int | None = None
     query_start: int | None = None
     key_mask: Tensor | None = None
+    query_mask: Tensor | None = None
     refusal: str | None = None
 
-    def query_mask(self, queries: int) -> Tensor | None:
-        """[B, N] bool, False where the query's own key is hidden: that is padding. None where no key is."""
-        if self.key_mask is None:
-            return None
+    def wanted(self, queries: int) -> Tensor | None:
+        """[B, N] bool, False for rows of padding: those whose own key is hidden. None where no key is."""
+        if self.key_mask is None or self.query_mask is not None:
+            return self.query_mask
         start = self.query_start or 0
         own = self.key_mask[:, start : start + queries]
         return own if own.shape[1] == queries else F.pad(own, (0, queries - own.shape[1]), value=True)
@@ -104,7 +106,8 @@ class MaskReader:
         if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             return Structure(refusal="a mask whose values cannot be looked at in a graph")
         found = self._remembered(mask)
-        return found if found.key_mask is None else found._replace(key_mask=found.key_mask.expand(batch, keys))
+        key_mask, query_mask = (x if x is None else x.expand(batch, -1) for x in (found.key_mask, found.query_mask))
+        return found._replace(key_mask=key_mask, query_mask=query_mask)
 
     def _remembered(self, mask: Tensor) -> Structure:
         version = ("forward", self._forward) if mask.is_inference() else mask._version
@@ -139,7 +142,10 @@ def read_mask(mask: Tensor) -> Structure:
         visible = seen.cpu()
         found = _find(rows, visible)
         if found is not None:
-            return found if bool(visible.all()) else found._replace(key_mask=seen)
+            if bool(visible.all()):
+                return found._replace(query_mask=None)
+            told = None if found.query_mask is None else found.query_mask.to(mask.device)
+            return found._replace(key_mask=seen, query_mask=told)
     return Structure(refusal=_reason(rows, rows.seen.cpu()))
 
 
@@ -206,30 +212,33 @@ def _find(rows: _Rows, visible: Tensor) -> Structure | None:
     places = (1 + torch.arange(queries - 1)).expand_as(grows)[grows]
     if not len(places):
         return None
+    behind = torch.where(visible, torch.arange(keys), keys).flip(1).cummin(dim=1).values.flip(1)
     least = int((rows.end[:, :-1][grows] - places).max())
-    most = int((rows.end[:, 1:][grows] - 1 - places).min())
+    most = int((behind.gather(1, rows.end[:, :-1].clamp(max=keys - 1))[grows] - places).min())
     for start in dict.fromkeys((0, keys - queries, least, most)):
         if not max(least, 0) <= start <= most:
             continue
-        for causal in _divisors(math.gcd(*(start + places).tolist())):
-            if _fits(rows, visible, causal, start):
-                return Structure(causal, start)
+        at = (start + 1 + grows.any(dim=0).nonzero()[:, 0]).tolist()
+        # Where hidden keys leave it open at which place a query stands, only rows that see something else are padding.
+        is_certain = least == most or (queries == keys and start == 0)
+        for causal in _divisors(math.gcd(*at)):
+            seeing, padding = _compare(rows, visible, causal, start)
+            if bool((seeing | padding).all()):
+                return Structure(causal, start, query_mask=None if is_certain else seeing)
     return None
 
 
-def _fits(rows: _Rows, visible: Tensor, causal: int, start: int) -> bool:
-    """Whether every row sees exactly the visible keys of its block and those before, but for rows of padding."""
+def _compare(rows: _Rows, visible: Tensor, causal: int, start: int) -> tuple[Tensor, Tensor]:
+    """Rows that see exactly the visible keys of their block and those before, and rows that look like padding."""
     keys = visible.shape[1]
     places = start + torch.arange(rows.counts.shape[1])
     edge = ((places // causal + 1) * causal).clamp(max=keys)
     before = F.pad(visible.cumsum(dim=1), (1, 0))
     # All that a row sees is visible, so it sees all of that before the edge if it sees as many.
-    fits = (rows.counts == before[:, edge]) & (rows.end <= edge)
+    seeing = (rows.counts == before[:, edge]) & (rows.end <= edge)
     own = places.clamp(max=keys - 1)
-    padding = ~visible[:, own] & (places < keys)
-    fits |= padding & (rows.counts == 0)
-    fits |= padding & (before[:, own] == 0) & (rows.counts == keys)
-    return bool(fits.all())
+    hidden = ~visible[:, own] & (places < keys)
+    return seeing, hidden & ((rows.counts == 0) | ((before[:, own] == 0) & (rows.counts == keys)))
 
 
 def _reason(rows: _Rows, visible: Tensor) -> str:
