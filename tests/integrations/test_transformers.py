@@ -16,6 +16,7 @@ from torch import nn
 import baatt
 from baatt import BAAttConfig, Policy, ba_attention
 from baatt.integrations import enable as core
+from baatt.integrations import masks
 from baatt.integrations import transformers as adapter
 from baatt.integrations.handle import NoSparseAttentionWarning
 
@@ -492,6 +493,19 @@ def test_a_prompt_in_chunks(cache, pad):
             torch.testing.assert_close(out[rows], expected[:, first:last][rows])
     assert {layer: (calls.sparse, calls.dense) for layer, calls in handle.layers.items()} == {0: (2, 1), 1: (2, 1)}
     assert handle.reasons == {"policy: fewer queries than min_queries=16, of more keys": 2}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_layers_share_one_reading_of_a_mask(mode, monkeypatch):
+    """In inference mode too, whose tensors do not say whether they were written to."""
+    read, readings = masks.read_mask, []
+    monkeypatch.setattr(masks, "read_mask", lambda mask: (readings.append(mask.shape), read(mask))[1])
+    model, ids, mask = DECODERS["Llama"](), tokens(), padding("left")
+    with mode(), baatt.enable(model, ALL_BLOCKS) as handle:
+        for forwards in (1, 2):
+            model(ids, attention_mask=mask)
+            assert len(readings) == forwards
+    assert handle.sparse_calls == 2 * 2
 
 
 def test_a_config_that_sorts_is_refused_for_a_causal_model():
