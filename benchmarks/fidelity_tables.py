@@ -1,10 +1,16 @@
-"""Tables of `baatt evaluate fidelity` on a real pretrained model: scores, a profile of its layers, what was asked."""
+"""Tables of `baatt evaluate fidelity` on a real pretrained model: scores, a profile of its layers, what was asked.
 
+`python benchmarks/fidelity_tables.py STORED PICTURE` draws a stored run again, in words for those who did not run it.
+"""
+
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tables import block, crossed, source, verdict
 
-from baatt.lab.fidelity.report import kl_text, layer_table, recalled_text, setting_names
+from baatt.lab.fidelity.report import draw_fidelity, kl_text, layer_table, recalled_text, setting_names
 from baatt.lab.statistics import bootstrap_interval
 from baatt.lab.tables import Record, Table, percent, short_length, signed_interval
 
@@ -28,7 +34,8 @@ def by_score(record: Record) -> str:
     caption = (
         f"{record['model']}, {record['documents']} documents a length, {record['needles']} numbers in each, "
         f"{record['dtype']}, every layer sparse, the first key block kept. KL to the dense model in nats a token of "
-        "the second half; digits predicted right, in percent; 95 % bootstrap intervals over documents. "
+        "the second half; digits predicted right, in percent; 95 % bootstrap intervals over documents. `covariance` is "
+        "the paper's score, `antidiagonal-8` XAttention's, `exact` the attention mass itself, its mean over queries. "
         f"Dense: {dense}."
     )
     return block(record, header, rows, caption)
@@ -73,3 +80,23 @@ def profile(record: Record) -> str:
 def layers(record: Record) -> str:
     """What each layer costs alone, and its sparsity in the profile."""
     return f"{layer_table(record['layers'], record['profile']).markdown()}\n\n{source(record | {'records': []})}"
+
+
+def draw(record: Record, path: Path) -> None:
+    """As `--plot` draws it, with a caption that tells what is drawn and names for every reader."""
+    words = {"covariance": "the paper's score", "exact": "exact attention mass"}
+    records = [
+        one | {"config": one["config"] and one["config"] | {"score": words.get(score, score)}}
+        for one in record["records"]
+        for score in [one["config"].get("score")]
+    ]
+    caption = (
+        f"{record['model']}, every layer sparse; shades are 95 % intervals over {record['documents']} documents.\n"
+        "Above: KL to the same model with dense attention, lower is better; every panel has its own scale.\n"
+        "Below: share of the digits of planted numbers that are predicted right, with dense attention dashed."
+    )
+    draw_fidelity(record | {"records": records, "model": caption}, path)
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

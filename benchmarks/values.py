@@ -20,6 +20,8 @@ GRIDS = (
 #: Tasks of RULER that an average needs: all that need no data set, the needles among them, or the three of the
 #: ablations, which are asked nothing else; else the words name one task.
 TASK_COUNTS = {"all": 11, "needles": 8, "hard": 3}
+#: Where the times of an operator are stored.
+OPERATORS = {"covariance": "gpu_operator_h200", "clusters": "gpu_clusters_h200", "causal": "gpu_causal_h200"}
 #: Short names of settings of training/evaluate.py.
 NEEDLE_SETTINGS = {
     "dense": "dense",
@@ -67,14 +69,25 @@ def every_value(read: Read, setting: str, task: str | None = None) -> str:
     return _answers(read, "accuracy", setting, task)
 
 
-def operator_gain(read: Read, length: str, sparsity: str, baseline: str, score: str = "covariance") -> str:
-    """Times as fast as dense attention, of gpu_bars.py: `operator_gain 131072 90% cudnn`, with `clusters` of 16."""
+def operator_gain(read: Read, length: str, sparsity: str, baseline: str, setting: str = "covariance") -> str:
+    """Times as fast as dense attention, of gpu_bars.py: `operator_gain 131072 90% cudnn causal`."""
+    stored = OPERATORS[setting]
+    score = "covariance" if setting == "covariance" else "clusters"
     wanted = "operator", score, int(length), _share(sparsity)
-    stored = "gpu_operator_h200" if score == "covariance" else "gpu_clusters_h200"
     for one in read(stored)["records"]:
-        if (one["what"], one["config"]["score"], one["shape"][2], one["sparsity"]) == wanted:
+        if (one["what"], one["config"]["score"], one["shape"][2], one["sparsity"]) == wanted and one["speedup"]:
             return f"{one['speedup'][baseline]:.1f}"
-    raise LookupError(f"{stored} has no operator with {score} at {length} tokens and {sparsity}")
+    raise LookupError(f"{stored} has no operator of {setting} at {length} tokens and {sparsity}")
+
+
+def causal_blocks(read: Read, what: str) -> str:
+    """By how much causal blocks of 32 are slower than of 1 over all lengths, by `stages` alone or the whole `call`."""
+    times = {"stages": lambda one: sum(one["stage_ms"].values()), "call": lambda one: one["total_ms"]}
+    found: dict[tuple[int, float], dict[int, float]] = {}
+    for one in read("gpu_causal_h200")["records"]:
+        found.setdefault((one["shape"][2], one["sparsity"]), {})[one["causal"]] = times[what](one)
+    costs = [100 * (each[32] / each[1] - 1) for each in found.values()]
+    return f"{min(costs):+.1f} to {max(costs):+.1f}"
 
 
 def decoding_rate(read: Read, cache: str, attention: str) -> str:
@@ -95,6 +108,21 @@ def real_digits(read: Read, *words: str) -> str:
 def real_divergence(read: Read, *words: str) -> str:
     """KL of SmolLM2 to itself with dense attention: `real_kl mean 70% free`, without the first block; beta last."""
     return f"{_real(read, *words)['kl']:.3f}"
+
+
+def fidelity_digits(read: Read, *words: str) -> str:
+    """Digits that causal SmolLM2 recalls, in percent: `fidelity_digits clusters 70%`, also `dense`, `profile 90%`."""
+    return f"{100 * _fidelity(read, *words)['recalled']:.1f}"
+
+
+def fidelity_numbers(read: Read, *words: str) -> str:
+    """Numbers that it recalls whole, in percent."""
+    return f"{100 * _fidelity(read, *words)['recalled_whole']:.1f}"
+
+
+def fidelity_divergence(read: Read, *words: str) -> str:
+    """KL of it to itself with dense attention: `fidelity_kl exact 90% 4096`."""
+    return f"{_fidelity(read, *words)['kl']:.3f}"
 
 
 def _numbers(lengths: str) -> list[int]:
@@ -157,6 +185,19 @@ def _real(read: Read, setting: str, sparsity: str = "0%", first: str = "kept", b
     raise LookupError(f"real_weights_smollm2 has no {setting} at {sparsity}, first block {first}, beta {beta}")
 
 
+def _fidelity(read: Read, setting: str, sparsity: str = "0%", length: str = "8192") -> Record:
+    stored = "fidelity_profile" if setting == "profile" else "fidelity_smollm2"
+    for one in read(stored)["records"]:
+        name = "profile" if one["name"] else one["config"].get("score", "dense")
+        if (name, round(one["config"].get("sparsity", 0), 2), one["length"]) == (
+            setting,
+            _share(sparsity),
+            int(length),
+        ):
+            return one
+    raise LookupError(f"{stored} has no {setting} at {length} tokens and {sparsity}")
+
+
 def _rate(read: Read, cache: str, attention: str) -> float:
     for one in read("decoding_h200")["records"]:
         if (one["cache"], one["attention"], one["threshold"]) == (cache, attention, None):
@@ -173,6 +214,10 @@ VALUES: dict[str, Callable[..., str]] = {
     "word_for_word": word_for_word,
     "every_value": every_value,
     "operator_gain": operator_gain,
+    "causal_blocks": causal_blocks,
+    "fidelity_digits": fidelity_digits,
+    "fidelity_numbers": fidelity_numbers,
+    "fidelity_kl": fidelity_divergence,
     "real_digits": real_digits,
     "real_kl": real_divergence,
     "decoding_rate": decoding_rate,

@@ -1,8 +1,12 @@
 """The Markdown of stored runs of `baatt evaluate fidelity`, and of those of the script before it."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+
+from baatt.config import Policy
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -74,6 +78,24 @@ def test_profiles(tables):
     assert lines[:4] == [
         "| layer | KL at 90 % | profile |", "| --- | ---: | ---: |", "| 0 | 0.01 | 95.0 % |", "| 1 | 0.02 | dense |",
     ]  # fmt: skip
+
+
+def test_the_stored_profile_is_that_of_the_layers():
+    stored = json.loads((BENCHMARKS / "results/fidelity_layers.json").read_text())["profile"]
+    policy = Policy.load(BENCHMARKS / "results/fidelity_profile.policy.json")
+    assert json.loads(json.dumps(dataclasses.asdict(policy))) == stored
+
+
+def test_a_stored_run_is_drawn_in_words(tables, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(tables, "draw_fidelity", lambda content, path: drawn.append((content, path)))
+    stored = run(record("", 0.0, 0.0), record("exact", 0.5, 0.1), record("clusters", 0.5, 0.2))
+    tables.draw(stored, tmp_path / "f.png")
+    content, path = drawn[0]
+    assert path == tmp_path / "f.png"
+    assert [one["config"].get("score") for one in content["records"]] == [None, "exact attention mass", "clusters"]
+    assert "tiny, every layer sparse; shades are 95 % intervals over 2 documents." in content["model"]
+    assert stored["records"][1]["config"]["score"] == "exact"
 
 
 def test_what_was_asked_of_clusters_before(tables):

@@ -292,6 +292,32 @@ def test_numbers_of_real_weights_are_of_the_run_that_is_named():
     assert values["real_digits"](lambda _: record, "dense") == dense
 
 
+def test_numbers_of_fidelity_are_of_the_run_that_is_named():
+    read = functools.cache(lambda name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
+    values = sys.modules["values"].VALUES
+    dense, uniform, profile = read("fidelity_profile")["records"]
+    for words, one in ((["dense"], dense), (["clusters", "90%"], uniform), (["profile", "90%"], profile)):
+        found = values["fidelity_digits"](read, *words), values["fidelity_numbers"](read, *words)
+        assert found == (f"{100 * one['recalled']:.1f}", f"{100 * one['recalled_whole']:.1f}")
+        assert values["fidelity_kl"](read, *words) == f"{one['kl']:.3f}"
+    with pytest.raises(LookupError, match="fidelity_smollm2 has no clusters at 1024 tokens and 90%"):
+        values["fidelity_kl"](read, "clusters", "90%", "1024")
+
+
+def test_numbers_of_causal_attention():
+    def one(causal, total, stages, speedup):
+        return {
+            "what": "operator", "config": {"score": "clusters"}, "shape": [1, 1, 4096, 1], "sparsity": 0.5,
+            "causal": causal, "total_ms": total, "stage_ms": stages, "speedup": speedup,
+        }  # fmt: skip
+
+    stored = {"records": [one(1, 2.0, {"a": 1, "b": 3}, {"cudnn": 1.25}), one(32, 2.1, {"a": 1, "b": 2.9}, {})]}
+    values = sys.modules["values"].VALUES
+    assert values["operator_gain"](lambda _: stored, "4096", "50%", "cudnn", "causal") == "1.2"
+    assert values["causal_blocks"](lambda _: stored, "stages") == "-2.5 to -2.5"
+    assert values["causal_blocks"](lambda _: stored, "call") == "+5.0 to +5.0"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -331,12 +357,13 @@ def test_every_block_is_shown_and_of_one_case():
 
 
 def test_every_table_is_of_a_result_or_a_picture_is_drawn_from_it():
-    """Results of the case that no block shows are text, the training's, or drawn: their picture is in its words."""
+    """Results of the case that no block shows are text, the training's, drawn, or a policy that another holds."""
     shown = {result for block in registry.BLOCKS.values() for result in block.results}
     for name, case in registry.CASES.items():
         for result in set(case.results) - shown:
-            assert result.endswith(".txt") or name in ("training", "gpu_sweep"), result
-    assert (ROOT / "docs/figures/gpu_sweep_h200.png").is_file()
+            assert result.endswith((".txt", ".policy.json")) or name in ("training", "gpu_sweep"), result
+    for name in ("gpu_sweep_h200", "fidelity_smollm2"):
+        assert (ROOT / f"docs/figures/{name}.png").is_file()
 
 
 def test_scripts_of_cases_exist():
