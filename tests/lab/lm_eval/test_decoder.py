@@ -1,4 +1,4 @@
-"""The harness's own model `hf` with `baatt.enable` around it, as benchmarks/lm_eval_decoder.py has it: a tiny decoder."""
+"""The harness's model `hf` with `baatt.enable` around it, as benchmarks/lm_eval_decoder.py has it: a tiny decoder."""
 
 import json
 import shutil
