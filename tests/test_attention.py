@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baatt import BAAttConfig, attend, ba_attention, make_plan
+from baatt import BAAttConfig, attend, attend_partial, ba_attention, make_plan
 from baatt.config import BLOCK_SIZES
 from baatt.stages.sorting import ORDERS
 from tests.budget import assert_float64_within_budget, assert_within_budget, eager_dtype
@@ -311,3 +311,21 @@ def test_one_budget_for_a_head(impl, score):
     torch.testing.assert_close(out, exact.float(), rtol=1e-5, atol=1e-6)
     alone = ba_attention(q[1:, :, :60], k[1:, :, :60], v[1:, :, :60], config, impl=impl)
     torch.testing.assert_close(out[1:, :, :60], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [None, 1])
+def test_parts_of_the_keys_join_exactly(impl, causal):
+    q, k, v = random_inputs(2, 4, 2, 70, 70, 8)
+    mask = masks(2, 70)["mixed"]
+    config, halves = BAAttConfig(16, 0.0), (torch.arange(70) < 33, torch.arange(70) >= 33)
+    parts = []
+    for half in halves:
+        plan = make_plan(q, k, config, causal=causal, key_mask=mask & half, impl=impl)
+        parts.append(attend_partial(q, k, v, plan, impl=impl))
+        assert torch.equal(parts[-1].out, attend(q, k, v, plan, impl=impl))
+    lse = torch.stack([part.lse for part in parts])
+    weights = (lse - lse.logsumexp(0)).exp().nan_to_num()  # -inf - -inf where a row sees no key of any part
+    joined = sum(weight[..., None] * part.out for weight, part in zip(weights, parts, strict=True))
+    whole = attend_partial(q, k, v, make_plan(q, k, config, causal=causal, key_mask=mask, impl=impl), impl=impl)
+    torch.testing.assert_close(joined, whole.out, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(lse.logsumexp(0), whole.lse, rtol=1e-10, atol=1e-12)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from baatt.attention import attend, ba_attention, make_plan
+from baatt.attention import attend, attend_partial, ba_attention, make_plan
 from baatt.config import BAAttConfig, Policy
 from baatt.operators import attention as _registered  # noqa: F401  (torch.ops.baatt.attention)
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["BAAttConfig", "Policy", "__version__", "attend", "ba_attention", "enable", "make_plan"]
+__all__ = ["BAAttConfig", "Policy", "__version__", "attend", "attend_partial", "ba_attention", "enable", "make_plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from baatt.backend import Backend, Workload, choose_backend
 from baatt.checks import check_make_plan, check_plan, check_query_and_key, check_structure, check_value
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
-from baatt.types import SortedBlocks
+from baatt.types import Partial, SortedBlocks
 
 
 def ba_attention(
@@ -64,7 +64,7 @@ def ba_attention(
     backend = _backend(impl, q, config, scale)
     plan, blocks = _decide(q, k, v, config, (key_mask, query_mask), structure, scale, backend)
     copies = {"sorted_k": blocks.sorted_k, "sorted_v": blocks.sorted_v}  # those that fell out on the way
-    return _carry_out(q, k, v, plan, backend, {name: copy for name, copy in copies.items() if copy is not None})
+    return _carry_out(q, k, v, plan, backend, {name: copy for name, copy in copies.items() if copy is not None}).out
 
 
 def make_plan(
@@ -107,6 +107,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -
         TypeError, ValueError: tensors that do not fit one another or the plan.
         RuntimeError: `impl` cannot run here, with the reason.
     """
+    return attend_partial(q, k, v, plan, impl=impl).out
+
+
+def attend_partial(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "auto") -> Partial:
+    """`attend` with the log-sum-exp of every row, so that attention over other keys can be joined to it exactly.
+
+    Of parts over keys that have none in common, weighted by exp(lse - logsumexp of all their lse), the outputs add up
+    to attention over all of these keys: what ring attention exchanges. Arguments and errors as `attend`.
+
+    Returns:
+        Partial with out [B, H, N, D] in q's dtype and lse [B, H, N] in float32 (float64 for float64), the natural log;
+        -inf for a row that sees no key, whose out is 0.
+    """
     check_query_and_key(q, k)
     check_value(q, k, v)
     check_plan(plan, q, k)
@@ -139,8 +152,8 @@ def _decide(
     return Plan(config, scale, blocks.query_order, blocks.key_order, *summaries, selection, sight), blocks
 
 
-def _carry_out(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: Backend, copies: dict[str, Tensor]) -> Tensor:
+def _carry_out(q: Tensor, k: Tensor, v: Tensor, plan: Plan, backend: Backend, copies: dict[str, Tensor]) -> Partial:
     decided = plan.query_order, plan.key_order, plan.selection
     options = {"block_size": plan.config.block_size, "scale": plan.scale, "sight": plan.sight}
     with torch.autocast(q.device.type, enabled=False):
-        return backend.sparse_attention(q, k, v, *decided, **options, **copies).out
+        return backend.sparse_attention(q, k, v, *decided, **options, **copies)
