@@ -13,11 +13,12 @@ from random import Random
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from baatt.lab.ruler import cwe, fwe, niah, vt
 from baatt.lab.ruler.sources import WordPool, load_words
 from baatt.lab.ruler.tasks import OFFLINE_TASKS
+from baatt.models.checkpoint import load_tokenizer
 
 CONTEXT, TEXT, TAIL, FIRST_ANSWER = 0, 1, 2, 3  # regions; answer number n of a sequence is FIRST_ANSWER + n
 MAX_ANSWERS = 48
@@ -96,7 +97,7 @@ class SampleMaker:
 
     def __init__(self, data: Path, seed: int) -> None:
         self.random = Random(seed)
-        self.tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+        self.tokenizer = load_tokenizer(data)
         self.end = self.tokenizer.token_to_id("<|endoftext|>")
         self.words: WordPool = load_words("train")
         self.common = self.words.all

@@ -111,6 +111,8 @@ def test_capture_of_a_transformers_model(tmp_path, capsys):
     torch.manual_seed(0)
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "harbour": 1, "the": 2}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.enable_truncation(9)  # stored in the file, and must not cut the text
+    words.enable_padding(length=99)
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
     config = transformers.ModernBertConfig(
         vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from baatt.models import MaskedDiffusionLM, ModelConfig, load_tokenizer
@@ -338,6 +338,16 @@ def test_tokenizer_round_trip(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"mask": 0, "me": 1}, unk_token="me")).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.token_to_id("me") == 1
+
+
+def test_a_tokenizer_reads_texts_whole(tmp_path: Path) -> None:
+    """Whatever truncation and padding its file stores."""
+    stored = Tokenizer(models.WordLevel({"me": 0}, unk_token="me"))
+    stored.enable_truncation(1)
+    stored.enable_padding(length=9, pad_token="me")
+    stored.pre_tokenizer = pre_tokenizers.Whitespace()
+    stored.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("me me me").ids == [0, 0, 0]
 
 
 def test_tokenizer_errors(tmp_path: Path) -> None:

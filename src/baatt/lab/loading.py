@@ -70,6 +70,8 @@ def load_transformers(
     """
     from tokenizers import Tokenizer
 
+    from baatt.models.checkpoint import without_limits
+
     try:
         import transformers
     except ImportError:
@@ -85,7 +87,7 @@ def load_transformers(
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(fast, Tokenizer):
         raise ValueError(f"{name} must have a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
-    return model, fast
+    return model, without_limits(fast)
 
 
 def _class_with_head(config: Any, name: str | Path) -> str:

@@ -143,7 +143,7 @@ def write_checkpoint(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read tokenizer.json of a local folder.
+    """Read tokenizer.json of a local folder; it encodes texts as they are, as `without_limits`.
 
     Raises:
         FileNotFoundError: the folder or the file is missing.
@@ -151,9 +151,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     file = _present(_folder(path) / "tokenizer.json")
     try:
-        return Tokenizer.from_file(str(file))
+        return without_limits(Tokenizer.from_file(str(file)))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file}: not a tokenizer.json: {error}") from error
+
+
+def without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without truncation and padding: those stored in a file must not change a prompt unseen."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def list_names(names: Sequence[str]) -> str:

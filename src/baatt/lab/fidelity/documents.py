@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from baatt.models.checkpoint import without_limits
+
 DIGITS = 7
 #: Of eight wordings tried on SmolLM2 at 1024 tokens the dense model answers this one best; no sparse run had a say.
 ASKED = "Secret number of {}: "
@@ -55,9 +57,7 @@ def make_documents(
     Raises:
         ValueError: a text too short for the documents, or a length too short for the facts.
     """
-    tokenizer.no_truncation()  # some files cut every text at the length of their training
-    tokenizer.no_padding()
-    prose = tokenizer.encode(text, add_special_tokens=False).ids
+    prose = without_limits(tokenizer).encode(text, add_special_tokens=False).ids
     if count * length > len(prose):
         raise ValueError(
             f"the text must have {count} x {length} tokens for documents that differ, got {len(prose)}: "

@@ -64,8 +64,6 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         folder = Path(self.arguments.pretrained).expanduser()
         dtype = DTYPES.get(self.arguments.dtype)  # None for "auto"
         self._model, self._tokenizer = load_model(folder, dtype=dtype, device=self._device)
-        self._tokenizer.no_truncation()  # a length stored in tokenizer.json must not cut a prompt unseen
-        self._tokenizer.no_padding()
         self._chat = load_chat_templates(folder)
         self._chat_name: str | None = None
         self._ends = end_tokens(self._tokenizer, self._model.config.eos_token_id, self._chat.special_tokens)

@@ -29,6 +29,7 @@ from baatt.lab.ruler.sample import RulerSample
 from baatt.lab.ruler.scoring import METRICS, WHOLE_METRICS
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.tasks import draw_samples, find_task
+from baatt.models.checkpoint import without_limits
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.sampling import SamplerConfig, SampleResult, generate
 
@@ -123,9 +124,7 @@ class RulerModel:
         templates: ChatTemplates = ChatTemplates({}, {}),  # noqa: B008  (never written to)
         made: Mapping[str, Any] | None = None,
     ) -> None:
-        tokenizer.no_truncation()  # a length stored in tokenizer.json must not cut a prompt unseen
-        tokenizer.no_padding()
-        self.model, self.tokenizer, self.setup = model, tokenizer, setup
+        self.model, self.tokenizer, self.setup = model, without_limits(tokenizer), setup
         self.device = next(model.parameters()).device
         self._templates, self._stamp = templates, {name: (made or {}).get(name) for name in ("commit", "device")}
         self._ends = end_tokens(tokenizer, model.config.eos_token_id, templates.special_tokens)
