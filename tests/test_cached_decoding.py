@@ -284,7 +284,17 @@ class Watch:
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, int, int, int]] = []  # with the number of sparse calls before
 
-    def __call__(self, layer: int | None, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, _: float) -> None:
+    def __call__(
+        self,
+        layer: int | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        scale: float,
+        causal: int | None,
+    ) -> None:
+        assert causal is None
         assert layer is not None
         assert q.shape[1] == 4
         assert k.shape == v.shape

@@ -74,7 +74,7 @@ class Option(NamedTuple):
 
 
 def options_of(cls: type) -> dict[str, Option]:
-    """The fields of a dataclass that have a readable type, by name. Nested dataclasses are left out."""
+    """The fields of a dataclass that have a readable type, by name. Nested dataclasses and pairs are left out."""
     hints, texts = get_type_hints(cls), _argument_texts(cls)
     found = {}
     for field in dataclasses.fields(cls):
