@@ -16,6 +16,7 @@ import decoding
 import fidelity_tables
 import frontier
 import gpu_bars
+import lm_eval_decoder
 import oracle_mass
 import real_weights_tables
 import ruler_tables
@@ -151,6 +152,12 @@ CASES: dict[str, Case] = {
             "real_weights_bars": real_weights_tables.bars_table,
             "real_weights_beta": real_weights_tables.beta_table,
         },
+    ),
+    "lm_eval_decoder": Case(
+        "RULER's needles in lm-evaluation-harness on a real pretrained decoder, its model `hf` with `enable` around it",
+        "python benchmarks/lm_eval_decoder.py --model FOLDER --gguf NAME --json FILE",
+        ("lm_eval_decoder.json",),
+        {"lm_eval_decoder": lm_eval_decoder.table},
     ),
     "ulysses": Case(
         "Ulysses attention over several GPUs beside one",
