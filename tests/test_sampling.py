@@ -353,6 +353,15 @@ def test_all_rows_ended_stops() -> None:
     assert (without.steps, without.tokens.tolist()) == (3, [[1, 7, 2, 3, 4, 5]])
 
 
+def test_any_of_several_end_tokens_stops() -> None:
+    model, prompt = ending([[1, 5, 2, 3, 4, 6], [1, 2, 3, 7, 4, 6], [1, 2, 3, 4, 2, 6]])
+    model.config = dataclasses.replace(CONFIG, eos_token_id=[7, 5])
+    config = SamplerConfig(steps=3, gen_length=6, block_length=2, threshold=0.9, stop_at_eos=True)
+    result = generate(model, prompt, config=config)
+    assert model.evaluated == [[0, 1, 2], [1, 2], [2]]
+    assert result.tokens.tolist() == [[1, 5, 7, 7, 7, 7], [1, 2, 3, 7, 7, 7], [1, 2, 3, 4, 2, 6]]
+
+
 def test_stopping_needs_an_end_token() -> None:
     model, prompt, _ = known([[0.5, 0.6]])
     with pytest.raises(ValueError, match="stop_at_eos must be False for a model whose config has no eos_token_id"):

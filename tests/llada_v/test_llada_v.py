@@ -476,6 +476,21 @@ class TestFolders:
         with pytest.raises(ValueError, match=message):
             LLaDAVConfig.from_dict(values)
 
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("image_aspect_ratio", ["pad"], r"image_aspect_ratio must be a text, got \['pad'\]"),
+            ("mm_newline_position", ["grid"], r"mm_newline_position must be a text, got \['grid'\]"),
+            ("tokenizer_model_max_length", "8192", "tokenizer_model_max_length must be an int, got '8192'"),
+            ("vision_config", "so400m", "vision_config must be an object, got 'so400m'"),
+            ("vision_config", {"layer_norm_eps": "1e-6"}, "layer_norm_eps of the vision tower must be a number"),
+            ("eos_token_id", ["a"], "eos_token_id must be an int, got 'a'"),
+        ],
+    )
+    def test_values_of_another_type_are_refused(self, key, value, message):
+        with pytest.raises(TypeError, match=message):
+            LLaDAVConfig.from_dict({**CONFIG, key: value})
+
     def test_published_defaults(self):
         """What a config.json may leave out, as llava_arch.py reads it."""
         left_out = ("mm_newline_position", "mask_token_id", "num_key_value_heads", "vision_config", "mm_hidden_size")

@@ -1,6 +1,7 @@
 """The model's config: what it reads of LLaDA's, what it writes, and what it refuses."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -114,6 +115,12 @@ def test_refuses_what_is_not_implemented(key: str, value: object) -> None:
         ModelConfig.from_dict({**REAL, key: value})
 
 
+SIZES = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "vocab_size", "embedding_size")
+TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id")
+SWITCHES = ("weight_tying", "attention_layer_norm", "include_bias", "include_qkv_bias")
+NUMBERS = ("rope_theta", "rms_norm_eps", "init_std")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -126,12 +133,59 @@ def test_refuses_what_is_not_implemented(key: str, value: object) -> None:
         ({"embedding_size": 36}, ValueError, "embedding_size must be at least vocab_size=37, got 36"),
         ({"mask_token_id": 40}, ValueError, r"mask_token_id must be in \[0, 40\), got 40"),
         ({"rope_theta": 0.0}, ValueError, "rope_theta must be positive, got 0.0"),
+        *(({name: [1]}, TypeError, rf"{name} must be an int, got \[1\]") for name in SIZES),
+        *(({name: True}, TypeError, f"{name} must be an int, got True") for name in (*SIZES, *TOKENS)),
+        *(({name: 1.0}, TypeError, f"{name} must be an int, got 1.0") for name in (*SIZES, *TOKENS)),
+        *(({name: "1"}, TypeError, f"{name} must be an int, got '1'") for name in (*SIZES, *TOKENS)),
+        *(({name: -1}, ValueError, rf"{name} must be in \[0, 40\), got -1") for name in TOKENS),
+        *(({name: 40}, ValueError, rf"{name} must be in \[0, 40\), got 40") for name in TOKENS),
+        *(({name: [1]}, TypeError, rf"{name} must be an int, got \[1\]") for name in ("mask_token_id", "pad_token_id")),
+        ({"eos_token_id": [3, "4"]}, TypeError, "eos_token_id must be an int, got '4'"),
+        ({"eos_token_id": [3, None]}, TypeError, "eos_token_id must be an int, got None"),
+        ({"eos_token_id": (3, 40)}, ValueError, r"eos_token_id must be in \[0, 40\), got 40"),
+        ({"eos_token_id": {}}, TypeError, "eos_token_id must be an int, got {}"),
+        *(({name: "false"}, TypeError, f"{name} must be a bool, got 'false'") for name in SWITCHES),
+        *(({name: 1}, TypeError, f"{name} must be a bool, got 1") for name in SWITCHES),
+        *(({name: "1e-5"}, TypeError, f"{name} must be a number, got '1e-5'") for name in NUMBERS),
+        *(({name: True}, TypeError, f"{name} must be a number, got True") for name in NUMBERS),
+        *(({name: [1e-5]}, TypeError, rf"{name} must be a number, got \[1e-05\]") for name in NUMBERS),
+        *(({name: float("nan")}, ValueError, f"{name} must be positive, got nan") for name in NUMBERS),
+        ({"block_type": ["llama"]}, ValueError, "block_type must be 'llama'"),
         ({"block_type": "sequential"}, ValueError, "block_type must be 'llama'"),
     ],
 )
 def test_config_errors(changes: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         dataclasses.replace(SMALL, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "ends"),
+    [([7, 5], (7, 5), (7, 5)), ((7,), 7, (7,)), ([], None, ()), (None, None, ()), (0, 0, (0,))],
+)
+def test_end_tokens(given: object, kept: object, ends: tuple[int, ...]) -> None:
+    """One, several as a list, or none; written so that it is read back."""
+    config = ModelConfig.from_dict({**REAL, "eos_token_id": given})
+    assert (config.eos_token_id, config.end_tokens) == (kept, ends)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert hash(ModelConfig.from_dict(written)) == hash(ModelConfig.from_dict(config.to_dict()))
+
+
+def test_mlp_ratio_of_another_type() -> None:
+    values = {**REAL, "mlp_hidden_size": None}
+    assert ModelConfig.from_dict({**values, "mlp_ratio": 2.5}).mlp_hidden_size == 10240
+    for ratio in ("4", [4], True):
+        with pytest.raises(TypeError, match=r"^mlp_ratio must be a number, got"):
+            ModelConfig.from_dict({**values, "mlp_ratio": ratio})
+    with pytest.raises(TypeError, match=r"^mlp_hidden_size must be an int, got"):
+        ModelConfig.from_dict({**values, "mlp_ratio": 0.0003})
+    with pytest.raises(TypeError, match=r"^d_model must be an int, got '4096'"):
+        ModelConfig.from_dict({**values, "d_model": "4096"})
+
+
+def test_config_of_quantised_weights() -> None:
+    with pytest.raises(ValueError, match=r"^quantization_config must be None .*, got \{'bits': 4\}$"):
+        ModelConfig.from_dict({**REAL, "quantization_config": {"bits": 4}})
 
 
 def test_config_needs_its_keys() -> None:

@@ -116,7 +116,7 @@ def read(
             handle.watch(watch)
             handle.is_timed = True
             result = generate(model, prompt, None, DEMO_SAMPLER, on_step=handle.at_step, progress=progress)
-    text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
+    text = answer_text(tokenizer, result.tokens[0].tolist(), model.config.end_tokens)
     return Reading(text.strip(), result.steps, result.seconds, handle.seconds, handle.sparsity, drawn[0])
 
 

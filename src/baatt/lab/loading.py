@@ -6,7 +6,6 @@ reads a model is imported when one is read: a machine that only times kernels ha
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -106,12 +105,14 @@ def _class_with_head(config: Any, name: str | Path) -> str:
 
 def find_mask_token(model: Any, tokenizer: Tokenizer, folder: Path | None) -> int | None:
     """The id of the mask, which the model's config or the tokenizer's names; None where neither does."""
+    from baatt.lab.chat import load_chat_templates
+
     found = getattr(model.config, "mask_token_id", None)
-    settings = None if folder is None else folder / "tokenizer_config.json"
-    if found is None and settings is not None and settings.is_file():
-        name = json.loads(settings.read_text(encoding="utf-8")).get("mask_token")
-        name = name["content"] if isinstance(name, dict) else name
+    if found is None and folder is not None:
+        name = load_chat_templates(folder).special_tokens.get("mask_token")
         found = None if name is None else tokenizer.token_to_id(name)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
+        raise TypeError(f"mask_token_id must be an int, got {found!r}")
     return found
 
 

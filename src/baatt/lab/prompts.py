@@ -55,15 +55,18 @@ def fit_prompt(ids: Sequence[int], side: str, *, max_length: int, answer_length:
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Token ids [B, N] int64 padded on the left, and the mask [B, N] bool of real tokens."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(width) >= width - lengths[:, None]
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device="cpu")
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    return ids, torch.arange(width, device="cpu") >= width - lengths[:, None]
 
 
-def end_tokens(tokenizer: Tokenizer, end_of_text: int | None, special_tokens: Mapping[str, str]) -> frozenset[int]:
+def end_tokens(
+    tokenizer: Tokenizer, end_of_text: int | tuple[int, ...] | None, special_tokens: Mapping[str, str]
+) -> frozenset[int]:
     """Ids after which an answer is over: the end of text of model and tokenizer, and the end of a turn."""
     names = (special_tokens.get("eos_token"), END_OF_TURN)
-    ids = [end_of_text, *(tokenizer.token_to_id(name) for name in names if name)]
+    ends = end_of_text if isinstance(end_of_text, tuple) else (end_of_text,)
+    ids = [*ends, *(tokenizer.token_to_id(name) for name in names if name)]
     return frozenset(number for number in ids if number is not None)
 
 

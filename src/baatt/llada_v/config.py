@@ -12,7 +12,7 @@ from typing import Any
 from transformers import SiglipVisionConfig
 
 from baatt.llada_v.pictures import NEWLINES
-from baatt.models.config import ModelConfig, check_implemented, check_positive_integer
+from baatt.models.config import ModelConfig, check_implemented, check_positive_integer, check_positive_number
 
 #: `<|mdm_mask|>`, which the published code writes as a number; a config.json may name another.
 MASK_TOKEN_ID = 126336
@@ -72,7 +72,7 @@ class LLaDAVConfig:
         tokenizer_model_max_length: tokens of a prompt in training; longer ones are not refused.
 
     Raises:
-        ValueError: something that is not implemented.
+        TypeError, ValueError: a value of another type, or something that is not implemented.
     """
 
     language: ModelConfig
@@ -83,6 +83,11 @@ class LLaDAVConfig:
     tokenizer_model_max_length: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("image_aspect_ratio", "mm_newline_position"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a text, got {getattr(self, name)!r}")
+        if self.tokenizer_model_max_length is not None:
+            check_positive_integer("tokenizer_model_max_length", self.tokenizer_model_max_length)
         ratio, tiled = self.image_aspect_ratio, ANYRES.fullmatch(self.image_aspect_ratio)
         if ratio != "pad" and not tiled:
             kinds = "'pad', 'anyres' or like 'anyres_max_9' (nothing else is implemented)"
@@ -113,7 +118,7 @@ class LLaDAVConfig:
         missing = [name for name in REQUIRED if name not in values]
         if missing:
             raise ValueError(f"a LLaDA-V config must have the keys {missing}")
-        check_implemented(values, IMPLEMENTED)
+        check_implemented(values, {**IMPLEMENTED, "quantization_config": (None,)})
         if "siglip" not in str(values.get("mm_vision_tower")).lower():
             raise ValueError(f"mm_vision_tower must name a SigLIP model, got {values.get('mm_vision_tower')!r}")
         vision = vision or read_vision_config(values.get("vision_config", {}))
@@ -131,12 +136,16 @@ def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:
     Raises:
         TypeError, ValueError: another kind of model, something that is not implemented, or sizes that do not fit.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"vision_config must be an object, got {values!r}")
     if values.get("model_type") in ("siglip", "siglip2"):
         values = values.get("vision_config") or {}
     check_implemented({f"{name} of the vision tower": value for name, value in values.items()}, IMPLEMENTED)
     sizes = {name: values.get(name, published) for name, published in VISION_SIZES.items()}
     for name, size in sizes.items():
         check_positive_integer(f"{name} of the vision tower", size)
+    epsilon = values.get("layer_norm_eps", 1e-6)
+    check_positive_number("layer_norm_eps of the vision tower", epsilon)
     layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
     if layers < 2:
         raise ValueError(f"num_hidden_layers of the vision tower must be at least 2, got {layers}")
@@ -144,5 +153,5 @@ def read_vision_config(values: Mapping[str, Any]) -> SiglipVisionConfig:
         raise ValueError(f"hidden_size must be a multiple of num_attention_heads={heads}, got {sizes['hidden_size']}")
     if sizes["patch_size"] > sizes["image_size"]:
         raise ValueError(f"patch_size must be at most image_size={sizes['image_size']}, got {sizes['patch_size']}")
-    kept = {"num_hidden_layers": layers - 1, "layer_norm_eps": values.get("layer_norm_eps", 1e-6)}
+    kept = {"num_hidden_layers": layers - 1, "layer_norm_eps": epsilon}
     return SiglipVisionConfig(**{**sizes, **kept}, vision_use_head=False)

@@ -35,7 +35,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object that a file holds; errors as `read_config`."""
     try:
-        values = json.loads(_present(file).read_text(encoding="utf-8"))
+        values = json.loads(_present(file).read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: must hold JSON: {error}") from error
     if not isinstance(values, dict):
@@ -190,8 +190,13 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: those of the index, else the single file, else a complete set of shards."""
     if (folder / INDEX_NAME).is_file():
         weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / INDEX_NAME}: must have a weight_map from tensor to file, got {weight_map!r}")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(x, str) for x in weight_map.values())
+        ):
+            found = f"{weight_map!r:.200}"
+            raise ValueError(f"{folder / INDEX_NAME}: must have a weight_map from tensor to file, got {found}")
         names = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
         names = [SINGLE_NAME]

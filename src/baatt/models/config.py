@@ -5,6 +5,7 @@ refused by name; keys without influence on inference are ignored. Knows nothing 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,11 @@ class ModelConfig:
         embedding_size: rows of the embedding and width V of the logits, at least `vocab_size`; None means `vocab_size`.
         attention_layer_norm: RMSNorm of the whole projected queries and keys, before the split into heads.
         max_sequence_length: the length the weights were trained for; longer inputs are not refused.
+        eos_token_id: the end-of-text token; a list, which becomes a tuple, where there are several.
         init_std: standard deviation of freshly drawn weights.
 
     Raises:
-        TypeError, ValueError: a size that is not a positive int, or sizes that do not fit each other.
+        TypeError, ValueError: a value of another type or outside its range, or sizes that do not fit each other.
     """
 
     d_model: int
@@ -60,7 +62,7 @@ class ModelConfig:
     include_bias: bool = False
     include_qkv_bias: bool = False
     max_sequence_length: int = 4096
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     init_std: float = 0.02
     block_type: str = "llama"
@@ -79,11 +81,25 @@ class ModelConfig:
             raise ValueError(f"n_kv_heads must divide n_heads={self.n_heads}, got {self.kv_heads}")
         if self.logit_size < self.vocab_size:
             raise ValueError(f"embedding_size must be at least vocab_size={self.vocab_size}, got {self.logit_size}")
-        if not 0 <= self.mask_token_id < self.logit_size:
-            raise ValueError(f"mask_token_id must be in [0, {self.logit_size}), got {self.mask_token_id}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if isinstance(self.eos_token_id, list | tuple):
+            ends = tuple(self.eos_token_id)
+            object.__setattr__(self, "eos_token_id", ends if len(ends) > 1 else next(iter(ends), None))
+        check_token("mask_token_id", self.mask_token_id, self.logit_size)
+        if self.pad_token_id is not None:
+            check_token("pad_token_id", self.pad_token_id, self.logit_size)
+        for token in self.end_tokens:
+            check_token("eos_token_id", token, self.logit_size)
+        for name in ("weight_tying", "attention_layer_norm", "include_bias", "include_qkv_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        for name in ("rope_theta", "rms_norm_eps", "init_std"):
+            check_positive_number(name, getattr(self, name))
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The end-of-text tokens; none, one or several."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
 
     @property
     def head_size(self) -> int:
@@ -108,13 +124,16 @@ class ModelConfig:
             TypeError, ValueError: a key is missing, or asks for something that is not implemented.
         """
         values = resolve_rope_scaling(values)
-        check_implemented(values, IMPLEMENTED)
+        check_implemented(values, {**IMPLEMENTED, "quantization_config": (None,)})
         if values.get("include_bias") and values.get("bias_for_layer_norm") is None:
             raise ValueError("bias_for_layer_norm must be false when include_bias is true, got None")
         names = [field.name for field in dataclasses.fields(cls)]
         known = {name: values[name] for name in names if values.get(name) is not None}
         if "mlp_hidden_size" not in known and "mlp_ratio" in values and "d_model" in known:
-            known["mlp_hidden_size"] = values["mlp_ratio"] * known["d_model"]
+            check_positive_number("mlp_ratio", values["mlp_ratio"])
+            check_positive_integer("d_model", known["d_model"])
+            width = values["mlp_ratio"] * known["d_model"]
+            known["mlp_hidden_size"] = int(width) if width == int(width) else width
         required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
         missing = [name for name in required if name not in known]
         if missing:
@@ -134,6 +153,22 @@ def check_positive_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_positive_number(name: str, value: object) -> None:
+    """Refuse what is not a positive finite number, with a TypeError or ValueError."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_token(name: str, value: object, rows: int) -> None:
+    """Refuse what is not the id of a token, of that many, with a TypeError or ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not 0 <= value < rows:
+        raise ValueError(f"{name} must be in [0, {rows}), got {value}")
 
 
 def check_implemented(values: Mapping[str, Any], implemented: Mapping[str, tuple[object, ...]]) -> None:

@@ -41,8 +41,9 @@ class SamplerConfig:
         threshold: None fills equally many positions per step. A probability fills every position surer than it, and
             never fewer than it takes to finish the block in its share of `steps`.
         seed: of the noise and of remasking "random".
-        stop_at_eos: a row that has an end-of-text token in a finished block is done; the rest of it is filled with that
-            token without evaluating the model. The text before the token is the same either way at temperature 0.
+        stop_at_eos: a row that has an end-of-text token in a finished block is done; the rest of it is filled with the
+            model's first such token without evaluating the model. The text before the token is the same either way at
+            temperature 0.
         cache: which keys and values the steps of a block after its first take over from it, a name in `CACHES`: "none",
             "prefix" those before the block, "dual" all but the block's own. They are stale, so the result may differ.
 

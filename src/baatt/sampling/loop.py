@@ -91,12 +91,14 @@ class Run(NamedTuple):
         open_rows = self.masked(block).any(dim=1).tolist()
         return [row for row, is_open in enumerate(open_rows) if is_open]
 
-    def finish_rows(self, block: int, end: int) -> None:
-        """Fill rows that have ended before a block with end-of-text tokens."""
+    def finish_rows(self, block: int, ends: tuple[int, ...]) -> None:
+        """Fill rows that have ended before a block with the first of the end-of-text tokens."""
         generated = self.tokens[:, self.prompt_length :]
         done = block * self.config.block_length
-        ended = generated[:, :done].eq(end).any(dim=1, keepdim=True)
-        generated[:, done:].masked_fill_(ended, end)
+        ended = generated.new_zeros(len(generated), 1, dtype=torch.bool)
+        for end in ends:
+            ended |= generated[:, :done].eq(end).any(dim=1, keepdim=True)
+        generated[:, done:].masked_fill_(ended, ends[0])
 
 
 @torch.inference_mode()
@@ -130,8 +132,8 @@ def generate(
     """
     started = time.perf_counter()
     _check_prompt(prompt_ids, attention_mask)
-    end = model.config.eos_token_id
-    if config.stop_at_eos and end is None:
+    ends = model.config.end_tokens
+    if config.stop_at_eos and not ends:
         raise ValueError("stop_at_eos must be False for a model whose config has no eos_token_id, got True")
     run = _start(model, prompt_ids, attention_mask, config)
 
@@ -145,8 +147,8 @@ def generate(
 
     steps = full = 0
     for block in range(config.blocks):
-        if config.stop_at_eos and end is not None:
-            run.finish_rows(block, end)
+        if config.stop_at_eos:
+            run.finish_rows(block, ends)
         taken = _fill_block(run, block, on_step, report)
         steps += taken
         full += min(taken, 1) if config.cache != "none" else taken

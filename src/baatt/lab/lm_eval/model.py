@@ -218,9 +218,11 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
     def _generate(self, batch: Sequence[Job]) -> list[str]:
         """The answers of prompts that share their settings."""
         model, arguments, generation = self._model, self.arguments, batch[0].generation
-        end = model.config.eos_token_id
         sampler = arguments.sampling.config(
-            generation.tokens, temperature=generation.temperature, stop_at_eos=end is not None, repeat=generation.repeat
+            generation.tokens,
+            temperature=generation.temperature,
+            stop_at_eos=bool(model.config.end_tokens),
+            repeat=generation.repeat,
         )
         rows = [self._fit(job.ids, sampler.gen_length) for job in batch]
         ids, mask = pad_left(rows, model.config.pad_token_id or 0)
