@@ -162,7 +162,7 @@ class Policy:
             ValueError, TypeError: it holds something else.
         """
         try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            stored = json.loads(Path(path).read_bytes())
         except ValueError as error:
             raise ValueError(f"{path} must hold the JSON of Policy.save, got {error}") from None
         known = {one.name for one in dataclasses.fields(cls)}

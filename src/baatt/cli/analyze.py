@@ -42,6 +42,7 @@ from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.niah import NIAH_TASKS
 from baatt.lab.ruler.tasks import draw_samples
 from baatt.lab.tables import Record, Table, percent, pivot
+from baatt.lab.texts import read_text
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.scores import SCORES
 
@@ -68,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("capture.safetensors"), help="(default: capture.safetensors)")
     add("--layers", type=layer_numbers, help="numbers like 0,2,-1 (default: all)")
     text = capture.add_mutually_exclusive_group()
-    text.add_argument("--prompt-file", type=Path, help="a UTF-8 file with the text (default: a document of --task)")
+    where = 'a UTF-8 file with the text, or "-" for standard input (default: a document of --task)'
+    text.add_argument("--prompt-file", type=Path, help=where)
     text.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
     add("--length", type=int, default=4096, help="tokens of a document of --task (default: 4096)")
     add("--seed", type=int, default=0, help="which document (default: 0)")
@@ -108,7 +110,7 @@ def run_capture(arguments: argparse.Namespace) -> None:
     if any(not -count <= layer < count for layer in arguments.layers or ()):
         raise UsageError(f"--layers must be numbers from {-count} to {count - 1}, got {arguments.layers}")
     if arguments.prompt_file is not None:
-        text, source = arguments.prompt_file.read_text(encoding="utf-8"), str(arguments.prompt_file)
+        text, source = read_text(arguments.prompt_file), str(arguments.prompt_file)
     else:
         sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
         text, source = sample.prompt + sample.answer_prefix, f"{arguments.task}, seed {arguments.seed}"

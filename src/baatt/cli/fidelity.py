@@ -39,6 +39,7 @@ from baatt.lab.fidelity.study import Cell, Setup, Study
 from baatt.lab.loading import find_mask_token
 from baatt.lab.records import installed_version, provenance, write_json
 from baatt.lab.ruler.model import checksums, weights_of
+from baatt.lab.texts import read_text
 
 SUMMARY = "What sparse attention costs on any model: KL to dense, loss, planted numbers; with --by-layer a profile."
 
@@ -47,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
     add = parser.add_argument
     add("--lengths", type=lengths, default=[4096], help="tokens of a document, by commas (default: 4096)")
-    add("--text", type=Path, help="UTF-8 file with the prose (default: encyclopedic text shipped with baatt)")
+    add(
+        "--text",
+        type=Path,
+        help="UTF-8 file with the prose (default: encyclopedic text shipped with baatt)",
+    )
     add("--documents", type=at_least(1), default=8, help="documents of each length (default: 8)")
     add("--needles", type=at_least(0), default=6, help="numbers planted in a document and asked later (default: 6)")
     add("--seed", type=int, default=0, help="which numbers, places and masks (default: 0)")
@@ -78,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         checksums(arguments.model or shipped_model()),
         **{name: getattr(arguments, name) for name in Setup.__dataclass_fields__ if name != "files"},
     )
-    text = held_out_text() if arguments.text is None else arguments.text.read_text(encoding="utf-8")
+    text = held_out_text() if arguments.text is None else read_text(arguments.text)
     model, tokenizer = load_any_model(arguments, head=True, gguf=arguments.gguf)
     reader = Reader(model, find_mask_token(model, tokenizer, arguments.model))
     folder = arguments.store or arguments.json.with_suffix(".answers")

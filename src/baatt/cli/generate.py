@@ -17,6 +17,7 @@ from baatt.integrations.enable import enable
 from baatt.lab.loading import DTYPES, check_bytes, check_memory
 from baatt.lab.options import add_options, chosen
 from baatt.lab.prompts import answer_text
+from baatt.lab.texts import decode_text, read_text
 from baatt.sampling import SamplerConfig, StepInfo, generate
 
 #: How a prompt is continued where the options say nothing else.
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         with enable(model, config, policy, impl=arguments.impl) as handle:
             prompt_ids = torch.tensor([ids], device=arguments.device)
             result = generate(model, prompt_ids, None, sampler, on_step=handle.at_step, progress=progress)
-    text = answer_text(tokenizer, result.tokens[0].tolist(), {model.config.eos_token_id})
+    text = answer_text(tokenizer, result.tokens[0].tolist(), model.config.end_tokens)
     record = {
         "text": text, "prompt_tokens": len(ids), "generated_tokens": result.tokens[0].tolist(),
         "model_evaluations": result.steps, "full_evaluations": result.full_evaluations,
@@ -80,17 +81,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
-    if arguments.prompt is not None:
-        text = str(arguments.prompt)
-    elif str(arguments.prompt_file) == "-":
-        text = sys.stdin.read()
-    else:
-        try:
-            text = arguments.prompt_file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise UsageError(f"--prompt-file must hold UTF-8 text, {arguments.prompt_file} does not") from None
-        except OSError as error:
-            raise UsageError(f"--prompt-file {arguments.prompt_file} cannot be read: {error.strerror}") from None
+    if arguments.prompt is None:
+        text = read_text(arguments.prompt_file)
+    else:  # what is not UTF-8 in an argument comes as surrogates
+        text = decode_text(arguments.prompt.encode("utf-8", "surrogateescape"), "--prompt")
     if not text.strip():
         raise UsageError("the prompt must not be empty")
     return text

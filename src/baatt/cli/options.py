@@ -127,7 +127,7 @@ def load_any_model(
 ) -> "tuple[Any, Tokenizer]":
     """The model of --model: of LLaDA's layout by us, of every other by transformers; `head`, `gguf` as there."""
     try:
-        config = json.loads((arguments.model / "config.json").read_text(encoding="utf-8")) if arguments.model else None
+        config = json.loads((arguments.model / "config.json").read_bytes()) if arguments.model else None
     except (OSError, ValueError):
         config = None  # our loader says what is missing
     if gguf is None and (not isinstance(config, dict) or config.get("model_type") == "llada"):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from baatt.lab.texts import read_text
 from baatt.models.checkpoint import read_json
 
 #: Stands behind the final message while it is rendered; what follows it is cut off. No template trims it.
@@ -78,7 +79,7 @@ def load_chat_templates(folder: str | Path) -> ChatTemplates:
     else:
         raise ValueError(f"{folder}: chat_template must be a text or a list of names and templates, got {stored!r:.80}")
     if alone.is_file():
-        templates["default"] = alone.read_text(encoding="utf-8")
+        templates["default"] = read_text(alone)
     # A special token is stored as a text or as an object with its `content`.
     texts = {name: x.get("content") if isinstance(x, dict) else x for name, x in values.items()}
     special = {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}

@@ -38,7 +38,7 @@ def read_questions(name: str, path: Path) -> QuestionSet:
     if not path.is_file():
         raise ValueError(f"{path} must be a local copy of {origin}, got no such file")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} must be JSON as in {origin}, got: {error}") from error
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from baatt.lab.ruler.questions import DATA_SETS, QuestionSet, read_questions
+from baatt.lab.texts import read_text
 
 WORD_FILES = ("nounlist.txt", "adjectivelist.txt", "verblist.txt")
 
@@ -176,7 +177,7 @@ def read_essay(path: Path) -> tuple[str, ...]:
     if not parts:
         raise ValueError(f"essay must be a folder with .txt files, got none in {path}")
     try:
-        texts = [part.read_text(encoding="utf-8") for part in parts]
+        texts = [read_text(part) for part in parts]
         found = json.loads(texts[0]) if parts[0].suffix == ".json" else {"text": "\n".join(texts)}
     except ValueError as error:
         raise ValueError(f"essay must be UTF-8 text or JSON, got {path}: {error}") from error
@@ -193,7 +194,7 @@ def read_word_list(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise ValueError(f"english_words must be RULER's json/english_words.json, got {path}, which does not exist")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"english_words must be JSON, got {path}: {error}") from error
     words = list(found.values()) if isinstance(found, dict) else found
