@@ -85,7 +85,7 @@ def attach(model: Any, handle: Handle) -> int:
             if route.member is not None and hasattr(processor, "_attention_backend"):
                 handle.override(processor, "_attention_backend", route.member)
         kind: Any = type(processor)
-        proxy = _proxy_class(kind)(processor, route, torch.tensor(number), formers[id(processor)])
+        proxy = _proxy_class(kind)(processor, route, torch.tensor(number, device="cpu"), formers[id(processor)])
         handle.override(attention, "processor", proxy)
     return counts.pop()
 

@@ -83,7 +83,7 @@ class DiffusersRoute:
         timestep = next((given[name] for name in TIMESTEPS if given.get(name) is not None), None)
         if timestep is not None:
             timesteps = getattr(self.scheduler(), "timesteps", None)  # one wait for the device, not one an entry
-            schedule = [] if timesteps is None else torch.as_tensor(timesteps, dtype=torch.float64).tolist()
+            schedule = [] if timesteps is None else torch.as_tensor(timesteps, device="cpu").double().tolist()
             self.handle.progress.read_timestep(training_timestep(timestep, schedule), schedule)
 
     def _read_scheduler(self, at_start: int | None) -> bool:

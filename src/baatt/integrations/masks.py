@@ -209,10 +209,10 @@ def _find(rows: _Rows, visible: Tensor) -> Structure | None:
     # A row that sees further than the one before begins a block: at a key behind all that one saw.
     some = (rows.counts > 0) & ((rows.counts < keys) | visible.all(dim=1, keepdim=True))
     grows = some[:, 1:] & some[:, :-1] & (rows.end[:, 1:] > rows.end[:, :-1])
-    places = (1 + torch.arange(queries - 1)).expand_as(grows)[grows]
+    places = (1 + torch.arange(queries - 1, device=grows.device)).expand_as(grows)[grows]
     if not len(places):
         return None
-    behind = torch.where(visible, torch.arange(keys), keys).flip(1).cummin(dim=1).values.flip(1)
+    behind = torch.where(visible, torch.arange(keys, device=visible.device), keys).flip(1).cummin(dim=1).values.flip(1)
     least = int((rows.end[:, :-1][grows] - places).max())
     most = int((behind.gather(1, rows.end[:, :-1].clamp(max=keys - 1))[grows] - places).min())
     for start in dict.fromkeys((0, keys - queries, least, most)):
@@ -231,7 +231,7 @@ def _find(rows: _Rows, visible: Tensor) -> Structure | None:
 def _compare(rows: _Rows, visible: Tensor, causal: int, start: int) -> tuple[Tensor, Tensor]:
     """Rows that see exactly the visible keys of their block and those before, and rows that look like padding."""
     keys = visible.shape[1]
-    places = start + torch.arange(rows.counts.shape[1])
+    places = start + torch.arange(rows.counts.shape[1], device=visible.device)
     edge = ((places // causal + 1) * causal).clamp(max=keys)
     before = F.pad(visible.cumsum(dim=1), (1, 0))
     # All that a row sees is visible, so it sees all of that before the edge if it sees as many.

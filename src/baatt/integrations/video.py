@@ -64,15 +64,18 @@ class VideoTiles:
 def _permutation(sizes: Sizes, grid: Sizes, text: str, length: int, device: torch.device) -> Tensor:
     tile = [min(size, extent) for size, extent in zip(sizes, grid, strict=True)]
     tiles = [math.ceil(extent / size) for size, extent in zip(tile, grid, strict=True)]
-    axes = torch.meshgrid(*(torch.arange(extent) for extent in grid), indexing="ij")
-    number, place = torch.zeros(grid, dtype=torch.int64), torch.zeros(grid, dtype=torch.int64)
-    incomplete = torch.zeros(grid, dtype=torch.bool)
+    axes = torch.meshgrid(*(torch.arange(extent, device="cpu") for extent in grid), indexing="ij")
+    number, place = (
+        torch.zeros(grid, dtype=torch.int64, device="cpu"),
+        torch.zeros(grid, dtype=torch.int64, device="cpu"),
+    )
+    incomplete = torch.zeros(grid, dtype=torch.bool, device="cpu")
     for axis, size, extent, count in zip(axes, tile, grid, tiles, strict=True):
         number = number * count + axis // size
         place = place * size + axis % size
         incomplete |= axis >= extent - extent % size
     rank = (incomplete * math.prod(tiles) + number) * math.prod(tile) + place
-    order, others = rank.flatten().argsort(), torch.arange(length - math.prod(grid))
+    order, others = rank.flatten().argsort(), torch.arange(length - math.prod(grid), device="cpu")
     parts = [order + len(others), others] if text == "before" else [order, others + math.prod(grid)]
     return torch.cat(parts).to(device)
 

@@ -125,7 +125,7 @@ def read_progress(params: Mapping[str, Any]) -> DenoisingProgress:
     """How far the loop is, by its least advanced sample; told nothing where the engine does not say."""
     progress, names = DenoisingProgress(), ("denoise_step_idx", "total_denoise_steps")
     if all(name in params for name in names):
-        steps, totals = (torch.as_tensor(params[name]).flatten().tolist() for name in names)
+        steps, totals = (torch.as_tensor(params[name], device="cpu").flatten().tolist() for name in names)
         step, total = min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1])
         progress.set(int(step), int(total))
     return progress

@@ -62,10 +62,10 @@ def _kept_tokens(group: Group, head: int, key_blocks: int, block_size: int) -> t
     The latter is [I, 1 or P, K * P].
     """
     kept = group.kept[head].long()
-    used = torch.arange(kept.shape[-1]) < rearrange(group.count[head], "i -> i 1")
+    used = torch.arange(kept.shape[-1], device=kept.device) < rearrange(group.count[head], "i -> i 1")
     used = used & (kept >= 0) & (kept < key_blocks)
     kept = kept.clamp(0, key_blocks - 1)
-    place = rearrange(kept * block_size, "i k -> i k 1") + torch.arange(block_size)
+    place = rearrange(kept * block_size, "i k -> i k 1") + torch.arange(block_size, device=kept.device)
     present = rearrange(used, "i k -> i k 1") & (place < group.k.shape[0])
     visible = rearrange(present, "i k p -> i 1 (k p)")
     if group.limit is not None:

@@ -26,13 +26,14 @@ def by_norm(x: Tensor, segment: int | None, mask: Tensor | None) -> TokenOrder:
     """Sort the tokens of every segment by L2 norm, ascending (E2); see `stages.sorting.by_norm`."""
     batch, heads, tokens, _ = x.shape
     segment, threads = tokens if segment is None else min(segment, tokens), torch.get_num_threads()
-    index, length = (torch.empty(shape, dtype=torch.int64) for shape in ((batch, heads, tokens), (batch,)))
+    whole = {"dtype": torch.int64, "device": x.device}
+    index, length = (torch.empty(shape, **whole) for shape in ((batch, heads, tokens), (batch,)))
     tensors = {
         "norm": torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).contiguous(),
-        "places": torch.empty(batch, tokens, dtype=torch.int64),
+        "places": torch.empty(batch, tokens, **whole),
         "length": length,
         "index": index,
-        "scratch": torch.empty(threads, 4 * segment),
+        "scratch": torch.empty(threads, 4 * segment, dtype=torch.float32, device=x.device),
     }
     if mask is not None:
         tensors["mask"] = mask.contiguous()

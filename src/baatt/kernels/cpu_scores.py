@@ -96,7 +96,7 @@ def _blocks(x: Tensor, options: ScoreOptions) -> int:
 
 
 def _sizes(x: Tensor, order: TokenOrder, options: ScoreOptions) -> Tensor:
-    first = torch.arange(_blocks(x, options)) * options.block_size
+    first = torch.arange(_blocks(x, options), device=x.device) * options.block_size
     return (rearrange(order.length, "b -> b 1") - first).clamp(0, options.block_size)
 
 
@@ -113,7 +113,8 @@ def _summarise(
         batch=batch, heads=heads, tokens=tokens, channels=channels, block_size=options.block_size,
         clusters=clusters, refinements=options.refinements, kind=KINDS[x.dtype], threads=threads,
     )  # fmt: skip
-    scratch = torch.empty(threads, library.baatt_summary_scratch(ctypes.byref(summary)))
+    room = library.baatt_summary_scratch(ctypes.byref(summary))
+    scratch = torch.empty(threads, room, dtype=torch.float32, device=x.device)
     inputs = {"source": source, "order": index, "length": order.length.contiguous()}
     cpu_native.call(getattr(library, function), summary, inputs | results | {"scratch": scratch})
 

@@ -32,9 +32,9 @@ def draw_masks(length: int, draws: int, generator: torch.Generator) -> MaskDraws
     """
     if length < 1 or draws < 1:
         raise ValueError(f"length and draws must be at least 1, got {length} and {draws}")
-    start = torch.randint(length, (), generator=generator)
-    sizes = (start + torch.arange(draws) * length // draws) % length + 1
-    places = torch.rand(draws, length, generator=generator).argsort(dim=1)
+    start = torch.randint(length, (), generator=generator, device="cpu")
+    sizes = (start + torch.arange(draws, device="cpu") * length // draws) % length + 1
+    places = torch.rand(draws, length, generator=generator, dtype=torch.float32, device="cpu").argsort(dim=1)
     masks, counts = torch.unique(places < sizes[:, None], dim=0, return_counts=True)
     return MaskDraws(masks, counts)
 
@@ -68,7 +68,7 @@ def log_likelihood(
         raise ValueError("answer must hold at least one token, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    generator = torch.Generator().manual_seed(request_seed(seed, context, answer))
+    generator = torch.Generator("cpu").manual_seed(request_seed(seed, context, answer))
     drawn = draw_masks(len(answer), draws, generator)
     row = torch.tensor([*context, *answer], device=device)
     total = 0.0

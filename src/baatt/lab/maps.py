@@ -79,7 +79,7 @@ def kept_table(plan: Plan, head: int) -> Tensor:
     """Which blocks a head keeps, [I, J] bool on the CPU, for batch entry 0; J without blocks that are masked."""
     index, count = (x[0, head].cpu() for x in plan.selection[:2])
     size = plan.config.block_size
-    table = torch.zeros(len(index), -(-int(plan.key_order.length[0]) // size), dtype=torch.bool)
+    table = torch.zeros(len(index), -(-int(plan.key_order.length[0]) // size), dtype=torch.bool, device=index.device)
     for row, blocks, kept in zip(table, index.long(), count.tolist(), strict=True):
         row[blocks[:kept]] = True
     return table

@@ -57,7 +57,8 @@ def compare_random(
 ) -> Tensor:
     """Anything: the floor. The same numbers at every call, however query blocks and heads are cut into slabs."""
     batch, heads, rows = queries.number.shape
-    generator = torch.Generator().manual_seed(SEED)
-    numbers = torch.rand((batch, queries.heads * queries.blocks, keys.blocks), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    shape = batch, queries.heads * queries.blocks, keys.blocks
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
     place = repeat(queries.number, "b h i -> b (h i) j", j=keys.blocks)
     return rearrange(numbers.to(place.device).gather(1, place), "b (h i) j -> b h i j", h=heads, i=rows)

@@ -32,7 +32,7 @@ def zeta(alpha: float) -> float:
     """Riemann's zeta function, of an alpha above 1."""
     if not (math.isfinite(alpha) and alpha > 1):
         raise ValueError(f"alpha must be above 1, got {alpha}")
-    return float(torch.special.zeta(torch.tensor(alpha, dtype=torch.float64), 1.0))
+    return float(torch.special.zeta(torch.tensor(alpha, dtype=torch.float64, device="cpu"), 1.0))
 
 
 def frequencies(size: int, vocabulary: int, alpha: float = ALPHA) -> list[int]:

@@ -36,7 +36,7 @@ Watch = Callable[[Cell, int], None]
 def same_everywhere(setup: RulerSetup, cells: Sequence[Cell], count: int, ranks: Ranks) -> bool:
     """Whether all processes are about to answer the same samples in the same way."""
     identity = request_key(sorted(key for cell in cells for key in setup.keys(cell, (count,)).values()))
-    found = ranks.all_gather(torch.tensor(int(identity[:15], 16)))
+    found = ranks.all_gather(torch.tensor(int(identity[:15], 16), device="cpu"))
     return bool((found == found.flatten()[0]).all())
 
 
