@@ -267,6 +267,24 @@ def test_scale_defaults_to_the_usual_one(impl):
     assert torch.equal(ba_attention(q, k, v, impl=impl), ba_attention(q, k, v, scale=1 / math.sqrt(8), impl=impl))
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        numpy.float32(0.25),
+        numpy.float64(0.25),
+        numpy.array(0.25),
+        torch.tensor(0.25),
+        torch.tensor(0.25, dtype=torch.bfloat16),
+    ],
+    ids=repr,
+)
+def test_a_scale_of_any_kind(scale, impl):
+    q, k, v = random_inputs(1, 2, 1, 50, 80, 8)
+    assert torch.equal(ba_attention(q, k, v, scale=scale, impl=impl), ba_attention(q, k, v, scale=0.25, impl=impl))
+    plan = make_plan(q, k, BAAttConfig(), scale=scale, impl=impl)
+    assert (plan.scale, type(plan.scale)) == (0.25, float)
+
+
 @pytest.mark.parametrize("sort", [*ORDERS, "clusters"])
 @pytest.mark.parametrize("side", ["left", "right", "interior"])
 def test_padding_on_both_sides_changes_nothing(impl, sort, side):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,9 @@ OPTIONS = [
         "query_mask must have shape [B, N] = (2, 40), got (2, 50)",
     ),
     ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
+    ({"scale": np.bool_(True)}, TypeError, "scale must be a number or None, got bool"),
+    ({"scale": torch.ones(1)}, TypeError, "scale must be a number or None, got Tensor"),
+    ({"scale": np.float32(0)}, ValueError, "scale must be finite and positive, got 0.0"),
     ({"scale": True}, TypeError, "scale must be a number or None, got bool"),
     ({"scale": 0.0}, ValueError, "scale must be finite and positive, got 0.0"),
     ({"scale": -1}, ValueError, "scale must be finite and positive, got -1"),

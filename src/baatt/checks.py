@@ -5,6 +5,7 @@ values of a tensor, so a check costs no wait for the device.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,16 @@ def check_make_plan(
     for name, mask, x, axes in (("key_mask", key_mask, k, "[B, M]"), ("query_mask", query_mask, q, "[B, N]")):
         if mask is not None:
             _check_mask(name, mask, x, axes)
+    scale = as_number(scale)
     if scale is not None and (not isinstance(scale, int | float) or isinstance(scale, bool)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be finite and positive, got {scale}")
+
+
+def as_number(scale: Any) -> Any:
+    """A number as PyTorch takes them, of numpy or a tensor without axes, as Python's; anything else as it is."""
+    return scale.item() if not isinstance(scale, int | float) and getattr(scale, "ndim", None) == 0 else scale
 
 
 def check_structure(

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,26 @@ def test_it_is_ba_attention(qkv):
     assert torch.equal(by_name, out)
     assert torch.equal(scaled, baatt.ba_attention(*qkv, HALF, scale=0.3))
     assert not torch.allclose(out, F.scaled_dot_product_attention(*qkv))
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.25), torch.tensor(0.25), torch.tensor(1), 1, True])
+def test_a_scale_of_any_kind_that_pytorch_takes(qkv, scale):
+    seen = []
+    with sparse_sdpa(HALF) as handle:
+        handle.watch(lambda layer, q, k, v, mask, found, *_: seen.append(type(found)))
+        out = F.scaled_dot_product_attention(*qkv, scale=scale)
+    assert (counts(handle), seen) == ((1, 0), [float if float(scale) == 0.25 else int])
+    assert torch.equal(out, baatt.ba_attention(*qkv, HALF, scale=float(scale)))
+    F.scaled_dot_product_attention(*qkv, scale=scale)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, np.float32(-0.3), torch.tensor(-0.3)])
+def test_a_scale_that_turns_scores_around_stays_dense(qkv, scale):
+    with sparse_sdpa(HALF) as handle:
+        out = F.scaled_dot_product_attention(*qkv, scale=scale)
+    assert counts(handle) == (0, 1)
+    assert "a scale that is not finite and positive" in str(handle.reasons)
+    assert torch.equal(out, F.scaled_dot_product_attention(*qkv, scale=scale))
 
 
 def test_without_sparsity_it_is_exact(qkv):

@@ -8,6 +8,7 @@ is one opaque operator that runs eagerly, so steps and counts stay right there a
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from baatt.attention import ba_attention
 from baatt.backend import IMPLS, Workload, choose_backend
-from baatt.checks import check_structure
+from baatt.checks import as_number, check_structure
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.calls import HANDLES, SdpaCall, routed_attention
 from baatt.integrations.counts import BY_POLICY, Counts, block_pairs
@@ -229,6 +230,8 @@ class Handle(Counts):
         told: Sequence[Tensor] = (),
     ) -> Tensor:
         """A call of which the structure is known, unless it has a mask, with 4 axes."""
+        scale = as_number(call.scale)
+        call = call._replace(scale=int(scale) if isinstance(scale, bool) else scale)
         q, k, v, mask = call[:4]
         is_traced = torch.compiler.is_compiling()
         if known.refusal is None and mask is not None and not is_traced:
@@ -316,6 +319,8 @@ class Handle(Counts):
                 return f"{BY_POLICY}one of the first steps"
         if len({x.dtype for x in (q, k, v)}) > 1:
             return "queries, keys and values of different dtypes"
+        if not 0 < scale < math.inf:
+            return f"a scale that is not finite and positive, {scale}"
         if q.is_cuda and self.impl == "auto":
             backend = choose_backend("auto", q.device, Workload(q.dtype, q.shape[3], self.config.block_size, scale))
             if backend.name == "reference":  # which runs, but slower than dense attention
