@@ -430,6 +430,11 @@ class TestFolders:
         (tower / "config.json").write_text(json.dumps(values))
         found = VisualDiffusionLM.from_pretrained(folder, vision_tower=tower)
         assert all(torch.equal(x, model.state_dict()[name]) for name, x in found.state_dict().items())
+        half = {name: x.bfloat16() for name, x in without.items()}
+        found = VisualDiffusionLM.from_pretrained(
+            write_folder(tmp_path / "c", half, vision_config=...), vision_tower=tower
+        )
+        assert {x.dtype for x in found.parameters()} == {torch.bfloat16}
         again = write_folder(tmp_path / "b", without)
         with pytest.raises(ValueError, match=r"missing model\.vision_tower.*give the folder of the vision tower"):
             VisualDiffusionLM.from_pretrained(again)

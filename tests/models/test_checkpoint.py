@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,34 @@ def test_dtype(tmp_path: Path) -> None:
     model = load(str(folder), dtype=torch.float64, device=torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     assert torch.equal(logits_of(model), logits_of(load(folder).double()))
+
+
+def test_mixed_dtypes_need_one(tmp_path: Path) -> None:
+    """Norms in float32 beside weights in bfloat16, or the other way round, in one file or several."""
+    for number, part in enumerate(("norm", "wte", "q_proj", "ff_out")):
+        tensors = {name: x.float() if part in name else x for name, x in llada_tensors().items()}
+        folder = write_folder(tmp_path / part, tensors, shards=number)
+        with pytest.raises(
+            ValueError, match="dtype must be given for tensors that are stored in several dtypes"
+        ) as error:
+            load(folder)
+        assert_one_line(error, tmp_path)
+        assert "torch.float32 (model." in str(error.value)
+        assert "torch.bfloat16 (model." in str(error.value)
+        for dtype in (torch.float32, torch.bfloat16):
+            model = load(folder, dtype=dtype)
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+            assert torch.equal(logits_of(model), logits_of(load(write_folder(tmp_path / "m"), dtype=dtype)))
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32, torch.bool])
+def test_quantised_weights_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    name = "model.transformer.blocks.1.q_proj.weight"
+    tensors = llada_tensors() | {name: llada_tensors()[name].to(kind)}
+    for dtype in (None, torch.float32):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} must have a dtype of .*, got {kind}$") as error:
+            load(write_folder(tmp_path / "m", tensors), dtype=dtype)
+        assert_one_line(error, tmp_path)
 
 
 @pytest.mark.parametrize(

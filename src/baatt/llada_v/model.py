@@ -77,7 +77,7 @@ class VisualDiffusionLM(nn.Module):
         Args:
             path: folder with config.json and safetensors.
             vision_tower: folder of a SigLIP model, for a checkpoint that does not hold the tower's weights.
-            dtype: dtype of the parameters; None keeps the stored one.
+            dtype: dtype of the parameters; None keeps the stored one, for a tower of its own too that of `path`.
             device: where the parameters live.
 
         Raises:
@@ -96,7 +96,8 @@ class VisualDiffusionLM(nn.Module):
         tensors = read_tensors(path, expected, optional=optional, ignored=UNUSED, dtype=dtype, device=device)
         if vision_tower is not None:
             alone = {stored.removeprefix(TOWER): tensor for stored, tensor in tower.items()}
-            found = read_tensors(vision_tower, alone, ignored=".*", dtype=dtype, device=device)
+            same = dtype or next(iter(tensors.values())).dtype
+            found = read_tensors(vision_tower, alone, ignored=".*", dtype=same, device=device)
             tensors |= {TOWER + name: tensor for name, tensor in found.items()}
         missing = [stored for stored in tower if stored not in tensors]
         if missing:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+#: What weights may be stored in.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHARD_PATTERN = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -59,12 +61,13 @@ def read_tensors(
         expected: names that must be there, with tensors of the shapes they must have (on any device, "meta" too).
         optional: names that may be there, likewise.
         ignored: regular expression of further names that may be there and are not read; None = none.
-        dtype: of the result; None keeps the stored one.
+        dtype: of the result; None keeps the stored one, of which there must be only one.
         device: of the result.
 
     Raises:
         FileNotFoundError: the folder, the weights or a shard is missing.
-        ValueError: a file or tensor is broken, missing, unexpected or of the wrong shape.
+        ValueError: a file or tensor is broken, missing, unexpected, of the wrong shape or of a dtype that is not one of
+            `DTYPES`, or tensors differ in dtype where it is None.
     """
     folder = _folder(path)
     known = {name: list(tensor.shape) for name, tensor in {**expected, **(optional or {})}.items()}
@@ -81,7 +84,10 @@ def read_tensors(
                     shape = list(stored.get_slice(name).get_shape())
                     if shape != known[name]:
                         raise ValueError(f"{file}: {name} must have shape {known[name]}, got {shape}")
-                    found[name] = stored.get_tensor(name).to(dtype=dtype)
+                    tensor = stored.get_tensor(name)
+                    if tensor.dtype not in DTYPES:  # quantised: numbers that mean nothing without their scales
+                        raise ValueError(f"{file}: {name} must have a dtype of {list(DTYPES)}, got {tensor.dtype}")
+                    found[name] = tensor.to(dtype=dtype)
         except SafetensorError as error:
             raise ValueError(f"{file}: not a safetensors file: {error}") from error
     missing = [name for name in expected if name not in found]
@@ -89,6 +95,10 @@ def read_tensors(
         groups = {"missing": missing, "unexpected": unexpected}
         listed = "; ".join(f"{title} {list_names(names)}" for title, names in groups.items() if names)
         raise ValueError(f"{folder}: tensors do not fit config.json: {listed}")
+    names_by_dtype = {tensor.dtype: name for name, tensor in found.items()}
+    if len(names_by_dtype) > 1:
+        kinds = ", ".join(f"{kind} ({name})" for kind, name in names_by_dtype.items())
+        raise ValueError(f"{folder}: dtype must be given for tensors that are stored in several dtypes, got {kinds}")
     return found
 
 
