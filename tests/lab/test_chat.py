@@ -57,6 +57,39 @@ def test_it_is_what_transformers_renders(tmp_path):
         assert chat.render(messages, continue_final_message=not prompt) == rendered
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{% for m in messages %}\n  {%- generation -%}\n {{ m.content }} {% endgeneration +%}\n{% endfor %}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{{ messages[0].content }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% if tools is not none or documents is not none %}tools{% endif %}{{ messages[0].content }}",
+        "{{ strftime_now('%Y') }}{{ messages[0].content }}",
+        "{{ messages | tojson }}{{ messages | tojson(indent=1) }}{{ {'b': '<\u00e9>', 'a': 1} | tojson }}",
+        "{{ {'b': '<\u00e9>', 'a': 1} | tojson(true, separators=(',', ':'), sort_keys=true) }}",
+        "{{ {'b': 2, 'a': 1} | tojson(false, 2) }}{{ {'b': 2} | tojson(false, none, (',', ':'), true) }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+        "{{ dict(a=1, b=messages[0].role) }}{{ messages[0].content.strip().split(' ')[-1] }}{{ bos_token }}",
+        "  {% if true %}\n{{ messages[0].content }}\r\n  {% endif %}\n tail\n",
+    ],
+)
+def test_what_templates_may_use(tmp_path, template):
+    """The tags, functions and filters that transformers adds to Jinja, and no more."""
+    transformers = pytest.importorskip("transformers")
+    from baatt.assets import shipped_model
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(shipped_model()) / "tokenizer.json"),
+        chat_template=template,
+        bos_token="<|startoftext|>",
+    )
+    chat = load_chat_templates(write(tmp_path, chat_template=template))
+    for messages in (QUESTION, PREFIX):
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert chat.render(messages) == expected
+
+
 def test_where_templates_are_stored(tmp_path):
     named = [{"name": "default", "template": "A"}, {"name": "rag", "template": "B"}]
     chat = load_chat_templates(write(tmp_path, chat_template=named, eos_token={"content": "<end>"}, pad_token=None))
@@ -76,6 +109,10 @@ def test_refused(tmp_path):
     chat = load_chat_templates(write(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(ValueError, match="refuses the messages: roles must alternate"):
         chat.render(QUESTION)
+    inside = "{% for m in messages %}{% generation %}{% continue %}{% endgeneration %}{% endfor %}"
+    for broken in ("{{ 1 / 0 }}", "{{ messages + 1 }}", "{% generation %}", "{% other %}", inside):
+        with pytest.raises(ValueError, match="refuses the messages: "):
+            load_chat_templates(write(tmp_path, chat_template=broken)).render(QUESTION)
     with pytest.raises(ValueError, match="messages must not be empty"):
         chat.render([])
     with pytest.raises(ValueError, match=r"must be one of \['default'\], got 'rag'"):

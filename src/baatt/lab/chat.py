@@ -5,11 +5,14 @@ template is the folder's own program, so it runs in Jinja's sandbox. Knows nothi
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baatt.lab.texts import read_text
@@ -52,11 +55,13 @@ class ChatTemplates(NamedTuple):
         conversation = [dict(message) for message in messages]
         if continue_final_message:
             conversation[-1]["content"] += END_OF_MESSAGE
+        source = self.source(name)
         try:
-            text = _environment().from_string(self.source(name)).render(
-                messages=conversation, add_generation_prompt=not continue_final_message, **self.special_tokens
+            text = _environment().from_string(source).render(
+                messages=conversation, tools=None, documents=None, add_generation_prompt=not continue_final_message,
+                **self.special_tokens,
             )  # fmt: skip
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, which may raise anything
             raise ValueError(f"the chat template refuses the messages: {error}") from error
         if not continue_final_message:
             return text
@@ -86,14 +91,35 @@ def load_chat_templates(folder: str | Path) -> ChatTemplates:
     return ChatTemplates(templates, special)
 
 
+class _Generation(Extension):
+    """`{% generation %}` around what the assistant says, which training wants to find: the text inside as it is."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """In place of Jinja's own filter, which would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates."""
 
     def refuse(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    extensions = ["jinja2.ext.loopcontrols"]
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.filters["tojson"] = _to_json
     return environment
