@@ -6,6 +6,7 @@ lengths and structure alone: it knows no masks of keys and no scores, so of a bu
 
 import functools
 import math
+import threading
 from collections import Counter
 from typing import NamedTuple
 
@@ -27,19 +28,21 @@ class Counts:
     """Counts of calls, from 0. seconds: of all that was timed."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._calls: Counter[tuple[int | None, str | None]] = Counter()  # by layer and reason, None = sparse
         self._pairs = self._kept_pairs = self.seconds = 0.0
 
     def count(self, layer: int | None, reason: str | None, pairs: int = 0, kept: int = 0) -> None:
         """One call: dense for a reason, which keeps all its block pairs, or sparse (None)."""
-        self._calls[layer, reason] += 1
-        self._pairs += pairs
-        self._kept_pairs += kept if reason is None else pairs
+        with self._lock:
+            self._calls[layer, reason] += 1
+            self._pairs += pairs
+            self._kept_pairs += kept if reason is None else pairs
 
     @property
     def sparse_calls(self) -> int:
         """Attention calls that went sparse."""
-        return sum(count for (_, reason), count in self._calls.items() if reason is None)
+        return sum(count for (_, reason), count in self._calls.copy().items() if reason is None)
 
     @property
     def dense_calls(self) -> int:
@@ -50,7 +53,7 @@ class Counts:
     def reasons(self) -> dict[str, int]:
         """Why calls stayed dense, with their number."""
         found: dict[str, int] = {}
-        for (_, reason), count in self._calls.items():
+        for (_, reason), count in self._calls.copy().items():
             if reason is not None:
                 found[reason] = found.get(reason, 0) + count
         return found
@@ -59,8 +62,10 @@ class Counts:
     def layers(self) -> dict[int | None, LayerCalls]:
         """Counts by layer; None holds calls of which the layer is not known."""
         found: dict[int | None, LayerCalls] = {}
-        for layer in sorted({layer for layer, _ in self._calls}, key=lambda layer: -1 if layer is None else layer):
-            reasons = {reason: count for (one, reason), count in self._calls.items() if one == layer and reason}
+        for layer in sorted(
+            {layer for layer, _ in self._calls.copy()}, key=lambda layer: -1 if layer is None else layer
+        ):
+            reasons = {reason: count for (one, reason), count in self._calls.copy().items() if one == layer and reason}
             found[layer] = LayerCalls(self._calls[layer, None], sum(reasons.values()), reasons)
         return found
 
@@ -86,7 +91,9 @@ class Counts:
     @property
     def calls_as_asked(self) -> int:
         """Calls that went sparse, or stayed dense because the policy says so."""
-        return sum(count for (_, reason), count in self._calls.items() if not reason or reason.startswith(BY_POLICY))
+        return sum(
+            count for (_, reason), count in self._calls.copy().items() if not reason or reason.startswith(BY_POLICY)
+        )
 
 
 @functools.lru_cache(64)

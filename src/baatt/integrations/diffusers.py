@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from baatt.integrations.diffusers_route import DiffusersRoute, parameters, uncompiled
 from baatt.integrations.enable import find_adapter
-from baatt.integrations.handle import Handle
+from baatt.integrations.handle import Handle, itself, refuse_copy
 
 #: Paths of attention over text alone, before it meets the latents: short, and no layer of the denoiser.
 TEXT_ONLY = re.compile("text|txt|token_refiner|perceiver")
@@ -79,6 +79,8 @@ def attach(model: Any, handle: Handle) -> int:
     formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
     for number, attention in (layer for layers in found for layer in layers):
         processor: Any = attention.processor
+        while isinstance(processor, ProcessorProxy):  # of a handle that is gone
+            processor = processor.processor
         _refuse_ring(processor)
         if id(processor) not in formers:
             formers[id(processor)] = getattr(processor, "_attention_backend", None)
@@ -96,9 +98,10 @@ class ProcessorProxy:
     def __init__(self, processor: Any, route: DiffusersRoute, layer: Tensor, former: Any) -> None:
         self.__dict__.update(processor=processor, route=route, layer=layer, former=former)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return refuse_copy() if self.route.handle.is_attached else (itself, (self.processor,))
+
     def __getattr__(self, name: str) -> Any:
-        if name == "processor":  # of an unfinished copy
-            raise AttributeError(name)
         return getattr(self.processor, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -111,15 +114,18 @@ def _proxy_class(kind: type) -> type[ProcessorProxy]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         processor, route = self.processor, self.route
+        if not route.handle.is_attached:  # somebody kept it and has put it back
+            return processor(*args, **kwargs)
         _refuse_ring(processor)
-        route.layer, route.former = self.layer, self.former
+        route.layer.set(self.layer)
+        route.former.set(self.former)
         try:
             if route.member is not None and hasattr(processor, "_attention_backend"):
                 return processor(*args, **kwargs)
             with route.mode:
                 return processor(*args, **kwargs)
         finally:
-            route.layer = None
+            route.layer.set(None)
 
     return type(f"Proxy{kind.__name__}", (ProcessorProxy,), {"__call__": functools.wraps(kind.__call__)(call)})
 

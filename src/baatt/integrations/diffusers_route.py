@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import GRADIENTS, Handle, needs_gradients
 from baatt.integrations.progress import TRAINING_TIMESTEPS, by_name
-from baatt.integrations.sdpa import SparseSDPA
+from baatt.integrations.sdpa import Current, SparseSDPA
 from baatt.integrations.video import VideoTiles
 
 #: Names under which a forward takes the timestep.
@@ -39,8 +39,8 @@ class DiffusersRoute:
     def __init__(self, handle: Handle, scheduler: Callable[[], Any]) -> None:
         self.handle, self.scheduler = handle, scheduler
         # Of the processor that runs: its layer [] int64, and the backend that it had.
-        self.layer: Tensor | None = None
-        self.former: Any = None
+        self.layer = Current[Tensor | None](None)
+        self.former = Current[Any](None)
         # Of a forward that is traced: its frames, rows and columns, [3] int64, or nothing, [0].
         self.traced: list[Tensor] = []
         # A `VideoTiles` that came without a grid.
@@ -73,7 +73,7 @@ class DiffusersRoute:
                 "set VideoTiles.grid to the numbers of frames, rows and columns"
             )
         if grid is not None and not is_traced:
-            self.tiles.grid = grid
+            self.tiles.show(grid)
 
     def read_step(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the progress: from the scheduler's own count where it has one, else from the timestep of the forward."""
@@ -100,9 +100,10 @@ class DiffusersRoute:
 
     def attention(self, call: SdpaCall, dense: Callable[[], Tensor]) -> Tensor:
         """`Handle.sdpa` of the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
+        layer = self.layer.get()
         if not torch.compiler.is_compiling():
-            return self.handle.sdpa(call, dense, layer=None if self.layer is None else int(self.layer))
-        return dense() if self.layer is None else self.handle.sdpa(call, dense, told=[self.layer, *self.traced])
+            return self.handle.sdpa(call, dense, layer=None if layer is None else int(layer))
+        return dense() if layer is None else self.handle.sdpa(call, dense, told=[layer, *self.traced])
 
     def hear(self, told: Sequence[Tensor]) -> int:
         """The layer of a call of a compiled graph; told: the layer [], then the grid of a traced forward."""
@@ -110,7 +111,7 @@ class DiffusersRoute:
         for grid in traced:
             if self.tiles is not None and len(grid):
                 frames, rows, columns = grid.tolist()
-                self.tiles.grid = (frames, rows, columns)
+                self.tiles.show((frames, rows, columns))
             if self.handle.policy.dense_steps > 0 and not self.handle.progress.told:
                 # No hook has run. Before its first step a scheduler has no index.
                 self._read_scheduler(at_start=getattr(self.scheduler(), "begin_index", None) or 0)
@@ -145,12 +146,13 @@ class DiffusersRoute:
     ) -> Tensor:
         """What diffusers calls: query [B, N, H, D], key and value [B, M, G, D], to [B, N, H, D]."""
         call = SdpaCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if self.layer is None:  # a layer that we did not attach to uses the same processor
+        layer = self.layer.get()
+        if layer is None:  # a layer that we did not attach to uses the same processor
             return self._native(call, _parallel_config)
         if _parallel_config is None:
             return self._local(None, *call)
         if needs_gradients(query, key, value):
-            self.handle.count_dense(int(self.layer), GRADIENTS)
+            self.handle.count_dense(int(layer), GRADIENTS)
             return self._native(call, _parallel_config)
         gathered: Tensor = self.dispatch._templated_context_parallel_attention(
             *call, False, forward_op=self._local, backward_op=_no_backward, _parallel_config=_parallel_config
@@ -175,7 +177,9 @@ class DiffusersRoute:
 
     def _native(self, call: SdpaCall, parallel_config: Any) -> Tensor:
         """What the processor would have called."""
-        out: Tensor = self.dispatch.dispatch_attention_fn(*call, backend=self.former, parallel_config=parallel_config)
+        out: Tensor = self.dispatch.dispatch_attention_fn(
+            *call, backend=self.former.get(), parallel_config=parallel_config
+        )
         return out
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import Handle, NoSparseAttentionWarning, TokenPermutation
+from baatt.integrations.handle import Handle, NoSparseAttentionWarning, TokenPermutation, refuse_copy
+from baatt.integrations.sdpa import Current
 
 #: File beside this one -> what it attaches to. The first that recognises a model has it.
 ADAPTERS: Mapping[str, str] = {
@@ -91,6 +92,8 @@ def enable(
         raise
     for root in roots:
         _watch(root, handle)
+    for module in modules:
+        handle.override(module, "__reduce_ex__", refuse_copy)
     _attached.update(modules)
     handle.undo.callback(_attached.difference_update, modules)
     return handle
@@ -122,20 +125,19 @@ def _watch(root: nn.Module, handle: Handle) -> None:
 
     A traced graph has no side effects, so there nothing is told and nothing is warned of.
     """
-    before, warned = 0, False
+    before, warned = Current(0), False
 
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal before
         if torch.compiler.is_compiling():
             return
-        before = handle.calls_as_asked
+        before.set(handle.calls_as_asked)
         handle.masks.start_forward()
         if handle.read_step is not None and handle.policy.dense_steps > 0 and not handle.progress.told:
             handle.read_step(args, kwargs)
 
     def finish(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal warned
-        if torch.compiler.is_compiling() or warned or handle.calls_as_asked > before:
+        if torch.compiler.is_compiling() or warned or handle.calls_as_asked > before.get():
             return
         warned = True
         reasons = "; ".join(handle.reasons) or "the model never called its attention through baatt"

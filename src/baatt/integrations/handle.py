@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,32 @@ _numbers = itertools.count()
 GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
 
 
+def refuse_copy(*_: object) -> NoReturn:
+    """`__reduce_ex__` of what is attached to: a copy would compute with the weights of the original."""
+    raise TypeError("model must not be copied or pickled while baatt is attached to it: call handle.disable() first")
+
+
+class StandIn:
+    """Calls a function for the original as long as a handle is attached; a copy made later is one of the original."""
+
+    __slots__ = ("__dict__", "function", "handle", "original")  # other wrappers take over what is in __dict__
+
+    def __init__(self, handle: "Handle", function: Callable[..., Any], original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.handle, self.function, self.original = handle, function, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.function if self.handle.is_attached else self.original)(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return refuse_copy() if self.handle.is_attached else (itself, (self.original,))
+
+
+def itself(x: Any) -> Any:
+    """What a copy of a stand-in is made of."""
+    return x
+
+
 class NoSparseAttentionWarning(UserWarning):
     """A model ran and none of its attention was sparse, although the policy asked for nothing dense."""
 
@@ -51,6 +77,7 @@ class Handle(Counts):
         order: how tokens are permuted before they are cut into blocks; None leaves them.
 
     Attributes:
+        is_attached: whether `disable` has not run yet: a stand-in that somebody kept only calls its original then.
         progress: where the denoising step comes from. layer_count: layers of the model, once they are known.
         masks: reads the mask of a call. undo: what `disable` runs.
         read_step: an adapter's: tells `progress` the step, given (args, kwargs) of a forward before it runs, or None.
@@ -85,6 +112,7 @@ class Handle(Counts):
         self.number = next(_numbers)
         HANDLES[self.number] = self
         self.undo = ExitStack()
+        self.is_attached = True
         self.masks = MaskReader()
         self.read_step: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.hear: Callable[[Sequence[Tensor]], int] | None = None
@@ -105,6 +133,7 @@ class Handle(Counts):
 
     def disable(self) -> None:
         """Put the model back as it was; the counts stay. Calling it again does nothing."""
+        self.is_attached = False
         self.undo.close()
 
     def __enter__(self) -> "Handle":
@@ -135,6 +164,10 @@ class Handle(Counts):
                 own.pop(name) if before is absent else own.update({name: before})
 
         self.undo.callback(undo)
+
+    def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        """Override a method by a function that stands in for it as long as the handle is attached, whoever holds it."""
+        self.override(owner, name, StandIn(self, function, getattr(owner, name)))
 
     def count_dense(self, layer: int | None, reason: str) -> None:
         """Count a call that stays dense; in a traced graph, which must not have side effects, nothing is counted."""

@@ -38,10 +38,10 @@ def attach(model: nn.Module, handle: Handle) -> int:
     blocks = [module for module in model.modules() if _is_block(module)]
     given = Current[Tensor | None](None)
     for layer, block in zip(layer_numbers(blocks, "layer_id"), blocks, strict=True):
-        handle.override(block, METHOD, _routed(handle, given, layer, getattr(block, METHOD)))
+        handle.replace(block, METHOD, _routed(handle, given, layer, getattr(block, METHOD)))
     for module in owners(model, blocks) if handle.policy.recover_padding else []:
         if "attention_mask" in inspect.signature(module.forward).parameters:
-            handle.override(module, "forward", _remembering(given, module.forward))
+            handle.replace(module, "forward", _remembering(given, module.forward))
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
     handle.read_step = handle.progress.token_reader(model, MASK_TOKEN_ID if mask_token_id is None else mask_token_id)
     return len(blocks)
@@ -69,7 +69,6 @@ def _is_block(module: nn.Module) -> bool:
 def _routed(
     handle: Handle, given: Current[Tensor | None], layer: int, native: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
-    @functools.wraps(native)
     def attention(
         q: Tensor,
         k: Tensor,
@@ -102,7 +101,6 @@ def _remembering(given: Current[Tensor | None], forward: Callable[..., Any]) -> 
     """A forward that holds the padding mask it is given while it runs, unless it sees that nothing is padded."""
     names = list(inspect.signature(forward).parameters)
 
-    @functools.wraps(forward)
     def remembering(*args: Any, **kwargs: Any) -> Any:
         mask = by_name(names, args, kwargs).get("attention_mask")
         if not isinstance(mask, Tensor):

@@ -6,7 +6,9 @@ measured row by row once, a structure is guessed from where rows grow, and every
 other mask stays with dense attention, which takes it as it is.
 """
 
+import itertools
 import math
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -80,11 +82,12 @@ class MaskReader:
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], tuple[Any, Structure]] = {}
-        self._forward: int | None = None
+        self._forwards: dict[int, int] = {}  # by thread
+        self._numbers = itertools.count()
 
     def start_forward(self) -> None:
         """A new forward of a model begins: tensors of inference mode may hold something else now."""
-        self._forward = 1 + (self._forward or 0)
+        self._forwards[threading.get_ident()] = next(self._numbers)
 
     def __call__(self, mask: Tensor | None, batch: int, keys: int) -> Structure:
         """The structure of a mask.
@@ -110,7 +113,7 @@ class MaskReader:
         return found._replace(key_mask=key_mask, query_mask=query_mask)
 
     def _remembered(self, mask: Tensor) -> Structure:
-        version = ("forward", self._forward) if mask.is_inference() else mask._version
+        version = ("forward", self._forwards.get(threading.get_ident())) if mask.is_inference() else mask._version
         storage = _Memory(mask.untyped_storage())  # not its address, which is used again when it is gone
         place = mask.storage_offset(), mask.shape, mask.stride(), mask.dtype
         key = storage.cdata, version, *place

@@ -5,6 +5,7 @@ a timestep; a masked language model is given the tokens that are still masked. A
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,34 +17,50 @@ TRAINING_TIMESTEPS = 1000
 CACHES = ("past_key_values", "cache")
 
 
-class DenoisingProgress:
-    """share: of the denoising steps that are done, in [0, 1); None while nothing has told.
+class _Loop(threading.local):
+    """The loop of this thread: steps done of all, or None, whether it said so itself, and the masks of its tokens."""
 
-    told: whether a loop has said its step. mask_token_id: of a masked language model.
+    step: tuple[float | None, int] = (None, 1)
+    told = False
+    length = rows = masked = most_masked = 0
+
+
+class DenoisingProgress:
+    """How far the loop of this thread is: every thread has its own, or follows the last that was told.
+
+    mask_token_id: of a masked language model.
     """
 
     def __init__(self, mask_token_id: int | None = None) -> None:
-        self._done: float | None = None
-        self._total = 1
-        self.told = False
         self.mask_token_id = mask_token_id
-        self._length = self._rows = self._masked = self._most_masked = 0
+        self._loop = _Loop()
+        self._last_told: tuple[float | None, int] | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether a loop has said its step."""
+        return self._loop.told or self._last_told is not None
+
+    def _step(self) -> tuple[float | None, int]:
+        return self._loop.step if self._loop.told or self._last_told is None else self._last_told
 
     @property
     def share(self) -> float | None:
-        """Of the steps that are done."""
-        return None if self._done is None else self._done / self._total
+        """Of the denoising steps that are done, in [0, 1); None while nothing has told."""
+        done, total = self._step()
+        return None if done is None else done / total
 
     @share.setter
     def share(self, share: float | None) -> None:
-        self._done, self._total = share, 1
+        self._loop.step = share, 1
 
     def is_among_first(self, fraction: float) -> bool | None:
         """Whether the step lies in the first `fraction` of all; None while nothing has told.
 
         A told step is compared with the product `fraction * total`: a quotient would round some steps to another side.
         """
-        return None if self._done is None else self._done < fraction * self._total
+        done, total = self._step()
+        return None if done is None else done < fraction * total
 
     def set(self, step: int, total: int) -> None:
         """Step `step`, from 0, of `total` is about to run: what a loop says counts until it says something else.
@@ -53,7 +70,12 @@ class DenoisingProgress:
         """
         if not 0 <= step < total:
             raise ValueError(f"step must be in [0, total={total}), got {step}")
-        self._done, self._total, self.told = step, total, True
+        self._loop.step = self._last_told = step, total
+        self._loop.told = True
+
+    def forget(self) -> None:
+        """The step of this thread is not known, whatever was told before."""
+        self._loop.step, self._loop.told = (None, 1), True
 
     def read_timestep(self, timestep: float, schedule: Sequence[float]) -> None:
         """From a timestep and the schedule of the loop under way, largest first.
@@ -76,12 +98,13 @@ class DenoisingProgress:
         """
         if self.mask_token_id is None:
             return
+        loop = self._loop
         rows, length = tokens.shape
         masked = int(tokens.eq(self.mask_token_id).sum(dim=-1).min())
-        if length != self._length or (masked > self._masked and rows >= self._rows):
-            self._most_masked, self._length = masked, length
-        self._masked, self._rows = masked, rows
-        self.share = 1 - masked / self._most_masked if self._most_masked else 0.0
+        if length != loop.length or (masked > loop.masked and rows >= loop.rows):
+            loop.most_masked, loop.length = masked, length
+        loop.masked, loop.rows = masked, rows
+        self.share = 1 - masked / loop.most_masked if loop.most_masked else 0.0
 
     def token_reader(
         self, module: nn.Module, mask_token_id: int | None

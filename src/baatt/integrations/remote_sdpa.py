@@ -55,12 +55,11 @@ def attach(model: nn.Module, handle: Handle) -> int:
         handle.undo.callback(layer.register_forward_hook(watch.finish, always_call=True).remove)
     forward = stack.forward
 
-    @functools.wraps(forward)
     def inside(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return forward(*args, **kwargs)
 
-    handle.override(stack, "forward", inside)
+    handle.replace(stack, "forward", inside)
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
     handle.read_step = handle.progress.token_reader(stack, mask_token_id)
     return len(layers)
@@ -75,20 +74,20 @@ class _LayerWatch:
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
-        self.layer, self.called = Current[int | None](None), False
+        self.layer, self.called = Current[int | None](None), Current(False)
 
     def start(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.layer.set(number)
-        self.called = False
+        self.called.set(False)
 
     def ask(self) -> int | None:
-        self.called = True
+        self.called.set(True)
         return self.layer.get()
 
     def finish(self, module: nn.Module, args: Any, output: Any) -> None:
         layer = self.layer.get()
         self.layer.set(None)
-        if not self.called and output is not None:  # a layer that failed has none
+        if not self.called.get() and output is not None:  # a layer that failed has none
             name, code = type(module).__name__, vars(sys.modules[type(module).__module__])
             reason = (
                 f"{name} does not call scaled_dot_product_attention: load the model with attn_implementation='sdpa'"

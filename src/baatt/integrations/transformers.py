@@ -3,8 +3,7 @@
 `register` adds an attention implementation that any model can ask for by name; `baatt.enable` attaches to one model.
 Both register a pair, the attention function and the mask function: without the second transformers drops the padding
 mask. What is not plain bidirectional attention stays with transformers' own SDPA function, with a reason. As with
-`attn_implementation="sdpa"` no attention weights are returned. A copy made of an attached model or of its config keeps
-the private name of the implementation: copy before attaching. Does not know continuous batching.
+`attn_implementation="sdpa"` no attention weights are returned. Does not know continuous batching.
 """
 
 import importlib
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.calls import SdpaCall
-from baatt.integrations.handle import Handle
+from baatt.integrations.handle import Handle, itself
 
 #: Parts of a name that transformers reads a meaning into.
 SPECIAL_NAMES = ("flash", "sdpa", "flex_attention", "eager", "paged|", "/")
@@ -29,6 +28,20 @@ SPECIAL_NAMES = ("flash", "sdpa", "flex_attention", "eager", "paged|", "/")
 _ENABLED_NAME = "ba_att_enabled"
 #: Attribute of their modules, a `_Place`.
 _MARK = "_baatt_place"
+
+
+class _Name(str):
+    """The implementation that an attached config names; a copy of the config names the former one."""
+
+    def __new__(cls, former: str | None) -> "_Name":
+        name = super().__new__(cls, _ENABLED_NAME)
+        name.former = former
+        return name
+
+    former: str | None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return itself, (self.former,)
 
 
 class _Place(NamedTuple):
@@ -125,7 +138,7 @@ def attach(model: Any, handle: Handle) -> int:
     handle.undo.callback(_detach, number)
     for config in configs:
         _changed.setdefault(id(config), (config, config._attn_implementation_internal, set()))[2].add(number)
-        config._attn_implementation_internal = _ENABLED_NAME
+        config._attn_implementation_internal = _Name(_changed[id(config)][1])
     for module, place in places:  # not `setattr`, which a compiled module hands on to the one inside it
         handle.override(module, _MARK, place)
     handle.read_step = handle.progress.token_reader(model, getattr(model.config, "mask_token_id", None))

@@ -8,6 +8,7 @@ every forward.
 
 import functools
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -46,12 +47,17 @@ class VideoTiles:
 
     @property
     def grid(self) -> Sizes | None:
-        """Frames, rows and columns of the video under way, or None."""
-        return self._grid
+        """Frames, rows and columns of the video under way, or None; each thread may have its own."""
+        return self._shown.get(threading.get_ident(), self._grid)
 
     @grid.setter
     def grid(self, grid: Sizes | None) -> None:
         self._grid = None if grid is None else _three_sizes("grid", grid)
+        self._shown: dict[int, Sizes] = {}  # by thread
+
+    def show(self, grid: Sizes) -> None:
+        """Set the grid for the forward that runs in this thread."""
+        self._shown[threading.get_ident()] = grid
 
     def __call__(self, length: int, device: torch.device) -> Tensor | None:
         """The permutation [length] int64 on the device, or None: no grid, or fewer tokens than it has."""

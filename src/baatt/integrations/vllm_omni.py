@@ -75,7 +75,8 @@ class SparseAttention:
                 raise ValueError(f"{name} must have shape [B, N, H, D], got {tuple(x.shape)}")
         q, k, v = (rearrange(x, "B N H D -> B H N D") for x in (query, key, value))
         handle = self.handle(params)
-        handle.progress = read_progress(params) if handle.policy.dense_steps > 0 else DenoisingProgress()
+        if handle.policy.dense_steps > 0:
+            read_progress(handle.progress, params)
         mask: Tensor | None = params.get("attn_mask", params.get("attention_mask"))
         if mask is not None and mask.ndim == 2:  # to the engine's own backends one of tokens, whatever its dtype
             mask = rearrange(mask.bool(), "B M -> B 1 1 M")
@@ -121,14 +122,15 @@ class SparseAttention:
         return self._handles[key]
 
 
-def read_progress(params: Mapping[str, Any]) -> DenoisingProgress:
-    """How far the loop is, by its least advanced sample; told nothing where the engine does not say."""
-    progress, names = DenoisingProgress(), ("denoise_step_idx", "total_denoise_steps")
-    if all(name in params for name in names):
-        steps, totals = (torch.as_tensor(params[name], device="cpu").flatten().tolist() for name in names)
-        step, total = min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1])
-        progress.set(int(step), int(total))
-    return progress
+def read_progress(progress: DenoisingProgress, params: Mapping[str, Any]) -> None:
+    """Tell how far the loop of this thread is, by its least advanced sample; nothing where the engine does not say."""
+    names = ("denoise_step_idx", "total_denoise_steps")
+    if any(name not in params for name in names):
+        progress.forget()
+        return
+    steps, totals = (torch.as_tensor(params[name], device="cpu").flatten().tolist() for name in names)
+    step, total = min(zip(steps, totals, strict=True), key=lambda pair: pair[0] / pair[1])
+    progress.set(int(step), int(total))
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
