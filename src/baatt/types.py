@@ -8,7 +8,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+#: Kinds of devices that have float64.
+FLOAT64_DEVICES = ("cpu", "cuda", "meta")
 
 
 class TokenOrder(NamedTuple):
@@ -180,6 +184,11 @@ class BlockSelection(NamedTuple):
 def kept_blocks(sparsity: float, key_blocks: int) -> int:
     """K = max(1, ceil((1 - sparsity) * J)) (E7)."""
     return max(1, math.ceil((1 - sparsity) * key_blocks))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that may be without it, such as MPS and XPU."""
+    return torch.float64 if device.type in FLOAT64_DEVICES else torch.float32
 
 
 def mean_of_rows(kept: int, query_blocks: int, key_blocks: int) -> int:

@@ -354,7 +354,7 @@ class Handle(Counts):
             return "queries, keys and values of different dtypes"
         if not 0 < scale < math.inf:
             return f"a scale that is not finite and positive, {scale}"
-        if q.is_cuda and self.impl == "auto":
+        if not q.is_cpu and self.impl == "auto":
             backend = choose_backend("auto", q.device, Workload(q.dtype, q.shape[3], self.config.block_size, scale))
             if backend.name == "reference":  # which runs, but slower than dense attention
                 return f"no kernel for {q.dtype} with D={q.shape[3]} on this device"

@@ -75,7 +75,7 @@ def log_likelihood(
     for first in range(0, len(drawn.masks), batch_size):
         masks, counts = (x[first : first + batch_size] for x in drawn)
         losses = _masked_losses(model, row, len(context), masks.to(device), cfg_scale)
-        total += float((losses.double().cpu() * counts).sum())
+        total += float((losses.cpu().double() * counts).sum())
     return -total / draws
 
 

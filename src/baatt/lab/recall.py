@@ -20,7 +20,7 @@ from baatt.lab.capture import Capture
 from baatt.plan import Plan
 from baatt.scores import exact
 from baatt.stages.dense import dense_attention
-from baatt.types import BlockSelection
+from baatt.types import BlockSelection, widest
 
 
 class OutputError(NamedTuple):
@@ -111,7 +111,7 @@ def output_error(found: Tensor, dense: Tensor) -> OutputError:
     """
     if found.shape != dense.shape:
         raise ValueError(f"found must have the shape of dense, {tuple(dense.shape)}, got {tuple(found.shape)}")
-    found, dense = found.double(), dense.double()
+    found, dense = (x.to(widest(x.device)) for x in (found, dense))
     if not dense.any():
         raise ValueError("dense must not be zero everywhere")
     apart = found - dense
@@ -127,7 +127,7 @@ def _record(
     layer: int | None, config: BAAttConfig, found: Sequence[tuple[Tensor, float, OutputError | None]]
 ) -> dict[str, Any]:
     # In NumPy, for torch.quantile refuses large inputs.
-    kept = torch.cat([shares.flatten() for shares, _, _ in found]).double().cpu().numpy()
+    kept = torch.cat([shares.flatten() for shares, _, _ in found]).cpu().double().numpy()
     errors = [error for _, _, error in found if error is not None]
     means = [sum(values) / len(errors) for values in zip(*errors, strict=True)] if errors else [None] * 3
     return {

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from baatt.types import widest
+
 NORMAL_QUANTILE = 1.959963984540054  # two-sided 95 %
 
 
@@ -108,7 +110,7 @@ def pearson(x: Tensor, y: Tensor) -> float:
         ValueError: fewer than two such places, or one side constant there.
     """
     usable = x.isfinite() & y.isfinite()
-    first, second = x[usable].double(), y[usable].double()
+    first, second = (side[usable].to(widest(side.device)) for side in (x, y))
     if first.numel() < 2:
         raise ValueError(f"a correlation needs at least two finite pairs, got {first.numel()}")
     first, second = first - first.mean(), second - second.mean()

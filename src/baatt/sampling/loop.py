@@ -15,6 +15,7 @@ from baatt.models.cache import KeyValueCache
 from baatt.models.config import ModelConfig
 from baatt.sampling.config import CACHES, SamplerConfig, Span
 from baatt.sampling.filling import REMASKING, choose, guess
+from baatt.types import widest
 
 
 class DenoisingModel(Protocol):
@@ -217,7 +218,7 @@ def _denoise(run: Run, step: int, span: Span, cache: KeyValueCache | None) -> No
 
 
 def _predict(run: Run, block: int, span: Span, cache: KeyValueCache | None) -> Tensor:
-    """Logits [B, block_length, V] fp64 of a block, guided away from the model's guess without a prompt."""
+    """Logits [B, block_length, V] of a block, fp64 where there is one, guided away from the guess without a prompt."""
     scale, place = run.config.cfg_scale, run.span(block)
     tokens, padding = run.tokens[:, slice(*span)], run.padding
     if scale > 0:
@@ -228,7 +229,7 @@ def _predict(run: Run, block: int, span: Span, cache: KeyValueCache | None) -> T
     held = {} if cache is None else {"cache": cache, "start": span.start}
     wanted = {"logits_from": place.start - span.start, "logits_to": place.stop - span.start}
     logits: Tensor = run.model(tokens, padding, **wanted, **held)
-    logits = logits.double()
+    logits = logits.to(widest(logits.device))
     if scale == 0:
         return logits
     conditional, unconditional = logits.chunk(2)

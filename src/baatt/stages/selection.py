@@ -1,7 +1,7 @@
 """Selection (E7): the key blocks every query block keeps, K a row or I * K a head.
 
 In: scores [B, H, I, J]. Out: a `BlockSelection`. The number kept follows from the sparsity and the number of key blocks
-that hold a token, per batch entry, so padding changes nothing. Never waits for the device.
+that hold a token, per batch entry, so padding changes nothing. Never waits for the device, if it has float64.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from baatt.types import BlockSelection, Sight, kept_blocks, mean_of_rows
+from baatt.types import BlockSelection, Sight, kept_blocks, mean_of_rows, widest
 
 
 def select_blocks(
@@ -51,8 +51,7 @@ def select_blocks(
         lowest, highest = -math.inf, torch.finfo(scores.dtype).max  # +inf is left to what is kept whatever its score
         scores = scores.masked_fill(~present, lowest).nan_to_num(nan=lowest, posinf=highest, neginf=lowest)
     available = present.sum(-1, keepdim=True)
-    # The same float64 product as in `kept_blocks`, so that an entry without padding keeps exactly as many.
-    count = ((1 - sparsity) * available.double()).ceil().long().clamp(min=1).minimum(available)
+    count = _share(available, sparsity, key_blocks).clamp(min=1).minimum(available)
     first = present & (columns < count.clamp(max=keep_first))
     if sight is not None:
         own = present & (columns == rearrange(sight.spans[..., :2], "b i s -> s b 1 i 1")).any(0)
@@ -68,6 +67,14 @@ def select_blocks(
     if budget == "row" and sight is None:
         return selection
     return selection._replace(mean_count=usual if sight is None else mean_of_rows(usual, query_blocks, key_blocks))
+
+
+def _share(available: Tensor, sparsity: float, most: int) -> Tensor:
+    """The float64 product of `kept_blocks`, so that an entry without padding keeps exactly as many."""
+    if widest(available.device) == torch.float64:
+        return ((1 - sparsity) * available.double()).ceil().long()
+    products = [math.ceil((1 - sparsity) * number) for number in range(most + 1)]
+    return torch.tensor(products, device=available.device)[available]
 
 
 def log_distribution(scores: Tensor, sight: Sight | None = None) -> Tensor:

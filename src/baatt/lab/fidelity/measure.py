@@ -20,6 +20,7 @@ from baatt.integrations.handle import NoSparseAttentionWarning
 from baatt.lab.fidelity.documents import Document
 from baatt.lab.fidelity.reader import SLAB, Reader
 from baatt.lab.statistics import bootstrap_interval
+from baatt.types import widest
 
 #: What is measured of every document; see `record_of`.
 MEASURES = ("kl", "loss", "agreement", "recalled", "recalled_whole")
@@ -125,7 +126,7 @@ def compare(reader: Reader, dense: Tensor, sparse: Tensor, wanted: Tensor) -> Te
         dense, sparse: states [R, C]. wanted: ids [R].
 
     Returns:
-        [4, R] float64.
+        [4, R] float64, where the device has it.
     """
     parts = []
     rows = max(1, SLAB // (2 * reader.vocabulary))
@@ -135,7 +136,9 @@ def compare(reader: Reader, dense: Tensor, sparse: Tensor, wanted: Tensor) -> Te
         best = actual.argmax(-1)
         kl = (expected.exp() * (expected - actual)).nan_to_num().sum(-1)  # a logit of -inf is no token: 0 x nan
         loss = -actual.gather(-1, ids[:, None])[:, 0]
-        parts.append(torch.stack([x.double() for x in (kl, loss, expected.argmax(-1) == best, best == ids)]))
+        parts.append(
+            torch.stack([x.to(widest(x.device)) for x in (kl, loss, expected.argmax(-1) == best, best == ids)])
+        )
     return torch.cat(parts, dim=1)
 
 
