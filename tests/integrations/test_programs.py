@@ -261,3 +261,94 @@ def test_projections_fused_while_attached():
         model.unfuse_qkv_projections()
         assert torch.equal(run(model), expected)
     assert (handle.sparse_calls, handle.dense_calls) == (0, 0)
+
+
+class Tuner(nn.Module):
+    """As PEFT's: the model's forward, past its hooks, and every attribute of it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model.forward(*args, **kwargs)
+
+
+class Peft(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = Tuner(model)
+
+    def get_base_model(self):
+        return self.base_model.model
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+class Holder(nn.Module):
+    """As DistributedDataParallel: one child, called with what it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Peft, Holder, lambda model: Holder(Peft(model)), lambda model: Peft(Holder(model))])
+def test_wrapped_models(built, wrap):
+    model, run = built
+    wrapped = wrap(model).eval()
+    expected, before = run(wrapped), {name: set(vars(module)) for name, module in wrapped.named_modules()}
+    with baatt.enable(wrapped, ALL_BLOCKS) as handle:
+        torch.testing.assert_close(run(wrapped), expected)
+        calls = handle.sparse_calls
+        run(model)
+        assert handle.sparse_calls == 2 * calls > 0
+        with pytest.raises(TypeError, match="must not be copied"):
+            copy.deepcopy(wrapped)
+        with pytest.raises(TypeError, match="must not be copied"):
+            pickle.dumps(wrapped)
+    assert torch.equal(run(wrapped), expected)
+    assert {name: set(vars(module)) for name, module in wrapped.named_modules()} == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in wrapped.modules())
+
+
+@pytest.mark.parametrize("wrap", [Peft, Holder])
+@pytest.mark.parametrize("kind", [LLaDAModelLM, DreamModel])
+def test_the_step_of_a_wrapped_model(kind, wrap):
+    model = wrap(kind()).eval()
+    x = tokens()
+    x[:, 50:] = 63
+    with torch.no_grad(), baatt.enable(model, HALF, Policy(dense_steps=0.5)) as handle:
+        model(x)
+        x[:, 55:65] = 5
+        model(x)
+        assert handle.progress.share == pytest.approx(0.5)
+    assert (handle.sparse_calls, handle.dense_calls) == (3, 3)
+
+
+def test_a_refusal_names_the_part_that_is_known():
+    with pytest.raises(ValueError, match=r"Tuner, whose part model\.model is of one: pass that"):
+        baatt.enable(Tuner(decoder()).eval(), HALF)
+
+
+def test_the_last_step_of_a_bare_transformer_is_not_the_first():
+    case, flux = diffusers_models.build("wan"), diffusers_models.build("flux")
+    policy, unknown = Policy(dense_steps=0.3), "the denoising step is not known"
+
+    def shares(case, timesteps, handle):
+        found = []
+        for timestep in timesteps:
+            case.run(timestep=torch.tensor([timestep, timestep]))
+            found.append(handle.progress.share)
+        return found
+
+    with baatt.enable(case.model, HALF, policy) as handle:
+        assert shares(case, [1000.0, 500.0, 1.0, 0.5, 1000.0], handle) == pytest.approx([0, 0.5, 0.999, 0.9995, 0])
+    with baatt.enable(flux.model, HALF, policy) as handle:
+        with pytest.warns(UserWarning, match=unknown):
+            assert shares(flux, [1.0], handle) == [None]
+        assert shares(flux, [0.5, 0.001, 1.0], handle) == pytest.approx([0.5, 0.999, 0])

@@ -437,3 +437,34 @@ def test_threads_hold_values_of_their_own():
     thread.start()
     thread.join()
     assert (found, current.get()) == ([0], 1)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masked", [None, "keys", "causal"])
+def test_multi_head_attention_without_weights(batch_first, masked):
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=batch_first).eval()
+    x = draw(2, 70, 32)
+    hidden = torch.zeros(2, 70, dtype=torch.bool)
+    hidden[1, 50:] = True
+    causal = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    options = {None: {}, "keys": {"key_padding_mask": hidden}, "causal": {"attn_mask": causal}}[masked]
+    x = x if batch_first else x.transpose(0, 1)
+    rows = ~hidden if masked == "keys" else torch.ones_like(hidden)
+    rows = rows if batch_first else rows.T
+
+    with torch.no_grad():
+        expected, weights = layer(x, x, x, need_weights=False, **options)[0], layer(x, x, x, **options)[1]
+        with sparse_sdpa(BAAttConfig(block_size=16, sparsity=0.0)) as handle:
+            torch.testing.assert_close(layer(x, x, x, need_weights=False, **options)[0][rows], expected[rows])
+            torch.testing.assert_close(layer(x, x, x, **options)[1], weights)
+    assert counts(handle) == (1, 0)
+
+
+def test_layers_of_torch_around_multi_head_attention():
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval()
+    model, x = torch.nn.TransformerEncoder(layer, 2).eval(), draw(2, 70, 32)
+    with torch.no_grad():
+        expected = model(x)
+        with sparse_sdpa(BAAttConfig(block_size=16, sparsity=0.0)) as handle:
+            torch.testing.assert_close(model(x), expected)
+    assert counts(handle) == (2, 0)

@@ -75,7 +75,7 @@ def attach(model: Any, handle: Handle) -> int:
     route.take_order(transformers[0])
     route.register()
     for root in transformers:
-        handle.undo.callback(root.register_forward_pre_hook(route.start, with_kwargs=True).remove)
+        handle.before_forward(root, route.start)
     formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
     for number, attention in (layer for layers in found for layer in layers):
         processor: Any = attention.processor

@@ -41,6 +41,8 @@ class DiffusersRoute:
         # Of the processor that runs: its layer [] int64, and the backend that it had.
         self.layer = Current[Tensor | None](None)
         self.former = Current[Any](None)
+        # What a timestep of the model counts where no schedule tells: 1 or a thousand, once one has shown it.
+        self.unit: int | None = None
         # Of a forward that is traced: its frames, rows and columns, [3] int64, or nothing, [0].
         self.traced: list[Tensor] = []
         # A `VideoTiles` that came without a grid.
@@ -84,7 +86,16 @@ class DiffusersRoute:
         if timestep is not None:
             timesteps = getattr(self.scheduler(), "timesteps", None)  # one wait for the device, not one an entry
             schedule = [] if timesteps is None else torch.as_tensor(timesteps, device="cpu").double().tolist()
-            self.handle.progress.read_timestep(training_timestep(timestep, schedule), schedule)
+            timestep = torch.as_tensor(timestep).max().cpu()
+            value = training_timestep(timestep, schedule, self.unit)
+            if value is None:
+                self.handle.progress.share = None
+                return
+            if float(timestep) > 1:
+                self.unit = 1
+            elif value != float(timestep):
+                self.unit = self.unit or TRAINING_TIMESTEPS
+            self.handle.progress.read_timestep(value, schedule)
 
     def _read_scheduler(self, at_start: int | None) -> bool:
         """Take the scheduler's index, `at_start` while it has none; whether there was one."""
@@ -224,15 +235,18 @@ def latent_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return frames // patch[0], latents.shape[3] // patch[1], latents.shape[4] // patch[2]
 
 
-def training_timestep(timestep: Any, schedule: Sequence[float]) -> float:
-    """A timestep as schedulers count it, from 1000: Flux is given a thousandth of it, Lumina what is missing to 1."""
+def training_timestep(timestep: Any, schedule: Sequence[float], unit: int | None = None) -> float | None:
+    """A timestep as schedulers count it, from 1000: Flux is given a thousandth of it, Lumina what is missing to 1.
+
+    None where it may be the first step as well as the last: a 1.0 without a schedule or the unit of earlier ones.
+    """
     is_whole = isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point())
     # One value a token where an image is given: its tokens have none to go.
     value = float(timestep.max() if isinstance(timestep, Tensor) else timestep)
     if is_whole or value > 1:
         return value
     if not schedule:
-        return value * TRAINING_TIMESTEPS
+        return None if unit is None and value == 1 else value * (unit or TRAINING_TIMESTEPS)
     candidates = value, value * TRAINING_TIMESTEPS, (1 - value) * TRAINING_TIMESTEPS
     return min(candidates, key=lambda one: min(abs(one - step) / max(abs(step), 1e-3) for step in schedule))
 

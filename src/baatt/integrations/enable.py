@@ -62,7 +62,8 @@ def enable(
     their reason, and a forward without any sparse call that the policy did not ask for warns.
 
     Args:
-        model: an nn.Module in evaluation mode, or a diffusers pipeline.
+        model: an nn.Module in evaluation mode, also one that torch.compile, DistributedDataParallel or PEFT wrapped, or
+            a diffusers pipeline.
         config: the method's options; None leaves every call dense and counts it, for comparison.
         policy: what stays dense; None = `Policy()`, nothing but cross-attention and short cached blocks.
         impl: as `ba_attention`.
@@ -78,7 +79,8 @@ def enable(
             that the policy names.
     """
     handle = Handle(config, policy, impl=impl, order=order)
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped: its graphs see the change
+    model, callers = unwrapped(model)
+    handle.callers = {model: callers}
     adapter, roots = find_adapter(model)
     modules = [module for root in roots for module in root.modules()]
     if any(module in _attached for module in modules):
@@ -92,11 +94,28 @@ def enable(
         raise
     for root in roots:
         _watch(root, handle)
-    for module in modules:
+    for module in (*modules, *callers):
         handle.override(module, "__reduce_ex__", refuse_copy)
     _attached.update(modules)
     handle.undo.callback(_attached.difference_update, modules)
     return handle
+
+
+def unwrapped(model: Any) -> tuple[Any, list[nn.Module]]:
+    """What is inside wrappers of torch.compile, DDP and PEFT, and the modules that call its forward past its hooks."""
+    callers: list[nn.Module] = []
+    while isinstance(model, nn.Module):
+        inner: Any = getattr(model, "_orig_mod", None)  # whose graphs see the change
+        base: Any = getattr(model, "get_base_model", None)
+        if inner is None and callable(base):
+            inner = base()
+            callers += [module for module in model.modules() if getattr(module, "model", None) is inner]
+        elif inner is None and list(model.children()) == [getattr(model, "module", None)]:
+            inner = model.module
+        if inner is None or inner is model:
+            break
+        model = inner
+    return model, callers
 
 
 def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
@@ -106,16 +125,19 @@ def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
         TypeError: not a model at all.
         ValueError: none does, with the list of what is known.
     """
-    for name in ADAPTERS:
-        adapter = cast(Adapter, importlib.import_module(f"baatt.integrations.{name}"))
+    adapters = [cast(Adapter, importlib.import_module(f"baatt.integrations.{name}")) for name in ADAPTERS]
+    for adapter in adapters:
         roots = adapter.roots(model)
         if roots:
             return adapter, roots
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a diffusers pipeline, got {type(model).__name__}")
     known = "; ".join(ADAPTERS.values())
+    inside = (name for name, part in model.named_modules() if name and any(one.roots(part) for one in adapters))
+    found = next(inside, None)
+    advice = "" if found is None else f", whose part model.{found} is of one: pass that"
     raise ValueError(
-        f"model must be of a known kind: {known}; got {type(model).__module__}.{type(model).__name__}. "
+        f"model must be of a known kind: {known}; got {type(model).__module__}.{type(model).__name__}{advice}. "
         "baatt.integrations.sdpa.sparse_sdpa(config) works with any code that calls scaled_dot_product_attention"
     )
 
@@ -142,10 +164,11 @@ def _watch(root: nn.Module, handle: Handle) -> None:
         warned = True
         reasons = "; ".join(handle.reasons) or "the model never called its attention through baatt"
         warnings.warn(
-            f"{type(module).__name__} ran without a single sparse attention call: {reasons}",
+            f"{type(root).__name__} ran without a single sparse attention call: {reasons}",
             NoSparseAttentionWarning,
             stacklevel=3,
         )
 
-    handle.undo.callback(root.register_forward_pre_hook(start, with_kwargs=True, prepend=True).remove)
-    handle.undo.callback(root.register_forward_hook(finish).remove)
+    handle.before_forward(root, start, prepend=True)
+    for module in (root, *handle.callers.get(root, ())):
+        handle.undo.callback(module.register_forward_hook(finish).remove)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from baatt.attention import ba_attention
 from baatt.backend import IMPLS, Workload, choose_backend
@@ -81,6 +81,7 @@ class Handle(Counts):
         progress: where the denoising step comes from. layer_count: layers of the model, once they are known.
         masks: reads the mask of a call. undo: what `disable` runs.
         read_step: an adapter's: tells `progress` the step, given (args, kwargs) of a forward before it runs, or None.
+        callers: modules that call the forward of a root past its hooks, by root.
         hear: an adapter's: takes what went along with a call of a compiled graph and returns the layer, or None.
         is_timed: whether `seconds` sums the time of all calls, for which every call waits for the device.
 
@@ -113,6 +114,7 @@ class Handle(Counts):
         HANDLES[self.number] = self
         self.undo = ExitStack()
         self.is_attached = True
+        self.callers: dict[Any, list[nn.Module]] = {}
         self.masks = MaskReader()
         self.read_step: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.hear: Callable[[Sequence[Tensor]], int] | None = None
@@ -164,6 +166,16 @@ class Handle(Counts):
                 own.pop(name) if before is absent else own.update({name: before})
 
         self.undo.callback(undo)
+
+    def before_forward(self, root: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
+        """Hook every forward of a root, given (root, args, kwargs), also those of a wrapper that go past its hooks."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return hook(root, args, kwargs)
+
+        for module in (root, *self.callers.get(root, ())):
+            added = module.register_forward_pre_hook(before, with_kwargs=True, prepend=prepend)
+            self.undo.callback(added.remove)
 
     def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         """Override a method by a function that stands in for it as long as the handle is attached, whoever holds it."""

@@ -29,8 +29,12 @@ MASK_TOKEN_ID = 126336
 
 
 def roots(model: Any) -> list[nn.Module]:
-    """The model, if it has blocks with LLaDA's method."""
-    return [model] if isinstance(model, nn.Module) and any(map(_is_block, model.modules())) else []
+    """The outermost module that is given tokens, if it has blocks with LLaDA's method."""
+    blocks = [module for module in model.modules() if _is_block(module)] if isinstance(model, nn.Module) else []
+    if not blocks:
+        return []
+    around = [one for one in owners(model, blocks) if "input_ids" in inspect.signature(one.forward).parameters]
+    return [around[0] if around else model]
 
 
 def attach(model: nn.Module, handle: Handle) -> int:
@@ -42,8 +46,9 @@ def attach(model: nn.Module, handle: Handle) -> int:
     for module in owners(model, blocks) if handle.policy.recover_padding else []:
         if "attention_mask" in inspect.signature(module.forward).parameters:
             handle.replace(module, "forward", _remembering(given, module.forward))
-    mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
-    handle.read_step = handle.progress.token_reader(model, MASK_TOKEN_ID if mask_token_id is None else mask_token_id)
+    (root,) = roots(model)
+    mask_token_id = getattr(getattr(root, "config", None), "mask_token_id", None)
+    handle.read_step = handle.progress.token_reader(root, MASK_TOKEN_ID if mask_token_id is None else mask_token_id)
     return len(blocks)
 
 

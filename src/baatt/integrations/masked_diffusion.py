@@ -32,6 +32,6 @@ def attach(model: Any, handle: Handle) -> int:
         chosen = [routed[layer] if one is dense_attention else one for layer, one in enumerate(functions)]
         return args, kwargs | {"attention": chosen}
 
-    handle.undo.callback(model.register_forward_pre_hook(choose, with_kwargs=True).remove)
+    handle.before_forward(model, choose)
     handle.read_step = handle.progress.token_reader(model, model.config.mask_token_id)
     return layers

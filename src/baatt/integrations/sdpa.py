@@ -2,13 +2,15 @@
 
 Calls with dropout, or a mask whose structure the operator does not know, stay as they are. Nothing is assigned in
 `torch.nn.functional`, so other models, a video decoder in the same pipeline for one, see nothing unless they run inside
-the context. Misses the fused path of `nn.MultiheadAttention` and code that calls FlashAttention itself.
+the context. `nn.MultiheadAttention` calls it where no weights are needed. Misses code that calls FlashAttention itself.
 """
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -55,9 +57,20 @@ class SparseSDPA(TorchFunctionMode):
         kwargs = {} if kwargs is None else kwargs
         if func is F.scaled_dot_product_attention:
             return self.attention(SdpaCall(*args, **kwargs), lambda: func(*args, **kwargs))
+        if func is F.multi_head_attention_forward and not torch.compiler.is_compiling():
+            with self:
+                return _opened()(*args, **kwargs)
         if func is Tensor.unflatten and torch.compiler.is_compiling():
             func = torch.unflatten  # the method calls super(), which cannot be traced here
         return func(*args, **kwargs)
+
+
+@functools.cache
+def _opened() -> Callable[..., Any]:
+    """The body of `multi_head_attention_forward`, which as a whole would hide its calls from a mode."""
+    function: Any = F.multi_head_attention_forward
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__)
 
 
 @contextmanager
