@@ -86,7 +86,7 @@ class DiffusersRoute:
         if timestep is not None:
             timesteps = getattr(self.scheduler(), "timesteps", None)  # one wait for the device, not one an entry
             schedule = [] if timesteps is None else torch.as_tensor(timesteps, device="cpu").double().tolist()
-            timestep = torch.as_tensor(timestep).max().cpu()
+            timestep = torch.as_tensor(timestep, device="cpu").max()
             value = training_timestep(timestep, schedule, self.unit)
             if value is None:
                 self.handle.progress.share = None
