@@ -139,3 +139,8 @@ def test_refusals(llada, here, capsys, options, message):
     given = ["--lengths", "512"] if "--lengths" not in options else []
     assert main(command(llada, *given, *options)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there(here, capsys):
+    assert main(command("nowhere", "--lengths", "512")) == 2
+    assert capsys.readouterr().err.startswith("baatt: nowhere: no such folder")

@@ -79,12 +79,12 @@ def run(arguments: argparse.Namespace) -> None:
     check_arguments(arguments)
     made = provenance(arguments.command, read_place(arguments))
     made["versions"]["transformers"] = installed_version("transformers")
+    text = held_out_text() if arguments.text is None else read_text(arguments.text)
+    model, tokenizer = load_any_model(arguments, head=True, gguf=arguments.gguf)
     setup = Setup(
         checksums(arguments.model or shipped_model()),
         **{name: getattr(arguments, name) for name in Setup.__dataclass_fields__ if name != "files"},
     )
-    text = held_out_text() if arguments.text is None else read_text(arguments.text)
-    model, tokenizer = load_any_model(arguments, head=True, gguf=arguments.gguf)
     reader = Reader(model, find_mask_token(model, tokenizer, arguments.model))
     folder = arguments.store or arguments.json.with_suffix(".answers")
     with reading_bar() as (expect, advance):
