@@ -95,8 +95,8 @@ def steps_of(
         spans_ptr += gl.cast(batch_entry, gl.int64) * stride_spans
         seen = gl.load(spans_ptr + blocks * 4 + 3, mask=inside, other=0)
         last = (gl.max(seen, 0) + KEY_BLOCKS - 1) // KEY_BLOCKS
-        # What a query block that sees nothing scores does not matter.
-        plain = gl.min(gl.where(seen > 0, seen, key_blocks), 0) // KEY_BLOCKS
+        # What a query block that sees nothing scores does not matter; where none sees anything there are no steps.
+        plain = gl.minimum(gl.min(gl.where(seen > 0, seen, key_blocks), 0) // KEY_BLOCKS, last)
     return plain, last
 
 

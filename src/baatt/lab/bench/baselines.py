@@ -1,4 +1,4 @@
-"""What the operator is compared with: dense attention in three ways, and FlexAttention with our own plan.
+"""What the operator is compared with: dense attention in three ways, FlexAttention with our own plan, plain causality.
 
 In: q, k, v and the plan. Out: a function to be timed, or `RefusedError` with the reason. FlexAttention gets q, k and v
 that are sorted already and a block mask that is ready: neither its sorting nor its selection is counted, which favours
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from baatt.attention import ba_attention
 from baatt.lab.bench.case import Case, Inputs
 from baatt.lab.bench.verification import VerificationError, require_verified, verify
 from baatt.plan import Plan
@@ -69,6 +70,12 @@ def static_refusals(case: Case) -> dict[str, str]:
 def first_line(error: Exception) -> str:
     """A message of many lines, shortened to the first that says something."""
     return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _prepare_plain_causal(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    if plan.sight is None:
+        raise RefusedError("the operator is not causal here")
+    return functools.partial(ba_attention, *inputs, plan.config, causal=1, scale=plan.scale)
 
 
 def sort_tokens(x: Tensor, order: TokenOrder) -> Tensor:
@@ -142,10 +149,12 @@ def block_mask(plan: Plan, keys: int) -> Any:
     )  # fmt: skip
 
 
-#: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler
+#: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler, or the operator itself
+#: with the causal mask of single tokens, for what blocks of several cost.
 BASELINES: dict[str, Baseline] = {
     "cudnn": Baseline(functools.partial(_prepare_with, "CUDNN_ATTENTION"), only_half=True),
     "flash": Baseline(functools.partial(_prepare_with, "FLASH_ATTENTION"), only_half=True),
     "flex": Baseline(_prepare_flex),
     "dense": Baseline(_prepare_dense),
+    "causal-1": Baseline(_prepare_plain_causal),
 }
