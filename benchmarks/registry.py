@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import archive_tables
 import busy_plan
+import classes
 import clients
 import compatibility
 import decoding
@@ -54,7 +55,7 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING: frozenset[str] = frozenset()
+PENDING: frozenset[str] = frozenset({"classes_diffusers.json"})
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
@@ -176,6 +177,12 @@ CASES: dict[str, Case] = {
         "python benchmarks/clients.py --json FILE",
         ("clients.json",),
         {"clients": clients.table},
+    ),
+    "classes": Case(
+        "every transformer class that diffusers exports: what is sparse, and what is not and why",
+        "python benchmarks/classes.py --library diffusers --json FILE",
+        ("classes_diffusers.json",),
+        {"classes_diffusers": partial(classes.table, library="diffusers")},
     ),
     "compatibility": Case(
         "tests of the integrations beside several versions of the libraries",
