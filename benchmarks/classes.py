@@ -132,8 +132,8 @@ def table(record: Record, library: str) -> str:
     sparse = sum(one["sparse"] > 0 for one in built)
     caption = (
         f"{len(ones)} classes, {len(built)} built, {sparse} with sparse calls. Calls of one evaluation at 75 % "
-        "sparsity in blocks of 16, with `Policy(min_queries=0)`; difference at sparsity 0, relative to the greatest value; "
-        "restored: bit for bit after `disable`."
+        "sparsity in blocks of 16, with `Policy(min_queries=0)`; difference at sparsity 0, relative to the greatest "
+        "value; restored: bit for bit after `disable`."
     )
     header = ("class", "sparse calls", "dense calls, and why", "difference at sparsity 0", "restored", "note")
     return block(record, header, rows, caption)
