@@ -14,6 +14,7 @@ import classes
 import clients
 import compatibility
 import decoding
+import end_to_end
 import fidelity_tables
 import frontier
 import gpu_bars
@@ -55,7 +56,7 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING: frozenset[str] = frozenset({"classes_diffusers.json"})
+PENDING: frozenset[str] = frozenset({"classes_diffusers.json", "end_to_end_h200.json"})
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
@@ -101,6 +102,12 @@ CASES: dict[str, Case] = {
         "python benchmarks/gpu_bars.py --no-flex --cases NAMES --json FILE",
         ("gpu_causal_h200.json",),
         {"gpu_causal": gpu_bars.causal_table},
+    ),
+    "end_to_end": Case(
+        "whole models in their published sizes on a GPU, dense and sparse: passes, prompts, answers, denoising steps",
+        "python benchmarks/end_to_end.py --json FILE",
+        ("end_to_end_h200.json",),
+        {"end_to_end": end_to_end.table},
     ),
     "gpu_sweep": Case(
         "the operator over lengths, drawn as docs/figures/gpu_sweep_h200.png",
