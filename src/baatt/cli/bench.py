@@ -119,8 +119,6 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
         tokens = arguments.lengths or lengths(LENGTHS[device])
         shapes = [shapes[0]._replace(tokens=length) for length in tokens]
     against = arguments.against
-    if against and arguments.what != "operator":
-        raise UsageError(f"--against applies to --what operator only: random lists have no baseline, got {against}")
     if arguments.causal and arguments.what != "operator":
         raise UsageError(f"--causal applies to --what operator only, got {arguments.causal}")
     against = tuple((["dense"] if arguments.what == "operator" else []) if against is None else against)
@@ -189,10 +187,11 @@ def table(found: Sequence[Record]) -> Table:
     for stage in dict.fromkeys(stage for one in found for stage in one["stage_ms"]):
         rows.append((f"{stage.replace('_', ' ')}, ms", *(figures(one["stage_ms"].get(stage)) for one in found)))
     add("attention, TFLOP/s of kept pairs", lambda one: figures(one["kept_tflops"]))
-    if first["selection_share"] is not None:
+    if first["selection_share"] is not None or first["baseline_ms"]:
         add("total, ms", lambda one: figures(one["total_ms"]))
-        if first["compensation_cost"] is not None:
-            add("slower than with beta=0 by", lambda one: percent(one["compensation_cost"], 1))
+    if first["compensation_cost"] is not None:
+        add("slower than with beta=0 by", lambda one: percent(one["compensation_cost"], 1))
+    if first["selection_share"] is not None:
         add("share outside of attention", lambda one: percent(one["selection_share"], 1))
     for name in dict.fromkeys(name for one in found for name in (*one["speedup"], *one["refused"])):
         rows.append((f"{name}, ms", *(figures(one["baseline_ms"].get(name)) for one in found)))

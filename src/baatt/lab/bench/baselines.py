@@ -15,14 +15,11 @@ from einops import rearrange
 from torch import Tensor
 
 from baatt.attention import ba_attention
-from baatt.lab.bench.case import Case, Inputs
+from baatt.lab.bench.case import Case, Inputs, RefusedError
+from baatt.lab.bench.peers import PEERS, prepare_peer
 from baatt.lab.bench.verification import VerificationError, require_verified, verify
 from baatt.plan import Plan
 from baatt.types import Sight, TokenOrder
-
-
-class RefusedError(Exception):
-    """A baseline that cannot run, with the reason."""
 
 
 class Baseline(NamedTuple):
@@ -118,11 +115,22 @@ def _prepare_flex(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
     options = {"block_mask": block_mask(plan, k.shape[2]), "scale": plan.scale, "enable_gqa": q.shape[1] != k.shape[1]}
     # Past its limit of recompilations PyTorch would run the eager version; a whole graph or an error instead.
     torch.compiler.reset()
-    function = functools.partial(compile_flex(), q, k, v, **options)
+    return _verified("flex", functools.partial(compile_flex(), q, k, v, **options), inputs, plan)
+
+
+def _prepare_peer(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    q = sort_tokens(inputs.q, plan.query_order)
+    k, v = (sort_tokens(x, plan.key_order) for x in (inputs.k, inputs.v))
+    function = prepare_peer(name, q, k, v, plan)
+    return function if name == "fa4-dense" else _verified(name, function, inputs, plan)
+
+
+def _verified(name: str, function: Callable[[], Tensor], inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    """The function, if it attends to our blocks; it gives the queries in sorted order."""
     out = torch.empty_like(inputs.q)
     out.scatter_(2, rearrange(plan.query_order.index, "b h n -> b h n 1").expand_as(out), function())
     # A baseline that computes something else is none; twice our own limit, for it is not what is judged here.
-    require_verified("flex", verify(*inputs, plan, out), factor=2)
+    require_verified(name, verify(*inputs, plan, out), factor=2)
     return function
 
 
@@ -149,12 +157,13 @@ def block_mask(plan: Plan, keys: int) -> Any:
     )  # fmt: skip
 
 
-#: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler, or the operator itself
-#: with the causal mask of single tokens, for what blocks of several cost.
+#: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler or another library, or
+#: the operator itself with the causal mask of single tokens, for what blocks of several cost.
 BASELINES: dict[str, Baseline] = {
     "cudnn": Baseline(functools.partial(_prepare_with, "CUDNN_ATTENTION"), only_half=True),
     "flash": Baseline(functools.partial(_prepare_with, "FLASH_ATTENTION"), only_half=True),
     "flex": Baseline(_prepare_flex),
     "dense": Baseline(_prepare_dense),
+    **{name: Baseline(functools.partial(_prepare_peer, name), only_half=True) for name in PEERS},
     "causal-1": Baseline(_prepare_plain_causal),
 }

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from baatt.attention import ba_attention, make_plan
 from baatt.backend import Backend
-from baatt.lab.bench.baselines import RefusedError, first_line, prepare_baseline, sort_tokens
-from baatt.lab.bench.case import Case, Inputs, make_inputs, resolve
+from baatt.lab.bench.baselines import first_line, prepare_baseline, sort_tokens
+from baatt.lab.bench.case import Case, Inputs, RefusedError, make_inputs, resolve
 from baatt.lab.bench.timing import captured, matrix_peak_tflops, median_times, memory_bandwidth, peak_bytes
 from baatt.lab.bench.verification import require_verified, verify
 from baatt.lab.records import RecordFile, provenance
@@ -84,7 +84,16 @@ def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, 
         # The two alone: beside dense attention, which heats the chip, their small difference drowns.
         pair = median_times(functions, case.device, PAIR_ROUNDS)
         record["compensation_cost"] = pair["total"] / pair["uncompensated"] - 1
-    candidates = {"total": functions["total"]}
+    stages_ms = record["stage_ms"]
+    record["selection_share"] = 1 - stages_ms["attend"] / sum(stages_ms.values())
+    return record | in_turns(record, case, inputs, plan, functions["total"])
+
+
+def in_turns(
+    record: Mapping[str, Any], case: Case, inputs: Inputs, plan: Plan, function: Callable[[], Any]
+) -> dict[str, Any]:
+    """The fields of a record that come from a function in turns with the baselines; tells the record of refusals."""
+    candidates = {"total": function}
     for name in case.against:
         try:
             candidates[name] = prepare_baseline(name, inputs, plan)
@@ -97,19 +106,18 @@ def measure_operator(case: Case, backend: Backend, inputs: Inputs) -> dict[str, 
             record["without_graph"].append(f"{name}: {type(error).__name__}: {first_line(error)}")
     times = median_times(candidates, case.device)
     total_ms = times.pop("total")
-    return record | {
-        "total_ms": total_ms,
-        "baseline_ms": times,
-        "speedup": {name: milliseconds / total_ms for name, milliseconds in times.items()},
-        "selection_share": 1 - record["stage_ms"]["attend"] / sum(record["stage_ms"].values()),
-    }
+    speedup = {name: milliseconds / total_ms for name, milliseconds in times.items()}
+    return {"total_ms": total_ms, "baseline_ms": times, "speedup": speedup}
 
 
 def measure_kernel(case: Case, backend: Backend, inputs: Inputs) -> dict[str, Any]:
-    """The attention of a plan alone, over random lists of blocks of tokens in their own order."""
+    """The attention of a plan alone, over random lists of blocks of tokens in their own order; in turns with others."""
     plan = random_plan(case)
     kernel = attention_kernel(inputs, plan, backend)
-    return _record(case, backend, inputs, plan, lambda: kernel().out, {"attend": kernel})
+    record = _record(case, backend, inputs, plan, lambda: kernel().out, {"attend": kernel})
+    if not case.against:
+        return record
+    return record | in_turns(record, case, inputs, plan, captured(kernel, case.device) if record["graph"] else kernel)
 
 
 def attention_kernel(inputs: Inputs, plan: Plan, backend: Backend) -> Callable[[], Partial]:

@@ -14,6 +14,10 @@ from baatt.backend import Backend, Workload, choose_backend
 from baatt.config import BAAttConfig
 
 
+class RefusedError(Exception):
+    """A baseline that cannot run, with the reason."""
+
+
 class Shape(NamedTuple):
     """B, H, G, N = M and D."""
 
