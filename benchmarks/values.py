@@ -81,13 +81,16 @@ def operator_gain(read: Read, length: str, sparsity: str, baseline: str, setting
 
 
 def causal_blocks(read: Read, what: str) -> str:
-    """By how much causal blocks of 32 are slower than of 1 over all lengths, by `stages` alone or the whole `call`."""
-    times = {"stages": lambda one: sum(one["stage_ms"].values()), "call": lambda one: one["total_ms"]}
-    found: dict[tuple[int, float], dict[int, float]] = {}
-    for one in read("gpu_causal_h200")["records"]:
-        found.setdefault((one["shape"][2], one["sparsity"]), {})[one["causal"]] = times[what](one)
-    costs = [100 * (each[32] / each[1] - 1) for each in found.values()]
-    return f"{min(costs):+.1f} to {max(costs):+.1f}"
+    """By how much causal blocks of 32 are slower than of 1 over all lengths: their `stages` alone, or the whole `call`,
+    in turns."""
+    records = read("gpu_causal_h200")["records"]
+    stages = {(one["shape"][2], one["causal"]): sum(one["stage_ms"].values()) for one in records}
+    costs = [
+        1 / one["speedup"]["causal-1"] if what == "call" else stages[length, 32] / stages[length, 1]
+        for one in records
+        if one["causal"] == 32 and (length := one["shape"][2])
+    ]
+    return f"{100 * (min(costs) - 1):+.1f} to {100 * (max(costs) - 1):+.1f}"
 
 
 def decoding_rate(read: Read, cache: str, attention: str) -> str:

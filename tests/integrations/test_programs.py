@@ -179,13 +179,17 @@ def test_threads_have_videos_of_sizes_of_their_own():
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
-def test_a_copy_of_an_attached_config_names_what_there_was(how):
+def test_a_copy_of_an_attached_config_makes_a_dense_model(how):
     model = decoder().eval()
-    with baatt.enable(model, HALF):
-        config = how(model.config)
-        assert config._attn_implementation == "sdpa"
-        assert model.config._attn_implementation == "ba_att_enabled"
     with torch.no_grad():
+        expected = model(tokens()).logits
+        with baatt.enable(model, HALF) as handle:
+            config = how(model.config)
+            copied = transformers.Qwen3ForCausalLM(config).eval()
+            copied.load_state_dict(model.state_dict())
+            assert torch.equal(copied(tokens()).logits, expected)
+            assert handle.sparse_calls == 0
+        assert torch.equal(copied(tokens()).logits, expected)
         assert transformers.Qwen3ForCausalLM(config).eval()(tokens()).logits.isfinite().all()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.calls import SdpaCall
-from baatt.integrations.handle import Handle, itself
+from baatt.integrations.handle import Handle
 
 #: Parts of a name that transformers reads a meaning into.
 SPECIAL_NAMES = ("flash", "sdpa", "flex_attention", "eager", "paged|", "/")
@@ -28,20 +28,6 @@ SPECIAL_NAMES = ("flash", "sdpa", "flex_attention", "eager", "paged|", "/")
 _ENABLED_NAME = "ba_att_enabled"
 #: Attribute of their modules, a `_Place`.
 _MARK = "_baatt_place"
-
-
-class _Name(str):
-    """The implementation that an attached config names; a copy of the config names the former one."""
-
-    def __new__(cls, former: str | None) -> "_Name":
-        name = super().__new__(cls, _ENABLED_NAME)
-        name.former = former
-        return name
-
-    former: str | None
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return itself, (self.former,)
 
 
 class _Place(NamedTuple):
@@ -132,13 +118,14 @@ def attach(model: Any, handle: Handle) -> int:
     number = handle.number
     configs = _interface_configs(model)
     places = _places(model, number)
-    if not _enabled:
+    # It stays: a copy of a config may name it later, and for a module without a place it is sdpa.
+    if _ENABLED_NAME not in _registries()[0]:
         _add(_ENABLED_NAME, _Pair(_find_enabled))
     _enabled[number] = handle
     handle.undo.callback(_detach, number)
     for config in configs:
         _changed.setdefault(id(config), (config, config._attn_implementation_internal, set()))[2].add(number)
-        config._attn_implementation_internal = _Name(_changed[id(config)][1])
+        config._attn_implementation_internal = _ENABLED_NAME
     for module, place in places:  # not `setattr`, which a compiled module hands on to the one inside it
         handle.override(module, _MARK, place)
     handle.read_step = handle.progress.token_reader(model, getattr(model.config, "mask_token_id", None))
@@ -155,8 +142,6 @@ def _detach(number: int) -> None:
             config._attn_implementation_internal = former
             del _changed[key]
     del _enabled[number]
-    if not _enabled:
-        _remove(_ENABLED_NAME)
 
 
 class _Call(NamedTuple):

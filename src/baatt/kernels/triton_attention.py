@@ -186,9 +186,11 @@ def _attention_kernel(
             shrink = tl.exp2(running_max - new_max)
             running_max = new_max
             running_sum = running_sum * shrink + tl.sum(weights, axis=1)
-            accumulator = tl.dot(
-                weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None], input_precision=PRECISION
-            )
+            if PRECISION is None:
+                accumulator = tl.dot(weights.to(value_tile.dtype), value_tile, accumulator * shrink[:, None])
+            else:  # float32, added one by one: the sum of a tile by itself, or its error grows with all keys
+                product = tl.dot(weights, value_tile, input_precision=PRECISION)
+                accumulator = tl.fma(accumulator, shrink[:, None], product)  # a plain sum becomes one product again
 
     if limit_ptr is not None:  # rows that are not wanted went along
         running_sum = tl.where(limits > 0, running_sum, 0.0)
