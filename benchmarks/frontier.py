@@ -6,6 +6,7 @@ PNG` it sets stored times beside the answers under benchmarks/results/ and needs
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -21,17 +22,21 @@ from tables import crossed, source
 
 from baatt.cli.evaluate import read_cells
 from baatt.cli.main import build_parser
+from baatt.cli.ruler_report import difference
 from baatt.config import BAAttConfig
 from baatt.lab.bench.benchmarks import start_report
 from baatt.lab.bench.case import Case, Shape
 from baatt.lab.plots import legend_below, picture
-from baatt.lab.records import load_records
+from baatt.lab.records import load_records, short_commit
 from baatt.lab.ruler.sources import Sources
-from baatt.lab.tables import Record, Table, percent, short_length
+from baatt.lab.tables import MISSING, Record, Table, percent, short_length, times
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURE = "figures/frontier_h200.png"
 LENGTHS, SPARSITIES = (8192, 16384), (0.5, 0.7, 0.9)
+LONGEST = 131072
+REAL_LENGTH = 8192  # of the documents that a real model reads
+READ = ("block_size", "sort", "score", "representatives", "refinements", "peak", "keep_first", "budget")
 SETTINGS = (
     *("paper", "unsorted-first", "mean", "antidiagonal", "antidiagonal-first", "clusters", "oracle", "oracle-peak"),
 )
@@ -112,6 +117,54 @@ def table(records: Sequence[Record]) -> str:
         )  # fmt: skip
         parts += [f"{length} tokens; dense attention: {score(dense)}", Table(header, rows).markdown()]
     return "\n\n".join([*parts, text(report), source(report)])
+
+
+def which(records: Sequence[Record]) -> str:
+    """The default by sparsity: how much faster it is at each length, and what it loses.
+
+    records: times of this script and of gpu_bars.py, `baatt evaluate fidelity` of a real model, then grids.
+    """
+    *reports, real = records[:3]
+    gains = {
+        (one["shape"][2], one["sparsity"]): times(one["speedup"]["cudnn"])
+        for one in itertools.chain.from_iterable(report["records"] for report in reports)
+        if is_default(one["config"]) and one["what"] == "operator"
+    }
+    lost = {
+        (one["length"], one["config"]["sparsity"]): difference(one)
+        for one in averages_of(records[3:])
+        if one["setting"] == "clusters" and one["config"]
+    }
+    recalled = {
+        one["config"].get("sparsity", 0.0): f"{100 * one['recalled']:.1f}"
+        for one in real["records"]
+        if one["length"] == REAL_LENGTH and (not one["config"] or is_default(one["config"]))
+    }
+    faster = sorted({length for length, _ in gains if LENGTHS[0] <= length <= LONGEST})
+    columns = [("speed-up", gains, length) for length in faster] + [("RULER", lost, length) for length in LENGTHS]
+    rows = [
+        [percent(share), *(found.get((length, share), MISSING) for _, found, length in columns), recalled[share]]
+        for share in SPARSITIES
+    ]
+    header = ["sparsity", *(f"{what}, {short_length(length)}" for what, _, length in columns), "SmolLM2, digits, 8K"]
+    batch, heads, _, channels = reports[0]["records"][0]["shape"]
+    caption = (
+        f"Speed-up: dense attention of cuDNN over the whole call, choosing of blocks too, on an H200 (B {batch}, H "
+        f"{heads}, D {channels}, bfloat16). RULER: points of the shipped model's average against dense attention [95 % "
+        f"interval]. SmolLM2-135M-Instruct: digits of planted numbers that it recalls, of 100; dense: {recalled[0.0]}. "
+        "Every layer sparse."
+    )
+    commits = ", ".join(short_commit(report["commit"]) for report in records[:3])
+    made = "Commands: `frontier`, `gpu_clusters`, `ruler_grid` and `fidelity` of benchmarks/README.md"
+    return f"{Table(header, rows, caption).markdown()}\n\n{made}; commits of the times and of SmolLM2: {commits}."
+
+
+def is_default(config: Record) -> bool:
+    """Whether a config chooses blocks as `BAAttConfig()` does; what it does not read may differ."""
+    usual = BAAttConfig()
+    return all(
+        config.get(name) == getattr(usual, name) for name in ("block_size", "sort", "keep_first", "budget", *READ)
+    )
 
 
 def text(report: Record) -> str:

@@ -123,7 +123,14 @@ CASES: dict[str, Case] = {
         "RULER's averages beside the time of the operator, drawn as docs/figures/frontier_h200.png",
         "python benchmarks/frontier.py --json FILE",
         ("frontier_h200.json",),
-        {"frontier": Block(frontier.table, ("frontier_h200.json", *ruler_tables.GRIDS), together=True)},
+        {
+            "frontier": Block(frontier.table, ("frontier_h200.json", *ruler_tables.GRIDS), together=True),
+            "which_sparsity": Block(
+                frontier.which,
+                ("frontier_h200.json", "gpu_clusters_h200.json", "fidelity_smollm2.json", *ruler_tables.GRIDS),
+                together=True,
+            ),
+        },
     ),
     "short_queries": Case(
         "few queries over many keys: from how many on a sparse call is faster",

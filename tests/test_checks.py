@@ -208,3 +208,38 @@ def test_presets():
     assert [Policy.preset(name).dense_layers for name in PRESETS] == [(), (), (0, 1), ()]
     with pytest.raises(ValueError, match=r"preset must be one of \['default', 'paper', 'safe', 'fast'\], got 'best'"):
         BAAttConfig.preset("best")
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"attn_mask": None}, "key_mask=[B, M] bool"),
+        ({"attn_mask": torch.ones(40, 50, dtype=torch.bool)}, "causal=1"),
+        ({"is_causal": True}, "causal=1 is causal attention"),
+        ({"is_causal": False, "dropout_p": 0.0}, "causal=1"),
+        ({"dropout_p": 0.1}, "there is no dropout"),
+        ({"enable_gqa": True}, "grouped heads are taken as they are"),
+    ],
+)
+def test_arguments_of_sdpa_are_told_their_names_here(given, instead):
+    with pytest.raises(TypeError) as error:
+        ba_attention(*inputs().values(), CONFIG, **given)
+    assert f"{next(iter(given))} is no argument of ba_attention: " in str(error.value)
+    assert instead in str(error.value)
+    assert "baatt.integrations.sdpa.sparse_sdpa(config)" in str(error.value)
+
+
+def test_other_arguments_are_unknown_as_always():
+    with pytest.raises(TypeError, match=r"ba_attention\(\) got an unexpected keyword argument 'mask'"):
+        ba_attention(*inputs().values(), CONFIG, mask=None)
+    with pytest.raises(
+        TypeError, match="config must be a BAAttConfig, got Tensor in the place of attn_mask: key_mask="
+    ):
+        ba_attention(*inputs().values(), torch.ones(40, 50))
+
+
+def test_is_causal_is_what_the_error_says():
+    q, k, v = (torch.randn(1, 2, tokens, 8) for tokens in (40, 50, 50))
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    found = ba_attention(q, k, v, BAAttConfig(block_size=16, sparsity=0), causal=1, query_start=0)
+    torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """benchmarks/frontier.py: what it times, and made-up times beside stored answers."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import frontier  # noqa: E402
 
+from baatt import BAAttConfig  # noqa: E402
 from tests.test_ruler_tables import grid  # noqa: E402
 
 
@@ -44,3 +46,25 @@ def test_points_without_a_time_or_an_answer_are_left_out(tmp_path):
     assert "| BA-Att, k in 256, layer 0 dense | 62.5 in 25 % |" in text
     frontier.draw(found, "a caption", tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("length", "share", "name"), [(8192, 0.7, "8K"), (16384, 0.9, "16K"), (65536, 0.5, "64K")])
+def test_which_sparsity_has_a_place_for_every_length_that_was_timed(length, share, name):
+    config = asdict(BAAttConfig(sparsity=share))
+    other = config | {"representatives": 8}
+    timed = report([])
+    timed["records"] = [
+        {"what": "operator", "shape": [1, 2, length, 128], "sparsity": share, "config": one, "speedup": {"cudnn": gain}}
+        for one, gain in ((config, 2.5), (other, 9.0))
+    ]
+    real = report([])
+    real["records"] = [
+        {"length": 8192, "config": asdict(BAAttConfig(sparsity=one)) if one else {}, "recalled": 0.9 - one / 2}
+        for one in (0.0, *frontier.SPARSITIES)
+    ]
+    lines = frontier.which([timed, report([]), real, grid([8192])]).splitlines()
+    assert lines[0].startswith(f"| sparsity | speed-up, {name} | RULER, 8K | RULER, 16K | SmolLM2")
+    row = next(line for line in lines if line.startswith(f"| {100 * share:g} % |"))
+    assert "| 2.50x |" in row
+    assert "9.00x" not in "".join(lines)
+    assert f"| {100 * (0.9 - share / 2):.1f} |" in row

@@ -6,12 +6,20 @@ come from `baatt.backend`. Autocast is off inside, because scores in half precis
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from baatt.backend import Backend, Workload, choose_backend
-from baatt.checks import check_make_plan, check_plan, check_query_and_key, check_structure, check_value
+from baatt.checks import (
+    check_make_plan,
+    check_plan,
+    check_query_and_key,
+    check_structure,
+    check_value,
+    refuse_arguments,
+)
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
 from baatt.types import Partial, SortedBlocks
@@ -29,8 +37,13 @@ def ba_attention(
     query_mask: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    **others: Any,
 ) -> Tensor:
     """Block approximate sparse attention, bidirectional or (block-)causal, for inference.
+
+    Beside `scaled_dot_product_attention(q, k, v)`: is_causal=True is causal=1, query_start=0; a boolean attn_mask that
+    hides whole keys is key_mask; enable_gqa is not needed; dropout_p and other masks there are not. Calls that carry
+    those go through `baatt.integrations.sdpa.sparse_sdpa` as they are, and stay dense where a mask is of another kind.
 
     Args:
         q: [B, H, N, D] after positional encoding; float64, float32, bfloat16 or float16.
@@ -45,6 +58,7 @@ def ba_attention(
             ones do not depend on them; what they get means nothing. In padded self-attention it is the `key_mask`.
         scale: factor on q.k; None = 1 / sqrt(D).
         impl: "auto", "reference", "cpu", "triton" or "hopper".
+        others: none; arguments of `scaled_dot_product_attention` are refused with what they are called here.
 
     Returns:
         [B, H, N, D] in q's dtype; rows that see no key that is not masked are 0.
@@ -53,6 +67,7 @@ def ba_attention(
         TypeError, ValueError: an argument that does not fit, saying what was required and what was given.
         RuntimeError: `impl` cannot run here, with the reason.
     """
+    refuse_arguments(others)
     if torch.compiler.is_compiling():  # one opaque node of the graph, see baatt.operators
         given = causal, query_start, key_mask, query_mask, scale, impl
         traced: Tensor = torch.ops.baatt.attention(q, k, v, *given, *config.values)

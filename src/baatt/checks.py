@@ -5,6 +5,7 @@ values of a tensor, so a check costs no wait for the device.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,13 +17,34 @@ from baatt.plan import Plan
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+#: Arguments of scaled_dot_product_attention that the operator has under another name, or not at all.
+SDPA_ARGUMENTS = {
+    "attn_mask": "key_mask=[B, M] bool says which keys are attended to, causal=1 and causal=32 are causal masks",
+    "is_causal": "causal=1 is causal attention, query_start=0 where the first query stands at the first key",
+    "dropout_p": "leave it out, there is no dropout",
+    "enable_gqa": "leave it out, grouped heads are taken as they are",
+}
+
+
+def refuse_arguments(unknown: Mapping[str, object]) -> None:
+    """A TypeError for arguments that there are not, with what those of scaled_dot_product_attention are called here."""
+    for name in unknown:
+        if name not in SDPA_ARGUMENTS:
+            raise TypeError(f"ba_attention() got an unexpected keyword argument {name!r}")
+        raise TypeError(
+            f"{name} is no argument of ba_attention: {SDPA_ARGUMENTS[name]}; calls of scaled_dot_product_attention as "
+            "they are: `with baatt.integrations.sdpa.sparse_sdpa(config): ...`"
+        )
+
+
 def check_make_plan(
     q: Tensor, k: Tensor, config: BAAttConfig, key_mask: Tensor | None, query_mask: Tensor | None, scale: float | None
 ) -> None:
     """Refuse arguments that `make_plan` cannot work with."""
     check_query_and_key(q, k)
     if not isinstance(config, BAAttConfig):
-        raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}")
+        hint = f" in the place of attn_mask: {SDPA_ARGUMENTS['attn_mask']}" if isinstance(config, Tensor) else ""
+        raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}{hint}")
     for name, mask, x, axes in (("key_mask", key_mask, k, "[B, M]"), ("query_mask", query_mask, q, "[B, N]")):
         if mask is not None:
             _check_mask(name, mask, x, axes)

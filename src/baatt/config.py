@@ -91,7 +91,8 @@ class BAAttConfig:
             if not _is_number(getattr(self, name)):
                 raise TypeError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+            hint = f"; a share: {self.sparsity / 100:g} for {self.sparsity:g} %" if 2 <= self.sparsity < 100 else ""
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}{hint}")
         for name, known in (("sort", ORDERS), ("score", SCORES), ("budget", BUDGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")

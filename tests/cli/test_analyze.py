@@ -1,8 +1,11 @@
 """`baatt analyze` from a text to tables, files and pictures, and its refusals."""
 
 import json
+import re
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from baatt.cli.main import main
 from baatt.lab.capture import load_capture
@@ -71,6 +74,28 @@ def test_document_of_a_task(tmp_path):
     path = tmp_path / "capture.safetensors"
     assert main(["analyze", "capture", "--length", "512", "--layers", "0", "--output", str(path)]) == 0
     assert load_capture(path).about["text"] == "niah_multikey_1, seed 0"
+
+
+@pytest.mark.parametrize("action", ["recall", "bound", "layers", "maps"])
+@pytest.mark.parametrize("prefix", ["", "layers.7."])
+def test_own_tensors_are_titled_by_their_file(tmp_path, capsys, action, prefix):
+    path, page = tmp_path / "mine.safetensors", tmp_path / "maps.html"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {prefix + name: torch.randn(1, 2, 96, 16, generator=generator) for name in "qkv"}
+    save_file(tensors, path)
+    options = ["--html", str(page)] if action == "maps" else []
+    assert main(["analyze", action, str(path), "--block-size", "16", "--segment", "32", *options]) == 0
+    shown = page.read_text() if action == "maps" else capsys.readouterr().out
+    assert f"mine.safetensors, layers {prefix[7:-1] or 0}, 96 queries, 96 keys" in shown
+
+
+@pytest.mark.parametrize("options", [[], ["--no-outputs"]])
+def test_recall_prints_the_error_that_it_measures(captured, capsys, options):
+    call = ["analyze", "recall", str(captured), "--layers", "1", "--scores", "clusters", "--sparsity", "0.5"]
+    assert main([*call, "--block-size", "16", *options]) == 0
+    printed = capsys.readouterr().out
+    assert ("relative L2 error" in printed) == (not options)
+    assert bool(re.search(r"\d\.\d{3} \(\d\.\d{3}\); \d\.\d{3}", printed)) == (not options)
 
 
 @pytest.mark.parametrize(

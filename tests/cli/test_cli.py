@@ -14,10 +14,11 @@ import torch
 
 import baatt
 from baatt.assets import shipped_model
+from baatt.cli.generate import EXAMPLE
 from baatt.cli.main import VERBS, build_parser, main
 from baatt.cli.options import read_configs, read_preset
 from baatt.config import PRESETS, BAAttConfig, Policy, Preset
-from baatt.lab.ruler.tasks import draw_samples
+from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples, is_asked
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
 
@@ -32,6 +33,27 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert captured.err.startswith("baatt: ")
     assert captured.err.count("\n") == 1
     return captured.err
+
+
+def test_the_prompt_in_the_help_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", EXAMPLE, "--gen-length", "16", "--block-length", "16"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == "4821973."
+    assert "--dense is faster" in printed.err
+
+
+@pytest.mark.parametrize("prompt", ["Most SQL database engines are", "What is 2 + 2?", "Hello", "def f(x):"])
+def test_the_shipped_model_says_what_it_has_learnt(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--dense"]):
+        message = refused(capsys, "generate", "--prompt", prompt, *options)
+        assert "must ask one of RULER's questions about a text, all that the shipped model has learnt" in message
+        assert "--model DIR" in message
+
+
+@pytest.mark.parametrize("task", OFFLINE_TASKS)
+def test_questions_of_every_task_are_known(task: str) -> None:
+    sample = draw_samples(task, 2048, 1, load_tokenizer(shipped_model()))[0]
+    assert is_asked(sample.prompt + sample.answer_prefix)
 
 
 def test_generate_prints_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +81,7 @@ def test_generate_json_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for options in (["--dense"], ["--sparsity", "0", "--dense-layers", "none"]):
-        assert main(["generate", "--prompt", "Most SQL database engines", *options, *SHORT]) == 0
+        assert main(["generate", "--prompt", EXAMPLE, *options, *SHORT]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
@@ -82,6 +104,20 @@ def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> No
         (("generate", "--prompt", "a", "--dense-layers", "9"), "--dense-layers must lie in"),
         (("generate", "--prompt", "a", "--gen-length", "10"), "--block-length must divide gen_length=10"),
         (("generate", "--prompt", "a", "--device", "abacus"), "--device must be a device"),
+        (
+            ("generate", "--prompt", "a", "--steps", "1000"),
+            "--steps must be at most --gen-length, 64 tokens to fill, got 1000",
+        ),
+        (("generate", "--prompt", "a", "--steps", "9", *SHORT[:4]), "--steps must be at most --gen-length, 8 tokens"),
+        (
+            ("generate", "--prompt", "a", "--sparsity", "50"),
+            r"--sparsity must be in \[0, 1\), got 50.0; a share: 0.5 for 50 %",
+        ),
+        (("generate", "--prompt", "a", "--sparsity", "-1"), r"--sparsity must be in \[0, 1\), got -1.0$"),
+        (("demo", "--length", "four"), "--length must be positive numbers of tokens such as 4096,8K, got 'four'"),
+        (("demo", "--length", "1K,2K"), "--length must be one number of tokens such as 4096 or 4K, got '1K,2K'"),
+        (("demo", "--score", "x"), r"--score must be one of .*\(try baatt demo --help\)"),
+        (("demo", "--dense-layers", "9"), r"^baatt: --dense-layers must lie in \[-6, 6\)"),
         (("demo", "--length", "10"), "length must hold the smallest"),
         (("demo", "--length", "10000000000"), "must fit into memory"),
         (("demo", "--task", "hide_and_seek"), "invalid choice: 'hide_and_seek'"),

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from baatt.cli.main import main, replace_alias
+from baatt.cli.main import main
 from baatt.cli.ruler_report import answer_bar, setting_names, show_averages, show_length
 from baatt.config import BAAttConfig, Policy
 from baatt.lab import loading
+from baatt.lab.answers import AnswerStore
 from baatt.lab.describe import settings_text
 from baatt.lab.options import variants
 from baatt.lab.ruler.cells import Cell, make_cells
@@ -256,25 +257,29 @@ def test_files_of_earlier_versions_are_drawn(name, here):
     assert (here / "old.png").stat().st_size > 10_000
 
 
-def test_the_old_verb_says_what_it_is_now(model, here, capsys):
-    argv = ["ablate", "--model", model, *SHORT, "--lengths", "512", "--count", "1", "--dial", "beta=0,0.5"]
-    assert main([*argv, "--tasks", "niah_single_1", "--dense-layers", "0"]) == 0
-    said = capsys.readouterr().err.splitlines()[0]
-    runs = "baatt evaluate ruler --tasks niah_multikey_1 --lengths 1024 --count 20 --seed 0 "
-    assert said.startswith(f"baatt: ablate is an old name that goes with the next release, this runs: {runs}")
-    stored = json.loads((here / "ablation.json").read_text())
-    assert stored["command"].startswith(runs)
-    assert (stored["seed"], stored["count"], stored["dense_layers"]) == (0, 1, [0])
-    assert [one["config"].get("beta") for one in stored["records"]] == [None, 0, 0.5]
-    assert replace_alias(["ablate", "--tasks", "all"])[-2:] == ["--tasks", "needles"]
-    assert replace_alias(["demo", "--task", "all"]) == ["demo", "--task", "all"]
+def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(model, here, capsys, monkeypatch):
+    argv, put = command(model, "--sparsity", "0.5", "--json", "cut.json"), AnswerStore.put
+
+    def cut(store, key, answer):
+        put(store, key, answer)
+        if len(store) % 5 == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerStore, "put", cut)
+        for kept in (5, 10):
+            assert main(argv) == 130
+            said = f"baatt: interrupted: {kept} of 24 answers in cut.answers are kept; the same command goes on"
+            assert said + " from there: baatt evaluate ruler" in capsys.readouterr().err.splitlines()[-1]
+    assert main(argv) == 0
+    assert len((here / "cut.answers/rank0.jsonl").read_text().splitlines()) == 24
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--tasks", "sudoku"], "--tasks: tasks must be all, needles or of niah_single_1,"),
-        (["--tasks", "qa_2"], "tasks must have their data sets: qa_2 needs hotpot, got none"),
+        (["--tasks", "qa_2"], "tasks must have their data sets: qa_2 needs --hotpot FILE, got none"),
         (["--tasks", "qa_1", "--squad", "missing.json"], "missing.json must be a local copy of"),
         (["--essay", "missing"], "essay must be a file or a folder of .txt files, got missing, which does not exist"),
         (["--score", "best"], "--score must be one of ['covariance',"),
@@ -358,16 +363,18 @@ def test_the_table_of_a_length():
         "| task | dense | beta 0.5, 50 % | oracle, 70 % |",
         "| a | 100.0 [51.0-100.0] | 50.0 [15.0-85.0] | 100.0 [51.0-100.0] |",
         "| | | 2 lost, 0 won, p 0.5 | 0 lost, 0 won, p 1 |",
-        "| b | 50.0 [50.0-50.0] | 37.5 [0.0-75.0] | 25.0 [25.0-25.0] |",
-        "| | | -12.5 [-50.0, +25.0] | -25.0 [-25.0, -25.0] |",
-        "| average, 2 of 13 tasks | 75.0 [50.5-75.0] | 43.8 [18.1-69.4] | 62.5 [38.0-62.5] |",
-        "| | | -31.2 [-62.5, -6.2] | -12.5 [-12.5, -12.5] |",
+        "| b | 50.0 [25.5-74.5] | 37.5 [0.0-87.2] | 25.0 [12.8-61.7] |",
+        "| | | -12.5 [-74.5, +61.7] | -25.0 [-61.7, +36.2] |",
+        "| average, 2 of 13 tasks | 75.0 [47.6-87.2] | 43.8 [18.1-74.2] | 62.5 [37.3-80.9] |",
+        "| | | -31.2 [-80.9, +45.8] | -12.5 [-55.4, +42.6] |",
         "| whole words only | 75.0 | 43.8 | 62.5 |",
         "| seconds a sample | 0.5 | 0.5 | 0.5 |",
         "| tokens/s | 32.0 | 32.0 | 32.0 |",
         "| block pairs skipped | 40.0% | 40.0% | 40.0% |",
         "Score in percent [95 % interval]; below, samples lost and won against dense attention with",
-        "McNemar's p, or the difference [95 % interval] where a score is a share.",
+        "McNemar's p, or the difference [95 % interval] where a score is a share. A setting is named",
+        "by the share of key blocks that its sparse layers skip; the block pairs skipped are those of",
+        "all layers, dense ones included.",
     ]
 
 
@@ -379,6 +386,8 @@ def test_the_table_of_averages():
         "| dense | 75.0 | 75.0 | 75.0 | 75.0 | 75.0 |",
         "| beta 0.5, 50 % | 43.8 | 43.8 | 43.8 | 43.8 | 43.8 |",
         "| oracle, 70 % | 62.5 | 62.5 | 62.5 | 62.5 | 62.5 |",
+        "In percent. wAvg weighs the lengths 1, 2, 3 ...: (inc) from the",
+        "shortest on, (dec) from the longest on.",
     ]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from baatt import Policy
 from baatt.cli.main import main
+from baatt.lab.answers import AnswerStore
 from tests.lab.fidelity.models import llada_folder, transformers_folder
 
 SMALL = ["--documents", "2", "--needles", "3", "--block-size", "16"]
@@ -28,6 +29,19 @@ def command(model, *more):
 
 def stored(here, name="fidelity.json"):
     return json.loads((here / name).read_text())
+
+
+def test_ctrl_c_says_what_is_kept(llada, here, capsys, monkeypatch):
+    put = AnswerStore.put
+
+    def cut(store, key, answer):
+        put(store, key, answer)
+        if len(store) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(AnswerStore, "put", cut)
+    assert main(command(llada, "--lengths", "512")) == 130
+    assert "baatt: interrupted: 3 measurements in fidelity.answers are kept; the same" in capsys.readouterr().err
 
 
 def test_lengths_scores_and_sparsities(llada, here, capsys):

@@ -355,3 +355,11 @@ def test_block_causal_in_a_compiled_graph(tokens):
     with baatt.enable(model, ALL_BLOCKS) as handle:
         torch.testing.assert_close(compiled(tokens).logits, expected)
     assert counts(handle) == (1, 0)
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+def test_the_warning_points_at_the_line_that_ran_the_model(dream, tokens, decorated):
+    run = torch.inference_mode()(dream) if decorated else dream  # one more frame of torch on the way
+    with baatt.enable(dream, HALF), pytest.warns(NoSparseAttentionWarning) as warned:
+        run(tokens, torch.ones(1, 1, 70, 70, dtype=torch.bool).triu())
+    assert {one.filename for one in warned} == {__file__}

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baatt.lab.statistics import NORMAL_QUANTILE, bootstrap_interval, wilson_interval
+from baatt.lab.statistics import (
+    FEW,
+    NORMAL_QUANTILE,
+    bootstrap_interval,
+    bounded_interval,
+    score_interval,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,26 @@ def test_bootstrap_of_equal_scores_and_of_many():
 def test_bootstrap_refuses(scores, resamples, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(scores, resamples=resamples)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 7, 200])
+@pytest.mark.parametrize("score", [0.0, 0.25, 0.8, 1.0])
+def test_equal_scores_do_not_claim_certainty(samples, score):
+    low, high = score_interval([score] * samples)
+    wilson = wilson_interval(round(score) * samples, samples)
+    assert 0 <= low <= score + 1e-12
+    assert score - 1e-12 <= high <= 1
+    assert high - low == pytest.approx(wilson.high - wilson.low)  # exactly Wilson's at both ends
+    if score in (0, 1):
+        assert (low, high) == pytest.approx(wilson)
+
+
+@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=12))
+def test_few_differences_get_wide_intervals(differences):
+    low, high = bounded_interval(differences, -1, 1)
+    inside = bootstrap_interval(differences)
+    assert -1 <= low <= inside.low
+    assert inside.high <= high <= 1
+    equal = len(set(differences)) == 1
+    widened = len(differences) < FEW or equal
+    assert (high - low > inside.high - inside.low) == (widened and inside != (-1, 1))

@@ -1,7 +1,7 @@
 """Take the method apart on a real input: record a model's attention, then measure recall and bound.
 
-`capture` writes q, k and v of chosen layers to a safetensors file; `recall`, `bound` and `maps` read such a file, of
-any model. The first two print a table and can store JSON and a picture, `maps` draws one.
+`capture` writes q, k and v of chosen layers to a safetensors file; the other actions read such a file, or one with q, k
+and v of your own. `recall`, `bound` and `layers` print a table and can store JSON, `maps` draws.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from baatt.cli.options import (
     add_sparse_options,
     check_files,
     layer_numbers,
+    length,
     load_any_model,
     names_of,
     read_configs,
@@ -30,7 +31,7 @@ from baatt.cli.options import (
 )
 from baatt.config import PRESETS, BAAttConfig
 from baatt.integrations.enable import enable
-from baatt.lab.capture import Capture, Recorder, load_capture, save_capture
+from baatt.lab.capture import LAYOUT, Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
 from baatt.lab.layers import measure_bound, measure_layers
 from baatt.lab.loading import check_memory
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = 'a UTF-8 file with the text, or "-" for standard input (default: a document of --task)'
     text.add_argument("--prompt-file", type=Path, help=where)
     text.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
-    add("--length", type=int, default=4096, help="tokens of a document of --task (default: 4096)")
+    add("--length", type=length, default=4096, help="tokens of a document of --task and its answer (default: 4096)")
     add("--seed", type=int, default=0, help="which document (default: 0)")
     add("--impl", default="auto", help=argparse.SUPPRESS)
     add_model_options(capture, any_kind=True)
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scores", type=names_of(SCORES), default=list(SCORES), help=f"by commas (default: {usual})")
     add(
         "--no-outputs", dest="measured", action="store_const", const={"outputs": False}, default={},
-        help="skip the error of the output, which takes longest",
+        help="do not attend, and print no error of the output: that takes half of the time",
     )  # fmt: skip
     for name in ("bound", "layers"):
         _add_study_options(studies[name], {}, ["sparsity", "score", "beta"])
@@ -133,7 +134,8 @@ def run_capture(arguments: argparse.Namespace) -> None:
             f"{''.join(f'; {reason}' for reason in handle.reasons)}"
         )
     save_capture(Capture(dict(sorted(recorder.found.items())), recorder.scale, about), arguments.output)
-    found = f"{name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}"
+    room = "" if arguments.prompt_file else f"; the other {arguments.length - len(ids)} of --length are for the answer"
+    found = f"{name}, {len(ids)} tokens of {source}, layers {sorted(recorder.found)}{room}"
     Console().print(f"{arguments.output}: {found}", soft_wrap=True)
 
 
@@ -160,26 +162,31 @@ def run_study(arguments: argparse.Namespace) -> None:
 
 
 def recall_tables(records: Sequence[Record]) -> list[Table]:
-    """A table per order and beta: a row per score, a column per sparsity."""
+    """A table per order and beta: a row per score, a column per sparsity; below, the error of the output."""
     whole = [one for one in records if one["layer"] is None]
+    measured = all(one["relative_l2"] is not None for one in whole)
+    caption = "Share of the attention that the kept blocks hold: mean (5th percentile)"
+    caption += "; relative L2 error of the output against dense attention." if measured else "."
     grid = pivot(
         whole, lambda one: (f"{order_name(one)}, beta {one['beta']:g}", one["score"]), lambda one: one["sparsity"]
     )
     cells: dict[str, list[list[str]]] = {}
     for (title, score), row in grid.items():
         texts = [f"{one['recall_mean']:.3f} ({one['recall_p5']:.3f})" for one in row.values()]
+        if measured:
+            texts = [f"{text}; {one['relative_l2']:.3f}" for text, one in zip(texts, row.values(), strict=True)]
         cells.setdefault(title, []).append([score, *texts])
     header = ("sparsity", *(f"{sparsity:g}" for sparsity in dict.fromkeys(one["sparsity"] for one in whole)))
-    return [Table(header, rows, title=title) for title, rows in cells.items()]
+    return [Table(header, rows, caption, title) for title, rows in cells.items()]
 
 
-def layer_tables(records: Sequence[Record], columns: Mapping[str, str]) -> list[Table]:
+def layer_tables(records: Sequence[Record], columns: Mapping[str, str], caption: str) -> list[Table]:
     """A table per order with a row per layer; columns: title -> field of the records."""
     tables: dict[str, list[list[str]]] = {}
     for one in records:
         row = [str(one["layer"]), *(f"{one[field]:.3g}" for field in columns.values())]
         tables.setdefault(order_name(one), []).append(row)
-    return [Table(("layer", *columns), rows, title=order) for order, rows in tables.items()]
+    return [Table(("layer", *columns), rows, caption, order) for order, rows in tables.items()]
 
 
 def run_maps(arguments: argparse.Namespace) -> None:
@@ -210,7 +217,9 @@ def _draw_one_head(arguments: argparse.Namespace, recorded: Capture, configs: Se
     head = most_structured_head(heads.q, heads.k, plans[0]) if arguments.head is None else arguments.head
     if not 0 <= head < heads.q.shape[1]:
         raise UsageError(f"--head must be from 0 to {heads.q.shape[1] - 1}, got {head}")
-    caption = f"{_title(recorded)}, head {head}; outlined: the blocks kept at {percent(configs[0].sparsity)} sparsity"
+    caption = (
+        f"{_title(recorded)}, head {head}; what each setting skips at {percent(configs[0].sparsity)} sparsity is dimmed"
+    )
     draw_maps(heads.q, heads.k, plans, head, caption, arguments.plot)
     Console().print(f"Picture: {arguments.plot}, layer {layer}, head {head}", soft_wrap=True)
 
@@ -228,7 +237,10 @@ def _add_study_options(
 ) -> None:
     orders = "none and the preset's, or the paper's where it has none"
     parser.description = f"{parser.description} Orders without --sort: {orders}."
-    parser.add_argument("capture", type=Path, help="file of `baatt analyze capture`")
+    layout = LAYOUT.replace("%", "%%")
+    parser.add_argument(
+        "capture", type=Path, help=f"file of `baatt analyze capture`, or a safetensors file of your own: {layout}"
+    )
     parser.add_argument("--layers", type=layer_numbers, help="numbers like 0,2 (default: all in the file)")
     lists = {"sort": None, "segment": None, **many}
     add_sparse_options(parser, many=lists, without=without, dense_layers=False, impl=False)
@@ -265,15 +277,15 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 def _title(recorded: Capture) -> str:
     first = next(iter(recorded.layers.values()))
-    name = recorded.about.get("model", "a model")
-    return f"{name}, layers {', '.join(map(str, recorded.layers))}, {first.q.shape[2]} queries, {first.k.shape[2]} keys"
+    layers = ", ".join(map(str, recorded.layers))
+    return f"{recorded.about['model']}, layers {layers}, {first.q.shape[2]} queries, {first.k.shape[2]} keys"
 
 
 #: Every action that measures something on a capture. A new one is a function that measures and an entry.
 STUDIES = {
     "recall": Study(
         "How much attention mass each score keeps at equal budgets, beside the oracle.",
-        "attention mass kept, mean (5th percentile)", measure_recall, recall_tables, draw_recall,
+        "attention kept at equal budgets", measure_recall, recall_tables, draw_recall,
     ),
     "bound": Study(
         "The error bound U against the true deviation (E9, Fig. 2).",
@@ -281,7 +293,9 @@ STUDIES = {
         partial(layer_tables, columns={
             "R, largest": "correlation_largest", "R, mean": "correlation_mean", "mean U": "bound_mean",
             "mean largest": "largest_mean", "mean deviation": "deviation_mean",
-        }), draw_bound,
+        }, caption="Over all block pairs. Deviation: how far the logit of two tokens is from that of their blocks' "
+            "means; largest: of a pair of blocks. R: correlation of U (Pearson's) with the largest, with the mean."
+        ), draw_bound,
     ),
     "layers": Study(
         "What an order does to each layer: norms, width of blocks, spread of attention.",
@@ -290,6 +304,9 @@ STUDIES = {
             "norms of q vary": "query_norm_variation", "norms of k vary": "key_norm_variation",
             "radius of q blocks": "query_radius", "radius of k blocks": "key_radius",
             "blocks for 90 %": "blocks_for_most", "on diagonal": "on_diagonal",
-        }),
+        }, caption="Norms vary: standard deviation over mean. Radius: largest distance of a token to the mean of its "
+            "block, over the mean norm. Blocks for 90 %: share of the key blocks that hold 90 % of a query block's "
+            "attention. On diagonal: share of the attention in the key block at the same place and its two neighbours."
+        ),
     ),
 }  # fmt: skip

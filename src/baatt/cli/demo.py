@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from baatt.attention import attend, make_plan
-from baatt.cli.options import add_model_options, add_sparse_options, check_files, load_model, read_preset
+from baatt.cli.options import add_model_options, add_sparse_options, check_files, length, load_model, read_preset
 from baatt.config import BAAttConfig, Policy, Preset
 from baatt.integrations.enable import enable
 from baatt.lab.describe import options_text, selection_name
@@ -49,7 +49,7 @@ class Reading(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Document, output and the shared options."""
-    parser.add_argument("--length", type=int, default=4096, help="tokens of document and answer (default: 4096)")
+    parser.add_argument("--length", type=length, default=4096, help="tokens of document and answer (default: 4096)")
     parser.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
     parser.add_argument("--seed", type=int, default=1, help="which document (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("baatt-demo.png"), help="picture (default: baatt-demo.png)")
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = [f"{name}: {selection_name(vars(one.config), one.policy.dense_layers)}" for name, one in settings.items()]
     console.print(table(sample, ["full attention", *names], readings).rich())
     draw(*readings[0].drawn, setting.config, drawn, arguments.output)
-    console.print(f"Attention map of layer {drawn}, kept blocks outlined: {arguments.output}")
+    console.print(f"Attention map of layer {drawn}, skipped blocks dimmed: {arguments.output}", soft_wrap=True)
 
 
 def warm_up(model: MaskedDiffusionLM, settings: Iterable[Preset], impl: str) -> None:
@@ -142,5 +142,5 @@ def draw(q: Tensor, k: Tensor, config: BAAttConfig, layer: int, path: Path) -> N
     """The map in the order of the paper's setting, of a config and of the oracle, each with the blocks it keeps."""
     plans = [make_plan(q, k, one, impl="reference") for one in compared(config)]
     head = most_structured_head(q, k, plans[-1])
-    caption = f"Layer {layer}, head {head}: full attention at the first denoising step; outlined: the blocks kept"
+    caption = f"Layer {layer}, head {head}: full attention at the first denoising step; dimmed: what each setting skips"
     draw_maps(q, k, plans, head, caption, path)

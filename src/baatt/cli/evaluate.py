@@ -17,7 +17,7 @@ from rich.console import Console
 
 from baatt.assets import shipped_model
 from baatt.cli import fidelity
-from baatt.cli.errors import UsageError
+from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import add_model_options, add_sparse_options, at_least, check_files, lengths, load_model
 from baatt.cli.ruler_report import answer_bar, show_averages, show_length
 from baatt.config import PRESETS, BAAttConfig, Policy
@@ -110,9 +110,15 @@ def run(arguments: argparse.Namespace) -> None:
             share.prepare()
         except RuntimeError as error:
             raise UsageError(f"--impl {arguments.impl} cannot run this model: {error}") from None
-        with answer_bar(share.open(), Console(stderr=True), shown=ranks.rank == 0) as advance:
+        with (
+            resumable(
+                lambda: f"{sum(map(len, share.kept()))} of {len(cells) * len(numbers)} answers in {store_folder}",
+                arguments.command,
+            ),
+            answer_bar(share.open(), Console(stderr=True), shown=ranks.rank == 0) as advance,
+        ):
             share.answer(advance)
-        share.measure_recalls()
+            share.measure_recalls()
         answers = share.gather(ranks)
     finally:
         leave_process_group()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from baatt.assets import held_out_text, shipped_model
-from baatt.cli.errors import UsageError
+from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import (
     add_model_options,
     add_sparse_options,
@@ -87,8 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
     )
     reader = Reader(model, find_mask_token(model, tokenizer, arguments.model))
     folder = arguments.store or arguments.json.with_suffix(".answers")
-    with reading_bar() as (expect, advance):
-        study = Study(reader, tokenizer, text, arguments.lengths, setup, AnswerStore(folder), made["commit"], advance)
+    store = AnswerStore(folder)
+    with (
+        resumable(lambda: f"{len(store)} measurements in {folder}", arguments.command),
+        reading_bar() as (expect, advance),
+    ):
+        study = Study(reader, tokenizer, text, arguments.lengths, setup, store, made["commit"], advance)
         cells = make_cells(arguments, study.layers)
         length, (config, policy) = arguments.lengths[0], read_preset(arguments)
         layers = study.layer_cells(length, config, policy) if arguments.by_layer else []

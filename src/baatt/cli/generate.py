@@ -15,17 +15,28 @@ from baatt.cli.options import add_model_options, add_sparse_options, load_model,
 from baatt.config import Policy
 from baatt.integrations.enable import enable
 from baatt.lab.loading import DTYPES, check_bytes, check_memory
-from baatt.lab.options import add_options, chosen
+from baatt.lab.options import add_options, given, variants
 from baatt.lab.prompts import answer_text
+from baatt.lab.ruler.tasks import is_asked
 from baatt.lab.texts import decode_text, read_text
 from baatt.sampling import SamplerConfig, StepInfo, generate
 
-#: How a prompt is continued where the options say nothing else.
+#: How a prompt is continued where the options say nothing else; --steps follows --gen-length.
 USUAL = SamplerConfig(steps=64, gen_length=64, block_length=32)
+#: Below as many tokens a sparse call has few blocks to leave out, and choosing them takes longer than it saves.
+SHORT = 1024
+EXAMPLE = (
+    "One of the special magic numbers for calm-river is: 4821973. What is the special magic number for calm-river "
+    "mentioned in the provided text? The special magic number for calm-river mentioned in the provided text is"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Prompt, sampler, model and sparsity."""
+    parser.description = (
+        f"{parser.description} The shipped model answers RULER's questions about a text and nothing else, such as "
+        f'--prompt "{EXAMPLE}"; --model takes a language model of your own.'
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue")
     source.add_argument("--prompt-file", type=Path, help='a UTF-8 file with the text, or "-" for standard input')
@@ -39,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation."""
     config, policy = (None, Policy()) if arguments.dense else read_preset(arguments)
-    sampler = chosen(arguments, USUAL)
+    sampler = read_sampler(arguments)
     prompt = _read_prompt(arguments)
     model, tokenizer = load_model(arguments, policy)
     ids = tokenizer.encode(prompt).ids
@@ -51,6 +62,12 @@ def run(arguments: argparse.Namespace) -> None:
         kept = 2 * model.config.n_layers * model.config.kv_heads * model.config.head_size * tokens
         kept *= DTYPES[arguments.dtype].itemsize * (2 if sampler.cfg_scale > 0 else 1)
         check_bytes(f"--cache {sampler.cache}", f"keys and values of {tokens} tokens need", kept, device)
+    if arguments.model is None and not arguments.json and not is_asked(prompt):
+        raise UsageError(
+            "the prompt must ask one of RULER's questions about a text, all that the shipped model has learnt: "
+            "needles, variables, common and frequent words (baatt generate --help has an example, baatt demo asks); "
+            "--model DIR takes a language model in LLaDA's layout, --json shows what the shipped one makes of a text"
+        )
     bar = Progress(
         TextColumn("denoising"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
@@ -74,10 +91,27 @@ def run(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     sys.stdout.write(f"{json.dumps(record) if arguments.json else text}\n")
     if not arguments.json:
+        part = f", {result.cached_evaluations} of them of one block with cached keys and values"
+        cached = part if result.cached_evaluations else ""
         sys.stderr.write(
             f"{result.tokens_per_second:.1f} tokens/s: {result.filled} tokens in {result.seconds:.2f} s, "
-            f"{result.full_evaluations} full and {result.cached_evaluations} cached model evaluations\n"
+            f"{result.steps} model evaluations{cached}\n"
         )
+        if config is not None and tokens < SHORT:
+            sys.stderr.write(
+                f"{tokens} tokens make few blocks of {config.block_size}: choosing among them takes longer than it "
+                "saves, --dense is faster\n"
+            )
+
+
+def read_sampler(arguments: argparse.Namespace) -> SamplerConfig:
+    """As given; a step fills at least one token, so as many steps as tokens are the usual and the most."""
+    values = given(arguments, SamplerConfig)
+    tokens = values.get("gen_length", USUAL.gen_length)
+    sampler = variants(USUAL, {"steps": tokens} | values)[0]
+    if sampler.steps > tokens:
+        raise UsageError(f"--steps must be at most --gen-length, {tokens} tokens to fill, got {sampler.steps}")
+    return sampler
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:

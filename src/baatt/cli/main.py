@@ -5,7 +5,6 @@ What the caller can mend ends in one line on stderr and exit code 2; a defect of
 
 import argparse
 import importlib
-import itertools
 import re
 import shlex
 import sys
@@ -23,12 +22,6 @@ VERBS = {
     "analyze": "Take the method apart on a real input: record a model's attention, then measure recall and bound.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
     "doctor": "What is installed, which devices there are, and which implementation would run and why.",
-}
-
-#: Old verb -> what it is now, with its own defaults, which anything given after it overrides; kept for one release.
-ALIASES = {
-    "ablate": "evaluate ruler --tasks niah_multikey_1 --lengths 1024 --count 20 --seed 0 --steps 32 --recall-samples 1 "
-    "--preset paper --json ablation.json"
 }
 
 
@@ -58,21 +51,9 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def replace_alias(argv: Sequence[str]) -> Sequence[str]:
-    """The arguments with an old verb replaced, which is said on stderr."""
-    if not argv or argv[0] not in ALIASES:
-        return argv
-    # "all" were the needle tasks.
-    given = ["needles" if pair == ("--tasks", "all") else pair[1] for pair in itertools.pairwise(argv)]
-    replaced = [*ALIASES[argv[0]].split(), *given]
-    runs = shlex.join(["baatt", *replaced])
-    print(f"baatt: {argv[0]} is an old name that goes with the next release, this runs: {runs}", file=sys.stderr)  # noqa: T201
-    return replaced
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    argv = replace_alias(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
         arguments = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
         arguments.command = shlex.join(["baatt", *argv])
@@ -80,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, OSError, ValueError, TypeError) as error:
         print(f"baatt: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return 2
-    except KeyboardInterrupt:
-        print("baatt: interrupted", file=sys.stderr)  # noqa: T201
+    except KeyboardInterrupt as interrupt:
+        print(": ".join(filter(None, ("baatt: interrupted", str(interrupt)))), file=sys.stderr)  # noqa: T201
         return 130
     return 0
 

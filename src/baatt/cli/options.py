@@ -196,6 +196,14 @@ def lengths(text: str) -> list[int]:
     return sorted(set(found))
 
 
+def length(text: str) -> int:
+    """One number of tokens such as 4096 or 4K."""
+    found = lengths(text)
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"must be one number of tokens such as 4096 or 4K, got {text!r}")
+    return found[0]
+
+
 def layer_numbers(text: str) -> tuple[int, ...]:
     """Numbers of layers by commas; negative ones count from the last."""
     try:

@@ -94,7 +94,8 @@ def show_length(header: Record, records: Sequence[Record], averages: Sequence[Re
         columns, lines, parted=None if wide else tasks,
         title=f"RULER at {length} tokens, {header['model']}, {here[0]['n']} samples a task",
         caption="Score in percent [95 % interval]; below, samples lost and won against dense attention with McNemar's "
-        "p, or the difference [95 % interval] where a score is a share.",
+        "p, or the difference [95 % interval] where a score is a share. A setting is named by the share of key blocks "
+        "that its sparse layers skip; the block pairs skipped are those of all layers, dense ones included.",
     )  # fmt: skip
 
 
@@ -106,7 +107,8 @@ def show_averages(averages: Sequence[Record]) -> Table:
         values = [*(one["accuracy"] for one in each["by_length"]), each["mean"], each["rising"], each["falling"]]
         rows.append([name, *(f"{100 * value:.1f}" for value in values)])
     columns = ["setting", *lengths, "mean", "wAvg (inc)", "wAvg (dec)"]
-    return Table(columns, rows, title=f"Average, {tasks_text(averages)}")
+    caption = "In percent. wAvg weighs the lengths 1, 2, 3 ...: (inc) from the shortest on, (dec) from the longest on."
+    return Table(columns, rows, caption, f"Average, {tasks_text(averages)}")
 
 
 def tasks_text(averages: Sequence[Record]) -> str:

@@ -5,6 +5,7 @@ exit. An adapter is one file with the two functions of `Adapter` and one line in
 """
 
 import importlib
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
@@ -26,6 +27,9 @@ ADAPTERS: Mapping[str, str] = {
     "(Dream, DiffuCoder, LLaDA-MoE, LLaDA-V, LLaDA2, SDAR, Fast-dLLM v2)",
     "transformers": "transformers models that use the attention interface (ModernBERT, EuroBERT, Qwen, Llama, ...)",
 }
+
+#: Where a warning does not point: the line above them in the stack is the user's.
+LIBRARIES = ("baatt", "torch", "transformers", "diffusers", "accelerate", "peft")
 
 #: Modules that are attached to now.
 _attached: "WeakSet[nn.Module]" = WeakSet()
@@ -142,6 +146,14 @@ def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
     )
 
 
+def _level_of_caller() -> int:
+    """What warnings.warn must be told in the calling function to point at the line of the user that ran the model."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _watch(root: nn.Module, handle: Handle) -> None:
     """Hook every forward: read the step before, warn once after one without a sparse call.
 
@@ -166,7 +178,7 @@ def _watch(root: nn.Module, handle: Handle) -> None:
         warnings.warn(
             f"{type(root).__name__} ran without a single sparse attention call: {reasons}",
             NoSparseAttentionWarning,
-            stacklevel=3,
+            stacklevel=_level_of_caller(),
         )
 
     handle.before_forward(root, start, prepend=True)

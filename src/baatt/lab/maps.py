@@ -1,4 +1,4 @@
-"""Attention maps in the order of several settings, the blocks each keeps outlined (as the paper's Fig. 5): PNG or page.
+"""Attention maps in the order of several settings, what each skips dimmed (as the paper's Fig. 5): a PNG or a page.
 
 In: q and k of one layer, or a `Capture` and configs. Out: cell averages of the dense attention map in a given token
 order, a picture of some, or the text of an HTML file of all layers and heads that needs nothing else: `maps_page.html`
@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,8 @@ SLAB_ROWS = 1024
 #: Colours of a page begin at this share of uniform attention.
 DARKEST = 0.03
 LEVELS = 65535
+#: How much white lies over a skipped block of a picture.
+SHADE = 0.62
 
 
 def paper_like(config: BAAttConfig) -> BAAttConfig:
@@ -110,6 +113,11 @@ def draw_maps(q: Tensor, k: Tensor, plans: Sequence[Plan], head: int, caption: s
                 Rectangle((block * size, row * size), min(size, columns - block * size), min(size, rows - row * size))
                 for row, block in kept.nonzero().tolist()
             ]
+            shade = np.zeros((*kept.shape, 4))
+            shade[..., :] = (1, 1, 1, SHADE)
+            shade[kept.numpy(), 3] = 0
+            ends = (0, kept.shape[1] * size, kept.shape[0] * size, 0)  # the last blocks may reach beyond the map
+            axis.imshow(shade, interpolation="nearest", extent=ends)
             axis.add_collection(PatchCollection(boxes, facecolor="none", edgecolor="#35d0ff", linewidth=0.4, alpha=0.8))
             share = float(_kept_shares(q, k, plan)[head])
             counted = f"keeps {int(kept.sum())} of {kept.numel()} block pairs, {100 * share:.1f} % of the attention"

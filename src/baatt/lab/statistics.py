@@ -16,6 +16,10 @@ from baatt.types import widest
 NORMAL_QUANTILE = 1.959963984540054  # two-sided 95 %
 
 
+#: With fewer scores, or equal ones, a bootstrap knows too little of what it has not seen.
+FEW = 10
+
+
 class Interval(NamedTuple):
     """A 95 % interval of a proportion or a mean."""
 
@@ -79,16 +83,32 @@ def bootstrap_interval(scores: Sequence[float], *, resamples: int = 10_000, seed
     return Interval(float(low), float(high))
 
 
+def bounded_interval(scores: Sequence[float], least: float, most: float) -> Interval:
+    """95 % interval of the mean of scores between two limits: the bootstrap's, wider where scores are few or equal.
+
+    It is widened by the share of samples that may be anything else although none of n is, z^2 / (n + z^2): of scores
+    that are all `least` or all `most` this is Wilson's interval.
+
+    Raises:
+        ValueError: as `bootstrap_interval`.
+    """
+    low, high = bootstrap_interval(scores)
+    if len(scores) < FEW or low == high:
+        unseen = NORMAL_QUANTILE**2 / (len(scores) + NORMAL_QUANTILE**2)
+        return Interval(low - unseen * (low - least), high + unseen * (most - high))
+    return Interval(low, high)
+
+
 def is_right_or_wrong(scores: Sequence[float]) -> bool:
     """Whether every score is 0 or 1."""
     return all(score in (0, 1) for score in scores)
 
 
 def score_interval(scores: Sequence[float]) -> Interval:
-    """95 % interval of a mean score: Wilson's where every score is 0 or 1, else the bootstrap's."""
+    """95 % interval of a mean score: Wilson's where every score is 0 or 1, else `bounded_interval`."""
     if is_right_or_wrong(scores):
         return wilson_interval(round(sum(scores)), len(scores))
-    return bootstrap_interval(scores)
+    return bounded_interval(scores, 0, 1)
 
 
 def average_interval(tasks: Sequence[tuple[float, float, float]]) -> Interval:

@@ -22,7 +22,7 @@ from baatt.lab.ruler.scoring import METRICS
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.summary import compare, make_averages, make_records
 from baatt.lab.ruler.tasks import OFFLINE_TASKS, check_sources, draw_samples
-from baatt.lab.statistics import average_interval, bootstrap_interval, mcnemar_p, score_interval, wilson_interval
+from baatt.lab.statistics import average_interval, bounded_interval, mcnemar_p, score_interval, wilson_interval
 from baatt.models import MaskedDiffusionLM
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import SamplerConfig, generate
@@ -163,7 +163,7 @@ def test_tasks(tmp_path):
     assert choose_tasks("vt,needles,vt", Sources()) == ["vt", *OFFLINE_TASKS[:8]]
     with pytest.raises(ValueError, match=r"tasks must be all, needles or of niah_single_1,.*; got sudoku,go"):
         choose_tasks("vt,sudoku,go", Sources())
-    with pytest.raises(ValueError, match="tasks must have their data sets: qa_2 needs hotpot, got none"):
+    with pytest.raises(ValueError, match="tasks must have their data sets: qa_2 needs --hotpot FILE, got none"):
         choose_tasks("qa_2", Sources())
     (tmp_path / "squad.json").write_text(json.dumps(SQUAD))
     sources = Sources(squad=tmp_path / "squad.json")
@@ -375,8 +375,8 @@ def test_records():
     assert (sparse["scores"], sparse["scores_whole"]) == (right[1], [0.0, 0.0, 0.0, 1.0])
     assert (sparse["commits"], sparse["devices"]) == (["d", "c" * 40], ["there", "here"])
     assert (dense["difference"], dense["mcnemar_p"]) == (0, 1)
-    assert (share["ci_low"], share["ci_high"]) == bootstrap_interval(shares[1])
-    assert (share["difference_low"], share["difference_high"]) == bootstrap_interval([-0.5, 0.0, -1.0, 0.0])
+    assert (share["ci_low"], share["ci_high"]) == bounded_interval(shares[1], 0, 1)
+    assert (share["difference_low"], share["difference_high"]) == bounded_interval([-0.5, 0.0, -1.0, 0.0], -1, 1)
     assert (share["difference"], share["mcnemar_p"], share["only_dense_right"]) == (-0.375, None, None)
     assert json.loads(json.dumps([dense, sparse, dense_share, share])) == [dense, sparse, dense_share, share]
 
@@ -393,8 +393,8 @@ def test_averages():
     assert (short["accuracy"], short["dense_accuracy"], short["difference"]) == (0.375, 0.875, -0.5)
     own = [(one["accuracy"], one["ci_low"], one["ci_high"]) for one in (records[1], records[3])]
     assert (short["ci_low"], short["ci_high"]) == average_interval(own)
-    assert (short["difference_low"], short["difference_high"]) == bootstrap_interval([-0.5, -0.5])
-    assert (long["difference_low"], long["difference_high"]) == (0, 0)
+    assert (short["difference_low"], short["difference_high"]) == bounded_interval([-0.5, -0.5], -1, 1)
+    assert (long["difference_low"], long["difference_high"]) == bounded_interval([0, 0], -1, 1)
     assert sparse["mean"] == (0.375 + 0.75) / 2
     assert sparse["rising"] == pytest.approx((0.375 + 2 * 0.75) / 3)
     assert sparse["falling"] == pytest.approx((2 * 0.375 + 0.75) / 3)
@@ -402,7 +402,7 @@ def test_averages():
 
 def test_intervals():
     assert score_interval([1.0, 1.0]) == wilson_interval(2, 2)
-    assert score_interval([1.0, 0.5]) == bootstrap_interval([1.0, 0.5])
+    assert score_interval([1.0, 0.5]) == bounded_interval([1.0, 0.5], 0, 1)
     low, high = average_interval([(1.0, 0.7, 1.0), (0.5, 0.1, 0.9)])
     assert (low, high) == (pytest.approx(0.75 - 0.25), pytest.approx(0.75 + 0.2))
     assert average_interval([(0.5, 0.25, 0.75)]) == (0.25, 0.75)

@@ -18,14 +18,18 @@ def setting_names(records: Sequence[Record]) -> list[str]:
 
 
 def kl_text(one: Record) -> str:
-    """`0.017 [0.015-0.020]`, with three figures."""
+    """`0.017 [0.015-0.020]`, with three figures; one document has no interval, dense attention neither."""
+    if one["kl_low"] == one["kl_high"]:
+        return f"{one['kl']:.3g}"
     return f"{one['kl']:.3g} [{one['kl_low']:.3g}-{one['kl_high']:.3g}]"
 
 
 def recalled_text(one: Record) -> str:
-    """`97.5 [94.3-98.9]`, or nothing where no numbers were planted."""
-    found = [one.get(f"recalled{end}") for end in ("", "_low", "_high")]
-    return MISSING if found[0] is None else interval(*found)  # type: ignore[arg-type]
+    """`97.5 [94.3-98.9]`, without an interval as above, or nothing where no numbers were planted."""
+    if "recalled" not in one:
+        return MISSING
+    value, low, high = (one[f"recalled{end}"] for end in ("", "_low", "_high"))
+    return f"{100 * value:.1f}" if low == high else interval(value, low, high)
 
 
 def length_table(content: Record, length: int) -> Table:
@@ -42,7 +46,7 @@ def length_table(content: Record, length: int) -> Table:
     caption = (
         f"KL to dense attention and loss in nats a token, of {content['predicts']}; tokens that dense attention "
         f"predicts too; tokens of the {content['needles']} numbers of a document that are predicted right, in percent. "
-        "95 % bootstrap intervals over documents."
+        "In brackets 95 % bootstrap intervals over documents, where they differ."
     )
     title = f"{content['model']}, {content['documents']} documents of {length} tokens, {content['dtype']}"
     return Table(columns, rows, caption, title)

@@ -84,6 +84,6 @@ def choose_tasks(names: str, sources: Sources) -> list[str]:
     if unknown := [name for name in chosen if name not in TASKS]:
         raise ValueError(f"tasks must be all, needles or of {','.join(TASKS)}; got {','.join(unknown)}")
     if missing := [name for name in chosen if name not in made]:
-        needed = ", ".join(f"{name} needs {TASKS[name].needs}" for name in missing)
+        needed = ", ".join(f"{name} needs --{TASKS[name].needs} FILE" for name in missing)
         raise ValueError(f"tasks must have their data sets: {needed}, got none")
     return chosen

@@ -2,7 +2,7 @@
 
 In: the answers of cells, dense attention's on the same samples beside them. Out: dicts of JSON values; shares are 0 to
 1, tables show them in percent. Scores that are all 0 or 1 get Wilson's interval and McNemar's test, others, such as the
-share of four values found, bootstrap intervals of the mean and of the paired difference.
+share of four values found, `bounded_interval` of the mean and of the paired difference.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.scoring import averages
-from baatt.lab.statistics import average_interval, bootstrap_interval, is_right_or_wrong, mcnemar_p, score_interval
+from baatt.lab.statistics import average_interval, bounded_interval, is_right_or_wrong, mcnemar_p, score_interval
 
 STUDY = "ruler"
 Record = dict[str, Any]
@@ -104,7 +104,7 @@ def _average_at(length: int, members: Sequence[Record], dense: Sequence[Record])
     # Samples of different tasks are independent: the mean over tasks of their n-th samples is a sample of the average.
     rows = np.mean([one["scores"] for one in here], axis=0) - np.mean([one["scores"] for one in beside], axis=0)
     low, high = average_interval([(one["accuracy"], one["ci_low"], one["ci_high"]) for one in here])
-    difference = bootstrap_interval(rows.tolist())
+    difference = bounded_interval(rows.tolist(), -1, 1)
     return {
         "length": length, "accuracy": mean, "ci_low": low, "ci_high": high,
         "accuracy_whole": float(np.mean([one["accuracy_whole"] for one in here])), "dense_accuracy": dense_mean,
@@ -130,7 +130,7 @@ def compare(dense: Sequence[float], sparse: Sequence[float]) -> Record:
         lost, won = differences.count(-1), differences.count(1)
         p = mcnemar_p(list(map(round, dense)), list(map(round, sparse)))
     else:
-        low, high = bootstrap_interval(differences)
+        low, high = bounded_interval(differences, -1, 1)
     return {
         "difference_low": low, "difference_high": high, "only_dense_right": lost, "only_sparse_right": won,
         "mcnemar_p": p, "difference": sum(differences) / len(differences),

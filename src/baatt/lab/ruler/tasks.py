@@ -42,8 +42,18 @@ TASKS: dict[str, RulerTask] = {
         RulerTask("qa_2", functools.partial(qa.recipe, data="hotpot"), qa.ANSWER_TOKENS, "part", "hotpot"),
     )
 }
+#: How questions of the tasks that need no data set begin their answer: in lower case, up to what differs.
+ASKED = tuple(
+    prefix.partition("{")[0].strip().lower()
+    for prefix in (niah.ANSWER_PREFIX, vt.ANSWER_PREFIX, cwe.ANSWER_PREFIX, fwe.ANSWER_PREFIX)
+)
 #: The tasks that need no data set.
 OFFLINE_TASKS = tuple(name for name, task in TASKS.items() if not task.needs)
+
+
+def is_asked(text: str) -> bool:
+    """Whether a text asks as a task that needs no data set does, which is all that the shipped model has learnt."""
+    return any(words in text.lower() for words in ASKED)
 
 
 def find_task(name: str) -> RulerTask:
