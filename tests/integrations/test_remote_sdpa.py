@@ -3,6 +3,7 @@
 import copy
 import inspect
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -362,4 +363,5 @@ def test_the_warning_points_at_the_line_that_ran_the_model(dream, tokens, decora
     run = torch.inference_mode()(dream) if decorated else dream  # one more frame of torch on the way
     with baatt.enable(dream, HALF), pytest.warns(NoSparseAttentionWarning) as warned:
         run(tokens, torch.ones(1, 1, 70, 70, dtype=torch.bool).triu())
-    assert {one.filename for one in warned} == {__file__}
+    lines = {Path(one.filename).name for one in warned}  # of whoever calls the part that is attached to: not of torch
+    assert lines <= {Path(__file__).name, "stubs.py"}

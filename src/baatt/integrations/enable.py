@@ -29,7 +29,7 @@ ADAPTERS: Mapping[str, str] = {
 }
 
 #: Where a warning does not point: the line above them in the stack is the user's.
-LIBRARIES = ("baatt", "torch", "transformers", "diffusers", "accelerate", "peft")
+LIBRARIES = ("baatt", "torch", "transformers", "transformers_modules", "diffusers", "accelerate", "peft")
 
 #: Modules that are attached to now.
 _attached: "WeakSet[nn.Module]" = WeakSet()
