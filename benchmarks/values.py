@@ -80,6 +80,26 @@ def operator_gain(read: Read, length: str, sparsity: str, baseline: str, setting
     raise LookupError(f"{stored} has no operator of {setting} at {length} tokens and {sparsity}")
 
 
+def frontier_gain(read: Read, setting: str, length: str, sparsity: str) -> str:
+    """Times as fast as cuDNN's dense attention, of frontier.py: `frontier_gain clusters 16384 70%`."""
+    for one in read("frontier_h200")["records"]:
+        if (one["case"].rpartition("-")[0].rpartition("-")[0], one["shape"][2], one["sparsity"]) == (
+            setting,
+            int(length),
+            _share(sparsity),
+        ):
+            return f"{one['speedup']['cudnn']:.1f}"
+    raise LookupError(f"frontier_h200 has no {setting} at {length} tokens and {sparsity}")
+
+
+def cpu_gain(read: Read, sparsity: str) -> str:
+    """Times as fast as PyTorch's dense attention on a processor, with the default: `cpu_gain 50%`."""
+    for one in read("cpu_clusters")["records"]:
+        if one["sparsity"] == _share(sparsity):
+            return f"{one['speedup']['dense']:.1f}"
+    raise LookupError(f"cpu_clusters has no {sparsity}")
+
+
 def causal_blocks(read: Read, what: str) -> str:
     """By how much causal blocks of 32 are slower than of 1 over all lengths: their `stages` alone, or the whole `call`,
     in turns."""
@@ -217,6 +237,8 @@ VALUES: dict[str, Callable[..., str]] = {
     "word_for_word": word_for_word,
     "every_value": every_value,
     "operator_gain": operator_gain,
+    "frontier_gain": frontier_gain,
+    "cpu_gain": cpu_gain,
     "causal_blocks": causal_blocks,
     "fidelity_digits": fidelity_digits,
     "fidelity_numbers": fidelity_numbers,

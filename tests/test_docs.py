@@ -113,16 +113,35 @@ def test_readme_has_examples():
 def paths_of_table(text: str) -> list[str]:
     """Paths in backticks in the first column of the file map."""
     heading = re.search(r"^## Where things are\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert heading is not None, "README needs a file map under `## Where things are`"
+    assert heading is not None, "docs/index.md needs a file map under `## Where things are`"
     rows = [line for line in heading[1].splitlines() if line.startswith("| `")]
     return [path for row in rows for path in re.findall(r"`([^`]+)`", row.split("|")[1])]
 
 
 def test_the_file_map_names_existing_paths():
-    paths = paths_of_table(read("README.md"))
+    paths = paths_of_table(read("docs/index.md"))
     assert len(paths) > 5
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_the_index_has_every_page():
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} - {"index.md"}
+    assert pages <= set(LINK.findall(read("docs/index.md")))
+
+
+def test_the_first_thirty_lines_of_readme_say_what_it_is():
+    lines = read("README.md").splitlines()
+    first = "\n".join(lines[:30])
+    for needed in (
+        "pip install",
+        "scaled_dot_product_attention(q, k, v)",
+        "docs/figures/",
+        "<!--=frontier_gain",
+        "<!--=loss",
+    ):
+        assert needed in first, needed
+    assert len(lines) <= 150
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
