@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cuda_stand_ins
 import torch
 from tables import block
 
@@ -24,7 +25,7 @@ from baatt.lab.tables import MISSING, Record
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = Path("tests/integrations")
-LIBRARIES = ("transformers", "diffusers", "accelerate")
+LIBRARIES = ("torch", "transformers", "diffusers", "accelerate")
 
 
 class Environment(NamedTuple):
@@ -53,6 +54,11 @@ ENVIRONMENTS = {
     "transformers 4.57": Environment(
         ("transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"), HOOKS
     ),
+    # What pyproject.toml declares as the oldest; without transformers' own models, which had no interface then.
+    "oldest": Environment(
+        ("torch==2.6.0", "transformers==4.46.3", "huggingface-hub==0.26.5", "tokenizers==0.20.3", "accelerate==1.1.1"),
+        ("../test_attention.py", "../test_operators.py", *HOOKS[1:4], "test_programs.py"),
+    ),
 }  # fmt: skip
 
 
@@ -60,6 +66,10 @@ def install(packages: Sequence[str], folder: Path) -> None:
     """Put packages, without what they depend on, into a folder."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*command, "--target", str(folder), *packages], check=True)
+    if (folder / "torch").is_dir():
+        cuda_stand_ins.build(folder / "torch/lib")
+        (folder / "triton").mkdir()  # hides the installed one, which is that of another torch
+        (folder / "triton/__init__.py").write_text("raise ModuleNotFoundError('No module named triton', name='triton')")
 
 
 def run(environment: Environment, folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def check_make_plan(
         if mask is not None:
             _check_mask(name, mask, x, axes)
     scale = as_number(scale)
-    if scale is not None and (not isinstance(scale, int | float) or isinstance(scale, bool)):
+    if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be finite and positive, got {scale}")
@@ -57,7 +57,7 @@ def check_make_plan(
 
 def as_number(scale: Any) -> Any:
     """A number as PyTorch takes them, of numpy or a tensor without axes, as Python's; anything else as it is."""
-    return scale.item() if not isinstance(scale, int | float) and getattr(scale, "ndim", None) == 0 else scale
+    return scale.item() if not isinstance(scale, (int, float)) and getattr(scale, "ndim", None) == 0 else scale
 
 
 def check_structure(

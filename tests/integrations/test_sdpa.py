@@ -379,7 +379,7 @@ def net(x, mask=None, causal=False):
         ),
     ],
 )
-@torch._dynamo.config.patch(recompile_limit=64)
+@torch._dynamo.config.patch(cache_size_limit=64)
 def test_in_a_compiled_graph(real, when, dynamic):
     torch._dynamo.reset()
     x = draw(B, N, H * D)

@@ -5,8 +5,7 @@ there and nothing is compiled again for them. Knows no library and no policy: it
 """
 
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Sequence  # noqa: UP035 - torch 2.6 infers no schema from that of collections.abc
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class SdpaCall(NamedTuple):
 
     def refusal(self) -> str | None:
         """Why it stays dense whatever a policy says, or None; a call that is an error gets it from torch itself."""
-        q, k, v, mask = self[:4]
+        q, k, v, mask = self.query, self.key, self.value, self.attn_mask
         if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or len({x.shape[0] for x in (q, k, v)}) > 1:
             return "tensors that are not [B, H, N, D]"
         if 0 in q.shape or 0 in k.shape:
@@ -50,9 +49,15 @@ class SdpaCall(NamedTuple):
                 return f"a mask of shape {tuple(mask.shape)}"
         return None
 
+    def changed(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: Any
+    ) -> "SdpaCall":  # `_replace`, which torch 2.6 does not compile
+        """The same call of other tensors."""
+        return SdpaCall(query, key, value, attn_mask, self.dropout_p, self.is_causal, scale, self.enable_gqa)
+
     def under_autocast(self) -> "SdpaCall":
         """The call in the dtype in which autocast would have it run, a mask with 4 axes."""
-        q, k, v, mask = self[:4]
+        q, k, v, mask = self.query, self.key, self.value, self.attn_mask
         if mask is not None:
             mask = mask[(None,) * (4 - mask.ndim)]
         device = q.device.type
@@ -61,14 +66,16 @@ class SdpaCall(NamedTuple):
             q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
             if mask is not None and mask.dtype not in (torch.bool, torch.float64):
                 mask = mask.to(dtype)
-        return self._replace(query=q, key=k, value=v, attn_mask=mask)
+        return self.changed(q, k, v, mask, self.scale)
 
 
-# A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them.
-_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+# A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them;
+# a torch that knows no such tag is refused while it captures.
+_IS_TAGGED = hasattr(torch.Tag, "cudagraph_unsafe")
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if _IS_TAGGED else {}
 
 
-@torch.library.custom_op("baatt::routed_attention", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("baatt::routed_attention", mutates_args=(), **_TAGS)
 def routed_attention(
     q: Tensor,
     k: Tensor,
@@ -86,6 +93,11 @@ def routed_attention(
 
     A mask with 2 axes is one of keys; `told` are tensors for what must not be part of the graph.
     """
+    if not _IS_TAGGED and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "torch must have Tag.cudagraph_unsafe for a compiled model inside CUDA graphs, which "
+            f'{torch.__version__} has not: compile without mode="reduce-overhead"'
+        )
     key_mask, mask = (mask, None) if mask is not None and mask.ndim == 2 else (None, mask)
     call = SdpaCall(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     known = Structure(causal, query_start, key_mask)

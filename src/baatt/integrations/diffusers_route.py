@@ -181,7 +181,7 @@ class DiffusersRoute:
         if mask is not None and mask.shape == (key.shape[0], key.shape[1]):  # as diffusers' native backend reads it
             mask = rearrange(mask, "b m -> b 1 1 m")
         out = self.attention(
-            call._replace(query=q, key=k, value=v, attn_mask=mask),
+            call.changed(q, k, v, mask, call.scale),
             lambda: rearrange(self._native(call, None), "b n h d -> b h n d"),
         )
         return rearrange(out, "b h n d -> b n h d").contiguous()

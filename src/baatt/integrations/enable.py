@@ -25,7 +25,8 @@ ADAPTERS: Mapping[str, str] = {
     "llada": "remote code of the LLaDA family (modeling_llada.py: LLaDA-8B, LLaDA-1.5, UltraLLaDA)",
     "remote_sdpa": "remote code that calls scaled_dot_product_attention "
     "(Dream, DiffuCoder, LLaDA-MoE, LLaDA-V, LLaDA2, SDAR, Fast-dLLM v2)",
-    "transformers": "transformers models that use the attention interface (ModernBERT, EuroBERT, Qwen, Llama, ...)",
+    "transformers": "transformers models (4.57 or newer) that use the attention interface "
+    "(ModernBERT, EuroBERT, Qwen, Llama, ...)",
 }
 
 #: Where a warning does not point: the line above them in the stack is the user's.

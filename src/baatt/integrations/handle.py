@@ -259,7 +259,7 @@ class Handle(Counts):
         """A call of a compiled graph, when the graph runs."""
         if self.hear is not None and told:
             layer = self.hear(told)
-        q, k, v, mask = call[:4]
+        q, k, v, mask = call.query, call.key, call.value, call.attn_mask
         dense = functools.partial(
             F.scaled_dot_product_attention, q, k, v, mask, scale=call.scale, enable_gqa=call.enable_gqa
         )
@@ -276,8 +276,8 @@ class Handle(Counts):
     ) -> Tensor:
         """A call of which the structure is known, unless it has a mask, with 4 axes."""
         scale = as_number(call.scale)
-        call = call._replace(scale=int(scale) if isinstance(scale, bool) else scale)
-        q, k, v, mask = call[:4]
+        q, k, v, mask = call.query, call.key, call.value, call.attn_mask
+        call = call.changed(q, k, v, mask, int(scale) if isinstance(scale, bool) else scale)
         is_traced = torch.compiler.is_compiling()
         if known.refusal is None and mask is not None and not is_traced:
             known = self.masks(mask, k.shape[0], k.shape[2])
@@ -295,8 +295,8 @@ class Handle(Counts):
             return dense()
         if is_traced:
             given = known.key_mask if mask is None else mask
-            options |= {"layer": layer, "is_cross": is_cross, "told": list(told), "number": self.number}
-            routed: Tensor = routed_attention(q, k, v, given, **options)
+            place = {"layer": layer, "is_cross": is_cross, "told": list(told), "number": self.number}
+            routed: Tensor = routed_attention(q, k, v, given, **options, **place)
             return routed
         started = self._now(q.device)
         out = self._decide(call, known, dense, layer, is_cross)

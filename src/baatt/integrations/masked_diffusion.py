@@ -30,7 +30,7 @@ def attach(model: Any, handle: Handle) -> int:
         asked: AttentionFunction | Sequence[AttentionFunction] = kwargs.get("attention", dense_attention)
         functions = [asked] * layers if callable(asked) else asked
         chosen = [routed[layer] if one is dense_attention else one for layer, one in enumerate(functions)]
-        return args, kwargs | {"attention": chosen}
+        return args, {**kwargs, "attention": chosen}
 
     handle.before_forward(model, choose)
     handle.read_step = handle.progress.token_reader(model, model.config.mask_token_id)

@@ -124,7 +124,7 @@ class DenoisingProgress:
 
 def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by the names of the function's parameters."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(names[: len(args)], args, strict=False)), **kwargs}
 
 
 def _is_filled(cache: Any) -> bool:

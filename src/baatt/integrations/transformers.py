@@ -1,4 +1,4 @@
-"""Models of transformers (>= 5.17) whose attention goes through its attention interface.
+"""Models of transformers (>= 4.57) whose attention goes through its attention interface.
 
 `register` adds an attention implementation that any model can ask for by name; `baatt.enable` attaches to one model.
 Both register a pair, the attention function and the mask function: without the second transformers drops the padding
@@ -354,7 +354,11 @@ def _library(part: str) -> Any:
 
 def _registries() -> list[dict[str, Callable[..., Any]]]:
     """What transformers keeps its attention and its mask functions in; it has no way to take one away."""
-    interfaces = _library("modeling_utils").AttentionInterface, _library("masking_utils").AttentionMaskInterface
+    try:
+        interfaces = _library("modeling_utils").AttentionInterface, _library("masking_utils").AttentionMaskInterface
+    except (AttributeError, ModuleNotFoundError):
+        version = _library("utils").__version__
+        raise ImportError(f"transformers must be 4.57 or newer for its own models, got {version}") from None
     return [interface._global_mapping for interface in interfaces]
 
 

@@ -127,7 +127,7 @@ def load_capture(path: Path, layers: Sequence[int] | None = None) -> Capture:
     try:
         scale = float(metadata.get("scale", default))
         about |= json.loads(metadata.get("about", "{}"))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} must have a number as the metadata scale and JSON as about: {error}") from None
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"{path} must have a positive number as the metadata scale, got {scale}")

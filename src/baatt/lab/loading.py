@@ -59,7 +59,7 @@ def load_transformers(
     """The model, in evaluation mode, and the fast tokenizer of a folder or hub name of transformers.
 
     Args:
-        trust_remote_code: whether the modelling code that the folder brings may run.
+        trust_remote_code: whether the modelling code that the folder brings may run; pickled weights are never read.
         head: whether it is to give logits.
         gguf: name of a GGUF file there that holds weights, config and tokenizer.
 
@@ -69,7 +69,7 @@ def load_transformers(
     """
     from tokenizers import Tokenizer
 
-    from baatt.models.checkpoint import without_limits
+    from baatt.models.checkpoint import INDEX_NAME, check_index, without_limits
 
     try:
         import transformers
@@ -78,10 +78,12 @@ def load_transformers(
     place: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         place["gguf_file"] = gguf
+    elif (index := Path(name).expanduser() / INDEX_NAME).is_file():
+        check_index(index)
     kind = transformers.AutoModel
     if head:
         kind = getattr(transformers, _class_with_head(transformers.AutoConfig.from_pretrained(name, **place), name))
-    model = kind.from_pretrained(name, dtype=dtype, **place).to(device).eval()
+    model = kind.from_pretrained(name, dtype=dtype, use_safetensors=gguf is None, **place).to(device).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **place)
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(fast, Tokenizer):

@@ -17,7 +17,7 @@ from transformers import SiglipVisionModel
 
 from baatt.llada_v import pictures
 from baatt.llada_v.config import LLaDAVConfig, read_vision_config
-from baatt.models.checkpoint import list_names, read_config, read_tensors
+from baatt.models.checkpoint import check_described, list_names, read_config, read_tensors
 from baatt.models.llada import MaskedDiffusionLM
 
 #: Parts of the language model and of its layers -> their names in the checkpoint.
@@ -87,6 +87,8 @@ class VisualDiffusionLM(nn.Module):
         """
         vision = None if vision_tower is None else read_vision_config(read_config(vision_tower))
         config = LLaDAVConfig.from_dict(read_config(path), vision)
+        check_described(path, layers=config.language.n_layers, parameters=config.language.parameters)
+        check_described(vision_tower or path, layers=config.vision.num_hidden_layers)
         with torch.device("meta"):
             model = cls(config)
         names = {name: stored_name(name) for name in model.state_dict()}

@@ -7,7 +7,8 @@ is not in the folder is an error.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 #: What weights may be stored in.
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: Ends of files of weights that reading would execute.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: Names in an index: no separator of any system, no drive, no hidden file.
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
 SHARD_PATTERN = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -38,11 +43,28 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object that a file holds; errors as `read_config`."""
     try:
         values = json.loads(_present(file).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: must hold JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: must hold a JSON object, got {type(values).__name__}")
     return values
+
+
+def check_described(path: str | Path, *, layers: int, parameters: int = 0) -> None:
+    """Refuse a config of more layers than there are tensors, or more parameters than bytes, before a model is made.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_tensors`, or such a config.
+    """
+    files = _weight_files(_folder(path))
+    size, tensors = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        with _opened(file) as stored:
+            tensors += len(stored.keys())
+    if layers > tensors or parameters > size:
+        held = f"its {tensors} tensors in {size:,} bytes"
+        described = f"{layers:.4g} layers with {parameters:.4g} parameters"
+        raise ValueError(f"{path}: config.json must describe {held}, got {described}")
 
 
 def read_tensors(
@@ -74,22 +96,19 @@ def read_tensors(
     found: dict[str, Tensor] = {}
     unexpected = []
     for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as stored:
-                for name in stored.keys():  # noqa: SIM118 - not a dict
-                    if name not in known:
-                        if ignored is None or not re.fullmatch(ignored, name):
-                            unexpected.append(name)
-                        continue
-                    shape = list(stored.get_slice(name).get_shape())
-                    if shape != known[name]:
-                        raise ValueError(f"{file}: {name} must have shape {known[name]}, got {shape}")
-                    tensor = stored.get_tensor(name)
-                    if tensor.dtype not in DTYPES:  # quantised: numbers that mean nothing without their scales
-                        raise ValueError(f"{file}: {name} must have a dtype of {list(DTYPES)}, got {tensor.dtype}")
-                    found[name] = tensor.to(dtype=dtype)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a safetensors file: {error}") from error
+        with _opened(file, str(device)) as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a dict
+                if name not in known:
+                    if ignored is None or not re.fullmatch(ignored, name):
+                        unexpected.append(name)
+                    continue
+                shape = list(stored.get_slice(name).get_shape())
+                if shape != known[name]:
+                    raise ValueError(f"{file}: {name} must have shape {known[name]}, got {shape}")
+                tensor = stored.get_tensor(name)
+                if tensor.dtype not in DTYPES:  # quantised: numbers that mean nothing without their scales
+                    raise ValueError(f"{file}: {name} must have a dtype of {list(DTYPES)}, got {tensor.dtype}")
+                found[name] = tensor.to(dtype=dtype)
     missing = [name for name in expected if name not in found]
     if missing or unexpected:
         groups = {"missing": missing, "unexpected": unexpected}
@@ -192,6 +211,32 @@ def _present(file: Path) -> Path:
     return file
 
 
+@contextmanager
+def _opened(file: Path, device: str = "cpu") -> Iterator[Any]:
+    """A safetensors file; a ValueError where it, or what is read inside, is none."""
+    try:
+        with safe_open(file, framework="pt", device=device) as stored:
+            yield stored
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file: {error}") from error
+
+
+def check_index(file: Path) -> list[str]:
+    """The files that an index names; all must be of its own folder and safetensors: others are not even looked for.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_json`, or an index without such files.
+    """
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise ValueError(f"{file}: must have a weight_map from tensor to file, got {f'{weight_map!r:.200}'}")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not PLAIN_NAME.fullmatch(name):
+            raise ValueError(f"{file}: must name .safetensors files of its own folder, got {name!r:.200}")
+    return names
+
+
 def _stored_weights(folder: Path) -> list[Path]:
     return sorted(x for x in folder.iterdir() if x.name == SINGLE_NAME or SHARD_PATTERN.fullmatch(x.name))
 
@@ -199,21 +244,15 @@ def _stored_weights(folder: Path) -> list[Path]:
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: those of the index, else the single file, else a complete set of shards."""
     if (folder / INDEX_NAME).is_file():
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(x, str) for x in weight_map.values())
-        ):
-            found = f"{weight_map!r:.200}"
-            raise ValueError(f"{folder / INDEX_NAME}: must have a weight_map from tensor to file, got {found}")
-        names = sorted(set(weight_map.values()))
+        names = check_index(folder / INDEX_NAME)
     elif (folder / SINGLE_NAME).is_file():
         names = [SINGLE_NAME]
     else:
         stored = _stored_weights(folder)
         if not stored:
-            raise FileNotFoundError(f"{folder}: no weights: needs {SINGLE_NAME} or shards with {INDEX_NAME}")
+            pickled = list_names([x.name for x in folder.iterdir() if x.suffix in PICKLES])
+            hint = f"; pickled ones may run any code and are not read: {pickled}" if pickled else ""
+            raise FileNotFoundError(f"{folder}: no weights: needs {SINGLE_NAME} or shards with {INDEX_NAME}{hint}")
         total = stored[0].stem.rpartition("-")[2]
         names = [f"model-{number:0{len(total)}d}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
     missing = [name for name in names if not (folder / name).is_file()]

@@ -12,6 +12,8 @@ from typing import Any
 
 from baatt.models.rope import resolve_rope_scaling
 
+#: No size reaches this, and a product of two still fits what PyTorch counts with.
+LARGEST = 2**30
 # What the model implements of the keys that change LLaDA's computation; any other value is refused.
 IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "model_type": ("llada",),
@@ -116,6 +118,13 @@ class ModelConfig:
         """V, rows of the embedding and width of the logits."""
         return self.vocab_size if self.embedding_size is None else self.embedding_size
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights hold at least: without norms and biases."""
+        kv_width = self.kv_heads * self.head_size
+        layer = self.d_model * (2 * self.d_model + 2 * kv_width + 3 * self.mlp_hidden_size)
+        return self.n_layers * layer + self.logit_size * self.d_model * (1 if self.weight_tying else 2)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Read the contents of a LLaDA config.json; keys without influence on inference are ignored.
@@ -133,7 +142,7 @@ class ModelConfig:
             check_positive_number("mlp_ratio", values["mlp_ratio"])
             check_positive_integer("d_model", known["d_model"])
             width = values["mlp_ratio"] * known["d_model"]
-            known["mlp_hidden_size"] = int(width) if width == int(width) else width
+            known["mlp_hidden_size"] = int(width) if math.isfinite(as_float(width)) and width == int(width) else width
         required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
         missing = [name for name in required if name not in known]
         if missing:
@@ -153,14 +162,24 @@ def check_positive_integer(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be positive, got {value}")
+    if value >= LARGEST:
+        raise ValueError(f"{name} must be below 2**30, got {as_float(value):.6g}")
 
 
 def check_positive_number(name: str, value: object) -> None:
     """Refuse what is not a positive finite number, with a TypeError or ValueError."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive, got {value}")
+    if not (math.isfinite(as_float(value)) and value > 0):
+        raise ValueError(f"{name} must be positive, got {as_float(value)}")
+
+
+def as_float(value: float) -> float:
+    """The number as a float; infinite where it is an int that no float holds."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_token(name: str, value: object, rows: int) -> None:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from baatt.models.cache import KeyValueCache
-from baatt.models.checkpoint import read_config, read_tensors, write_checkpoint
+from baatt.models.checkpoint import check_described, read_config, read_tensors, write_checkpoint
 from baatt.models.config import ModelConfig
 from baatt.models.rope import Rotary, rotary_tables, rotate
 from baatt.stages.dense import AttentionFunction, dense_attention
@@ -134,6 +134,7 @@ class MaskedDiffusionLM(nn.Module):
                 missing, unexpected or of the wrong shape.
         """
         config = ModelConfig.from_dict(read_config(path))
+        check_described(path, layers=config.n_layers, parameters=config.parameters)
         with torch.device("meta"):
             model = cls(config)
         expected = model.state_dict()

@@ -52,7 +52,10 @@ def ntk_base(theta: float, factor: float, head_size: int) -> float:
         raise ValueError(f"factor of an NTK scaling must be a finite number of at least 1, got {factor}")
     if head_size < 4:
         raise ValueError(f"head_size must be at least 4 for an NTK scaling, got {head_size}")
-    return float(theta * factor ** (head_size / (head_size - 2)))
+    try:
+        return float(theta * factor ** (head_size / (head_size - 2)))
+    except OverflowError:
+        raise ValueError(f"factor of an NTK scaling must leave the base finite, got {factor}") from None
 
 
 def resolve_rope_scaling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,4 +104,7 @@ def _scaled_base(key: str, scaling: object, values: Mapping[str, Any]) -> float:
 def _number(name: str, value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number for a RoPE scaling, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite for a RoPE scaling, got an int beyond all floats") from None
