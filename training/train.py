@@ -103,14 +103,14 @@ def corrupt(tokens: Tensor, regions: Tensor, mask_token: int) -> Corrupted:
 
 
 def hidden_states(model: MaskedDiffusionLM, inputs: Tensor) -> Tensor:
-    """Normed states [B, T, d_model]; the head is applied to the positions of the loss alone."""
+    """Normed states [B, T, d_model] that tell the tokens; the head is applied to the positions of the loss alone."""
     config, transformer = model.config, model.transformer
     positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
     rotary = rotary_tables(positions, config.head_size, config.rope_theta, torch.float32)
     x = transformer.wte(inputs)
     for block in transformer.blocks:
         x = block(x, rotary, dense_attention, None)
-    return transformer.ln_f(x)
+    return transformer.ln_f(model.telling(x))
 
 
 def compile_blocks(model: MaskedDiffusionLM) -> None:

@@ -30,6 +30,7 @@ IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "scale_logits": (False, None),
     "input_emb_norm": (False, None),
     "clip_qkv": (None,),
+    "predicts": ("same", "next"),
 }
 
 
@@ -41,6 +42,8 @@ class ModelConfig:
         n_kv_heads: G, heads of keys and values; None means `n_heads`.
         embedding_size: rows of the embedding and width V of the logits, at least `vocab_size`; None means `vocab_size`.
         attention_layer_norm: RMSNorm of the whole projected queries and keys, before the split into heads.
+        predicts: which token the head's output at a token tells: "same", that token, or "next", the one after it, as in
+            weights that come from a causal model. `MaskedDiffusionLM` gives the logits of the token itself either way.
         max_sequence_length: the length the weights were trained for; longer inputs are not refused.
         eos_token_id: the end-of-text token; a list, which becomes a tuple, where there are several.
         init_std: standard deviation of freshly drawn weights.
@@ -70,6 +73,7 @@ class ModelConfig:
     block_type: str = "llama"
     layer_norm_type: str = "rms"
     activation_type: str = "silu"
+    predicts: str = "same"
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "n_layers", "mlp_hidden_size", "vocab_size", "max_sequence_length"):

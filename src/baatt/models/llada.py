@@ -192,7 +192,8 @@ class MaskedDiffusionLM(nn.Module):
                 given ones; None = n.
             cache: an empty one takes the keys and values of all layers. One that holds a sequence gets those of the
                 given tokens in place of its own, and the given tokens attend to all of it. None keeps nothing.
-            start: place of the first given token in the sequence that the cache holds.
+            start: place of the first given token in the sequence that the cache holds. A model that predicts the next
+                token must be given the token before those whose logits are wanted.
             embedding: ids [B, n] -> [B, n, d_model] in place of the model's own; None = that one.
 
         Returns:
@@ -207,6 +208,8 @@ class MaskedDiffusionLM(nn.Module):
         if len(functions) != config.n_layers:
             raise ValueError(f"attention must hold {config.n_layers} functions, one per layer, got {len(functions)}")
         _check_inputs(input_ids, attention_mask, logits_from, logits_to, cache, start, config.n_layers)
+        if config.predicts == "next" and start > 0 and logits_from == 0:
+            raise ValueError("logits_from must be at least 1 where predicts is 'next' and start > 0, got 0")
         key_mask = None if attention_mask is None else attention_mask.bool()
         stop = start + input_ids.shape[1]
         positions = torch.arange(start, stop, device=input_ids.device)[None]
@@ -218,7 +221,16 @@ class MaskedDiffusionLM(nn.Module):
         for layer, (block, function) in enumerate(zip(transformer.blocks, functions, strict=True)):
             keep = None if cache is None else functools.partial(cache.replace, layer, start)
             x = block(x, rotary, function, key_mask, keep)
-        return transformer.head(transformer.ln_f(x[:, logits_from:logits_to]))
+        return transformer.head(transformer.ln_f(self.telling(x, logits_from, logits_to)))
+
+    def telling(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+        """Of states x [B, n, d_model] those that tell tokens [first, stop): each its own, or where the model predicts
+        the next token the one before it. The first token of all has none before it and is told by its own."""
+        if self.config.predicts == "same":
+            return x[:, first:stop]
+        stop = x.shape[1] if stop is None else stop
+        before = x[:, max(first - 1, 0) : max(stop - 1, 0)]
+        return before if first or not stop else torch.cat((x[:, :1], before), dim=1)
 
 
 def _check_inputs(

@@ -182,6 +182,8 @@ def _fill_block(run: Run, block: int, on_step: Callable[[int, int], None] | None
     """All steps of a block; returns how many it took. The first one fills the cache for the others."""
     config, everything, device = run.config, Span(0, run.tokens.shape[1]), run.tokens.device
     later = CACHES[config.cache](run.span(block), everything.stop)
+    if run.model.config.predicts == "next":  # the token before a block tells its first one
+        later = Span(max(later.start - 1, 0), later.stop)
     cache = KeyValueCache() if later != everything and config.steps_per_block > 1 else None
     held = run.unfinished(block)
     for inner in range(config.steps_per_block):
