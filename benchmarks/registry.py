@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING: frozenset[str] = frozenset({"classes_diffusers.json", "end_to_end_h200.json"})
+PENDING: frozenset[str] = frozenset({"classes_diffusers.json"})
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
@@ -115,9 +115,9 @@ CASES: dict[str, Case] = {
         ("gpu_sweep_h200.json",),
     ),
     "gpu_tests": Case(
-        "the tests that need a GPU, and those of the integrations there: what pytest printed",
+        "the tests that need a GPU: what pytest printed",
         "python -m pytest -m gpu tests/gpu",
-        ("gpu_tests_h200.txt", "gpu_integrations_h200.txt"),
+        ("gpu_tests_h200.txt",),
     ),
     "frontier": Case(
         "RULER's averages beside the time of the operator, drawn as docs/figures/frontier_h200.png",
