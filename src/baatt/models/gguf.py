@@ -31,7 +31,8 @@ BLOCK = 32
 
 def _halves(raw: Array) -> Array:
     """Low and then high four bits of [R, 16] bytes: [R, 32]."""
-    return np.concatenate((raw & 15, raw >> 4), axis=1).astype(np.float32)
+    halves: Array = np.concatenate((raw & 15, raw >> 4), axis=1)
+    return halves.astype(np.float32)
 
 
 def _scales(raw: Array) -> Array:
@@ -40,7 +41,7 @@ def _scales(raw: Array) -> Array:
 
 
 class Format(NamedTuple):
-    """How weights are stored: of how many each block is, in how many bytes, and bytes [R, size] -> fp32 [R, weights]."""
+    """How weights are stored: blocks of `weights` in `size` bytes, and bytes [R, size] -> fp32 [R, weights]."""
 
     weights: int
     size: int
