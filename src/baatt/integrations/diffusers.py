@@ -1,26 +1,70 @@
 """Transformers of diffusers and pipelines around them; a pipeline around a language model goes to that model's adapter.
 
-Every self-attention layer gets a proxy for its processor that says which layer runs. The call then arrives as a
-backend of diffusers' dispatch, or through `SparseSDPA` from processors that call SDPA themselves (CogVideoX, SD3) and
-where the dispatch has changed. The backend is a member of diffusers' closed enum, one a handle, which no list shows: so
-two pipelines share nothing, and cross-attention, text encoders and the VAE stay as they are. In a compiled graph the
-layer goes along as a tensor, so one graph serves all blocks of `compile_repeated_blocks`; a number, a hook or a context
-variable would be part of the graph. Does not know ring attention.
+Every self-attention layer gets a proxy for its processor that says which layer runs. Calls of diffusers' dispatch are
+shown to it then, whichever backend they name, and those of SDPA come through `SparseSDPA`: so two pipelines share
+nothing, and cross-attention, text encoders and the VAE stay as they are. In a compiled graph the layer goes along as a
+tensor, so one graph serves all blocks of `compile_repeated_blocks`; a number, a hook or a context variable would be
+part of the graph. `register` makes a backend that any model of diffusers can ask for by name. Does not know ring
+attention.
 """
 
 import functools
+import inspect
 import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from baatt.integrations.diffusers_route import DiffusersRoute, parameters, uncompiled
+from baatt.config import BAAttConfig, Policy
+from baatt.integrations.diffusers_dispatch import add_backend, find_dispatch, watch, watcher
+from baatt.integrations.diffusers_route import DiffusersRoute, Run, parameters, refuse_ring, uncompiled
 from baatt.integrations.enable import find_adapter
 from baatt.integrations.handle import Handle, itself, refuse_copy
+from baatt.integrations.progress import by_name
 
 #: Paths of attention over text alone, before it meets the latents: short, and no layer of the denoiser.
 TEXT_ONLY = re.compile("text|txt|token_refiner|perceiver")
+
+ITSELF = "called neither diffusers' dispatch nor scaled_dot_product_attention"
+
+
+def register(
+    name: str = "ba_att", config: BAAttConfig | None = None, policy: Policy | None = None, *, impl: str = "auto"
+) -> Handle:
+    """Make BA-Att a backend of diffusers' attention dispatch, for all models.
+
+    Ask for it by `transformer.set_attention_backend(name)` or `with attention_backend(name)`. Calls that need gradients
+    are dense. `handle.disable()` takes the name away; models that still have it compute as with "native". Registering a
+    name again replaces the earlier handle.
+
+    Args:
+        name: of the backend, in lower case.
+        config: the method's options; None = `BAAttConfig()`.
+        policy: what stays dense, without layers, which a backend does not know; only `handle.at_step` tells the
+            denoising step. Whether queries and keys are one sequence is not known either: with `only_self_attention`
+            there must be as many of both. None = `Policy()`.
+        impl: as `ba_attention`.
+
+    Returns:
+        Handle with the counts of all models that use the name.
+
+    Raises:
+        ImportError: diffusers is not installed, or its dispatch is not the one we know.
+        TypeError: arguments of a wrong type.
+        ValueError: a name that is taken, an unknown `impl`, or a policy that names layers.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, got {type(name).__name__}")
+    handle = Handle(BAAttConfig() if config is None else config, policy, impl=impl)
+    if layers := handle.policy.named_layers:
+        raise ValueError(f"policy must name no layers: a backend is not told its layer, got {layers}")
+    dispatch = find_dispatch()
+    if dispatch is None:
+        raise ImportError("register needs diffusers with its attention dispatch, which is missing or another one")
+    route = DiffusersRoute(handle, lambda: None)
+    add_backend(dispatch, name, route.named(dispatch), handle.undo)
+    return handle
 
 
 def roots(model: Any) -> list[nn.Module]:
@@ -73,21 +117,19 @@ def attach(model: Any, handle: Handle) -> int:
     handle.hear = route.hear
     handle.read_step = functools.partial(route.read_step, parameters(transformers[0]))
     route.take_order(transformers[0])
-    route.register()
+    if (dispatch := find_dispatch()) is not None:
+        watch(dispatch, handle.undo)
+        route.is_shown = True
     for root in transformers:
         handle.before_forward(root, route.start)
-    formers: dict[int, Any] = {}  # backends by id of the processor: layers may share one
     for number, attention in (layer for layers in found for layer in layers):
         processor: Any = attention.processor
         while isinstance(processor, ProcessorProxy):  # of a handle that is gone
             processor = processor.processor
-        _refuse_ring(processor)
-        if id(processor) not in formers:
-            formers[id(processor)] = getattr(processor, "_attention_backend", None)
-            if route.member is not None and hasattr(processor, "_attention_backend"):
-                handle.override(processor, "_attention_backend", route.member)
+        refuse_ring(getattr(processor, "_parallel_config", None))
+        is_apart = bool(getattr(attention, "is_cross_attention", False))
         kind: Any = type(processor)
-        proxy = _proxy_class(kind)(processor, route, torch.tensor(number, device="cpu"), formers[id(processor)])
+        proxy = _proxy_class(kind)(processor, route, torch.tensor(number, device="cpu"), is_apart)
         handle.override(attention, "processor", proxy)
     return counts.pop()
 
@@ -95,8 +137,8 @@ def attach(model: Any, handle: Handle) -> int:
 class ProcessorProxy:
     """Calls a processor and says before which layer it is. Attributes are the processor's own, to read and to write."""
 
-    def __init__(self, processor: Any, route: DiffusersRoute, layer: Tensor, former: Any) -> None:
-        self.__dict__.update(processor=processor, route=route, layer=layer, former=former)
+    def __init__(self, processor: Any, route: DiffusersRoute, layer: Tensor, is_apart: bool) -> None:
+        self.__dict__.update(processor=processor, route=route, layer=layer, is_apart=is_apart)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return refuse_copy() if self.route.handle.is_attached else (itself, (self.processor,))
@@ -111,33 +153,37 @@ class ProcessorProxy:
 @functools.cache
 def _proxy_class(kind: type) -> type[ProcessorProxy]:
     """The proxy of a class of processors, with the signature of its call: attention layers drop other arguments."""
+    names = list(inspect.signature(kind.__call__).parameters)[1:]
+    code = getattr(getattr(kind.__call__, "__code__", None), "co_names", ())
+    # A mode makes traced code larger, and PyTorch cannot trace everything under one.
+    calls_sdpa = "dispatch_attention_fn" not in code or "scaled_dot_product_attention" in code
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         processor, route = self.processor, self.route
         if not route.handle.is_attached:  # somebody kept it and has put it back
             return processor(*args, **kwargs)
-        _refuse_ring(processor)
-        route.layer.set(self.layer)
-        route.former.set(self.former)
+        refuse_ring(getattr(processor, "_parallel_config", None))
+        given = by_name(names, args, kwargs)
+        others = given.get("encoder_hidden_states")
+        if others is given.get("hidden_states") or not isinstance(others, Tensor):
+            others = None
+        run = Run(self.layer, None if others is None else others.shape[1], self.is_apart, [])
+        former = watcher.get()
+        route.run.set(run)
+        watcher.set(route.dispatched)
         try:
-            if route.member is not None and hasattr(processor, "_attention_backend"):
+            if torch.compiler.is_compiling() and route.is_shown and not calls_sdpa:
                 return processor(*args, **kwargs)
             with route.mode:
-                return processor(*args, **kwargs)
+                out = processor(*args, **kwargs)
         finally:
-            route.layer.set(None)
+            route.run.set(None)
+            watcher.set(former)
+        if not run.arrived:
+            route.handle.count_dense(int(self.layer), f"{kind.__name__} {ITSELF}")
+        return out
 
     return type(f"Proxy{kind.__name__}", (ProcessorProxy,), {"__call__": functools.wraps(kind.__call__)(call)})
-
-
-def _refuse_ring(processor: Any) -> None:
-    config = getattr(getattr(processor, "_parallel_config", None), "context_parallel_config", None)
-    degree = 1 if config is None else config.ring_degree
-    if degree > 1:
-        raise ValueError(
-            "ring_degree must be 1: blocks are selected from all keys of a head, which no process of a ring has; "
-            f"use ulysses_degree, got ring_degree={degree}"
-        )
 
 
 def _layers(root: nn.Module) -> list[tuple[int, nn.Module]]:
@@ -156,6 +202,8 @@ def _layers(root: nn.Module) -> list[tuple[int, nn.Module]]:
 def _is_cross(module: nn.Module, name: str) -> bool:
     """Whether it attends to another sequence: it says so, or its name does by diffusers' custom."""
     told = getattr(module, "is_cross_attention", None)
+    if told and "self" in name:  # it is given its own sequence for the other one
+        return False
     return bool(told) if told is not None else "cross" in name or "_to_" in name or name.endswith("attn2")
 
 

@@ -1,31 +1,62 @@
 """How the attention calls of a diffusers transformer come to a handle, and what a forward of it tells.
 
-In: the arguments of a forward, and calls with query [B, N, H, D]. Out: attention of the same shape. Registers one
-backend with diffusers' dispatch while it is attached. Knows the layers of a model only by the number that is set before
-a call.
+In: the arguments of a forward, and calls with query [B, N, H, D]. Out: attention of the same shape. Knows the layers of
+a model, and what their queries attend to, only by what is set before a processor runs.
 """
 
-import importlib
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import _pop_mode_temporarily
 
 from baatt.integrations.calls import SdpaCall
+from baatt.integrations.counts import BY_POLICY
+from baatt.integrations.diffusers_dispatch import find_dispatch, watcher
 from baatt.integrations.handle import GRADIENTS, Handle, needs_gradients
 from baatt.integrations.progress import TRAINING_TIMESTEPS, by_name
 from baatt.integrations.sdpa import Current, SparseSDPA
 from baatt.integrations.video import VideoTiles
 
+_modes: Any = torch.overrides._get_current_function_mode_stack  # which has no types
+
 #: Names under which a forward takes the timestep.
 TIMESTEPS = ("timestep", "timesteps", "t")
 #: Video transformers that have the text before the latents; others that have it in one sequence have it behind them.
 TEXT_BEFORE = ("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel")
-#: What diffusers keeps its backends in.
-TABLES = ("_backends", "_constraints", "_supported_arg_names")
+FEWER = BY_POLICY + "fewer keys than queries, those of another sequence or a part of this one"
+UNKNOWN = (
+    BY_POLICY
+    + "keys of another number than queries, and the name of a backend does not tell whether of another sequence: "
+    "Policy(only_self_attention=False) makes them sparse"
+)
+
+
+class Run(NamedTuple):
+    """What is known while a processor runs.
+
+    layer: its number [] int64, or None where there is none.
+    others: tokens of another sequence that it is given, or None; is_apart: whether it attends to those alone.
+    arrived: an entry per call that came.
+    """
+
+    layer: Tensor | None
+    others: int | None
+    is_apart: bool
+    arrived: list[bool]
+
+    def is_cross(self, queries: int, keys: int) -> bool | None:
+        """Whether so many keys are those of another sequence; None where that may be.
+
+        More keys than queries are those of a joint sequence or of a cache, unless they are as many as the other has.
+        """
+        if self.others is not None and keys == self.others and (self.is_apart or keys != queries):
+            return True
+        return None if keys < queries or (self.layer is None and keys != queries) else False
 
 
 class DiffusersRoute:
@@ -38,18 +69,15 @@ class DiffusersRoute:
 
     def __init__(self, handle: Handle, scheduler: Callable[[], Any]) -> None:
         self.handle, self.scheduler = handle, scheduler
-        # Of the processor that runs: its layer [] int64, and the backend that it had.
-        self.layer = Current[Tensor | None](None)
-        self.former = Current[Any](None)
+        self.run = Current[Run | None](None)
         # What a timestep of the model counts where no schedule tells: 1 or a thousand, once one has shown it.
         self.unit: int | None = None
         # Of a forward that is traced: its frames, rows and columns, [3] int64, or nothing, [0].
         self.traced: list[Tensor] = []
         # A `VideoTiles` that came without a grid.
         self.tiles: VideoTiles | None = None
-        self.dispatch: Any = None  # diffusers', and our member of its enum
-        self.member: Any = None
         self.mode = SparseSDPA(self.attention)
+        self.is_shown = False  # calls of the dispatch
 
     def take_order(self, transformer: nn.Module) -> None:
         """Take over a `VideoTiles` that has no grid; a ValueError for one with the text on another side."""
@@ -111,10 +139,33 @@ class DiffusersRoute:
 
     def attention(self, call: SdpaCall, dense: Callable[[], Tensor]) -> Tensor:
         """`Handle.sdpa` of the layer of the processor that runs; q [B, H, N, D], k and v [B, G, M, D]."""
-        layer = self.layer.get()
-        if not torch.compiler.is_compiling():
-            return self.handle.sdpa(call, dense, layer=None if layer is None else int(layer))
-        return dense() if layer is None else self.handle.sdpa(call, dense, told=[layer, *self.traced])
+        run = self.run.get()
+        return dense() if run is None else self._aside(run, lambda: self._attend(run, call, dense))
+
+    def _aside(self, run: Run, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a call of the processor that runs, of which nothing is another call of it."""
+        former = watcher.get()
+        self.run.set(None)
+        watcher.set(None)
+        try:
+            if torch.compiler.is_compiling() or _modes()[-1:] != [self.mode]:
+                return compute()
+            with _pop_mode_temporarily():
+                return compute()
+        finally:
+            self.run.set(run)
+            watcher.set(former)
+
+    def _attend(self, run: Run, call: SdpaCall, dense: Callable[[], Tensor]) -> Tensor:
+        is_cross, refusal = run.is_cross(call.query.shape[-2], call.key.shape[-2]), None
+        if is_cross is None and self.handle.policy.only_self_attention:
+            refusal = FEWER if run.layer is not None else UNKNOWN
+        if torch.compiler.is_compiling():
+            told = [] if run.layer is None else [run.layer, *self.traced]
+            return self.handle.sdpa(call, dense, is_cross=is_cross, refusal=refusal, told=told)
+        run.arrived.append(True)
+        layer = None if run.layer is None else int(run.layer)
+        return self.handle.sdpa(call, dense, layer=layer, is_cross=is_cross, refusal=refusal)
 
     def hear(self, told: Sequence[Tensor]) -> int:
         """The layer of a call of a compiled graph; told: the layer [], then the grid of a traced forward."""
@@ -128,49 +179,68 @@ class DiffusersRoute:
                 self._read_scheduler(at_start=getattr(self.scheduler(), "begin_index", None) or 0)
         return int(number)
 
-    def register(self) -> None:
-        """Register a backend with diffusers, if it is built as we know it."""
-        dispatch = _dispatch()
-        if dispatch is None:
-            return
-        names, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
-        value = f"ba_att_{self.handle.number}"
-        member = str.__new__(names, value)
-        member._name_, member._value_, member.__objclass__ = value.upper(), value, names
-        self.dispatch, self.member = dispatch, member
-        registry.register(member, supports_context_parallel=True)(self.backend)
-        for table in TABLES:
-            self.handle.undo.callback(getattr(registry, table).pop, member, None)
-        self.handle.undo.callback(registry._supports_context_parallel.discard, value)
+    def named(self, dispatch: Any) -> Callable[..., Tensor]:
+        """A function for diffusers' registry: every call of it comes to the handle, without a layer."""
+        names = dispatch.AttentionBackendName
 
-    def backend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        _parallel_config: Any = None,
-    ) -> Tensor:
-        """What diffusers calls: query [B, N, H, D], key and value [B, M, G, D], to [B, N, H, D]."""
-        call = SdpaCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        layer = self.layer.get()
-        if layer is None:  # a layer that we did not attach to uses the same processor
-            return self._native(call, _parallel_config)
-        if _parallel_config is None:
-            return self._local(None, *call)
-        if needs_gradients(query, key, value):
-            self.handle.count_dense(int(layer), GRADIENTS)
-            return self._native(call, _parallel_config)
-        gathered: Tensor = self.dispatch._templated_context_parallel_attention(
-            *call, False, forward_op=self._local, backward_op=_no_backward, _parallel_config=_parallel_config
+        def backend(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            scale: float | None = None,
+            enable_gqa: bool = False,
+            _parallel_config: Any = None,
+        ) -> Tensor:
+            call = SdpaCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            native = dispatch._AttentionBackendRegistry._backends[names.NATIVE]
+            self.run.set(Run(None, None, False, []))
+            try:
+                return self.dispatched(native, **_by_name(call), _parallel_config=_parallel_config)
+            finally:
+                self.run.set(None)
+
+        return backend
+
+    def dispatched(self, dense: Callable[..., Tensor], **given: Any) -> Tensor:
+        """A call of diffusers' dispatch; query [B, N, H, D], key and value [B, M, G, D], to [B, N, H, D].
+
+        Args:
+            dense: the backend that would compute it. given: its arguments by name.
+        """
+        run, parallel = self.run.get(), given.get("_parallel_config")
+        if run is None:
+            return dense(**given)
+        refuse_ring(parallel)
+        call = SdpaCall(**{name: given[name] for name in SdpaCall._fields if name in given})
+        refusal = _unknown(given)
+        if refusal is None and parallel is not None and needs_gradients(*call[:3]):
+            refusal = GRADIENTS
+        if refusal is not None:
+            run.arrived.append(True)
+            self.handle.count_dense(None if run.layer is None else int(run.layer), refusal)
+            return self._aside(run, lambda: dense(**given))
+        # A backend is given what it knows.
+        local = functools.partial(self._local, functools.partial(_with_names, dense, tuple(given)))
+        if parallel is None:
+            return local(None, *call)
+        gathered: Tensor = find_dispatch()._templated_context_parallel_attention(
+            *call, False, forward_op=local, backward_op=_no_backward, _parallel_config=parallel
         )
         return gathered
 
-    def _local(self, context: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any, **_: Any) -> Tensor:
+    def _local(
+        self,
+        dense: Callable[[SdpaCall], Tensor],
+        context: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *options: Any,
+        **_: Any,
+    ) -> Tensor:
         """All of a sequence, for the heads that this process has; `options` are the fields of `SdpaCall` in order.
 
         The signature is that of the forward functions that diffusers' context parallelism calls.
@@ -182,35 +252,42 @@ class DiffusersRoute:
             mask = rearrange(mask, "b m -> b 1 1 m")
         out = self.attention(
             call.changed(q, k, v, mask, call.scale),
-            lambda: rearrange(self._native(call, None), "b n h d -> b h n d"),
+            lambda: rearrange(dense(call), "b n h d -> b h n d"),
         )
         return rearrange(out, "b h n d -> b n h d").contiguous()
 
-    def _native(self, call: SdpaCall, parallel_config: Any) -> Tensor:
-        """What the processor would have called."""
-        out: Tensor = self.dispatch.dispatch_attention_fn(
-            *call, backend=self.former.get(), parallel_config=parallel_config
+
+def _with_names(function: Callable[..., Tensor], names: tuple[str, ...], call: SdpaCall) -> Tensor:
+    return function(**{name: value for name, value in _by_name(call).items() if name in names})
+
+
+def _by_name(call: SdpaCall) -> dict[str, Any]:  # `_asdict`, which torch 2.6 does not compile
+    return {name: getattr(call, name) for name in SdpaCall._fields}
+
+
+def _unknown(given: dict[str, Any]) -> str | None:
+    """What only the backend of a call can read in its arguments, or None."""
+    mask = given.get("attn_mask")
+    if not isinstance(mask, Tensor | None):
+        return f"a {type(mask).__name__} for a mask, which only its backend reads"
+    others = given.keys() - {*SdpaCall._fields, "_parallel_config"}
+    named = sorted(name for name in others if given[name] is not None and given[name] is not False)
+    return f"options of its backend, {', '.join(named)}" if named else None
+
+
+def refuse_ring(parallel_config: Any) -> None:
+    """A ValueError for diffusers' ring attention."""
+    config = getattr(parallel_config, "context_parallel_config", None)
+    degree = 1 if config is None else config.ring_degree
+    if degree > 1:
+        raise ValueError(
+            "ring_degree must be 1: blocks are selected from all keys of a head, which no process of a ring has; "
+            f"use ulysses_degree, got ring_degree={degree}"
         )
-        return out
 
 
 def _no_backward(*_: Any, **__: Any) -> Any:
     raise NotImplementedError("sparse attention has no gradient: call the model under torch.no_grad()")
-
-
-def _dispatch() -> Any:
-    try:
-        dispatch: Any = importlib.import_module("diffusers.models.attention_dispatch")
-    except ImportError:
-        return None
-    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    names = ("AttentionBackendName", "dispatch_attention_fn", "_templated_context_parallel_attention")
-    is_known = (
-        all(hasattr(dispatch, name) for name in names)
-        and all(isinstance(getattr(registry, table, None), dict) for table in TABLES)
-        and isinstance(getattr(registry, "_supports_context_parallel", None), set)
-    )
-    return dispatch if is_known else None
 
 
 def latent_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int] | None:
