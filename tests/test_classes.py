@@ -19,7 +19,7 @@ def measured(name, build=None, seconds=60):
 
 
 @pytest.mark.parametrize(
-    ("name", "sparse"), [("WanTransformer3DModel", 2), ("FluxTransformer2DModel", 3), ("SD3Transformer2DModel", 2)]
+    ("name", "sparse"), [("WanTransformer3DModel", 2), ("FluxTransformer2DModel", 2), ("SD3Transformer2DModel", 4)]
 )
 def test_a_class_that_goes_sparse(name, sparse):
     one = measured(name)
