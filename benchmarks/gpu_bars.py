@@ -256,6 +256,31 @@ def kernel_table(record: Record) -> str:
     return block(record, ("length", "sparsity", "D", "TFLOP/s", "of the peak"), rows, caption)
 
 
+def peers_table(record: Record) -> str:
+    """The attention kernel in turns with block-sparse attention of other libraries, a row per shape and sparsity."""
+    chosen, peak = records_of(record, "kernel"), record["matrix_peak_tflops"]
+    names = dict.fromkeys(name for one in chosen for name in (*one["baseline_ms"], *one["refused"]))
+    dense = [name for name in names if name in ("cudnn", "flash", "fa4-dense")]
+    peers = [name for name in names if name not in dense]
+    rows = []
+    for one in chosen:
+        operations = one["kept_tflops"] * one["stage_ms"]["attend"]
+        rates = [operations / one["baseline_ms"][name] if name in one["baseline_ms"] else None for name in peers]
+        rows.append([
+            length_text(one), sparsity_text(one), str(one["shape"][3]), f"{operations / one['total_ms']:.0f}",
+            *("refused" if rate is None else f"{rate:.0f}" for rate in rates),
+            *(times(one["speedup"].get(name)) for name in dense),
+        ])  # fmt: skip
+    batch, heads = chosen[0]["shape"][:2]
+    refused = dict.fromkeys(f"`{name}` {reason}" for one in chosen for name, reason in one["refused"].items())
+    caption = (
+        f"TFLOP/s of kept pairs, the same random lists for all: B {batch}, H {heads}, {chosen[0]['dtype']}, in turns, "
+        f"peak {peak:.0f} TFLOP/s; then ours over dense attention." + "".join(f" Refused: {one}." for one in refused)
+    )
+    header = ("length", "sparsity", "D", f"baatt, `{chosen[0]['impl']}`", *(f"`{name}`" for name in peers))
+    return block(record, (*header, *(f"over {name}" for name in dense)), rows, caption)
+
+
 def records_of(record: Record, what: str, score: str | None = None) -> list[Record]:
     """The measurements of the operator with a score, or of its kernel."""
     chosen = [one for one in record["records"] if one["what"] == what and score in (None, one["config"]["score"])]

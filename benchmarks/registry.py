@@ -21,6 +21,7 @@ import gpu_bars
 import lm_eval_decoder
 import oracle_mass
 import real_weights_tables
+import reliability
 import ruler_tables
 import scaling_model
 import short_queries
@@ -56,7 +57,10 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING: frozenset[str] = frozenset({"classes_diffusers.json"})
+PENDING: frozenset[str] = frozenset({
+    "classes_diffusers.json", "gpu_peers_h200.json", "reliability_h200.json", "sanitizer_memcheck.txt",
+    "sanitizer_racecheck.txt", "sanitizer_initcheck.txt", "sanitizer_synccheck.txt",
+})  # fmt: skip
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
@@ -113,6 +117,23 @@ CASES: dict[str, Case] = {
         "the operator over lengths, drawn as docs/figures/gpu_sweep_h200.png",
         "baatt bench --preset paper --sweep --against cudnn,flash --json FILE --plot PICTURE",
         ("gpu_sweep_h200.json",),
+    ),
+    "gpu_peers": Case(
+        "the attention kernel on a GPU beside the block-sparse attention of other libraries",
+        "baatt bench --what kernel --against fa4,fa4-dense,cudnn-bsa,cudnn --shape SHAPES --json FILE",
+        ("gpu_peers_h200.json",),
+        {"gpu_peers": gpu_bars.peers_table},
+    ),
+    "reliability": Case(
+        "named checks of the operator: threads, streams, graphs, memory, sizes, shapes under torch.compile",
+        "python benchmarks/reliability.py --json FILE",
+        ("reliability_h200.json",),
+        {"reliability": reliability.table},
+    ),
+    "sanitizer": Case(
+        "every kernel under the tools of compute-sanitizer, on small shapes: what they printed",
+        "bash benchmarks/sanitize.sh FOLDER",
+        tuple(f"sanitizer_{tool}.txt" for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
     ),
     "gpu_tests": Case(
         "the tests that need a GPU: what pytest printed",

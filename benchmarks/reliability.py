@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tables import block
 from torch import Tensor
 
 from baatt import BAAttConfig, ba_attention, make_plan
 from baatt.lab.bench.verification import require_verified, verify
 from baatt.lab.records import RecordFile, provenance
+from baatt.lab.tables import Record
 
 SMALL = (1, 4, 1000, 64)
 
@@ -245,6 +247,16 @@ def run(name: str, place: Place) -> dict[str, Any]:
     if place.device.type == "cuda":
         torch.cuda.empty_cache()
     return {"check": name, **found, "seconds": time.perf_counter() - started}
+
+
+def table(record: Record) -> str:
+    """Markdown: a row per check."""
+    words = {True: "passed", False: "failed", None: "not run"}
+    rows = [
+        [one["check"], (CHECKS[one["check"]][0].__doc__ or "").strip(), words[one["passed"]]]
+        for one in record["records"]
+    ]
+    return block(record, ("check", "what must hold", "result"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -62,6 +62,21 @@ def test_the_floor_is_the_longer_of_products_and_traffic(bars):
     assert bars.floor_ms(one, ceilings | {"memory_bandwidth": 1e5}) == pytest.approx(15.0)
 
 
+def test_peers_stand_beside_the_kernel(bars):
+    one = {
+        "what": "kernel", "shape": [1, 32, 4096, 128], "groups": 32, "dtype": "bfloat16", "impl": "hopper",
+        "sparsity": 0.5, "config": {"score": "clusters"}, "kept_tflops": 600.0, "stage_ms": {"attend": 1.0},
+        "total_ms": 1.2, "baseline_ms": {"fa4": 1.5, "cudnn": 3.0}, "speedup": {"fa4": 1.25, "cudnn": 2.5},
+        "refused": {"vsa": "it needs the package vsa: no"},
+    }  # fmt: skip
+    report = {
+        "records": [one], "matrix_peak_tflops": 750.0, "command": "c", "commit": None, "device": "d", "versions": {},
+    }  # fmt: skip
+    table = bars.peers_table(report)
+    assert "| 4K | 50 % | 128 | 500 | 400 | refused | 2.50x |" in table
+    assert "Refused: `vsa` it needs the package vsa: no." in table
+
+
 def test_a_failing_case_leaves_the_others(bars, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "ENOUGH_MS", 0.0)
     monkeypatch.setitem(timing.MATRIX_SIZES, "cpu", (128,))

@@ -11,7 +11,8 @@ PATH = Path(__file__).resolve().parents[1] / "benchmarks/reliability.py"
 
 
 @pytest.fixture
-def reliability():
+def reliability(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("reliability", PATH)
     assert spec is not None
     assert spec.loader is not None
@@ -37,7 +38,7 @@ def test_a_failure_is_told_and_the_others_run(reliability, tmp_path, capsys, mon
     assert printed[0].endswith("AssertionError: views must give what their copies give")
     stored = json.loads(path.read_text())
     assert [one["passed"] for one in stored["records"]] == [False, None, True]
-    monkeypatch.undo()
+    assert "| two streams | Calls that run on two streams" in reliability.table(stored)
     with pytest.raises(SystemExit):
         reliability.main(["--checks", "weather"])
     assert "--checks must be of" in capsys.readouterr().err
