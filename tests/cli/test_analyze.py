@@ -119,6 +119,11 @@ def test_recall_prints_the_error_that_it_measures(captured, capsys, options):
         (["capture", "--layers", "7"], "--layers must be numbers from -6 to 5, got (7,)"),
         (["capture", "--output", "/nowhere/x"], "--output must lie in an existing folder"),
         (["capture", "--prompt-file", "/nowhere/x"], "/nowhere/x"),
+        (["capture", "--length", "1000M"], "must fit into memory"),
+        (["capture", "--length", "5"], "length must hold the smallest niah_multikey_1 sample"),
+        (["capture", "--length", "-5"], "--length must be positive numbers of tokens"),
+        (["recall", "/"], "baatt: / is a folder"),
+        (["recall", "FILE", "--device", "meta"], "--device must be one that computes here"),
     ],
 )
 def test_refusals(captured, argv, message, capsys):

@@ -114,6 +114,19 @@ def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> No
             r"--sparsity must be in \[0, 1\), got 50.0; a share: 0.5 for 50 %",
         ),
         (("generate", "--prompt", "a", "--sparsity", "-1"), r"--sparsity must be in \[0, 1\), got -1.0$"),
+        (("demo", "--device", "mps"), "--device must be one that computes here, got 'mps'"),
+        (("generate", "--prompt", "a", "--device", "meta"), "--device must be one that computes here, got 'meta'"),
+        (("generate", "--prompt", "a", "--seed", "9" * 30), "--seed must be a number of 64 bits"),
+        (("demo", "--seed", "9" * 30), "--seed must be a whole number of 64 bits"),
+        (("bench", "--seed", "x"), "--seed must be a whole number, got 'x'"),
+        (("bench", "--shape", ""), "--shape must be BxHxNxD"),
+        (("bench", "--draw", "/"), "^baatt: / cannot be used: Is a directory"),
+        (("evaluate", "fidelity", "--store", __file__), "--store must lie in a folder that can be written, .* is none"),
+        (("evaluate", "ruler", "--store", __file__), "--store must lie in a folder that can be written, .* is none"),
+        (
+            ("evaluate", "ruler", "--lengths", "999999M", "--tasks", "vt", "--json", "/tmp/x.json"),
+            "must fit into memory",
+        ),
         (("demo", "--length", "four"), "--length must be positive numbers of tokens such as 4096,8K, got 'four'"),
         (("demo", "--length", "1K,2K"), "--length must be one number of tokens such as 4096 or 4K, got '1K,2K'"),
         (("demo", "--score", "x"), r"--score must be one of .*\(try baatt demo --help\)"),
@@ -158,6 +171,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--length", "640", "--seed", "3", "--output", str(picture)]) == 0
     printed = capsys.readouterr().out
     for expected in (
+        "One of the special magic numbers",
         "Question",
         "Setting",
         "full attention",

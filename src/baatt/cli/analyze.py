@@ -28,13 +28,14 @@ from baatt.cli.options import (
     names_of,
     read_configs,
     read_device,
+    seed,
 )
 from baatt.config import PRESETS, BAAttConfig
 from baatt.integrations.enable import enable
 from baatt.lab.capture import LAYOUT, Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
 from baatt.lab.layers import measure_bound, measure_layers
-from baatt.lab.loading import check_memory
+from baatt.lab.loading import check_bytes, check_memory
 from baatt.lab.maps import compared, draw_maps, maps_page, most_structured_head
 from baatt.lab.options import given, variants
 from baatt.lab.plots import draw_bound, draw_recall
@@ -46,6 +47,10 @@ from baatt.lab.tables import Record, Table, percent, pivot
 from baatt.lab.texts import read_text
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.scores import SCORES
+
+CPU = torch.device("cpu")
+#: Of a token of a document while it is drawn: its words, their tokens, and q, k and v of a layer at the least.
+DOCUMENT_BYTES = 1024
 
 
 class Study(NamedTuple):
@@ -74,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--prompt-file", type=Path, help=where)
     text.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
     add("--length", type=length, default=4096, help="tokens of a document of --task and its answer (default: 4096)")
-    add("--seed", type=int, default=0, help="which document (default: 0)")
+    add("--seed", type=seed, default=0, help="which document (default: 0)")
     add("--impl", default="auto", help=argparse.SUPPRESS)
     add_model_options(capture, any_kind=True)
 
@@ -113,6 +118,9 @@ def run_capture(arguments: argparse.Namespace) -> None:
     if arguments.prompt_file is not None:
         text, source = read_text(arguments.prompt_file), str(arguments.prompt_file)
     else:
+        if isinstance(model, MaskedDiffusionLM):  # before a document of a billion tokens is written
+            check_memory(model.config, arguments.length, torch.device(arguments.device))
+        check_bytes(f"--length {arguments.length}", "a document needs", DOCUMENT_BYTES * arguments.length, CPU)
         sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
         text, source = sample.prompt + sample.answer_prefix, f"{arguments.task}, seed {arguments.seed}"
     ids = tokenizer.encode(text).ids

@@ -13,7 +13,16 @@ import torch
 from rich.console import Console
 
 from baatt.cli.errors import UsageError
-from baatt.cli.options import add_sparse_options, at_least, check_files, lengths, names_of, read_configs, read_device
+from baatt.cli.options import (
+    add_sparse_options,
+    at_least,
+    check_files,
+    lengths,
+    names_of,
+    read_configs,
+    read_device,
+    seed,
+)
 from baatt.lab.bench.baselines import BASELINES, static_refusals
 from baatt.lab.bench.benchmarks import BENCHMARKS, REPORT, measure, start_report
 from baatt.lab.bench.case import Case, Shape, estimated_bytes, resolve
@@ -45,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="(default: bfloat16 on a GPU, float32 on the CPU)")
     parser.add_argument("--threads", type=at_least(1), help="of the CPU (default: as PyTorch finds)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random inputs (default: 0)")
     add_sparse_options(parser, many={"sparsity": (0.5, 0.9)}, dense_layers=False)
     parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, allocate nothing")
@@ -112,7 +121,8 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
     """Every shape with every sparsity."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[arguments.dtype or DEFAULT_DTYPE[device]]
-    shapes = [read_shape(text, arguments.heads_kv) for text in (arguments.shape or DEFAULT_SHAPE[device]).split(",")]
+    text = DEFAULT_SHAPE[device] if arguments.shape is None else arguments.shape
+    shapes = [read_shape(part, arguments.heads_kv) for part in text.split(",")]
     if arguments.lengths and not arguments.sweep:
         raise UsageError("--lengths needs --sweep, got --lengths without it")
     if arguments.sweep:

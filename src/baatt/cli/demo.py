@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from baatt.attention import attend, make_plan
-from baatt.cli.options import add_model_options, add_sparse_options, check_files, length, load_model, read_preset
+from baatt.cli.options import add_model_options, add_sparse_options, check_files, length, load_model, read_preset, seed
 from baatt.config import BAAttConfig, Policy, Preset
 from baatt.integrations.enable import enable
 from baatt.lab.describe import options_text, selection_name
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Document, output and the shared options."""
     parser.add_argument("--length", type=length, default=4096, help="tokens of document and answer (default: 4096)")
     parser.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
-    parser.add_argument("--seed", type=int, default=1, help="which document (default: 1)")
+    parser.add_argument("--seed", type=seed, default=1, help="which document (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("baatt-demo.png"), help="picture (default: baatt-demo.png)")
     add_model_options(parser)
     add_sparse_options(parser)
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     sample = draw_samples(arguments.task, arguments.length, 1, tokenizer, seed=arguments.seed)[0]
     ids = tokenizer.encode(sample.prompt + sample.answer_prefix).ids
     console.print(f"[bold]Document[/bold] {arguments.task}, {len(ids)} tokens, {len(sample.prompt.split())} words")
+    console.print(f"         {excerpt(sample)}", highlight=False, markup=False)
     console.print(f"[bold]Question[/bold] {sample.prompt.rsplit(chr(10), 1)[1]}", highlight=False)
     settings: dict[str, Preset] = {"paper": Preset(paper_like(setting.config), Policy())}
     if setting != settings["paper"]:
@@ -84,6 +85,13 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(table(sample, ["full attention", *names], readings).rich())
     draw(*readings[0].drawn, setting.config, drawn, arguments.output)
     console.print(f"Attention map of layer {drawn}, skipped blocks dimmed: {arguments.output}", soft_wrap=True)
+
+
+def excerpt(sample: RulerSample) -> str:
+    """A line of the document around what is asked for, which the model has to find."""
+    text = " ".join(sample.prompt.split())
+    place = text.find(sample.values[0])
+    return f"... {text[max(0, place - 160) : place + 80]} ..."
 
 
 def warm_up(model: MaskedDiffusionLM, settings: Iterable[Preset], impl: str) -> None:

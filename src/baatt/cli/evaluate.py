@@ -7,7 +7,6 @@ the samples; the first of them prints the tables and writes the summary.
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,16 @@ from rich.console import Console
 from baatt.assets import shipped_model
 from baatt.cli import fidelity
 from baatt.cli.errors import UsageError, resumable
-from baatt.cli.options import add_model_options, add_sparse_options, at_least, check_files, lengths, load_model
+from baatt.cli.options import (
+    add_model_options,
+    add_sparse_options,
+    at_least,
+    check_files,
+    check_store,
+    lengths,
+    load_model,
+    seed,
+)
 from baatt.cli.ruler_report import answer_bar, show_averages, show_length
 from baatt.config import PRESETS, BAAttConfig, Policy
 from baatt.lab.answers import AnswerStore
@@ -57,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "set, and qa_1 and qa_2 where --squad and --hotpot are given (default: all)")  # fmt: skip
     add("--lengths", type=lengths, default=[4096], help="tokens of prompt and answer, by commas (default: 4096)")
     add("--count", type=at_least(1), default=200, help="samples per task and length (default: 200)")
-    add("--seed", type=int, default=42, help="which samples (default: 42)")
+    add("--seed", type=seed, default=42, help="which samples (default: 42)")
     add("--dial", action="append", default=[], metavar="NAME=VALUE,...", help="values to try of an option of the "
         "method, of the sampler, or of dense_layers (0+1,none); every combination is run: --dial keep_first=0,1 "
         "--dial sort=none,qk")  # fmt: skip
@@ -98,10 +106,6 @@ def run(arguments: argparse.Namespace) -> None:
         model = open_model(arguments, cells, sources, made)
         if model.model.config.eos_token_id is None:  # it writes all it may
             cells = [cell.sampled(stop_at_eos=False) for cell in cells]
-        longest, trained = max(cell.length for cell in cells), model.model.config.max_sequence_length
-        if longest > trained and ranks.rank == 0:
-            warn(f"The model was made for up to {trained} tokens, --lengths go up to {longest}: what it answers beyond "
-                 "says little.")  # fmt: skip
         if not same_everywhere(model.setup, cells, arguments.count, ranks):
             raise UsageError("all processes must run the same model with the same options")
         store, numbers = AnswerStore(store_folder, ranks.rank), range(ranks.rank, arguments.count, ranks.size)
@@ -110,6 +114,10 @@ def run(arguments: argparse.Namespace) -> None:
             share.prepare()
         except RuntimeError as error:
             raise UsageError(f"--impl {arguments.impl} cannot run this model: {error}") from None
+        longest, trained = max(cell.length for cell in cells), model.model.config.max_sequence_length
+        if longest > trained and ranks.rank == 0:
+            warn(f"The model was made for up to {trained} tokens, --lengths go up to {longest}: what it answers beyond "
+                 "says little.")  # fmt: skip
         with (
             resumable(
                 lambda: f"{sum(map(len, share.kept()))} of {len(cells) * len(numbers)} answers in {store_folder}",
@@ -173,9 +181,7 @@ def check_outputs(arguments: argparse.Namespace) -> Path:
     """Refuse places that cannot be written, before anything is read; returns the folder of the answers."""
     check_files(arguments, "json", pictures=("plot",))
     folder: Path = arguments.store or arguments.json.with_suffix(".answers")
-    nearest = next(one for one in (folder, *folder.parents) if one.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(f"--store must lie in a folder that can be written, {nearest} is none")
+    check_store(folder)
     return folder
 
 

@@ -22,11 +22,13 @@ from baatt.cli.options import (
     add_sparse_options,
     at_least,
     check_files,
+    check_store,
     lengths,
     load_any_model,
     read_configs,
     read_place,
     read_preset,
+    seed,
 )
 from baatt.config import Policy
 from baatt.lab.answers import AnswerStore
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--documents", type=at_least(1), default=8, help="documents of each length (default: 8)")
     add("--needles", type=at_least(0), default=6, help="numbers planted in a document and asked later (default: 6)")
-    add("--seed", type=int, default=0, help="which numbers, places and masks (default: 0)")
+    add("--seed", type=seed, default=0, help="which numbers, places and masks (default: 0)")
     add("--mask-share", type=float, default=0.15, help="share of the prose to be predicted by a model that sees later "
         "tokens (default: 0.15); others predict every token of the second half")  # fmt: skip
     add("--batch-size", type=at_least(1), default=1, help="documents read together (default: 1)")
@@ -142,6 +144,7 @@ def reading_bar() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what can be seen without a model."""
     check_files(arguments, "json", "save", pictures=("plot",))
+    check_store(arguments.store or arguments.json.with_suffix(".answers"))
     if arguments.needles > len(CITIES):
         raise UsageError(f"--needles must be at most {len(CITIES)}, got {arguments.needles}")
     if not 0 < arguments.mask_share < 1:

@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.command = shlex.join(["baatt", *argv])
         arguments.run(arguments)
     except (UsageError, OSError, ValueError, TypeError) as error:
-        print(f"baatt: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        # Python's own `[Errno 21] Is a directory: 'folder'` in words.
+        told = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        text = f"{error.filename} cannot be used: {error.strerror}" if told else str(error)  # type: ignore[union-attr]
+        print(f"baatt: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt as interrupt:
         print(": ".join(filter(None, ("baatt: interrupted", str(interrupt)))), file=sys.stderr)  # noqa: T201

@@ -167,7 +167,25 @@ def check_files(arguments: argparse.Namespace, *files: str, pictures: Collection
             raise UsageError(f"{flag}: the picture needs matplotlib: pip install 'baatt[plots]'")
 
 
+def check_store(folder: Path) -> None:
+    """Refuse a folder for answers that could not be made or written; a UsageError as of `check_files`."""
+    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"--store must lie in a folder that can be written, {nearest} is none")
+
+
 # Types for argparse.
+
+
+def seed(text: str) -> int:
+    """A whole number that a generator of PyTorch takes."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 64 bits, got {number}")
+    return number
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -33,6 +33,11 @@ def find_device(name: str | None) -> torch.device:
         raise ValueError(f'device must be a device such as "cpu" or "cuda:0", got {name!r}') from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name} needs a GPU that PyTorch can use, and found none")
+    try:  # the name of a kind that this PyTorch lacks, of a card that is not there, or of one that computes nothing
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that computes here, got {name!r}: {reason}") from None
     return device
 
 

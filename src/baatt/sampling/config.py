@@ -68,6 +68,8 @@ class SamplerConfig:
             check_positive_integer(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be an int, got {self.seed!r}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a number of 64 bits, got {self.seed}")
         if not isinstance(self.stop_at_eos, bool):
             raise TypeError(f"stop_at_eos must be a bool, got {self.stop_at_eos!r}")
         for name in ("temperature", "cfg_scale", "threshold"):
