@@ -109,9 +109,7 @@ def load_capture(path: Path, layers: Sequence[int] | None = None) -> Capture:
         ValueError: it holds something else, or lacks a layer, or its tensors do not fit one another.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is a folder, a safetensors file is needed" if path.is_dir() else f"no such file: {path}"
-        )
+        raise FileNotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"no such file: {path}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
