@@ -156,8 +156,11 @@ CASES: dict[str, Case] = {
     "short_queries": Case(
         "few queries over many keys: from how many on a sparse call is faster",
         "python benchmarks/short_queries.py --json FILE",
-        ("short_queries_h200.json",),
-        {"short_queries": short_queries.table},
+        ("short_queries_h200.json", "short_queries_cpu.json"),
+        {
+            "short_queries": Block(short_queries.table, ("short_queries_h200.json",)),
+            "short_queries_cpu": Block(short_queries.table, ("short_queries_cpu.json",)),
+        },
     ),
     "oracle_mass": Case(
         "the kernel of the exact block masses beside the eager function",

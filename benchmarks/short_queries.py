@@ -23,22 +23,22 @@ from baatt.lab.bench.verification import require_verified, verify
 from baatt.lab.records import RecordFile, provenance
 from baatt.lab.tables import Record, percent, short_length, times
 
-HEADS, CHANNELS = 32, 128
+CHANNELS = 128
 
 
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def measure(queries: int, keys: int, sparsity: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def measure(
+    queries: int, keys: int, heads: int, config: BAAttConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """Milliseconds of both, and the speed-up."""
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
-        torch.randn(1, HEADS, length, CHANNELS, generator=generator, device=device).to(dtype)
+        torch.randn(1, heads, length, CHANNELS, generator=generator, device=device).to(dtype)
         for length in (queries, keys, keys)
     )
-    # Of all orders the paper's costs most.
-    config = dataclasses.replace(BAAttConfig.preset("paper"), sparsity=sparsity)
     plan = make_plan(q, k, config)
     require_verified(f"{queries} x {keys}", verify(q, k, v, plan, attend(q, k, v, plan)))
     functions: dict[str, Callable[[], Any]] = {
@@ -49,7 +49,7 @@ def measure(queries: int, keys: int, sparsity: float, device: torch.device, dtyp
         functions = {name: captured(function, device) for name, function in functions.items()}
     found = median_times(functions, device)
     return {
-        "queries": queries, "keys": keys, "sparsity": sparsity, "sparse_ms": found["sparse"],
+        "queries": queries, "keys": keys, "sparsity": config.sparsity, "sparse_ms": found["sparse"],
         "dense_ms": found["dense"], "speedup": found["dense"] / found["sparse"],
     }  # fmt: skip
 
@@ -63,10 +63,11 @@ def table(record: Record) -> str:
         lambda one: f"{short_length(one['keys'])} keys",
         lambda one: times(one["speedup"]),
     )
+    options = {"paper": "the paper's options", "default": "its defaults"}[record.get("preset", "paper")]
     caption = (
-        "Time of dense attention over that of the operator with the paper's options, selection included, at "
+        f"Time of dense attention over that of the operator with {options}, selection included, at "
         f"{percent(record['records'][0]['sparsity'])} sparsity: {record['heads']} heads of {record['channels']}, "
-        f"{record['dtype']}, as CUDA graphs."
+        f"{record['dtype']}{', as CUDA graphs' if 'cuda' in record['versions'] else ''}."
     )
     return block(record, header, rows, caption)
 
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--queries", type=numbers, default=[16, 32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--keys", type=numbers, default=[4096, 16384, 65536])
     parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--preset", choices=("paper", "default"), default="default", help="options of the method")
+    parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args(argv)
@@ -85,12 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "benchmarks/short_queries.py", *(sys.argv[1:] if argv is None else argv)])
     header = {
         "study": "short queries over many keys", **provenance(command, device),
-        "heads": HEADS, "channels": CHANNELS, "dtype": str(dtype).removeprefix("torch."),
+        "preset": arguments.preset, "heads": arguments.heads, "channels": CHANNELS,
+        "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     report = RecordFile(arguments.json, header)
+    config = dataclasses.replace(BAAttConfig.preset(arguments.preset), sparsity=arguments.sparsity)
     for keys in arguments.keys:
         for queries in (one for one in arguments.queries if one < keys):
-            report.add(one := measure(queries, keys, arguments.sparsity, device, dtype))
+            report.add(one := measure(queries, keys, arguments.heads, config, device, dtype))
             sys.stdout.write("{queries} x {keys}: {speedup:.2f}x\n".format(**one))
             sys.stdout.flush()
 

@@ -18,7 +18,7 @@ from baatt.cli.generate import EXAMPLE
 from baatt.cli.main import main
 from baatt.config import Policy
 from baatt.integrations.enable import enable
-from baatt.integrations.handle import Handle
+from baatt.integrations.handle import Handle, NoSparseAttentionWarning
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.model import RulerModel
 from baatt.lab.ruler.tasks import draw_samples
@@ -436,10 +436,11 @@ def test_unknown_cache_is_refused(name: Any) -> None:
 def test_an_enabled_model_is_sparse_in_full_passes_and_dense_in_short_cached_ones() -> None:
     model, case = make_model(), {"steps": 6, "gen_length": 12, "block_length": 6}
     prompts = [make_prompt(length, seed=length) for length in LENGTHS]
-    with baatt.enable(model, SPARSE) as handle:
+    reason = "too few queries over more keys to be worth it"
+    with baatt.enable(model, SPARSE) as handle, pytest.warns(NoSparseAttentionWarning, match=reason):
         generate(model, *padded(prompts), SamplerConfig(**case, cache="dual"))
     assert handle.sparse_calls == 2 * 3
-    assert handle.reasons == {"policy: fewer queries than min_queries=1024, of more keys": 4 * 3}
+    assert handle.reasons == {reason: 4 * 3}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

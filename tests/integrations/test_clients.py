@@ -15,9 +15,9 @@ from tests.integrations.clients import CLIENTS, build
 
 ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
 HALF = BAAttConfig(block_size=16, sparsity=0.5)
-ROWS = "policy: fewer queries than min_queries=1024, of more keys"
+ROWS = "a decoding step of one query"
+FEW = "too few queries over more keys to be worth it"
 WINDOW = "a sliding window"
-FLASH = "SDARAttention calls flash_attn_func by name"
 #: Client -> sparse calls of its run, and why the others are dense.
 EXPECTED = {
     "Llama, SmolLM2": (2, {ROWS: 14}),
@@ -25,11 +25,11 @@ EXPECTED = {
     "Qwen3, static cache": (2, {ROWS: 14}),
     "Gemma3": (1, {ROWS: 14, WINDOW: 1}),
     "LLaDA2": (2 * 3 * 4, {}),
-    "SDAR": (3, {FLASH: 3 * 4 * 3}),
-    "Fast-dLLM v2": (3, {ROWS: 3 * 4 * 3}),
+    "SDAR": (3, {FEW: 3 * 4 * 3}),
+    "Fast-dLLM v2": (3, {FEW: 3 * 4 * 3}),
     "A2D": (2 * 4, {}),
-    "BD3LM": (2 * 2, {ROWS: 2 * 2 * 4}),
-    "DiffusionGemma": (1, {ROWS: 9, WINDOW: 2}),
+    "BD3LM": (2 * 2, {FEW: 2 * 2 * 4}),
+    "DiffusionGemma": (1, {FEW: 9, WINDOW: 2}),
     "SkyReels-V2 diffusion forcing": (2, {}),
     "LLaDA": (3 * 4, {}),
     "Dream": (3 * 4, {}),
@@ -40,10 +40,13 @@ EXPECTED = {
 def test_a_run_of_each_client(name):
     client = build(name)
     dense = client.run()
-    with baatt.enable(client.model, ALL_BLOCKS) as handle, warnings.catch_warnings():
-        warnings.simplefilter("ignore" if name == "SDAR" else "error", NoSparseAttentionWarning)
+    with baatt.enable(client.model, ALL_BLOCKS) as handle, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoSparseAttentionWarning)
         torch.testing.assert_close(client.run(), dense)
     assert (handle.sparse_calls, handle.reasons) == EXPECTED[name]
+    told = [str(one.message) for one in caught if one.category is NoSparseAttentionWarning]
+    assert len(told) == (FEW in handle.reasons)  # once for all the passes of a block over its cache
+    assert all(FEW in text for text in told)
     assert handle.sparsity == 0
     with baatt.enable(client.model, HALF) as handle:
         client.run()
@@ -51,14 +54,14 @@ def test_a_run_of_each_client(name):
     assert torch.equal(client.run(), dense)
 
 
-@pytest.mark.parametrize("name", ["BD3LM", "Fast-dLLM v2", "DiffusionGemma"])
+@pytest.mark.parametrize("name", ["BD3LM", "Fast-dLLM v2", "DiffusionGemma", "SDAR"])
 def test_blocks_over_a_cache_may_be_sparse_too(name):
     client = build(name)
     dense = client.run()
     with baatt.enable(client.model, ALL_BLOCKS, Policy(min_queries=0)) as handle:
         torch.testing.assert_close(client.run(), dense)
     sparse, reasons = EXPECTED[name]
-    assert handle.sparse_calls == sparse + reasons[ROWS]
+    assert handle.sparse_calls == sparse + reasons[FEW]
 
 
 def test_an_order_of_tiles_does_not_go_with_frames_that_look_back():

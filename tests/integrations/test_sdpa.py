@@ -12,6 +12,7 @@ import baatt
 from baatt import BAAttConfig, Policy
 from baatt.integrations.handle import Handle
 from baatt.integrations.masks import Structure
+from baatt.integrations.reasons import UNEQUAL
 from baatt.integrations.sdpa import Current, SparseSDPA, sparse_sdpa
 
 ALL_BLOCKS = BAAttConfig(block_size=16, sparsity=0.0)
@@ -254,7 +255,7 @@ def test_cross_attention_and_other_policies(qkv):
         F.scaled_dot_product_attention(q, k[:, :, :64], v[:, :, :64])
         F.scaled_dot_product_attention(*(x[:, :, :63] for x in qkv))
         F.scaled_dot_product_attention(*(x[:, :, :64] for x in qkv))
-    assert handle.reasons == {"policy: cross-attention": 1, "policy: fewer keys than min_length=64": 1}
+    assert handle.reasons == {UNEQUAL: 1, "policy: fewer keys than min_length=64": 1}
     assert handle.sparse_calls == 1
     anything = Policy(only_self_attention=False, min_queries=4, min_length=99)
     with sparse_sdpa(ALL_BLOCKS, policy=anything, min_length=0) as handle:

@@ -445,7 +445,7 @@ def test_cross_attention_is_known_by_class_path_and_role():
 # Decoders: the prompt is sparse, every further token dense.
 
 
-ROWS = "policy: fewer queries than min_queries=1024, of more keys"
+ROWS = "a decoding step of one query"
 DECODERS = {
     "Qwen2": lambda: decoder("Qwen2ForCausalLM"),
     "Qwen3": lambda: decoder("Qwen3ForCausalLM", head_dim=8),

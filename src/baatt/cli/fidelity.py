@@ -33,7 +33,7 @@ from baatt.cli.options import (
 from baatt.config import Policy
 from baatt.lab.answers import AnswerStore
 from baatt.lab.fidelity.documents import CITIES
-from baatt.lab.fidelity.measure import is_asked
+from baatt.lab.fidelity.measure import is_routed
 from baatt.lab.fidelity.profile import allocate, costs_of
 from baatt.lab.fidelity.reader import Reader
 from baatt.lab.fidelity.report import draw_fidelity, layer_table, length_table
@@ -184,7 +184,7 @@ def report(content: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.by_layer:
         console.print(layer_table(content["layers"], content["profile"]).rich(), highlight=False)
         console.print(f"Profile: {arguments.save}, for --policy and Policy.load", highlight=False, soft_wrap=True)
-    reasons = {reason for one in content["records"] for reason in one["reasons"] if not is_asked(reason)}
+    reasons = {reason for one in content["records"] for reason in one["reasons"] if not is_routed(reason)}
     for reason in sorted(reasons):
         text = f"Some calls stayed dense: {reason}"
         Console(stderr=True, soft_wrap=True).print(f"[yellow]{text}[/yellow]")

@@ -20,8 +20,9 @@ from baatt.config import BAAttConfig, Policy
 from baatt.integrations.diffusers_dispatch import add_backend, find_dispatch, watch, watcher
 from baatt.integrations.diffusers_route import DiffusersRoute, Run, parameters, refuse_ring, uncompiled
 from baatt.integrations.enable import find_adapter
-from baatt.integrations.handle import Handle, itself, refuse_copy
+from baatt.integrations.handle import Handle
 from baatt.integrations.progress import by_name
+from baatt.integrations.stand_in import itself, refuse_copy
 
 #: Paths of attention over text alone, before it meets the latents: short, and no layer of the denoiser.
 TEXT_ONLY = re.compile("text|txt|token_refiner|perceiver")

@@ -5,8 +5,6 @@ exit. An adapter is one file with the two functions of `Adapter` and one line in
 """
 
 import importlib
-import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 from weakref import WeakSet
@@ -15,8 +13,9 @@ import torch
 from torch import nn
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import Handle, NoSparseAttentionWarning, TokenPermutation, refuse_copy
-from baatt.integrations.sdpa import Current
+from baatt.integrations.handle import Handle, TokenPermutation
+from baatt.integrations.reasons import NOTHING_SEEN, warn_dense
+from baatt.integrations.stand_in import refuse_copy
 
 #: File beside this one -> what it attaches to. The first that recognises a model has it.
 ADAPTERS: Mapping[str, str] = {
@@ -28,9 +27,6 @@ ADAPTERS: Mapping[str, str] = {
     "transformers": "transformers models (4.57 or newer) that use the attention interface "
     "(ModernBERT, EuroBERT, Qwen, Llama, ...)",
 }
-
-#: Where a warning does not point: the line above them in the stack is the user's.
-LIBRARIES = ("baatt", "torch", "transformers", "transformers_modules", "diffusers", "accelerate", "peft")
 
 #: Modules that are attached to now.
 _attached: "WeakSet[nn.Module]" = WeakSet()
@@ -59,21 +55,25 @@ def enable(
     *,
     impl: str = "auto",
     order: TokenPermutation | None = None,
+    anywhere: bool = False,
 ) -> Handle:
     """Make a model's self-attention sparse until the handle is disabled.
 
     `with enable(model, config) as handle: ...` or `handle = enable(model, config)` and later `handle.disable()`. Only
     this model changes; leaving, by an exception too, puts it back as it was. Every call is counted, dense ones with
-    their reason, and a forward without any sparse call that the policy did not ask for warns.
+    their reason, and a forward without any sparse call warns unless just that was asked for.
 
     Args:
         model: an nn.Module in evaluation mode, also one that torch.compile, DistributedDataParallel or PEFT wrapped, or
             a diffusers pipeline.
         config: the method's options; None leaves every call dense and counts it, for comparison.
-        policy: what stays dense; None = `Policy()`, nothing but cross-attention and short cached blocks.
+        policy: what stays dense; None = `Policy()`, nothing but cross-attention and cached blocks too short to pay.
         impl: as `ba_attention`.
         order: (N, device) -> permutation [N] of the tokens before they are cut into blocks, or None for a length that
             stays as it is; composes with `config.sort`. `baatt.integrations.video.VideoTiles` is one.
+
+        anywhere: also take a model of an unknown class: every `scaled_dot_product_attention` inside it, and
+            FlashAttention and FlexAttention that its code imported by name. A known class is attached to as ever.
 
     Returns:
         Handle, attached.
@@ -86,7 +86,7 @@ def enable(
     handle = Handle(config, policy, impl=impl, order=order)
     model, callers = unwrapped(model)
     handle.callers = {model: callers}
-    adapter, roots = find_adapter(model)
+    adapter, roots = find_adapter(model, anywhere=anywhere)
     modules = [module for root in roots for module in root.modules()]
     if any(module in _attached for module in modules):
         raise ValueError("model must not be attached to already: disable the handle of the earlier enable first")
@@ -123,8 +123,8 @@ def unwrapped(model: Any) -> tuple[Any, list[nn.Module]]:
     return model, callers
 
 
-def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
-    """The first adapter that can attach to a model, and the model's roots.
+def find_adapter(model: Any, *, anywhere: bool = False) -> tuple[Adapter, list[nn.Module]]:
+    """The first adapter that can attach to a model, and the model's roots; `anywhere` takes any module.
 
     Raises:
         TypeError: not a model at all.
@@ -135,6 +135,8 @@ def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
         roots = adapter.roots(model)
         if roots:
             return adapter, roots
+    if anywhere and isinstance(model, nn.Module):
+        return cast(Adapter, importlib.import_module("baatt.integrations.anywhere")), [model]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module or a diffusers pipeline, got {type(model).__name__}")
     known = "; ".join(ADAPTERS.values())
@@ -143,45 +145,31 @@ def find_adapter(model: Any) -> tuple[Adapter, list[nn.Module]]:
     advice = "" if found is None else f", whose part model.{found} is of one: pass that"
     raise ValueError(
         f"model must be of a known kind: {known}; got {type(model).__module__}.{type(model).__name__}{advice}. "
-        "baatt.integrations.sdpa.sparse_sdpa(config) works with any code that calls scaled_dot_product_attention"
+        "enable(model, ..., anywhere=True) takes any class, for every scaled_dot_product_attention inside it"
     )
 
 
-def _level_of_caller() -> int:
-    """What warnings.warn must be told in the calling function to point at the line of the user that ran the model."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def _watch(root: nn.Module, handle: Handle) -> None:
-    """Hook every forward: read the step before, warn once after one without a sparse call.
+    """Around every forward: read the step before; warn after one without a sparse call, once for a reason.
 
-    A traced graph has no side effects, so there nothing is told and nothing is warned of.
+    Loops may call `model.forward`, past all hooks, so the method is replaced. A traced graph has no side effects: there
+    nothing is told and nothing is warned of.
     """
-    before, warned = Current(0), False
+    known: set[str] = set()
+    forward = root.forward
 
-    def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watched(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return
-        before.set(handle.calls_as_asked)
+            return forward(*args, **kwargs)
+        handle.start_forward()
         handle.masks.start_forward()
         if handle.read_step is not None and handle.policy.dense_steps > 0 and not handle.progress.told:
             handle.read_step(args, kwargs)
+        out = forward(*args, **kwargs)
+        reasons = handle.unasked()
+        if reasons is not None and not (known and reasons <= known):
+            known.update(reasons or {NOTHING_SEEN})
+            warn_dense(f"{type(root).__name__} ran", reasons)
+        return out
 
-    def finish(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal warned
-        if torch.compiler.is_compiling() or warned or handle.calls_as_asked > before.get():
-            return
-        warned = True
-        reasons = "; ".join(handle.reasons) or "the model never called its attention through baatt"
-        warnings.warn(
-            f"{type(root).__name__} ran without a single sparse attention call: {reasons}",
-            NoSparseAttentionWarning,
-            stacklevel=_level_of_caller(),
-        )
-
-    handle.before_forward(root, start, prepend=True)
-    for module in (root, *handle.callers.get(root, ())):
-        handle.undo.callback(module.register_forward_hook(finish).remove)
+    handle.replace(root, "forward", watched)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,21 @@ from baatt.backend import IMPLS, Workload, choose_backend
 from baatt.checks import as_number, check_structure
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.calls import HANDLES, SdpaCall, routed_attention
-from baatt.integrations.counts import BY_POLICY, Counts, block_pairs
-from baatt.integrations.masks import MaskReader, Structure
+from baatt.integrations.counts import Counts, block_pairs
+from baatt.integrations.masks import NO_MASK, MaskReader, Structure
 from baatt.integrations.progress import DenoisingProgress
+from baatt.integrations.reasons import (
+    ALL_KEPT,
+    BY_POLICY,
+    CROSS,
+    FEW_QUERIES,
+    GRADIENTS,
+    ONE_QUERY,
+    UNEQUAL,
+    NoSparseAttentionWarning,
+    worthwhile_queries,
+)
+from baatt.integrations.stand_in import StandIn
 from baatt.stages.dense import dense_attention
 
 #: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
@@ -35,38 +47,6 @@ TokenPermutation = Callable[[int, torch.device], Tensor | None]
 Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float, int | None], None]
 
 _numbers = itertools.count()
-
-GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
-
-
-def refuse_copy(*_: object) -> NoReturn:
-    """`__reduce_ex__` of what is attached to: a copy would compute with the weights of the original."""
-    raise TypeError("model must not be copied or pickled while baatt is attached to it: call handle.disable() first")
-
-
-class StandIn:
-    """Calls a function for the original as long as a handle is attached; a copy made later is one of the original."""
-
-    __slots__ = ("__dict__", "function", "handle", "original")  # other wrappers take over what is in __dict__
-
-    def __init__(self, handle: "Handle", function: Callable[..., Any], original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self.handle, self.function, self.original = handle, function, original
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.function if self.handle.is_attached else self.original)(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return refuse_copy() if self.handle.is_attached else (itself, (self.original,))
-
-
-def itself(x: Any) -> Any:
-    """What a copy of a stand-in is made of."""
-    return x
-
-
-class NoSparseAttentionWarning(UserWarning):
-    """A model ran and none of its attention was sparse, although the policy asked for nothing dense."""
 
 
 class Handle(Counts):
@@ -78,8 +58,7 @@ class Handle(Counts):
 
     Attributes:
         is_attached: whether `disable` has not run yet: a stand-in that somebody kept only calls its original then.
-        progress: where the denoising step comes from. layer_count: layers of the model, once they are known.
-        masks: reads the mask of a call. undo: what `disable` runs.
+        progress: where the denoising step comes from. masks: reads the mask of a call. undo: what `disable` runs.
         read_step: an adapter's: tells `progress` the step, given (args, kwargs) of a forward before it runs, or None.
         callers: modules that call the forward of a root past its hooks, by root.
         hear: an adapter's: takes what went along with a call of a compiled graph and returns the layer, or None.
@@ -108,7 +87,6 @@ class Handle(Counts):
         self.config = config or BAAttConfig(sparsity=0.0)
         self.policy, self.impl, self.order = policy or Policy(), impl, order
         self.progress = DenoisingProgress()
-        self.layer_count: int | None = None
         self._layers = self.policy  # with layers counted from 0, once their number is known
         self.number = next(_numbers)
         HANDLES[self.number] = self
@@ -181,10 +159,25 @@ class Handle(Counts):
         """Override a method by a function that stands in for it as long as the handle is attached, whoever holds it."""
         self.override(owner, name, StandIn(self, function, getattr(owner, name)))
 
-    def count_dense(self, layer: int | None, reason: str) -> None:
-        """Count a call that stays dense; in a traced graph, which must not have side effects, nothing is counted."""
-        if not torch.compiler.is_compiling():
-            self.count(layer, reason)
+    def count_dense(
+        self,
+        layer: int | None,
+        reason: str,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        known: Structure = NO_MASK,
+    ) -> None:
+        """Count a call that stays dense; in a traced graph, which must not have side effects, nothing is counted.
+
+        Its block pairs are those of q [..., N, D] and k [..., M, D] with a known structure, where they are given.
+        """
+        if torch.compiler.is_compiling():
+            return
+        pairs = 0
+        if q is not None and k is not None and min(q.ndim, k.ndim) > 2:
+            config, start = self.config_of(layer), known.query_start or 0
+            pairs = block_pairs(config, q.shape[-2], k.shape[-2], known.causal, start)[0] * math.prod(q.shape[:-2])
+        self.count(layer, reason, pairs)
 
     def attention(
         self,
@@ -290,8 +283,8 @@ class Handle(Counts):
         if dense is None:
             dense = functools.partial(dense_attention, q, k, v, key_mask=known.key_mask, **options)
         # A decoding step stays dense anyway, and there every node that is opaque costs time.
-        if refusal is not None or (is_traced and q.shape[2] == 1 and self.policy.min_queries > 1):
-            self.count_dense(layer, refusal or "")
+        if refusal is not None or (is_traced and q.shape[2] == 1 and self._fewest_queries(q.device) > 1):
+            self.count_dense(layer, refusal or ONE_QUERY, q, k, known)
             return dense()
         if is_traced:
             given = known.key_mask if mask is None else mask
@@ -316,18 +309,23 @@ class Handle(Counts):
         known, k, v = known.cut(call.query, call.key, call.value)
         q, key_mask = call.query, known.key_mask
         is_square = q.shape[2] == k.shape[2]
-        is_cross = known.causal is None and not is_square if is_cross is None else is_cross
+        cross = CROSS if is_cross else UNEQUAL if is_cross is None and known.causal is None and not is_square else None
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
         if self._watcher is not None:
             self._watcher(layer, q, k, v, key_mask, scale, known.causal)
         config = self.config_of(layer)
         # Rows of padding take no part in choosing blocks. They are known where both sides are one sequence.
-        query_mask = known.wanted(q.shape[2]) if known.causal is not None or (is_square and not is_cross) else None
+        query_mask = known.wanted(q.shape[2]) if known.causal is not None or (is_square and not cross) else None
         masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
         structure: dict[str, Any] = {"causal": known.causal, "query_start": known.query_start, **masks}
-        refusal = self._refusal(q, k, v, scale, layer, is_cross, structure)
+        refusal = self._refusal(q, k, v, scale, layer, cross, structure)
         pairs, kept = block_pairs(config, q.shape[2], k.shape[2], known.causal, known.query_start or 0)
-        self.count(layer, refusal, pairs * q.shape[0] * q.shape[1], kept * q.shape[0] * q.shape[1])
+        if (
+            refusal is None and pairs == kept and self.config.sparsity > 0
+        ):  # at 0 the user wants to see the operator run
+            refusal = ALL_KEPT if config.sparsity > 0 else f"{BY_POLICY}sparsity 0 of layer {layer}"
+        pairs, kept = (number * q.shape[0] * q.shape[1] for number in (pairs, kept))
+        self.count(layer, refusal, pairs, kept, (1 - config.sparsity) * pairs)
         if refusal is not None:
             return dense()
         permutation = self.order(q.shape[2], q.device) if self.order is not None and is_square else None
@@ -338,6 +336,11 @@ class Handle(Counts):
         out = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
         return torch.empty_like(out).index_copy(2, permutation, out)
 
+    def _fewest_queries(self, device: torch.device) -> int:
+        """Of a call over more keys."""
+        fewest = self.policy.min_queries
+        return worthwhile_queries(device.type) if fewest is None else fewest
+
     def _refusal(
         self,
         q: Tensor,
@@ -345,15 +348,15 @@ class Handle(Counts):
         v: Tensor,
         scale: float,
         layer: int | None,
-        is_cross: bool,
+        cross: str | None,
         structure: dict[str, Any],
     ) -> str | None:
         """Why the policy, the config or the device has a call stay dense, or None."""
         policy, queries, keys = self.policy, q.shape[2], k.shape[2]
         if not self._is_sparse:
             return BY_POLICY + "dense attention everywhere"
-        if policy.only_self_attention and is_cross:
-            return BY_POLICY + "cross-attention"
+        if policy.only_self_attention and cross is not None:
+            return cross
         if layer in self._layers.dense_layers:
             return f"{BY_POLICY}dense layer {layer}"
         if policy.dense_steps > 0:
@@ -372,8 +375,10 @@ class Handle(Counts):
                 return f"no kernel for {q.dtype} with D={q.shape[3]} on this device"
         if keys < policy.min_length:
             return f"{BY_POLICY}fewer keys than min_length={policy.min_length}"
-        if queries < keys and queries < policy.min_queries:
-            return f"{BY_POLICY}fewer queries than min_queries={policy.min_queries}, of more keys"
+        if queries < min(keys, self._fewest_queries(q.device)):
+            if policy.min_queries is not None:
+                return f"{BY_POLICY}fewer queries than min_queries={policy.min_queries}, of more keys"
+            return ONE_QUERY if queries == 1 else FEW_QUERIES
         if structure["causal"] is not None and self.order is not None:
             return "an order of tokens, which a causal mask does not allow"
         try:
@@ -381,6 +386,10 @@ class Handle(Counts):
         except ValueError as error:
             return str(error)
         return None
+
+
+#: By their old place.
+__all__ = ["GRADIENTS", "Handle", "NoSparseAttentionWarning", "TokenPermutation", "Watcher", "needs_gradients"]
 
 
 def needs_gradients(*tensors: Tensor) -> bool:

@@ -9,11 +9,14 @@ transformers.
 import functools
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from baatt.integrations import by_name
+from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import Handle
 from baatt.integrations.llada import layer_numbers, owners
 from baatt.integrations.sdpa import Current, SparseSDPA
@@ -31,9 +34,6 @@ KNOWN: Mapping[str, str] = {
     "Fast_dLLM_QwenAttention": "Fast-dLLM v2: block-causal, bool [N, M]",
 }
 
-#: What SDAR's code calls for a block over a cache, which no instance can have replaced.
-FLASH = "flash_attn_func"
-
 
 def roots(model: Any) -> list[nn.Module]:
     """The stack of the layers of a class in `KNOWN`: samplers of LLaDA-V call it without the model around it."""
@@ -48,18 +48,11 @@ def attach(model: nn.Module, handle: Handle) -> int:
     """Override the forward of the stack, and hook the layers."""
     (stack,) = roots(model)
     layers = _layers(model)
-    watch = _LayerWatch(handle)
-    mode = SparseSDPA(lambda call, dense: handle.sdpa(call, dense, layer=watch.ask(), is_cross=False))
+    watch = LayerWatch(handle, is_cross=False)
     for number, layer in zip(layer_numbers(layers, "layer_idx"), layers, strict=True):
-        handle.undo.callback(layer.register_forward_pre_hook(functools.partial(watch.start, number)).remove)
-        handle.undo.callback(layer.register_forward_hook(watch.finish, always_call=True).remove)
-    forward = stack.forward
-
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return forward(*args, **kwargs)
-
-    handle.replace(stack, "forward", inside)
+        watch.follow(number, layer)
+        handle.undo.callback(layer.register_forward_hook(functools.partial(_find_silent, watch, number)).remove)
+    watch.surround(stack, by_name.code_of(model))
     mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
     handle.read_step = handle.progress.token_reader(stack, mask_token_id)
     return len(layers)
@@ -69,29 +62,61 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if any(base.__name__ in KNOWN for base in type(module).__mro__)]
 
 
-class _LayerWatch:
-    """Which layer is running, and whether it has called `scaled_dot_product_attention`."""
+def _find_silent(watch: "LayerWatch", number: int, layer: nn.Module, args: Any, output: Any) -> None:
+    """Count a layer that ran without a call."""
+    if watch.called.get():
+        return
+    name, code = type(layer).__name__, vars(sys.modules[type(layer).__module__])
+    reason = f"{name} does not call scaled_dot_product_attention"
+    if f"{name.removesuffix('Attention')}SdpaAttention" in code:
+        reason += ": load the model with attn_implementation='sdpa'"
+    watch.handle.count_dense(number, reason)
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-        self.layer, self.called = Current[int | None](None), Current(False)
 
-    def start(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.layer.set(number)
-        self.called.set(False)
+class LayerWatch:
+    """Brings the calls inside a module to a handle, and knows which layer is running and whether it has made one."""
 
-    def ask(self) -> int | None:
+    def __init__(self, handle: Handle, is_cross: bool | None) -> None:
+        self.handle, self.is_cross = handle, is_cross
+        self.layer, self.called, self.entered = Current[int | None](None), Current(False), Current(False)
+        self.mode = SparseSDPA(self.sdpa)
+
+    def follow(self, number: int, layer: nn.Module) -> None:
+        """Know when a layer runs."""
+
+        def start(module: nn.Module, args: Any) -> None:
+            self.layer.set(number)
+            self.called.set(False)
+
+        def finish(module: nn.Module, args: Any, output: Any) -> None:
+            self.layer.set(None)
+
+        self.handle.undo.callback(layer.register_forward_pre_hook(start).remove)
+        self.handle.undo.callback(layer.register_forward_hook(finish, always_call=True).remove)
+
+    def surround(self, module: nn.Module, code: list[Any]) -> None:
+        """Take the calls of every forward of a module, also those by name in its code."""
+        forward = module.forward
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                with self.mode:
+                    return forward(*args, **kwargs)
+            if self.entered.get():  # from a module around this one
+                return forward(*args, **kwargs)
+            self.entered.set(True)
+            try:
+                with self.mode, by_name.intercepted(code, self.by_name):
+                    return forward(*args, **kwargs)
+            finally:
+                self.entered.set(False)
+
+        self.handle.replace(module, "forward", inside)
+
+    def sdpa(self, call: SdpaCall, dense: Callable[[], Tensor]) -> Tensor:
         self.called.set(True)
-        return self.layer.get()
+        return self.handle.sdpa(call, dense, layer=self.layer.get(), is_cross=self.is_cross)
 
-    def finish(self, module: nn.Module, args: Any, output: Any) -> None:
-        layer = self.layer.get()
-        self.layer.set(None)
-        if not self.called.get() and output is not None:  # a layer that failed has none
-            name, code = type(module).__name__, vars(sys.modules[type(module).__module__])
-            reason = (
-                f"{name} does not call scaled_dot_product_attention: load the model with attn_implementation='sdpa'"
-            )
-            if any(base.__name__ == "SDARAttention" for base in type(module).__mro__) and FLASH in code:
-                reason = f"{name} calls {FLASH} by name"
-            self.handle.count_dense(layer, reason)
+    def by_name(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.called.set(True)
+        return by_name.compute(self.handle, self.layer.get(), self.is_cross, name, function, args, kwargs)

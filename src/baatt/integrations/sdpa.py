@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from baatt.config import BAAttConfig, Policy
 from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import Handle
+from baatt.integrations.reasons import warn_dense
 
 T = TypeVar("T")
 
@@ -79,6 +80,8 @@ def sparse_sdpa(
 ) -> Iterator[Handle]:
     """Make `scaled_dot_product_attention` sparse inside the context, in this thread, whoever calls it.
 
+    Warns at its end where no call was sparse, or none was seen, unless the policy asked for just that.
+
     Args:
         config: the method's options.
         policy: what stays dense; layers are not known here. None = `Policy()`.
@@ -96,5 +99,9 @@ def sparse_sdpa(
         raise ValueError(f"policy must name no layers: a call does not tell its layer, got {layers}")
     if min_length is not None:
         handle.policy = dataclasses.replace(handle.policy, min_length=min_length)
+    handle.start_forward()
     with SparseSDPA(handle.sdpa):
         yield handle
+    reasons = handle.unasked()
+    if reasons is not None:
+        warn_dense("sparse_sdpa ended", reasons)

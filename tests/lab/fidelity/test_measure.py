@@ -131,7 +131,11 @@ def test_keeping_nearly_all_is_nearly_dense(llada, documents):
             r"no attention call was sparse \(1 dense: policy: dense layer 0; 1 dense",
         ),
         (HALF, Policy(min_length=600), "no attention call was sparse .* fewer keys than min_length=600"),
-        (dataclasses.replace(HALF, sparsity=0.01), Policy(), "every block was kept: too few blocks of 16 tokens"),
+        (
+            dataclasses.replace(HALF, sparsity=0.01),
+            Policy(),
+            "no attention call was sparse .3 dense: the budget keeps every key block",
+        ),
     ],
 )
 def test_dense_runs_are_refused(llada, documents, config, policy, reason):
@@ -184,7 +188,7 @@ def test_cells_are_measured_once(llada, tmp_path):
     assert read == []
     other, _ = make_study(llada, tmp_path, seed=1)
     assert other.open_documents(cells) == 6
-    with pytest.raises(DenseRunError, match=r"512 tokens, clusters, sparsity 0\.01: every block was kept"):
+    with pytest.raises(DenseRunError, match=r"512 tokens, clusters, sparsity 0\.01: no attention call was sparse"):
         study.measure(Cell(512, dataclasses.replace(HALF, sparsity=0.01)))
 
 

@@ -33,6 +33,6 @@ def test_it_reads_sparsely_and_decodes_densely(tmp_path, monkeypatch, capsys):
     assert dense["config"] == {}
     assert sparse["sparse"] == 2 * 2 * 2  # layers, tasks, samples: one prompt each
     assert sparse["skipped"] > 0
-    assert sparse["reasons"] == {"policy: fewer queries than min_queries=1024, of more keys": 8 * 15}
+    assert sparse["reasons"] == {"a decoding step of one query": 8 * 15}
     assert {task: len(scores) for task, scores in sparse["scores"].items()} == dict.fromkeys(lm_eval_decoder.TASKS, 2)
     assert "| 50 % | 0.0 [0.0-65.8], 2 samples |" in capsys.readouterr().out

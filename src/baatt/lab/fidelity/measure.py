@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.counts import BY_POLICY
 from baatt.integrations.enable import enable
-from baatt.integrations.handle import NoSparseAttentionWarning
+from baatt.integrations.reasons import ALL_KEPT, BY_POLICY, NoSparseAttentionWarning
 from baatt.lab.fidelity.documents import Document
 from baatt.lab.fidelity.reader import SLAB, Reader
 from baatt.lab.statistics import bootstrap_interval
@@ -84,10 +83,10 @@ class Comparison:
                 sparse.append(states)
         for number, states in enumerate(sparse):
             self._compare(number, dense[number], states, found)
-        routed = [one for one in handle.layers.values() if one.sparse or any(map(is_asked, one.reasons))]
+        routed = [one for one in handle.layers.values() if one.sparse or any(map(is_routed, one.reasons))]
         return found | {
-            "sparsity_achieved": handle.sparsity, "layers_routed": len(routed), "sparse_calls": handle.sparse_calls,
-            "reasons": handle.reasons, "seconds": time.perf_counter() - started,
+            "sparsity_achieved": handle.tally(is_routed).skipped, "layers_routed": len(routed),
+            "sparse_calls": handle.sparse_calls, "reasons": handle.reasons, "seconds": time.perf_counter() - started,
         }  # fmt: skip
 
     def _read(self) -> Iterator[Tensor]:
@@ -113,9 +112,9 @@ class Comparison:
             found["recalled_whole"].append(_mean([float(all(answer)) for answer in answers]))
 
 
-def is_asked(reason: str) -> bool:
-    """Whether a call stayed dense because the policy says so."""
-    return reason.startswith(BY_POLICY)
+def is_routed(reason: str | None) -> bool:
+    """Whether a call was sparse, or stayed dense because the policy says so or no block is left out."""
+    return reason in (None, ALL_KEPT) or reason.startswith(BY_POLICY)
 
 
 def compare(reader: Reader, dense: Tensor, sparse: Tensor, wanted: Tensor) -> Tensor:
