@@ -1,7 +1,6 @@
 """Why calls stay dense, what a user can change about each reason, and the warning of a run without a sparse call.
 
-In: the reasons of calls as the counts hold them. Out: one line of text. A reason that begins with "policy: " is one
-that the policy names; all but cross-attention, which is a default, were asked for and are not warned of.
+In: the reasons of calls as the counts hold them. Out: one line of text. What the user asked for is not warned of.
 """
 
 import sys
@@ -10,6 +9,11 @@ from collections.abc import Iterable, Mapping
 
 #: Reasons that come from a policy.
 BY_POLICY = "policy: "
+#: Of them those that say what the user named; the others are defaults, as that cross-attention stays dense.
+ASKED = tuple(
+    BY_POLICY + start
+    for start in ("dense", "one of the first steps", "fewer keys than min_", "fewer queries than min_", "sparsity 0")
+)
 CROSS = BY_POLICY + "cross-attention"
 UNEQUAL = "other keys than queries by their number, taken for cross-attention"
 GRADIENTS = "gradients are asked for: call the model under torch.no_grad()"
@@ -22,6 +26,7 @@ _ANY_CROSS = "Policy(only_self_attention=False) makes it sparse"
 #: What the text of a reason begins with -> what can be changed. Nothing here changes what a model computes densely.
 ADVICE: Mapping[str, str] = {
     CROSS: _ANY_CROSS,
+    BY_POLICY + "fewer keys than queries": _ANY_CROSS,
     UNEQUAL: _ANY_CROSS,
     ALL_KEPT: "longer sequences, a smaller block_size or a larger sparsity of the config leave some out",
     FEW_QUERIES: "Policy(min_queries=0) makes it sparse all the same, a number in its place says what you want dense",
@@ -52,7 +57,7 @@ class NoSparseAttentionWarning(UserWarning):
 
 def is_asked(reason: str) -> bool:
     """Whether a call stayed dense because the user wanted just that."""
-    return reason.startswith(BY_POLICY) and reason != CROSS
+    return reason.startswith(ASKED)
 
 
 def worthwhile_queries(device: str) -> int:
