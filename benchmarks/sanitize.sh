@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # memcheck, racecheck, initcheck and synccheck of compute-sanitizer over every kernel, on small shapes:
-#   bash benchmarks/sanitize.sh FOLDER [SECONDS_FOR_EACH_TOOL]
+#   bash benchmarks/sanitize.sh FOLDER [SECONDS_FOR_EACH_TOOL [TOOLS]]
 # Leaves sanitizer_TOOL.txt in FOLDER, with the calls that ran below what the tool said. Ends with 1 if one found
 # something, ran out of time or could not run.
 set -uo pipefail
 folder=${1:?a folder for the logs}
 seconds=${2:-120}
+tools=${3:-memcheck racecheck initcheck synccheck}
+python=${PYTHON:-python3}
 here=$(dirname "$0")
 export PYTHONUNBUFFERED=1
 
@@ -14,7 +16,7 @@ if ! command -v compute-sanitizer >/dev/null; then
   exit 1
 fi
 # Compiled once, without a tool in the way; a kernel that no call launches is told here.
-python "$here/kernel_calls.py" >"$folder/sanitizer_calls.txt" || { tail -n 3 "$folder/sanitizer_calls.txt"; exit 1; }
+"$python" "$here/kernel_calls.py" >"$folder/sanitizer_calls.txt" || { tail -n 3 "$folder/sanitizer_calls.txt"; exit 1; }
 tail -n 1 "$folder/sanitizer_calls.txt"
 
 # Each tensor is an allocation of its own, so that going beyond one is seen.
@@ -23,11 +25,11 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 filter=--filter
 if compute-sanitizer --help | grep -q -- --kernel-name; then filter=--kernel-name; fi
 status=0
-for tool in memcheck racecheck initcheck synccheck; do
+for tool in $tools; do
   log="$folder/sanitizer_$tool.txt"
   started=$SECONDS
   timeout "$seconds" compute-sanitizer --tool "$tool" "$filter" kns=_kernel --error-exitcode 9 --print-limit 20 \
-    --log-file "$log" python "$here/kernel_calls.py" >"$folder/calls.part" 2>&1
+    --log-file "$log" "$python" "$here/kernel_calls.py" >"$folder/calls.part" 2>&1
   code=$?
   [ "$code" -eq 0 ] || status=1
   { echo; tail -n 40 "$folder/calls.part"; } >>"$log"
