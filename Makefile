@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Processes that run tests, each on one thread.
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all check lint types tests docs format train clean
+.PHONY: setup demo test test-all check lint types tests docs format fuzz train clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ docs: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Random calls against the reference for a minute; the seed is printed and makes them again.
+fuzz: $(STAMP)
+	$(BIN)/python benchmarks/fuzz.py --impl cpu auto
 
 train: $(STAMP)
 	bash training/run.sh

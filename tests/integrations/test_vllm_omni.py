@@ -198,6 +198,78 @@ def test_the_dispatcher_finds_what_it_asks_for():
     assert not {"vllm", "vllm_omni"} & sys.modules.keys()
 
 
+class Dispatcher:
+    """Stands for the engine: metadata as of vLLM-Omni 0.30, the merge and the call as pull request 4493 has them."""
+
+    def __init__(self, plugin, **static):
+        self.plugin, self.static = plugin, static
+        self.takes_masks = getattr(plugin, "capabilities", {}).get("supports_attention_mask", False)
+
+    def forward(self, query, key, value, *, attn_mask=None, per_forward=None, extra=None):
+        if attn_mask is not None and not self.takes_masks:
+            raise ValueError("the plugin announces no masks")
+        masks = {} if attn_mask is None else {"attn_mask": attn_mask}
+        params = self.static | (per_forward or {}) | (extra or {}) | masks
+        return self.plugin(query, key, value, params, is_causal=False, softmax_scale=query.shape[-1] ** -0.5)
+
+
+def sequences(*lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("given", ["nothing", "tokens", "additive"])
+@pytest.mark.parametrize("length", [70, 60, 31])
+def test_keys_behind_the_valid_length_are_padding(plugin, given, length):
+    query, key, value = inputs()
+    tokens = torch.ones(2, 70, dtype=torch.bool)
+    tokens[1, :13] = given == "nothing"
+    masks = {
+        "nothing": None,
+        "tokens": tokens,
+        "additive": torch.zeros(2, 1, 1, 70).masked_fill(~tokens[:, None, None], -torch.inf),
+    }
+    seen = tokens & (torch.arange(70) < length)
+    key[:, length:], value[:, length:] = 9.0, 9.0
+    actual = Dispatcher(plugin, **ALL_BLOCKS).forward(
+        query, key, value, attn_mask=masks[given], extra={"valid_kv_length": length, "max_seqlen_k": length}
+    )
+    torch.testing.assert_close(actual, exact(query, key, value, seen[:, None, None]))
+    assert counts(plugin) == [(1, 0, {})]
+
+
+@pytest.mark.parametrize("lengths", [(70,), (50, 20), (1, 30, 39)])
+@pytest.mark.parametrize("given", ["nothing", "tokens"])
+def test_packed_sequences_do_not_see_each_other(plugin, lengths, given):
+    query, key, value = inputs(batch=1)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    tokens = torch.ones(1, 70, dtype=torch.bool)
+    tokens[0, 3:7] = given == "nothing"
+    both = (document[:, None] == document) & tokens[0]
+    ends = sequences(*lengths)
+    extra = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+    dispatcher = Dispatcher(plugin, **ALL_BLOCKS)
+    actual = dispatcher.forward(query, key, value, attn_mask=None if given == "nothing" else tokens, extra=extra)
+    torch.testing.assert_close(actual, exact(query, key, value, both))
+    is_dense = len(lengths) > 1
+    assert counts(plugin)[0][:2] == (1 - is_dense, int(is_dense))
+    with pytest.raises(ValueError, match="cu_seqlens_q and cu_seqlens_k must be given together"):
+        dispatcher.forward(query, key, value, extra={"cu_seqlens_q": ends})
+
+
+def test_the_dispatcher_s_state_is_left_alone(plugin):
+    """Numbers among it, too, which an unknown setting would be refused for; later parts of the merge win."""
+    query, key, value = inputs()
+    extra = {"npu_attn_varlen": True, "laser_input_scale": 4.0, "max_seqlen_q": 70, "kv_cache_dtype": None}
+    dispatcher = Dispatcher(plugin, **ALL_BLOCKS, dense_steps=0.5)
+    for step in range(4):
+        state = {"denoise_step_idx": torch.full((2,), step), "total_denoise_steps": torch.full((2,), 4)}
+        actual = dispatcher.forward(query, key, value, per_forward=state, extra=extra)
+        torch.testing.assert_close(actual, exact(query, key, value))
+    assert counts(plugin) == [(2, 2, {"policy: one of the first steps": 2})]
+    dispatcher.forward(query, key, value, per_forward={"sparsity": 0.5}, extra={"sparsity": 0.75, "dense_steps": 0.0})
+    assert plugin.statistics()[-1].config.sparsity == 0.75
+
+
 def test_the_entry_point_leads_here():
     project = tomllib.loads((PAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (target,) = project["entry-points"]["vllm_omni.sparse_attn"].values()

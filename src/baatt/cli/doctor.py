@@ -37,5 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(Table(("device", "properties"), devices, title="Devices", text=True).rich())
     impls = [(impl, "yes" if available else "no", reason) for impl, available, reason in describe()]
     console.print(Table(("impl", "runs here", "why"), impls, title="Implementations", text=True).rich())
-    found = "present" if (shipped_model() / "config.json").is_file() else "MISSING"
-    console.print(f"Shipped model: {found} at {shipped_model()}")
+    try:
+        found = f"present at {shipped_model()}"
+    except FileNotFoundError as error:
+        found = f"MISSING: {error}"
+    console.print(f"Shipped model: {found}")

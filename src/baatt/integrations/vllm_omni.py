@@ -23,10 +23,11 @@ from baatt.integrations.progress import DenoisingProgress
 
 CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(BAAttConfig))
 POLICY_KEYS = ("dense_steps", "min_length", "min_queries", "only_self_attention")
-#: What the engine puts into the dict beside the settings: of these only the step and the mask are read.
+#: What the engine puts into the dict beside the settings: read are the step, the mask, the length and the packing.
 ENGINE_KEYS = (
     *("denoise_step_idx", "total_denoise_steps", "latent_shape", "patch_size", "total_latent_frames"),
-    *("patches_per_frame", "attn_mask", "attention_mask", "kv_cache_dtype"),
+    *("patches_per_frame", "attn_mask", "attention_mask", "kv_cache_dtype", "valid_kv_length"),
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "npu_attn_varlen", "laser_input_scale"),
 )
 
 
@@ -59,7 +60,8 @@ class SparseAttention:
             params: the fields of `BAAttConfig`, the policy's in `POLICY_KEYS` and `impl`, as far as they differ from
                 the defaults; `attn_mask` (or `attention_mask`): [B, M], True or not 0 = attend, or [B or 1, .., .., M]
                 bool or additive; `denoise_step_idx` and `total_denoise_steps`: numbers or a tensor of one per sample,
-                of which the least advanced counts. Other keys of the engine are left alone.
+                of which the least advanced counts; `valid_kv_length`: keys from there on are padding; `cu_seqlens_q`
+                and `cu_seqlens_k`: where packed sequences begin and end. Other keys of the engine are left alone.
             is_causal: queries and keys begin at the same token.
             softmax_scale: factor on q.k; None = 1 / sqrt(D).
 
@@ -77,11 +79,7 @@ class SparseAttention:
         handle = self.handle(params)
         if handle.policy.dense_steps > 0:
             read_progress(handle.progress, params)
-        mask: Tensor | None = params.get("attn_mask", params.get("attention_mask"))
-        if mask is not None and mask.ndim == 2:  # to the engine's own backends one of tokens, whatever its dtype
-            mask = rearrange(mask.bool(), "B M -> B 1 1 M")
-        if mask is not None and mask.ndim != 4:
-            raise ValueError(f"attn_mask must have shape [B, M] or [B, H, N, M], got {tuple(mask.shape)}")
+        mask = read_mask(params, q, k)
         found = handle.masks(mask, k.shape[0], k.shape[2])
         if is_causal and found.refusal is None:
             both = Structure(refusal="a causal flag beside a causal mask")
@@ -120,6 +118,35 @@ class SparseAttention:
         if key not in self._handles:
             self._handles[key] = Handle(config, policy, impl=key[2])
         return self._handles[key]
+
+
+def read_mask(params: Mapping[str, Any], q: Tensor, k: Tensor) -> Tensor | None:
+    """What a call may see, [B or 1, .., .., M]: its mask, without keys behind `valid_kv_length` and other sequences.
+
+    Raises:
+        ValueError: a mask of another number of axes, or one side of a packing.
+    """
+    mask: Tensor | None = params.get("attn_mask", params.get("attention_mask"))
+    if mask is not None and mask.ndim == 2:  # to the engine's own backends one of tokens, whatever its dtype
+        mask = rearrange(mask.bool(), "B M -> B 1 1 M")
+    if mask is not None and mask.ndim != 4:
+        raise ValueError(f"attn_mask must have shape [B, M] or [B, H, N, M], got {tuple(mask.shape)}")
+    visible = []
+    length, keys = params.get("valid_kv_length"), torch.arange(k.shape[2], device=k.device)
+    if length is not None and length < k.shape[2]:
+        visible.append(rearrange(keys < length, "M -> 1 1 1 M"))
+    query_ends, key_ends = params.get("cu_seqlens_q"), params.get("cu_seqlens_k")
+    if (query_ends is None) != (key_ends is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together")
+    if query_ends is not None and key_ends is not None and len(query_ends) > 2:
+        queries = torch.arange(q.shape[2], device=q.device)
+        rows = torch.bucketize(queries, query_ends.to(queries), right=True)
+        columns = torch.bucketize(keys, key_ends.to(keys), right=True)
+        visible.append(rearrange(rows, "N -> 1 1 N 1") == rearrange(columns, "M -> 1 1 1 M"))
+    for part in visible:
+        is_bool = mask is None or mask.dtype == torch.bool
+        mask = part if mask is None else mask & part if is_bool else mask.masked_fill(~part, -torch.inf)
+    return mask
 
 
 def read_progress(progress: DenoisingProgress, params: Mapping[str, Any]) -> None:

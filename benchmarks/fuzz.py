@@ -1,0 +1,269 @@
+"""Random calls of an implementation against the reference: `make fuzz`, or on a GPU before a release.
+
+In: which implementations, on which device, how many cases or seconds, and a seed. A case is made from the seed and its
+number alone, so `--seed S --first N --count 1` makes it again. Shapes, strides, dtypes, masks, structure, scores,
+orders and budgets vary, values are large, tiny or equal, and what is masked holds NaN and infinity. Out: how many
+agreed, every one that did not with its arguments, and that as JSON. Ends with 1 if any differed.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from baatt import BAAttConfig, attend, ba_attention, make_plan
+from baatt.backend import Workload, choose_backend
+from baatt.lab.loading import DTYPES, find_device
+from baatt.lab.records import RecordFile, provenance
+from baatt.scores import SCORES
+from baatt.stages.selection import BUDGETS
+from baatt.stages.sorting import ORDERS
+
+#: What can stand in the data itself; the rest of a case is finite.
+VALUES = ("normal", "normal", "normal", "large", "tiny", "equal", "zero", "one loud channel", "one loud token")
+POISON = (float("nan"), float("inf"), float("-inf"), 1e30)
+STRIDES = ("contiguous", "heads inside", "sliced", "padded", "one token")
+
+
+class Case(NamedTuple):
+    """One call: tensors, options, and the words that tell what it is."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    config: BAAttConfig
+    options: dict[str, Any]
+    words: dict[str, Any]
+
+
+def make_case(seed: int, number: int, device: torch.device) -> Case:
+    """The case of a number, the same on every device."""
+    rng = random.Random(f"{seed}/{number}")
+    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    dtypes = ["float32", "bfloat16", "float16"] + (["float64"] if device.type == "cpu" else [])
+    groups, repeats, batch = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 1, 2])
+    block = rng.choice([16, 32, 64, 128, 128] if device.type == "cuda" else [16, 16, 16, 16, 32, 64, 128])
+    most = rng.choice([2, 4, 4, 12] if block < 128 or device.type == "cuda" else [2, 3]) * block
+    keys = rng.choice([1, block, most, rng.randint(1, most), rng.randint(1, most), rng.randint(1, most)])
+    queries = rng.choice([keys, keys, keys, 1, rng.randint(1, most)])
+    channels = rng.choice([16, 64, 64, 128, 128, rng.choice([1, 8, 32, 80, 96, 100, 256])])
+    words: dict[str, Any] = {
+        "shape": [batch, groups * repeats, groups, queries, keys, channels], "dtype": rng.choice(dtypes),
+        "strides": [rng.choice(STRIDES) for _ in "qkv"], "values": [rng.choice(VALUES) for _ in "qkv"],
+    }  # fmt: skip
+    heads = (groups * repeats, groups, groups)
+    shapes = [(batch, count, length, channels) for count, length in zip(heads, (queries, keys, keys), strict=True)]
+    tensors = [values(shape, kind, rng, generator) for shape, kind in zip(shapes, words["values"], strict=True)]
+    options = make_options(rng, generator, batch, queries, keys)
+    words |= {name: x if not isinstance(x, Tensor) else "a mask" for name, x in options.items()}
+    config = make_config(rng, block, causal=options.get("causal") is not None)
+    masks = (options.get("query_mask"), *2 * [options.get("key_mask")])
+    laid = [
+        strided(poisoned(x, mask, rng).to(DTYPES.get(words["dtype"], torch.float64)).to(device), kind)
+        for x, mask, kind in zip(tensors, masks, words["strides"], strict=True)
+    ]
+    moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    return Case(*laid, config, moved, words | {"config": dataclasses.asdict(config)})
+
+
+def make_config(rng: random.Random, block: int, *, causal: bool) -> BAAttConfig:
+    """Random options of the method, those that a causal call may have."""
+    return BAAttConfig(
+        block_size=block,
+        sparsity=rng.choice([0.0, 0.5, 0.9, rng.random() * 0.999]),
+        sort="none" if causal else rng.choice(list(ORDERS)),
+        segment=rng.choice([None, block, 4 * block]),
+        score=rng.choice(["clusters", "clusters", "covariance", *SCORES]),
+        beta=rng.choice([0.0, 0.125, 0.5]),
+        keep_first=rng.choice([0, 1, 1, 3]),
+        budget=rng.choice(list(BUDGETS)),
+    )
+
+
+def make_options(rng: random.Random, generator: torch.Generator, batch: int, queries: int, keys: int) -> dict[str, Any]:
+    """Masks, structure and scale."""
+    options: dict[str, Any] = {}
+    if rng.random() < 0.4:
+        options["causal"] = rng.choice([1, 1, 7, 16, 32, 128, 10**6])
+        if queries > keys or rng.random() < 0.5:
+            options["query_start"] = rng.choice([0, max(0, keys - queries), rng.randint(0, 2 * keys)])
+    for name, length in (("key_mask", keys), ("query_mask", queries)):
+        if rng.random() < 0.35:
+            options[name] = make_mask(rng, generator, batch, length)
+    if rng.random() < 0.3:
+        options["scale"] = rng.choice([1e-3, 0.3, 1.0, 4.0])
+    return options
+
+
+def make_mask(rng: random.Random, generator: torch.Generator, batch: int, length: int) -> Tensor:
+    """[B, length] bool: padding, holes, everything or nothing."""
+    kind = rng.choice(["right", "left", "holes", "few", "all", "none of one"])
+    shown = torch.ones(batch, length, dtype=torch.bool)
+    for row in shown:
+        size = rng.randint(0, length)
+        if kind == "right":
+            row[size:] = False
+        elif kind == "left":
+            row[:size] = False
+    if kind in ("holes", "few"):
+        shown = torch.rand(batch, length, generator=generator) < (0.8 if kind == "holes" else 0.05)
+    if kind == "none of one":
+        shown[rng.randrange(batch)] = False
+    return shown
+
+
+def values(shape: tuple[int, ...], kind: str, rng: random.Random, generator: torch.Generator) -> Tensor:
+    """Finite numbers that every dtype holds."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if kind == "large":
+        return x * 100
+    if kind == "tiny":
+        return x * 1e-4
+    if kind == "equal":
+        return x[:, :, :1].expand(shape).clone()
+    if kind == "zero":
+        return x * 0
+    if kind == "one loud channel":
+        x[..., rng.randrange(shape[3])] *= 50
+    elif kind == "one loud token":
+        x[:, :, rng.randrange(shape[2])] *= 50
+    return x
+
+
+def poisoned(x: Tensor, mask: Tensor | None, rng: random.Random) -> Tensor:
+    """x [B, H, N, D] with what must not be read where it is masked."""
+    return x if mask is None else x.masked_fill(~mask[:, None, :, None], rng.choice(POISON))
+
+
+def strided(x: Tensor, kind: str) -> Tensor:
+    """The same values [B, H, N, D] laid out otherwise."""
+    if kind == "heads inside":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == "sliced":
+        return torch.stack([torch.full_like(x, torch.nan), x], dim=3)[:, :, :, 1]
+    if kind == "padded":
+        return torch.cat([x, torch.full_like(x, torch.nan)], dim=3)[..., : x.shape[3]]
+    return x[:, :, :1].expand(x.shape) if kind == "one token" else x
+
+
+class Outcome(NamedTuple):
+    """What differs, or None; and how many of the kept block pairs the reference keeps too."""
+
+    fault: str | None
+    shared: int = 0
+    kept: int = 0
+
+
+def check(case: Case, impl: str) -> Outcome:
+    """The implementation by its own plan, which must keep what the reference keeps but for near ties."""
+    q, k, v, config, options, _ = case
+    plan, wanted = (make_plan(q, k, config, **options, impl=name) for name in (impl, "reference"))
+    index, count = plan.selection[:2]
+    if config.budget == "row" and not torch.equal(count, wanted.selection.count):
+        return Outcome("another number of blocks than the reference")
+    listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    if bool((listed & ((index < 0) | (index >= -(-k.shape[2] // config.block_size)))).any()):
+        return Outcome("a block that does not exist")
+    both, kept = (kept_pairs(*x.selection[:2], k.shape[2] // config.block_size + 1) for x in (plan, wanted))
+    if int(both.sum()) != int(count.sum()):
+        return Outcome("a block twice")
+    fault = wrong_result(case, plan, ba_attention(q, k, v, config, **options, impl=impl))
+    return Outcome(fault, int((both & kept).sum()), int(kept.sum()))
+
+
+def kept_pairs(index: Tensor, count: Tensor, blocks: int) -> Tensor:
+    """[B, H, I, J] bool."""
+    listed = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    found = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
+    return found.scatter_(-1, torch.where(listed, index, blocks).long(), True)[..., :blocks]
+
+
+def wrong_result(case: Case, plan: Any, actual: Tensor) -> str | None:
+    """What differs from attention over the plan in float64, beyond twice eager PyTorch's error and one rounding."""
+    q, k, v, _, options, _ = case
+    exact = attend(q.double(), k.double(), v.double(), plan, impl="reference")
+    eager_dtype = torch.float32 if q.dtype == torch.float64 else q.dtype
+    eager = attend(q.to(eager_dtype), k.to(eager_dtype), v.to(eager_dtype), plan, impl="reference")
+    rows = torch.ones_like(exact[:, :1, :, :1], dtype=torch.bool)
+    if (mask := options.get("query_mask")) is not None:
+        rows = rows & mask[:, None, :, None]
+    exact, eager, actual = (x.double().masked_fill(~rows, 0) for x in (exact, eager, actual))
+    if not bool(torch.isfinite(actual).all()):
+        return "not finite where the reference is" if bool(torch.isfinite(exact).all()) else None
+    epsilon, eager_epsilon = torch.finfo(q.dtype).eps, torch.finfo(eager_dtype).eps
+    limit = 2 * float((eager - exact).abs().max()) * epsilon / eager_epsilon + epsilon * float(exact.abs().max())
+    if q.dtype == torch.float64:  # nothing here is more exact than it, so both sides err
+        limit *= 4
+    error = float((actual - exact).abs().max())
+    return None if error <= limit else f"error {error:.3g} beyond {limit:.3g}"
+
+
+def run(impls: Sequence[str], device: torch.device, arguments: argparse.Namespace, report: RecordFile) -> int:
+    """Cases until there are enough or time is up; how many were wrong."""
+    ends, number = time.monotonic() + arguments.seconds, arguments.first
+    tally: dict[str, Counter[str]] = {impl: Counter() for impl in impls}
+    while number - arguments.first < arguments.count and time.monotonic() < ends:
+        case = make_case(arguments.seed, number, device)
+        q, config, options = case.q, case.config, case.options
+        scale = options.get("scale") or q.shape[3] ** -0.5
+        for impl in impls:
+            counts = tally[impl]
+            try:
+                choose_backend(impl, device, Workload(q.dtype, q.shape[3], config.block_size, scale))
+            except (RuntimeError, ValueError):
+                counts["refused"] += 1
+                continue
+            try:
+                outcome = check(case, impl)
+            except Exception as error:
+                outcome = Outcome(f"{type(error).__name__}: {error}")
+            counts.update(cases=1, wrong=outcome.fault is not None, shared=outcome.shared, kept=outcome.kept)
+            if outcome.fault is not None:
+                wrong = {"impl": impl, "seed": arguments.seed, "number": number, "fault": outcome.fault, **case.words}
+                report.add({"kind": "wrong", **wrong})
+                sys.stdout.write(f"WRONG {json.dumps(wrong)}\n")
+        number += 1
+    for impl, counts in tally.items():
+        whole = {name: counts[name] for name in ("cases", "wrong", "refused", "shared", "kept")}
+        report.add({"kind": "whole", "impl": impl, "seed": arguments.seed, "first": arguments.first, **whole})
+        same = counts["shared"] / max(1, counts["kept"])
+        sys.stdout.write(f"{impl}: {counts['cases']} cases, {counts['wrong']} wrong, {counts['refused']} refused, ")
+        sys.stdout.write(f"{same:.2%} of block pairs as the reference; seed {arguments.seed}\n")
+    return sum(counts["wrong"] for counts in tally.values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--impl", nargs="+", default=["cpu"], help="implementations (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--count", type=int, default=10**9, help="cases at most")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time at most (default: 60)")
+    parser.add_argument("--seed", type=int, default=None, help="(default: a random one, which is printed)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case (default: 0)")
+    parser.add_argument("--json", type=Path, help="where seeds, counts and wrong cases are stored")
+    arguments = parser.parse_args(argv)
+    if arguments.seed is None:
+        arguments.seed = random.SystemRandom().randrange(2**31)
+    sys.stdout.write(f"seed {arguments.seed}: --seed {arguments.seed} --first N --count 1 makes case N again\n")
+    sys.stdout.flush()
+    device = find_device(arguments.device)
+    if device.type == "cpu":  # calls this small are slower on several threads
+        torch.set_num_threads(1)
+    command = shlex.join(["python", "benchmarks/fuzz.py", *(sys.argv[1:] if argv is None else argv)])
+    report = RecordFile(arguments.json, {"study": "random cases", **provenance(command, device)})
+    return 1 if run(arguments.impl, device, arguments, report) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
