@@ -374,6 +374,8 @@ def test_the_citation_has_the_version_of_the_package():
     citation = read("CITATION.cff")
     assert f"\nversion: {baatt.__version__}\n" in citation
     assert "arXiv:2605.19726" in citation
+    names = ["Zhang", "Wu", "Wang", "Liu", "Dou", "Yang", "Wu", "Zhao", "Jia"]
+    assert re.findall(r"family-names: (\w+)", citation) == names
     assert baatt.__version__ in read("CHANGELOG.md")
 
 
