@@ -233,7 +233,7 @@ def run(impls: Sequence[str], device: torch.device, arguments: argparse.Namespac
                 outcome = check(case, impl)
             except Exception as error:
                 outcome = Outcome(f"{type(error).__name__}: {error}")
-            counts.update(cases=1, wrong=outcome.fault is not None, shared=outcome.shared, kept=outcome.kept)
+            counts.update(cases=1, wrong=int(outcome.fault is not None), shared=outcome.shared, kept=outcome.kept)
             if outcome.fault is not None:
                 wrong = {"impl": impl, "seed": arguments.seed, "number": number, "fault": outcome.fault, **case.words}
                 report.add({"kind": "wrong", **wrong})
