@@ -33,6 +33,10 @@ from baatt.lab.tables import MISSING, Record, Table, percent, short_length, time
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURE = "figures/frontier_h200.png"
+CAPTION = (
+    "*Up and to the left is better: more answers right in less time. The points of a line are 90, 70 and 50 % sparsity "
+    "from left to right; the star is dense attention.*"
+)
 LENGTHS, SPARSITIES = (8192, 16384), (0.5, 0.7, 0.9)
 LONGEST = 131072
 REAL_LENGTH = 8192  # of the documents that a real model reads
@@ -107,7 +111,7 @@ def draw(found: Sequence[Record], caption: str, path: Path) -> None:
 def table(records: Sequence[Record]) -> str:
     """The picture; then by length a row per selection, a column per sparsity. records: of the times, then grids."""
     report, found = records[0], points(records[0], records[1:])
-    parts = [f"![RULER's average over the share of dense attention's time]({PICTURE})"]
+    parts = [f"![RULER's average over the share of dense attention's time]({PICTURE})", CAPTION]
     for length in sorted({one["length"] for one in found}):
         dense, *sparse = (one for one in found if one["length"] == length)
         header, rows = crossed(

@@ -130,6 +130,12 @@ def test_the_index_has_every_page():
     assert pages <= set(LINK.findall(read("docs/index.md")))
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_figure_has_a_caption(document):
+    for figure in re.finditer(r"^!\[.*\n\n?(.)", read(document), re.MULTILINE):
+        assert figure[1] == "*", figure[0]
+
+
 def test_the_first_thirty_lines_of_readme_say_what_it_is():
     lines = read("README.md").splitlines()
     first = "\n".join(lines[:30])
