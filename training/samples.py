@@ -23,7 +23,7 @@ from baatt.models.checkpoint import load_tokenizer
 CONTEXT, TEXT, TAIL, FIRST_ANSWER = 0, 1, 2, 3  # regions; answer number n of a sequence is FIRST_ANSWER + n
 MAX_ANSWERS = 48
 NEEDLE_SPAN = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
-SOURCES = ("pairs", "document", *OFFLINE_TASKS)
+SOURCES = ("pairs", "document", *OFFLINE_TASKS, "prose", "chat")
 TOKENS_PER_BATCH = 65536
 #: Length at which attention is taken to be half of a training step: a guess from the steps of earlier runs.
 EVEN_LENGTH = 8192
@@ -32,7 +32,7 @@ LEAST_FREQUENT_WORDS = 384  # tokens that coded words of which no two ranks tie 
 
 
 class Batch(NamedTuple):
-    """tokens [B, T] int16, regions [B, T] uint8, source [B] uint8 (index into SOURCES), stage: its number."""
+    """tokens [B, T] int32, regions [B, T] uint8, source [B] uint8 (index into SOURCES), stage: its number."""
 
     tokens: np.ndarray
     regions: np.ndarray
@@ -334,7 +334,7 @@ class SampleMaker:
         for encoding, (_, region) in zip(encodings[1:], pieces[1:], strict=True):
             regions += [region] * len(encoding.ids)
         regions.append(regions[-1])
-        padded = np.full(length, self.end, np.int16)
+        padded = np.full(length, self.end, np.int32)
         kinds = np.full(length, TAIL, np.uint8)
         padded[: len(tokens)] = tokens
         kinds[: len(regions)] = regions

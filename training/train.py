@@ -35,6 +35,7 @@ from samples import (
     SampleMaker,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.records import provenance, write_json
@@ -49,6 +50,7 @@ CURRENT_STAGE_SHARE = 0.7
 LOSS_WEIGHTS = {"answer": 1.0, "text": 0.2, "tail": 0.1}
 TEXT_RATE, TAIL_RATE = 1 / 16, 1 / 8
 WHOLE_SHARE, SCATTERED_SHARE = 0.45, 0.15  # rows with all of their answers hidden, and with single tokens
+RECOMPUTE_ABOVE = 3_000_000  # tokens x layers of a batch whose activations are not kept for the way back
 NEAR = 8  # hidden tokens of an answer that count most
 
 
@@ -71,10 +73,14 @@ def make_batches(
     """Worker: batches of the current stage, with a share of all earlier ones so that they are not forgotten."""
     maker = SampleMaker(Path(data), seed)
     while True:
-        current = stage.value
-        earlier = current > 0 and maker.random.random() > CURRENT_STAGE_SHARE
-        number = maker.random.randrange(CURRICULUM[current].replay, current) if earlier else current
-        queue.put(maker.batch(number, tokens, max(CURRICULUM[current].lengths)))
+        queue.put(draw_batch(maker, stage.value, tokens))
+
+
+def draw_batch(maker: SampleMaker, current: int, tokens: int) -> Batch:
+    """One batch of the current stage or, in a share, of an earlier one."""
+    earlier = current > CURRICULUM[current].replay and maker.random.random() > CURRENT_STAGE_SHARE
+    number = maker.random.randrange(CURRICULUM[current].replay, current) if earlier else current
+    return maker.batch(number, tokens, max(CURRICULUM[current].lengths))
 
 
 def corrupt(tokens: Tensor, regions: Tensor, mask_token: int) -> Corrupted:
@@ -108,8 +114,10 @@ def hidden_states(model: MaskedDiffusionLM, inputs: Tensor) -> Tensor:
     positions = torch.arange(inputs.shape[1], device=inputs.device)[None]
     rotary = rotary_tables(positions, config.head_size, config.rope_theta, torch.float32)
     x = transformer.wte(inputs)
+    recompute = torch.is_grad_enabled() and inputs.numel() * config.n_layers > RECOMPUTE_ABOVE
     for block in transformer.blocks:
-        x = block(x, rotary, dense_attention, None)
+        given = (x, rotary, dense_attention, None)
+        x = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
     return transformer.ln_f(model.telling(x))
 
 
