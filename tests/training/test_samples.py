@@ -177,7 +177,7 @@ def test_batches(maker, monkeypatch):
         assert length in CURRICULUM[number].lengths
         assert batch.tokens.shape == batch.regions.shape == (4096 // length, length)
         assert batch.source.shape == (4096 // length,)
-        assert (batch.tokens.dtype, batch.regions.dtype, batch.source.dtype) == (np.int16, np.uint8, np.uint8)
+        assert (batch.tokens.dtype, batch.regions.dtype, batch.source.dtype) == (np.int32, np.uint8, np.uint8)
         assert batch.stage == number
 
 
