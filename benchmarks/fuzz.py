@@ -153,7 +153,8 @@ def strided(x: Tensor, kind: str) -> Tensor:
         return torch.stack([torch.full_like(x, torch.nan), x], dim=3)[:, :, :, 1]
     if kind == "padded":
         return torch.cat([x, torch.full_like(x, torch.nan)], dim=3)[..., : x.shape[3]]
-    return x[:, :, :1].expand(x.shape) if kind == "one token" else x
+    alike = x[:, :, :1]  # unless it is masked, and so poisoned
+    return alike.expand(x.shape) if kind == "one token" and bool((alike.abs() < 1e6).all()) else x
 
 
 class Outcome(NamedTuple):
