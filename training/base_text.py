@@ -7,6 +7,7 @@ The causal model writes with the cache of our own class: every step gives one to
 
 import argparse
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -74,8 +75,9 @@ def write(
     tokens = forced.clamp(min=0)
     model.config = dataclasses.replace(config, predicts="same")  # a row's own state tells what follows
     try:
-        model(tokens, cache=cache, logits_from=length, attention=dense_attention)
-        for place in range(length - 1):
+        model(tokens, cache=cache, logits_from=length, attention=functools.partial(dense_attention, causal=1))
+        known = int((forced >= 0).all(dim=0).cumprod(dim=0).sum())  # what all rows are given, that pass has read
+        for place in range(known - 1, length - 1):
             logits = model(tokens[:, place : place + 1], cache=cache, start=place, attention=looking_back(place + 1))[
                 :, 0
             ]

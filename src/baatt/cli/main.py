@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "Score a model on a benchmark, sparse beside dense attention; a run that was cut goes on where it was.",
     "analyze": "Take the method apart on a real input: record a model's attention, then measure recall and bound.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
+    "fetch": "Get the real language model that no repository holds: verified once, kept, written as a model folder.",
     "doctor": "What is installed, which devices there are, and which implementation would run and why.",
 }
 

@@ -1,0 +1,65 @@
+"""The questions and their checker, and a measurement of a tiny model: diffusion beside its base."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from baatt.models import MaskedDiffusionLM
+from baatt.models.adapter import make_trainable
+from baatt.models.checkpoint import write_checkpoint
+from baatt.models.gguf import load_llama
+from tests.models.gguf_files import write_gguf
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))
+
+import bars
+
+
+def test_questions():
+    questions = json.loads(bars.QUESTIONS.read_text())
+    assert len({one["question"] for one in questions}) == len(questions) == 50
+    assert all(one.keys() == {"question", "right"} for one in questions)
+
+
+@pytest.mark.parametrize(
+    ("answer", "pattern", "right"),
+    [
+        ("The capital is PARIS.", "Paris", True),
+        ("Parisian", "Paris", False),
+        ("A week has 7 days.", "7|seven", True),
+        ("There are 17.", "7|seven", False),
+        ("", "Paris", False),
+    ],
+)
+def test_checker(answer, pattern, right):
+    assert bars.is_right(answer, pattern) == right
+
+
+def test_a_measurement(tmp_path, monkeypatch):
+    gguf, copy = tmp_path / "tiny.gguf", tmp_path / "copy"
+    write_gguf(gguf)
+    some = json.loads(bars.QUESTIONS.read_text())[:2]
+    (tmp_path / "questions.json").write_text(json.dumps(some))
+    monkeypatch.setattr(bars, "QUESTIONS", tmp_path / "questions.json")
+    monkeypatch.setattr(bars, "CONTINUATION_TOKENS", 32)
+    tensors = make_trainable(load_llama(gguf), 2)
+    write_checkpoint(copy, tensors, {"rank": 2}, dtype=torch.bfloat16, max_shard_bytes=2**20)
+    common = ["--base", str(gguf), "--device", "cpu", "--pieces", "1", "--json", str(tmp_path / "found.json")]
+    bars.main([*common, "--copy", str(copy), "--write-adapter", str(tmp_path / "a"), "--folder", str(tmp_path / "m")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["text"]["tokens"] == bars.LENGTH
+    assert found["text"]["bound_per_token"] > 0 < found["text"]["base_loss_per_token"]
+    assert all(0 <= found["text"][f"accuracy_at_{rate}"] <= 1 for rate in bars.RATES)
+    assert found["questions_right"] == sum(one["right"] for one in found["questions"])
+    assert MaskedDiffusionLM.from_pretrained(tmp_path / "m").config.predicts == "next"
+    bars.main([*common, "--adapter", str(tmp_path / "a")])
+    again = json.loads((tmp_path / "found.json").read_text())
+    assert again["text"] == found["text"]
+    bars.main([*common, "--causal"])
+    alone = json.loads((tmp_path / "found.json").read_text())
+    assert "text" not in alone
+    assert len(alone["questions"]) == 2
+    assert len(alone["continuations"]) == 3
