@@ -1,9 +1,9 @@
 """Grows a masked-diffusion LM from a causal one: attention becomes bidirectional, a reserved token the mask.
 
 In: `--base`, a Llama-shaped GGUF file or a folder in LLaDA's layout, and a data folder (`corpus.py`, `base_text.py`).
-Out: in `--out` the exact state for `--resume`; in `--copy` what is small enough to travel, the change alone in bf16
-shards of 15 MiB, from which `--resume` goes on with a fresh optimizer; and `training.json`. Free text and RULER's
-curriculum alternate; loss and samples are those of `train.py`, `samples.py` and `mixture.py`. One GPU.
+Out: in `--out` the exact state for `--resume` and `training.json`; in `--copy` what is small enough to travel and to
+ship, the change alone in 8 bits, from which `--resume` goes on with a fresh optimizer. Free text and RULER's curriculum
+alternate; loss and samples are those of `train.py`, `samples.py` and `mixture.py`. One GPU.
 """
 
 import argparse
@@ -25,9 +25,11 @@ from train import Scores, compile_blocks, corrupt, draw_batch, first_rows, forwa
 
 from baatt.lab.ranks import Ranks
 from baatt.lab.records import provenance, write_json
+from baatt.lab.ruler.model import checksums, weights_of
+from baatt.lab.smollm2 import sha256_of
 from baatt.models import MaskedDiffusionLM
-from baatt.models.adapter import changes, make_trainable
-from baatt.models.checkpoint import load_tokenizer, read_json, read_tensors, write_checkpoint
+from baatt.models.adapter import changes, make_trainable, read_adapter, write_adapter
+from baatt.models.checkpoint import load_tokenizer, read_json
 from baatt.models.gguf import load_gguf_tokenizer, load_llama
 
 KEEP_RANK = 48  # of the travelling copy of a full fine-tuning
@@ -40,6 +42,11 @@ def open_base(path: Path) -> tuple[MaskedDiffusionLM, Tokenizer]:
     if path.is_dir():
         return MaskedDiffusionLM.from_pretrained(path, dtype=torch.float32), load_tokenizer(path)
     return load_llama(path), load_gguf_tokenizer(path)
+
+
+def checksum(base: Path) -> str:
+    """What an adapter names its base by."""
+    return weights_of(checksums(base)) if base.is_dir() else sha256_of(base)
 
 
 def make_batches(
@@ -56,7 +63,7 @@ class Run:
     """Model, optimizer and progress of a run, with their saving and reading back."""
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
-        self.arguments, self.device = arguments, device
+        self.arguments, self.device, self.base = arguments, device, checksum(arguments.base)
         self.model, tokenizer = open_base(arguments.base)
         prepare(arguments.data, tokenizer)
         self.model.to(device)
@@ -74,16 +81,16 @@ class Run:
 
     @torch.no_grad()
     def _resume(self, folder: Path) -> None:
-        """Go on from an exact state where the folder has one, else from the tensors that travelled."""
+        """Go on from the exact state of a folder, or from the file that travelled."""
         if (folder / STATE).is_file():
             state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
             tensors, self.progress = state["tensors"], state["progress"]
             self.optimizer.load_state_dict(state["optimizer"])
         else:
-            self.progress = read_json(folder / "config.json")["progress"]
-            if self.arguments.rank == 0:
-                raise ValueError(f"--rank must be that of {folder}, which holds a change of low rank, got 0")
-            tensors = read_tensors(folder, dict(self.trained), dtype=torch.float32, device=self.device)
+            tensors = read_adapter(folder, self.base)
+            self.progress = read_json(folder.with_suffix(".json"))
+            if tensors.keys() != self.trained.keys():
+                raise ValueError(f"--resume {folder} must hold what --rank {self.arguments.rank} trains, and does not")
         if self.arguments.stage is not None:
             self.progress["stage"] = self.arguments.stage
         for name, parameter in self.trained.items():
@@ -99,8 +106,10 @@ class Run:
         if self.arguments.rank == 0:
             base, _ = open_base(self.arguments.base)
             tensors = dict(changes(base, self.trained, KEEP_RANK))
-        config = {"progress": self.progress, "rank": self.arguments.rank or KEEP_RANK}
-        write_checkpoint(self.arguments.copy or out, tensors, config, dtype=torch.bfloat16, max_shard_bytes=15 * 2**20)
+        copy = self.arguments.copy or out / "adapter.safetensors"
+        write_adapter(copy.with_suffix(".partial"), tensors, self.base)
+        copy.with_suffix(".partial").replace(copy)
+        write_json(self.progress, copy.with_suffix(".json"))
 
     def step(self, batch: Batch) -> tuple[Any, Tensor]:
         """Gradients of a batch; what was measured, and the source of each row."""
@@ -224,8 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--base", type=Path, required=True, help="GGUF file, or folder in LLaDA's layout, to grow from")
     add("--data", type=Path, default=Path("training/data"))
     add("--out", type=Path, default=Path("training/runs/adapt"))
-    add("--copy", type=Path, help="folder of the copy that travels (default: --out)")
-    add("--resume", type=Path, help="folder of an earlier run, or of its copy")
+    add("--copy", type=Path, metavar="FILE", help="of the change in 8 bits (default: adapter.safetensors in --out)")
+    add("--resume", type=Path, help="folder of an earlier run, or its --copy")
     add("--rank", type=int, default=48, help="of the change of every linear layer; 0 trains the whole weights")
     add("--seconds", type=float, default=540, help="of the whole run; 30 s more go by until it has saved")
     add("--learning-rate", type=float, default=1e-3)

@@ -1,8 +1,7 @@
 """Measures what a diffusion model grown from a causal one can do beside its base: text, questions, continuations.
 
-In: a GGUF base, and `--adapter` (a file of `models.adapter`) or `--copy` (what `adapt.py` left). Out: one JSON file;
-with `--folder` also a model folder, on which `evaluate.py` and `baatt evaluate ruler` measure the tasks; with
-`--write-adapter` the change in 8 bits. `--causal` answers the questions with the base itself, left to right.
+In: a GGUF base, and `--adapter`, what `adapt.py` left. Out: one JSON file; with `--folder` also a model folder, on
+which `evaluate.py` and `baatt evaluate ruler` measure the tasks. `--causal` answers with the base, left to right.
 """
 
 import argparse
@@ -26,8 +25,7 @@ from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.records import provenance, write_json
 from baatt.lab.smollm2 import sha256_of, write_folder
 from baatt.models import MaskedDiffusionLM
-from baatt.models.adapter import make_trainable, merge, read_adapter, write_adapter
-from baatt.models.checkpoint import read_tensors
+from baatt.models.adapter import merge, read_adapter
 from baatt.models.gguf import load_gguf_tokenizer, load_llama
 from baatt.sampling import SamplerConfig, generate
 from baatt.stages.dense import dense_attention
@@ -52,23 +50,9 @@ def is_right(answer: str, pattern: str) -> bool:
 def open_model(arguments: argparse.Namespace) -> tuple[MaskedDiffusionLM, Tokenizer]:
     """The base, changed as the arguments say, in fp32."""
     model, tokenizer = load_llama(arguments.base), load_gguf_tokenizer(arguments.base)
-    if arguments.copy is not None:
-        rank = json.loads((arguments.copy / "config.json").read_text())["rank"]
-        tensors = read_tensors(arguments.copy, adapter_shapes(model, rank), dtype=torch.float32)
-        if arguments.write_adapter is not None:
-            write_adapter(arguments.write_adapter, tensors, sha256_of(arguments.base))
-            tensors = read_adapter(arguments.write_adapter, sha256_of(arguments.base))
-        merge(model, tensors)
-    elif arguments.adapter is not None:
+    if arguments.adapter is not None:
         merge(model, read_adapter(arguments.adapter, sha256_of(arguments.base)))
     return model, tokenizer
-
-
-def adapter_shapes(model: MaskedDiffusionLM, rank: int) -> dict[str, torch.Tensor]:
-    """What an adapter of that rank must hold, on no device."""
-    with torch.device("meta"):
-        empty = MaskedDiffusionLM(model.config)
-        return make_trainable(empty, rank)
 
 
 @torch.inference_mode()
@@ -138,8 +122,6 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--base", type=Path, required=True, help="GGUF file")
     add("--adapter", type=Path, help="8-bit file with the change of the base")
-    add("--copy", type=Path, help="folder that adapt.py left, instead")
-    add("--write-adapter", type=Path, metavar="FILE", help="store the change of --copy in 8 bits and measure that")
     add("--folder", type=Path, help="also write the model as a folder in LLaDA's layout")
     add("--causal", action="store_true", help="the base itself, left to right: questions and continuations alone")
     add("--pieces", type=int, default=64, help="of held-out prose")
