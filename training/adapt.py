@@ -75,7 +75,7 @@ class Run:
             [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
             lr=arguments.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda",
         )  # fmt: skip
-        self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "stage": arguments.stage or 0}
+        self.progress: dict[str, Any] = {"step": 0, "tokens": 0, "stage": arguments.stage or 0}
         if arguments.resume is not None:
             self._resume(arguments.resume)
 

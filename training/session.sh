@@ -24,7 +24,7 @@ pack)
     files+=(earlier.safetensors earlier.json)
   fi
   rm -f .carry/adapt/part.*
-  tar --create --directory training/data "${files[@]}" | split --bytes="${PART:-14800000}" --numeric-suffixes - .carry/adapt/part.
+  tar --create --directory training/data "${files[@]}" | split --bytes="${PART:-15000000}" --numeric-suffixes - .carry/adapt/part.
   ls -l .carry/adapt
   ;;
 unpack)
