@@ -71,7 +71,7 @@ def test_an_answer_counts_whole_passes(bench):
     record = bench.measure(bench.CASES["answer"], CPU, torch.float32)
     calls = record["calls"]["0.5"]
     assert calls["sparse"] == 2 * 3  # two blocks of 32 tokens, three layers
-    assert calls["dense"] == {"policy: fewer queries than min_queries=1024, of more keys": 62 * 3}
+    assert calls["dense"] == {"too few queries over more keys to be worth it": 62 * 3}
 
 
 def test_a_result_that_differs_is_not_timed(bench, monkeypatch):

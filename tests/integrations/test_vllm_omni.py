@@ -129,7 +129,7 @@ def test_cross_attention_is_dense(plugin):
     mask[0] = True
     actual = plugin(query, key, value, DIALS | {"attn_mask": mask})
     torch.testing.assert_close(actual, exact(query, key, value, mask[:, None, None]))
-    assert counts(plugin) == [(0, 1, {"policy: cross-attention": 1})]
+    assert counts(plugin) == [(0, 1, {"other keys than queries by their number, taken for cross-attention": 1})]
 
 
 def test_settings_have_counts_of_their_own(plugin):
@@ -373,7 +373,10 @@ def test_comfyui_calls_that_stay_dense(node):
     )
     assert torch.equal(call(options, q, k[:, :9], v[:, :9], 4), call({}, q, k[:, :9], v[:, :9], 4))
     assert handle.sparse_calls == 0
-    assert handle.reasons == {"a model that asks for exact attention": 1, "policy: cross-attention": 1}
+    assert handle.reasons == {
+        "a model that asks for exact attention": 1,
+        "other keys than queries by their number, taken for cross-attention": 1,
+    }
     torch.testing.assert_close(call(options, q, k, v, 4, scale=0.5), call({}, q, k, v, 4, scale=0.5))
     assert handle.sparse_calls == 1
 

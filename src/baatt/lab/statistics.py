@@ -120,7 +120,7 @@ def average_interval(tasks: Sequence[tuple[float, float, float]]) -> Interval:
     mean = sum(value for value, _, _ in tasks) / len(tasks)
     below = math.hypot(*(value - low for value, low, _ in tasks)) / len(tasks)
     above = math.hypot(*(high - value for value, _, high in tasks)) / len(tasks)
-    return Interval(mean - below, mean + above)
+    return Interval(max(0.0, mean - below), mean + above)
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
