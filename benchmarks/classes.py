@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import baatt
 from baatt import BAAttConfig, Policy
+from baatt.integrations.enable import ADAPTERS, Adapter
 from baatt.lab.records import RecordFile, provenance
 from baatt.lab.tables import Record
 
@@ -32,6 +33,7 @@ SECONDS = 60
 ALL_BLOCKS, QUARTER = (BAAttConfig(block_size=16, sparsity=sparsity) for sparsity in (0.0, 0.75))
 #: The models are shorter than what is worth it, and than what the default policy has go sparse.
 POLICY = Policy(min_queries=0)
+NOT_BUILT = "not built: "
 #: Greatest difference to the dense run that rounding explains, relative to its greatest value.
 TOLERANCE = 1e-4
 
@@ -53,11 +55,14 @@ def measure(library: str, name: str, build: Callable[[str], Built]) -> dict[str,
         fill_zeros(model)
         dense = run()
     except Exception as error:
-        return record | {"note": f"not built: {in_short(error)}"}
+        return record | {"note": f"{NOT_BUILT}{in_short(error)}"}
+    options: dict[str, Any] = {}
     try:
-        with baatt.enable(model, ALL_BLOCKS, POLICY):
+        if not any(adapter.roots(model) for adapter in adapters()):
+            options, record["note"] = {"anywhere": True}, "anywhere=True"
+        with baatt.enable(model, ALL_BLOCKS, POLICY, **options):
             kept = run()
-        with baatt.enable(model, QUARTER, POLICY) as handle:
+        with baatt.enable(model, QUARTER, POLICY, **options) as handle:
             run()
     except Exception as error:  # whatever a model answers is the result
         record |= {"note": in_short(error)}
@@ -65,6 +70,11 @@ def measure(library: str, name: str, build: Callable[[str], Built]) -> dict[str,
         record |= {"sparse": handle.sparse_calls, "dense": handle.reasons}
         record |= {"equal_at_0": float((kept - dense).abs().max() / dense.abs().max())}
     return record | {"restored": torch.equal(run(), dense)}
+
+
+def adapters() -> list[Adapter]:
+    """What `enable` tries of itself."""
+    return [importlib.import_module(f"baatt.integrations.{name}") for name in ADAPTERS]  # type: ignore[misc]
 
 
 def in_short(error: BaseException) -> str:
@@ -113,10 +123,9 @@ def is_right(one: Record) -> bool:
 
 
 def table(record: Record, library: str) -> str:
-    """A row per class of a library, those without a model last."""
-    ones = sorted(
-        (one for one in record["records"] if one["library"] == library), key=lambda one: one["equal_at_0"] is None
-    )
+    """A row per class of a library of which there is a model; below, the others."""
+    ones = [one for one in record["records"] if one["library"] == library]
+    built = [one for one in ones if not one["note"].startswith(NOT_BUILT)]
     rows = [
         [
             f"`{one['class']}`",
@@ -126,14 +135,15 @@ def table(record: Record, library: str) -> str:
             {True: "yes", False: "**no**", None: "-"}[one["restored"]],
             one["note"] or "-",
         ]
-        for one in ones
+        for one in built
     ]
-    built = [one for one in ones if one["equal_at_0"] is not None]
+    others = ", ".join(f"`{one['class']}`" for one in ones if one not in built)
     sparse = sum(one["sparse"] > 0 for one in built)
     caption = (
-        f"{len(ones)} classes, {len(built)} built, {sparse} with sparse calls. Calls of one evaluation at 75 % "
-        "sparsity in blocks of 16, with `Policy(min_queries=0)`; difference at sparsity 0, relative to the greatest "
-        "value; restored: bit for bit after `disable`."
+        f"{len(ones)} classes, {len(built)} built, {sparse} with sparse calls. Calls of "
+        "one evaluation at 75 % sparsity in blocks of 16, with `Policy(min_queries=0)`; difference at sparsity 0, "
+        "relative to the greatest value; restored: bit for bit after `disable`."
+        + (f" Not built, so nothing is known of them; the stored file has the reasons: {others}." if others else "")
     )
     header = ("class", "sparse calls", "dense calls, and why", "difference at sparsity 0", "restored", "note")
     return block(record, header, rows, caption)
