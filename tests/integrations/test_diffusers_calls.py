@@ -334,3 +334,15 @@ def test_names_that_are_refused():
     with pytest.raises(TypeError, match="name must be a str"):
         register(3)
     assert "ba_att" not in attention_dispatch.AttentionBackendName.__members__
+
+
+@pytest.mark.parametrize(
+    ("name", "crossing"),
+    [("WanTransformer3DModel", 2), ("FluxTransformer2DModel", 0), ("LTXVideoTransformer3DModel", 1)],
+)
+def test_cross_attention_is_named_beside_the_counts(name, crossing):
+    model, run = tiny(name)
+    with baatt.enable(model, HALF, ANY_LENGTH) as handle:
+        run()
+    assert (f"not counted: {crossing} modules of cross-attention" in handle.report()) == (crossing > 0)
+    assert ("not counted" in handle.report()) == (crossing > 0)

@@ -116,6 +116,8 @@ def attach(model: Any, handle: Handle) -> int:
         raise ValueError(f"transformer and transformer_2 must have equally many layers, got {sorted(counts)}")
     route = DiffusersRoute(handle, lambda: getattr(model, "scheduler", None))
     handle.hear = route.hear
+    if crossing := sum(len(_layers(root, is_cross=True)) for root in transformers):
+        handle.outside.append(f"{crossing} modules of cross-attention")
     handle.read_step = functools.partial(route.read_step, parameters(transformers[0]))
     route.take_order(transformers[0])
     if (dispatch := find_dispatch()) is not None:
@@ -187,15 +189,15 @@ def _proxy_class(kind: type) -> type[ProcessorProxy]:
     return type(f"Proxy{kind.__name__}", (ProcessorProxy,), {"__call__": functools.wraps(kind.__call__)(call)})
 
 
-def _layers(root: nn.Module) -> list[tuple[int, nn.Module]]:
-    """Self-attention modules in order, with the number of the block that they stand in."""
+def _layers(root: nn.Module, *, is_cross: bool = False) -> list[tuple[int, nn.Module]]:
+    """Self-attention modules in order, or those of cross-attention, with the number of the block that they stand in."""
     numbers: dict[str, int] = {}
     found = []
     for name, module in root.named_modules():
         block = re.match(r".*\.\d+(?=\.)", name)
         if block is None or TEXT_ONLY.search(name) or not callable(getattr(module, "processor", None)):
             continue
-        if not _is_cross(module, name.rpartition(".")[2]):
+        if _is_cross(module, name.rpartition(".")[2]) == is_cross:
             found.append((numbers.setdefault(block[0], len(numbers)), module))
     return found
 
