@@ -60,7 +60,6 @@ class Case(NamedTuple):
 PENDING: frozenset[str] = frozenset({
     "gpu_peers_h200.json", "reliability_h200.json", "sanitizer_memcheck.txt",
     "sanitizer_racecheck.txt", "sanitizer_initcheck.txt", "sanitizer_synccheck.txt",
-    "classes_transformers.json",
 })  # fmt: skip
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
