@@ -1,6 +1,7 @@
 """A GGUF file as our model: transformers' logits of the same weights, causal and not, and the tokenizer it holds."""
 
 import functools
+import struct
 
 import pytest
 import torch
@@ -104,3 +105,20 @@ def test_what_is_refused(tmp_path):
     stored._tensors["output_norm.weight"] = (shape, 12, offset)
     with pytest.raises(ValueError, match=r"output_norm\.weight must be in a format of \[0, 1, 2, 3, 8\], got 12"):
         stored.tensor("output_norm.weight")
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 30, 500, -40])
+def test_a_file_that_breaks_off_is_refused(tmp_path, length):
+    whole = tmp_path / "whole.gguf"
+    write_gguf(whole)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(whole.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"broken\.gguf: must (be a|hold all)"):
+        load_llama(broken)
+
+
+@pytest.mark.parametrize("text", [struct.pack("<QcI", 1, b"a", 99), struct.pack("<Q", 2**62)])
+def test_what_is_no_header_is_refused(tmp_path, text):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text)
+    with pytest.raises(ValueError, match="must be a whole GGUF file"):
+        load_llama(tmp_path / "broken.gguf")

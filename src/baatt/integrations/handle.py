@@ -34,9 +34,9 @@ from baatt.integrations.reasons import (
     GRADIENTS,
     ONE_QUERY,
     UNEQUAL,
-    NoSparseAttentionWarning,
     worthwhile_queries,
 )
+from baatt.integrations.reasons import NoSparseAttentionWarning as NoSparseAttentionWarning  # for those who filter it
 from baatt.integrations.stand_in import StandIn
 from baatt.stages.dense import dense_attention
 
@@ -386,10 +386,6 @@ class Handle(Counts):
         except ValueError as error:
             return str(error)
         return None
-
-
-#: By their old place.
-__all__ = ["GRADIENTS", "Handle", "NoSparseAttentionWarning", "TokenPermutation", "Watcher", "needs_gradients"]
 
 
 def needs_gradients(*tensors: Tensor) -> bool:

@@ -5,6 +5,7 @@ causal model's did and whose attention sees everything; and the byte-level BPE t
 tokens becomes the mask. Needs no package but numpy; what the file has and this does not know is refused by name.
 """
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -75,22 +76,33 @@ class GgufFile:
     def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
         self.metadata: dict[str, Any] = {}
-        self._data: Array = np.memmap(self.file, np.uint8, "r")
+        self._tensors: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        self._data: Array = np.memmap(self.file, np.uint8, "r") if self.file.stat().st_size else np.empty(0, np.uint8)
         self._place = 4
+        try:
+            self._read()
+        except (struct.error, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: must be a whole GGUF file, its header breaks off or is none: {error}") from error
+
+    def _read(self) -> None:
         if bytes(self._data[:4]) != b"GGUF" or self._scalar("I") not in (2, 3):
-            raise ValueError(f"{file}: must be a GGUF file of version 2 or 3, got another one")
+            raise ValueError(f"{self.file}: must be a GGUF file of version 2 or 3, got another one")
         tensors, keys = self._scalar("Q"), self._scalar("Q")
         for _ in range(keys):
             key = self._string()
             self.metadata[key] = self._value(self._scalar("I"))
-        found = {}
         for _ in range(tensors):
             name, axes = self._string(), self._scalar("I")
             shape = tuple(self._scalar("Q") for _ in range(axes))[::-1]
-            found[name] = (shape, self._scalar("I"), self._scalar("Q"))
+            self._tensors[name] = (shape, self._scalar("I"), self._scalar("Q"))
         step = self.metadata.get("general.alignment", 32)
         self._start = -(-self._place // step) * step
-        self._tensors = found
+
+    def value(self, key: str) -> Any:
+        """Of the metadata; ValueError: it is not there."""
+        if key not in self.metadata:
+            raise ValueError(f"{self.file}: must have the key {key}, and has not")
+        return self.metadata[key]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in fp32; ValueError: it is not there, or in a format that is not one of `FORMATS`."""
@@ -100,8 +112,10 @@ class GgufFile:
         if kind not in FORMATS:
             raise ValueError(f"{self.file}: {name} must be in a format of {sorted(FORMATS)}, got {kind}")
         weights, size, read = FORMATS[kind]
-        blocks = int(np.prod(shape)) // weights
+        blocks = math.prod(shape) // weights
         first = self._start + offset
+        if math.prod(shape) % weights or first + blocks * size > len(self._data):
+            raise ValueError(f"{self.file}: must hold all of {name} {shape}, whose data end early")
         raw = np.array(self._data[first : first + blocks * size]).reshape(blocks, size)
         return torch.from_numpy(read(raw).reshape(shape))
 
@@ -159,20 +173,20 @@ def load_gguf_tokenizer(file: str | Path, *, mask_token: int = MASK_TOKEN) -> To
     Raises:
         FileNotFoundError, ValueError: no such file, or one with another kind of tokenizer.
     """
-    metadata = GgufFile(file).metadata
-    kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    stored = GgufFile(file)
+    kind = (stored.metadata.get("tokenizer.ggml.model"), stored.metadata.get("tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"{file}: must hold a tokenizer of the kind ('gpt2', 'smollm'), got {kind}")
-    tokens = list(metadata["tokenizer.ggml.tokens"])
+    tokens = list(stored.value("tokenizer.ggml.tokens"))
     tokens[mask_token] = MASK_NAME
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in stored.value("tokenizer.ggml.merges")]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"]  # 3: control
+    kinds = stored.value("tokenizer.ggml.token_type")  # 3: control
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True) for token, one in zip(tokens, kinds, strict=True) if one == 3]
     )
@@ -180,16 +194,16 @@ def load_gguf_tokenizer(file: str | Path, *, mask_token: int = MASK_TOKEN) -> To
 
 
 def _config(stored: GgufFile, mask_token: int) -> ModelConfig:
-    known = stored.metadata
+    known, value = stored.metadata, stored.value
     if known.get("general.architecture") != "llama":
         raise ValueError(f"{stored.file}: architecture must be 'llama', got {known.get('general.architecture')!r}")
-    ends = [known[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "eos")]  # end of text, end of a turn
-    heads = known["llama.attention.head_count"]
+    ends = [value(f"tokenizer.ggml.{name}_token_id") for name in ("unknown", "eos")]  # end of text, end of a turn
+    heads = value("llama.attention.head_count")
     return ModelConfig(
-        d_model=known["llama.embedding_length"], n_heads=heads, n_layers=known["llama.block_count"],
-        mlp_hidden_size=known["llama.feed_forward_length"], vocab_size=known["llama.vocab_size"],
+        d_model=value("llama.embedding_length"), n_heads=heads, n_layers=value("llama.block_count"),
+        mlp_hidden_size=value("llama.feed_forward_length"), vocab_size=value("llama.vocab_size"),
         mask_token_id=mask_token, n_kv_heads=known.get("llama.attention.head_count_kv", heads),
         rope_theta=known.get("llama.rope.freq_base", 10_000.0), weight_tying=True, predicts="next",
-        rms_norm_eps=known["llama.attention.layer_norm_rms_epsilon"], eos_token_id=tuple(dict.fromkeys(ends)),
-        pad_token_id=ends[0], max_sequence_length=known["llama.context_length"],
+        rms_norm_eps=value("llama.attention.layer_norm_rms_epsilon"), eos_token_id=tuple(dict.fromkeys(ends)),
+        pad_token_id=ends[0], max_sequence_length=value("llama.context_length"),
     )  # fmt: skip
