@@ -15,16 +15,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tables import block
 from torch import Tensor
 
 from baatt import BAAttConfig, attend, ba_attention, make_plan
 from baatt.backend import Workload, choose_backend
 from baatt.lab.loading import DTYPES, find_device
 from baatt.lab.records import RecordFile, provenance
+from baatt.lab.tables import Record
 from baatt.scores import SCORES
 from baatt.stages.selection import BUDGETS
 from baatt.stages.sorting import ORDERS
@@ -215,38 +220,88 @@ def wrong_result(case: Case, plan: Any, actual: Tensor) -> str | None:
     return None if error <= limit else f"error {error:.3g} beyond {limit:.3g}"
 
 
-def run(impls: Sequence[str], device: torch.device, arguments: argparse.Namespace, report: RecordFile) -> int:
-    """Cases until there are enough or time is up; how many were wrong."""
-    ends, number = time.monotonic() + arguments.seconds, arguments.first
-    tally: dict[str, Counter[str]] = {impl: Counter() for impl in impls}
-    while number - arguments.first < arguments.count and time.monotonic() < ends:
+class Share(NamedTuple):
+    """What one process found: counts by implementation, and the cases that were wrong."""
+
+    tally: dict[str, Counter[str]]
+    wrong: list[dict[str, Any]]
+
+
+def run_share(arguments: argparse.Namespace, part: int) -> Share:
+    """Every so manyth case from a part on, until there are enough or time is up."""
+    device, ends = find_device(arguments.device), time.monotonic() + arguments.seconds
+    if device.type == "cpu" or arguments.processes > 1:  # calls this small are slower on several threads
+        torch.set_num_threads(1)
+    share = Share({impl: Counter() for impl in arguments.impl}, [])
+    for number in range(arguments.first + part, arguments.first + arguments.count, arguments.processes):
+        if time.monotonic() >= ends:
+            break
         case = make_case(arguments.seed, number, device)
-        q, config, options = case.q, case.config, case.options
-        scale = options.get("scale") or q.shape[3] ** -0.5
-        for impl in impls:
-            counts = tally[impl]
-            try:
-                choose_backend(impl, device, Workload(q.dtype, q.shape[3], config.block_size, scale))
-            except (RuntimeError, ValueError):
-                counts["refused"] += 1
-                continue
-            try:
-                outcome = check(case, impl)
-            except Exception as error:
-                outcome = Outcome(f"{type(error).__name__}: {error}")
-            counts.update(cases=1, wrong=int(outcome.fault is not None), shared=outcome.shared, kept=outcome.kept)
-            if outcome.fault is not None:
-                wrong = {"impl": impl, "seed": arguments.seed, "number": number, "fault": outcome.fault, **case.words}
-                report.add({"kind": "wrong", **wrong})
-                sys.stdout.write(f"WRONG {json.dumps(wrong)}\n")
-        number += 1
-    for impl, counts in tally.items():
+        for impl in arguments.impl:
+            try_case(case, impl, {"seed": arguments.seed, "number": number}, share)
+    return share
+
+
+def try_case(case: Case, impl: str, again: dict[str, int], share: Share) -> None:
+    """Adds to the share what an implementation makes of a case, which `again` makes again."""
+    q, config, counts = case.q, case.config, share.tally[impl]
+    scale = case.options.get("scale") or q.shape[3] ** -0.5
+    try:
+        choose_backend(impl, q.device, Workload(q.dtype, q.shape[3], config.block_size, scale))
+    except (RuntimeError, ValueError):
+        counts["refused"] += 1
+        return
+    try:
+        outcome = check(case, impl)
+    except Exception as error:
+        outcome = Outcome(f"{type(error).__name__}: {error}")
+    counts.update(cases=1, wrong=int(outcome.fault is not None), shared=outcome.shared, kept=outcome.kept)
+    if outcome.fault is not None:
+        share.wrong.append({"impl": impl, **again, "fault": outcome.fault, **case.words})
+        sys.stdout.write(f"WRONG {json.dumps(share.wrong[-1])}\n")
+        sys.stdout.flush()
+
+
+def run(arguments: argparse.Namespace, report: RecordFile) -> int:
+    """All cases, in as many processes as asked; how many were wrong."""
+    if arguments.processes == 1:
+        shares = [run_share(arguments, 0)]
+    else:
+        with ProcessPoolExecutor(arguments.processes, get_context("spawn")) as pool:
+            shares = list(pool.map(partial(run_share, arguments), range(arguments.processes)))
+    for wrong in (one for share in shares for one in share.wrong):
+        report.add({"kind": "wrong", **wrong})
+    for impl in arguments.impl:
+        counts: Counter[str] = sum((share.tally[impl] for share in shares), Counter())
         whole = {name: counts[name] for name in ("cases", "wrong", "refused", "shared", "kept")}
         report.add({"kind": "whole", "impl": impl, "seed": arguments.seed, "first": arguments.first, **whole})
         same = counts["shared"] / max(1, counts["kept"])
         sys.stdout.write(f"{impl}: {counts['cases']} cases, {counts['wrong']} wrong, {counts['refused']} refused, ")
         sys.stdout.write(f"{same:.2%} of block pairs as the reference; seed {arguments.seed}\n")
-    return sum(counts["wrong"] for counts in tally.values())
+    return sum(len(share.wrong) for share in shares)
+
+
+def table(record: Record) -> str:
+    """Markdown: a row for each implementation."""
+    rows = [
+        [
+            f"`{one['impl']}`",
+            f"{one['cases']:,}",
+            f"{one['wrong']:,}",
+            f"{one['refused']:,}",
+            f"{one['shared'] / max(1, one['kept']):.2%}",
+        ]
+        for one in record["records"]
+        if one["kind"] == "whole"
+    ]
+    seeds = {one["seed"] for one in record["records"] if one["kind"] == "whole"}
+    caption = (
+        "Cases that ran and were compared with float64 attention over the same plan; those that differ; those that the "
+        "implementation refuses by its requirements; share of the kept block pairs that the reference keeps too, the "
+        f"rest are near ties. Seed {', '.join(map(str, sorted(seeds)))}."
+    )
+    header = ("implementation", "cases", "wrong", "refused", "same pairs")
+    return block(record, header, rows, caption)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -258,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="time at most (default: 60)")
     parser.add_argument("--seed", type=int, default=None, help="(default: a random one, which is printed)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: 0)")
+    parser.add_argument("--processes", type=int, default=1, help="that share the cases (default: 1)")
     parser.add_argument("--json", type=Path, help="where seeds, counts and wrong cases are stored")
     arguments = parser.parse_args(argv)
     if arguments.seed is None:
@@ -265,11 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"seed {arguments.seed}: --seed {arguments.seed} --first N --count 1 makes case N again\n")
     sys.stdout.flush()
     device = find_device(arguments.device)
-    if device.type == "cpu":  # calls this small are slower on several threads
-        torch.set_num_threads(1)
     command = shlex.join(["python", "benchmarks/fuzz.py", *(sys.argv[1:] if argv is None else argv)])
     report = RecordFile(arguments.json, {"study": "random cases", **provenance(command, device)})
-    return 1 if run(arguments.impl, device, arguments, report) else 0
+    return 1 if run(arguments, report) else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import decoding
 import end_to_end
 import fidelity_tables
 import frontier
+import fuzz
 import gpu_bars
 import lm_eval_decoder
 import oracle_mass
@@ -58,7 +59,7 @@ class Case(NamedTuple):
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
 PENDING: frozenset[str] = frozenset({
-    "gpu_peers_h200.json", "reliability_h200.json", "sanitizer_memcheck.txt",
+    "fuzz_h200.json", "gpu_peers_h200.json", "reliability_h200.json", "sanitizer_memcheck.txt",
     "sanitizer_racecheck.txt", "sanitizer_initcheck.txt", "sanitizer_synccheck.txt",
 })  # fmt: skip
 #: Settings of one table in README.
@@ -129,6 +130,12 @@ CASES: dict[str, Case] = {
         "python benchmarks/reliability.py --json FILE",
         ("reliability_h200.json",),
         {"reliability": reliability.table},
+    ),
+    "fuzz": Case(
+        "random calls of the GPU implementations against attention in float64 over the same plan",
+        "python benchmarks/fuzz.py --device cuda --impl triton hopper auto --count 10000 --processes 15 --json FILE",
+        ("fuzz_h200.json",),
+        {"fuzz": fuzz.table},
     ),
     "sanitizer": Case(
         "every kernel under the tools of compute-sanitizer, on small shapes: what they printed",

@@ -1,39 +1,42 @@
 """`make fuzz`: cases come again from a seed, agree, and a fault is told with all that makes it."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import fuzz
-
 CPU = torch.device("cpu")
 
 
-def test_cases_agree_and_are_stored(tmp_path, capsys):
-    arguments = [
-        "--impl",
-        "cpu",
-        "reference",
-        "--seed",
-        "7",
-        "--count",
-        "15",
-        "--seconds",
-        "250",
-        "--json",
-        str(tmp_path / "fuzz.json"),
-    ]
-    assert fuzz.main(arguments) == 0
+@pytest.fixture
+def fuzz(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    return importlib.import_module("fuzz")
+
+
+def test_cases_agree_and_are_stored(fuzz, tmp_path, capsys):
+    command = f"--impl cpu reference --seed 7 --count 15 --seconds 250 --json {tmp_path / 'fuzz.json'}"
+    assert fuzz.main(command.split()) == 0
     assert capsys.readouterr().out.startswith("seed 7: ")
     cpu, reference = json.loads((tmp_path / "fuzz.json").read_text())["records"]
     assert (cpu["impl"], cpu["seed"], cpu["first"], cpu["wrong"]) == ("cpu", 7, 0, 0)
     assert cpu["cases"] + cpu["refused"] == 15
     assert reference["shared"] == reference["kept"] > 0
     assert cpu["shared"] > 0.98 * cpu["kept"]
+    assert "| `cpu` | " in fuzz.table(json.loads((tmp_path / "fuzz.json").read_text()))
 
 
-def test_a_case_comes_again():
+@pytest.mark.slow
+def test_processes_share_the_cases(fuzz, tmp_path):
+    command = f"--seed 7 --count 9 --seconds 250 --processes 2 --json {tmp_path / 'fuzz.json'}"
+    assert fuzz.main(command.split()) == 0
+    (cpu,) = json.loads((tmp_path / "fuzz.json").read_text())["records"]
+    assert cpu["cases"] + cpu["refused"] == 9
+
+
+def test_a_case_comes_again(fuzz):
     first, again = (fuzz.make_case(3, 11, CPU) for _ in range(2))
     assert first.words == again.words
     for a, b in zip(first[:3], again[:3], strict=True):
@@ -42,7 +45,7 @@ def test_a_case_comes_again():
     assert fuzz.make_case(3, 12, CPU).words != first.words
 
 
-def test_all_kinds_come_up():
+def test_all_kinds_come_up(fuzz):
     cases = [fuzz.make_case(1, number, CPU).words for number in range(300)]
     assert {word for case in cases for word in case["strides"]} == set(fuzz.STRIDES)
     assert {word for case in cases for word in case["values"]} == set(fuzz.VALUES)
@@ -53,7 +56,7 @@ def test_all_kinds_come_up():
 
 
 @pytest.mark.parametrize("kind", ["wrong values", "not finite", "an error", "another plan"])
-def test_a_fault_is_told(kind, tmp_path, capsys, monkeypatch):
+def test_a_fault_is_told(fuzz, kind, tmp_path, capsys, monkeypatch):
     whole = fuzz.ba_attention
 
     def broken(q, *rest, **options):
