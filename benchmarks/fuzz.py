@@ -37,6 +37,8 @@ from baatt.stages.sorting import ORDERS
 #: What can stand in the data itself; the rest of a case is finite.
 VALUES = ("normal", "normal", "normal", "large", "tiny", "equal", "zero", "one loud channel", "one loud token")
 POISON = (float("nan"), float("inf"), float("-inf"), 1e30)
+#: Cases in a row that share what kernels are compiled for: a new one takes seconds.
+ALIKE = 32
 STRIDES = ("contiguous", "heads inside", "sliced", "padded", "one token")
 
 
@@ -53,25 +55,26 @@ class Case(NamedTuple):
 
 def make_case(seed: int, number: int, device: torch.device) -> Case:
     """The case of a number, the same on every device."""
-    rng = random.Random(f"{seed}/{number}")
+    rng, family = random.Random(f"{seed}/{number}"), random.Random(f"{seed}/alike/{number // ALIKE}")
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     dtypes = ["float32", "bfloat16", "float16"] + (["float64"] if device.type == "cpu" else [])
     groups, repeats, batch = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 1, 2])
-    block = rng.choice([16, 32, 64, 128, 128] if device.type == "cuda" else [16, 16, 16, 16, 32, 64, 128])
+    block = family.choice([16, 32, 64, 128, 128] if device.type == "cuda" else [16, 16, 16, 16, 32, 64, 128])
     most = rng.choice([2, 4, 4, 12] if block < 128 or device.type == "cuda" else [2, 3]) * block
     keys = rng.choice([1, block, most, rng.randint(1, most), rng.randint(1, most), rng.randint(1, most)])
     queries = rng.choice([keys, keys, keys, 1, rng.randint(1, most)])
-    channels = rng.choice([16, 64, 64, 128, 128, rng.choice([1, 8, 32, 80, 96, 100, 256])])
+    channels = family.choice([16, 64, 64, 128, 128, family.choice([1, 8, 32, 80, 96, 100, 256])])
     words: dict[str, Any] = {
-        "shape": [batch, groups * repeats, groups, queries, keys, channels], "dtype": rng.choice(dtypes),
+        "shape": [batch, groups * repeats, groups, queries, keys, channels], "dtype": family.choice(dtypes),
         "strides": [rng.choice(STRIDES) for _ in "qkv"], "values": [rng.choice(VALUES) for _ in "qkv"],
     }  # fmt: skip
     heads = (groups * repeats, groups, groups)
     shapes = [(batch, count, length, channels) for count, length in zip(heads, (queries, keys, keys), strict=True)]
     tensors = [values(shape, kind, rng, generator) for shape, kind in zip(shapes, words["values"], strict=True)]
-    options = make_options(rng, generator, batch, queries, keys)
+    causal = family.random() < 0.4
+    options = make_options(rng, generator, batch, queries, keys, causal=causal)
     words |= {name: x if not isinstance(x, Tensor) else "a mask" for name, x in options.items()}
-    config = make_config(rng, block, causal=options.get("causal") is not None)
+    config = make_config(rng, family, block, causal=causal)
     masks = (options.get("query_mask"), *2 * [options.get("key_mask")])
     laid = [
         strided(poisoned(x, mask, rng).to(DTYPES.get(words["dtype"], torch.float64)).to(device), kind)
@@ -81,24 +84,26 @@ def make_case(seed: int, number: int, device: torch.device) -> Case:
     return Case(*laid, config, moved, words | {"config": dataclasses.asdict(config)})
 
 
-def make_config(rng: random.Random, block: int, *, causal: bool) -> BAAttConfig:
+def make_config(rng: random.Random, family: random.Random, block: int, *, causal: bool) -> BAAttConfig:
     """Random options of the method, those that a causal call may have."""
     return BAAttConfig(
         block_size=block,
         sparsity=rng.choice([0.0, 0.5, 0.9, rng.random() * 0.999]),
-        sort="none" if causal else rng.choice(list(ORDERS)),
+        sort="none" if causal else family.choice(list(ORDERS)),
         segment=rng.choice([None, block, 4 * block]),
-        score=rng.choice(["clusters", "clusters", "covariance", *SCORES]),
+        score=family.choice(["clusters", "clusters", "covariance", *SCORES]),
         beta=rng.choice([0.0, 0.125, 0.5]),
         keep_first=rng.choice([0, 1, 1, 3]),
-        budget=rng.choice(list(BUDGETS)),
+        budget=family.choice(list(BUDGETS)),
     )
 
 
-def make_options(rng: random.Random, generator: torch.Generator, batch: int, queries: int, keys: int) -> dict[str, Any]:
+def make_options(
+    rng: random.Random, generator: torch.Generator, batch: int, queries: int, keys: int, *, causal: bool
+) -> dict[str, Any]:
     """Masks, structure and scale."""
     options: dict[str, Any] = {}
-    if rng.random() < 0.4:
+    if causal:
         options["causal"] = rng.choice([1, 1, 7, 16, 32, 128, 10**6])
         if queries > keys or rng.random() < 0.5:
             options["query_start"] = rng.choice([0, max(0, keys - queries), rng.randint(0, 2 * keys)])
@@ -228,14 +233,16 @@ class Share(NamedTuple):
 
 
 def run_share(arguments: argparse.Namespace, part: int) -> Share:
-    """Every so manyth case from a part on, until there are enough or time is up."""
+    """The part's share of the cases, those alike in one process, until there are enough or time is up."""
     device, ends = find_device(arguments.device), time.monotonic() + arguments.seconds
     if device.type == "cpu" or arguments.processes > 1:  # calls this small are slower on several threads
         torch.set_num_threads(1)
     share = Share({impl: Counter() for impl in arguments.impl}, [])
-    for number in range(arguments.first + part, arguments.first + arguments.count, arguments.processes):
+    for number in range(arguments.first, arguments.first + arguments.count):
         if time.monotonic() >= ends:
             break
+        if number // ALIKE % arguments.processes != part:
+            continue
         case = make_case(arguments.seed, number, device)
         for impl in arguments.impl:
             try_case(case, impl, {"seed": arguments.seed, "number": number}, share)

@@ -133,7 +133,7 @@ CASES: dict[str, Case] = {
     ),
     "fuzz": Case(
         "random calls of the GPU implementations against attention in float64 over the same plan",
-        "python benchmarks/fuzz.py --device cuda --impl triton hopper auto --count 10000 --processes 15 --json FILE",
+        "python benchmarks/fuzz.py --device cuda --impl triton hopper --count 10000 --processes 15 --json FILE",
         ("fuzz_h200.json",),
         {"fuzz": fuzz.table},
     ),

@@ -30,7 +30,7 @@ def test_cases_agree_and_are_stored(fuzz, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_processes_share_the_cases(fuzz, tmp_path):
-    command = f"--seed 7 --count 9 --seconds 250 --processes 2 --json {tmp_path / 'fuzz.json'}"
+    command = f"--seed 7 --first 28 --count 9 --seconds 250 --processes 2 --json {tmp_path / 'fuzz.json'}"
     assert fuzz.main(command.split()) == 0
     (cpu,) = json.loads((tmp_path / "fuzz.json").read_text())["records"]
     assert cpu["cases"] + cpu["refused"] == 9
@@ -46,7 +46,7 @@ def test_a_case_comes_again(fuzz):
 
 
 def test_all_kinds_come_up(fuzz):
-    cases = [fuzz.make_case(1, number, CPU).words for number in range(300)]
+    cases = [fuzz.make_case(1, number, CPU).words for number in range(0, 300 * fuzz.ALIKE, fuzz.ALIKE)]
     assert {word for case in cases for word in case["strides"]} == set(fuzz.STRIDES)
     assert {word for case in cases for word in case["values"]} == set(fuzz.VALUES)
     assert {case["config"]["score"] for case in cases} == set(fuzz.SCORES)

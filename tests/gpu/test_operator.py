@@ -237,6 +237,29 @@ def test_batch_entries_do_not_see_one_another(impl, config):
     assert torch.equal(together, ba_attention(q, k, v, config, impl=impl))
 
 
+FAR = {**SETTINGS, "exact": BAAttConfig(score="exact"), "budget of a head": BAAttConfig(budget="head")}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("config", FAR.values(), ids=FAR)
+def test_heads_that_lie_more_than_2_31_elements_apart(impl, config):
+    near = inputs((1, 3, 3, 300, 300, 64), torch.bfloat16)
+    require(impl, near[0], config)
+    room = torch.empty(3 * 2**30, dtype=torch.bfloat16, device="cuda")  # one place for all three, side by side
+    places = [room[place * 2**20 :].as_strided(x.shape, (2**30, 2**30, 64, 1)) for place, x in enumerate(near)]
+    far = [place.copy_(x) for place, x in zip(places, near, strict=True)]
+    assert torch.equal(ba_attention(*far, config, impl=impl), ba_attention(*near, config, impl=impl))
+
+
+@pytest.mark.parametrize("config", FAR.values(), ids=FAR)
+@pytest.mark.parametrize("causal", [None, 32])
+def test_more_heads_than_the_second_axis_of_a_grid_holds(config, causal):
+    q, k, v = inputs((66, 1000, 1, 70, 70, 16), torch.bfloat16)
+    config = replace(config, block_size=16, sort="none" if causal else config.sort)
+    out = ba_attention(q, k, v, config, causal=causal, impl="triton")[-1:]
+    assert torch.equal(out, ba_attention(q[-1:], k[-1:], v[-1:], config, causal=causal, impl="triton"))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @both_settings
 def test_strided_inputs(impl, config):

@@ -53,6 +53,8 @@ done = set()
 
 
 def compile_launch(kernel, *args, grid, warmup, **options):
+    # CUDA's limit is 65,535 for all axes but the first, and there may be more heads than that.
+    assert len(grid) == 1 or kernel.__name__ == "_longest_kernel", f"{kernel.__name__} has a grid of {grid}"
     signature, constants, hints = {}, {}, {}
     named = {name: options.pop(name) for name in kernel.arg_names if name in options}
     values = dict(zip(kernel.arg_names, args)) | named

@@ -20,7 +20,7 @@ def find_tokens(
     """Of a program's block: its head, where the tokens are in it, how many, and the block's place among the sizes."""
     blocks = gl.cdiv(tokens, TILE)
     block, row = program % blocks, program // blocks
-    entry, head = gl.cast(row // heads, gl.int64), row % heads
+    entry, head = gl.cast(row // heads, gl.int64), gl.cast(row % heads, gl.int64)
     count = gl.minimum(gl.maximum(gl.load(length_ptr + entry) - block * TILE, 0), TILE).to(gl.int32)
     source = (block * TILE + places).to(gl.int64)
     if order_ptr is not None:

@@ -107,7 +107,8 @@ def load_queries(
 ):  # fmt: skip
     """Rows `order` of the head that a tile belongs to, 16 bytes per thread; 0 where not `present`."""
     head_entry = tile // query_blocks
-    head_start = gl.cast(head_entry // heads, gl.int64) * stride_batch + (head_entry % heads) * stride_head
+    head_start = gl.cast(head_entry // heads, gl.int64) * stride_batch
+    head_start += gl.cast(head_entry % heads, gl.int64) * stride_head
     offsets = order[:, None] * stride_token + channels[None, :]
     return gl.load(q_ptr + head_start + offsets, mask=present[:, None], other=0.0)
 

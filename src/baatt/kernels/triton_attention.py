@@ -77,7 +77,7 @@ def sparse_attention(
     index = selection.index.contiguous()
     options = launch_options(q.dtype, channels, block_size, _shared_memory(q.device))
     limit, spans = (None, None) if sight is None else (x.contiguous() for x in sight)
-    _attention_kernel[(cdiv(tokens, options["ROWS"]), batch * heads)](
+    _attention_kernel[(cdiv(tokens, options["ROWS"]) * batch * heads,)](
         q, *q.stride(), k, *(stride // unit for stride in strides[:2]), k.stride(3),
         v, *(stride // unit for stride in strides[2:]), v.stride(3),
         index, selection.count.contiguous(), moved(query_order), key_order.length.contiguous(), limit, spans, out, lse,
@@ -121,6 +121,13 @@ def _shared_memory(device: torch.device) -> int:
 
 
 @triton.jit
+def head_and_place(places):
+    """A program's row of [B * H], and its place among so many of the row: only the first axis of a grid is long."""
+    program = tl.program_id(0)
+    return (program // places).to(tl.int64), program % places
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr, stride_batch, stride_head, stride_token, stride_channel,
     k_ptr, k_stride_batch, k_stride_head, k_stride_channel, v_ptr, v_stride_batch, v_stride_head, v_stride_channel,
@@ -129,10 +136,10 @@ def _attention_kernel(
     UNIT: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head_entry = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0)
+    places = tl.cdiv(tokens, ROWS)
+    head_entry, place = head_and_place(places)
     if limit_ptr is not None:
-        place = tl.num_programs(0) - 1 - place  # the longest lists first
+        place = places - 1 - place  # the longest lists first
     list_start = head_entry * tl.cdiv(tokens, BLOCK) + place // (BLOCK // ROWS)
     count = tl.load(count_ptr + list_start)
     entry, head = head_entry // heads, head_entry % heads

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.triton_attention import head_and_place
 from baatt.kernels.triton_selection import (
     SLAB_SCORES,
     double_bits,
@@ -75,22 +76,34 @@ def choose_blocks(
         histogram = torch.zeros(batch * some, DIGITS.value, dtype=torch.int32, device=index.device)
         # The digits of the threshold found so far, and how many values with these digits are kept.
         found = torch.empty(batch * some, 2, dtype=torch.int32, device=index.device)
-        rows = query_blocks, batch * some
+        rows = (query_blocks * batch * some,)
         _rank_kernel[rows](
-            scores, values, *sizes, histogram, some, key_blocks, share, keep_first, LOGITS=logits, **launch
+            scores,
+            values,
+            *sizes,
+            histogram,
+            some,
+            query_blocks,
+            key_blocks,
+            share,
+            keep_first,
+            LOGITS=logits,
+            **launch,
         )
         for digit in range(4):
             if digit:
-                _digit_kernel[rows](values, query_size, histogram, found, some, key_blocks, digit, **launch)
+                _digit_kernel[rows](
+                    values, query_size, histogram, found, some, query_blocks, key_blocks, digit, **launch
+                )
             _narrow_kernel[(batch * some,)](
                 histogram, found, *sizes, some, query_blocks, key_blocks, share, FIRST=digit == 0,
                 ROWS=height, WIDTH=width, num_warps=launch["num_warps"],
             )  # fmt: skip
         ties = torch.empty(batch * some, query_blocks, dtype=torch.int32, device=index.device)
-        _tie_kernel[rows](values, query_size, found, ties, some, key_blocks, **launch)
+        _tie_kernel[rows](values, query_size, found, ties, some, query_blocks, key_blocks, **launch)
         _list_kernel[rows](
             values, *sizes, found, ties.cumsum(-1, dtype=torch.int32), count, index, some, heads, part.start,
-            key_blocks, share, **launch,
+            query_blocks, key_blocks, share, **launch,
         )  # fmt: skip
     return BlockSelection(index, count, usual if sight is None else mean_of_rows(usual, query_blocks, key_blocks))
 
@@ -130,21 +143,21 @@ def _longest_kernel(count_ptr, order_ptr, rows, window, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH: tl.constexpr):
-    """The row of a program, one of a slab of `heads` heads: its numbers, 0 where no block is, and its tokens."""
-    head_entry = tl.program_id(1).to(tl.int64)
+def _load_row(values_ptr, query_size_ptr, heads, query_blocks, key_blocks, WIDTH: tl.constexpr):
+    """The head and row of a program, of a slab of `heads` heads; its numbers, 0 where no block is, and its tokens."""
+    head_entry, row = head_and_place(query_blocks)
     columns = tl.arange(0, WIDTH)
-    start = (head_entry * tl.num_programs(0) + tl.program_id(0)) * key_blocks
+    start = (head_entry * query_blocks + row) * key_blocks
     values = tl.load(values_ptr + start + columns, mask=columns < key_blocks, other=0).to(tl.uint32, bitcast=True)
-    tokens = tl.load(query_size_ptr + head_entry // heads * tl.num_programs(0) + tl.program_id(0))
-    return values, tokens
+    tokens = tl.load(query_size_ptr + head_entry // heads * query_blocks + row)
+    return head_entry, row, values, tokens
 
 
 @triton.jit
-def _count_digits(digits, counted, histogram_ptr):
+def _count_digits(digits, counted, histogram_ptr, head_entry):
     """Add the digits of a row to the histogram of its head."""
     counts = tl.histogram(digits.to(tl.int32), DIGITS, mask=counted)
-    place = histogram_ptr + tl.program_id(1) * DIGITS + tl.arange(0, DIGITS)
+    place = histogram_ptr + head_entry * DIGITS + tl.arange(0, DIGITS)
     tl.atomic_add(place, counts, mask=counts > 0, sem="relaxed")
 
 
@@ -224,35 +237,36 @@ def _head_kernel(
 
 @triton.jit
 def _rank_kernel(
-    scores_ptr, values_ptr, query_size_ptr, key_size_ptr, spans_ptr, histogram_ptr, heads, key_blocks, share,
-    keep_first, LOGITS: tl.constexpr, WIDTH: tl.constexpr,
+    scores_ptr, values_ptr, query_size_ptr, key_size_ptr, spans_ptr, histogram_ptr, heads, query_blocks, key_blocks,
+    share, keep_first, LOGITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Scores of a row to numbers in their order, in place, as `_rank`."""
-    entry = tl.program_id(1).to(tl.int64) // heads
-    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    head_entry, row = head_and_place(query_blocks)
+    entry = head_entry // heads
     columns = tl.arange(0, WIDTH)
     if spans_ptr is not None:
-        spans_ptr += (entry * tl.num_programs(0) + tl.program_id(0)) * 4
+        spans_ptr += (entry * query_blocks + row) * 4
     filled, _, forced, room = row_budget(
         key_size_ptr + entry * key_blocks, spans_ptr, columns, key_blocks, share, keep_first
     )
-    scores = tl.load(scores_ptr + row * key_blocks + columns, mask=filled, other=float("-inf"))
+    start = (head_entry * query_blocks + row) * key_blocks
+    scores = tl.load(scores_ptr + start + columns, mask=filled, other=float("-inf"))
     values = _rank(scores[None, :], columns, filled[None, :], forced[None, :], room, LOGITS, WIDTH)
     values = tl.reshape(values, (WIDTH,))
-    tl.store(values_ptr + row * key_blocks + columns, values.to(tl.int32, bitcast=True), mask=columns < key_blocks)
-    tokens = tl.load(query_size_ptr + entry * tl.num_programs(0) + tl.program_id(0))
-    _count_digits(values >> 24, filled & (tokens > 0), histogram_ptr)
+    tl.store(values_ptr + start + columns, values.to(tl.int32, bitcast=True), mask=columns < key_blocks)
+    tokens = tl.load(query_size_ptr + entry * query_blocks + row)
+    _count_digits(values >> 24, filled & (tokens > 0), histogram_ptr, head_entry)
 
 
 @triton.jit
 def _digit_kernel(
-    values_ptr, query_size_ptr, histogram_ptr, found_ptr, heads, key_blocks, digit, WIDTH: tl.constexpr
+    values_ptr, query_size_ptr, histogram_ptr, found_ptr, heads, query_blocks, key_blocks, digit, WIDTH: tl.constexpr
 ):  # fmt: skip
     """Count the digit of number `digit` of the values of a row whose digits before it are those found."""
-    values, tokens = _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH)
-    before = tl.load(found_ptr + tl.program_id(1) * 2).to(tl.uint32, bitcast=True)
+    head_entry, _, values, tokens = _load_row(values_ptr, query_size_ptr, heads, query_blocks, key_blocks, WIDTH)
+    before = tl.load(found_ptr + head_entry * 2).to(tl.uint32, bitcast=True)
     counted = (values > 0) & (tokens > 0) & ((values >> (32 - 8 * digit)) == before)
-    _count_digits((values >> (24 - 8 * digit)) & 255, counted, histogram_ptr)
+    _count_digits((values >> (24 - 8 * digit)) & 255, counted, histogram_ptr, head_entry)
 
 
 @triton.jit
@@ -261,8 +275,8 @@ def _narrow_kernel(
     FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Find the next digit of a head's threshold and clear its histogram."""
-    head_entry = tl.program_id(0)
-    entry = (head_entry // heads).to(tl.int64)
+    head_entry = tl.program_id(0).to(tl.int64)
+    entry = head_entry // heads
     if FIRST:
         size_ptr, rows = key_size_ptr + entry * key_blocks, tl.arange(0, ROWS)
         filled, wanted, _, _ = row_budget(size_ptr, None, tl.arange(0, WIDTH), key_blocks, share, 0)
@@ -286,34 +300,34 @@ def _narrow_kernel(
 
 
 @triton.jit
-def _tie_kernel(values_ptr, query_size_ptr, found_ptr, ties_ptr, heads, key_blocks, WIDTH: tl.constexpr):
+def _tie_kernel(values_ptr, query_size_ptr, found_ptr, ties_ptr, heads, query_blocks, key_blocks, WIDTH: tl.constexpr):
     """How many values of a row equal the threshold of its head."""
-    values, tokens = _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH)
-    low = tl.load(found_ptr + tl.program_id(1) * 2).to(tl.uint32, bitcast=True)
+    head_entry, row, values, tokens = _load_row(values_ptr, query_size_ptr, heads, query_blocks, key_blocks, WIDTH)
+    low = tl.load(found_ptr + head_entry * 2).to(tl.uint32, bitcast=True)
     ties = tl.sum(((values == low) & (values > 0) & (tokens > 0)).to(tl.int32), axis=0)
-    tl.store(ties_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), ties)
+    tl.store(ties_ptr + head_entry * query_blocks + row, ties)
 
 
 @triton.jit
 def _list_kernel(
     values_ptr, query_size_ptr, key_size_ptr, spans_ptr, found_ptr, ties_ptr, count_ptr, index_ptr, heads, all_heads,
-    first_head, key_blocks, share, WIDTH: tl.constexpr,
+    first_head, query_blocks, key_blocks, share, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The list of a row, by the threshold of its head; of a row without tokens by its own."""
-    values, tokens = _load_row(values_ptr, query_size_ptr, heads, key_blocks, WIDTH)
-    head_entry, columns = tl.program_id(1).to(tl.int64), tl.arange(0, WIDTH)
+    head_entry, row, values, tokens = _load_row(values_ptr, query_size_ptr, heads, query_blocks, key_blocks, WIDTH)
+    columns = tl.arange(0, WIDTH)
     entry = head_entry // heads
     if tokens > 0:
         low = tl.load(found_ptr + head_entry * 2).to(tl.uint32, bitcast=True)
         ties = tl.sum(((values == low) & (values > 0)).to(tl.int32), axis=0)
-        up_to_here = tl.load(ties_ptr + head_entry * tl.num_programs(0) + tl.program_id(0))
+        up_to_here = tl.load(ties_ptr + head_entry * query_blocks + row)
         room = tl.load(found_ptr + head_entry * 2 + 1) - (up_to_here - ties)
     else:
         if spans_ptr is not None:
-            spans_ptr += (entry * tl.num_programs(0) + tl.program_id(0)) * 4
+            spans_ptr += (entry * query_blocks + row) * 4
         _, wanted, _, _ = row_budget(key_size_ptr + entry * key_blocks, spans_ptr, columns, key_blocks, share, 0)
         low, room = threshold(values, wanted)
-    list_start = (entry * all_heads + first_head + head_entry % heads) * tl.num_programs(0) + tl.program_id(0)
+    list_start = (entry * all_heads + first_head + head_entry % heads) * query_blocks + row
     list_ptr = index_ptr + list_start * key_blocks
     count = store_list(values, low, room, columns, values > 0, list_ptr, key_blocks, WIDTH)
     tl.store(count_ptr + list_start, count)

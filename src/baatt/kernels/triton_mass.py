@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
-from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _load_rows, _shared_memory
+from baatt.kernels.triton_attention import (
+    LARGE_MEMORY,
+    LOWEST,
+    _gather_rows,
+    _load_rows,
+    _shared_memory,
+    head_and_place,
+)
 from baatt.types import ScoreOptions, Sight
 
 SLAB_SUMS = 128 * 2**20  # 512 MiB
@@ -57,14 +64,14 @@ def _mass(queries: Any, keys: Any, scale: float, sight: Sight | None, *, peak: b
     sums = torch.empty(batch, heads, runs, blocks * block_size, dtype=torch.float32, device=q.device)
     for first in range(0, query_blocks, blocks):
         count = min(query_blocks - first, blocks)
-        _sum_kernel[(cdiv(count * block_size, launch["ROWS"]), batch * heads)](
+        _sum_kernel[(cdiv(count * block_size, launch["ROWS"]) * batch * heads,)](
             q, *q.stride(), k, key_size, limit, sums, heads, heads // groups, query_blocks, key_blocks, runs, first,
             count * block_size, blocks * block_size, scale * math.log2(math.e),
             CHANNELS=channels, BLOCK=block_size, RUN=run, **launch,
         )  # fmt: skip
-        _share_kernel[(count, batch * heads)](
-            sums, query_size, key_size, limit, mass, heads, query_blocks, key_blocks, runs, first, blocks * block_size,
-            BLOCK=block_size, RUN=run, WIDTH=WIDTH, PEAK=peak, num_warps=4,
+        _share_kernel[(count * batch * heads,)](
+            sums, query_size, key_size, limit, mass, heads, query_blocks, key_blocks, runs, first, count,
+            blocks * block_size,            BLOCK=block_size, RUN=run, WIDTH=WIDTH, PEAK=peak, num_warps=4,
         )  # fmt: skip
     return mass
 
@@ -97,13 +104,14 @@ def _sum_kernel(
     ROWS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of the sum of 2^(scale * q.k) over every run of RUN keys, for ROWS rows; up to the last run one sees."""
-    head_entry = tl.program_id(1).to(tl.int64)
+    head_entry, place = head_and_place(tl.cdiv(slab_rows, ROWS))
     length = _count_keys(key_size_ptr + head_entry // heads * key_blocks, key_blocks, BLOCK)
     k_ptr += (head_entry // repeats) * key_blocks * BLOCK * CHANNELS
     q_ptr += head_entry // heads * stride_batch + head_entry % heads * stride_head
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = place * ROWS + tl.arange(0, ROWS)
     present = rows < slab_rows
-    query_ptrs = q_ptr + (first_block + rows // BLOCK).to(tl.int64) * stride_block + rows % BLOCK * stride_token
+    query_ptrs = q_ptr + (first_block + rows // BLOCK).to(tl.int64) * stride_block
+    query_ptrs += (rows % BLOCK).to(tl.int64) * stride_token
     queries = _gather_rows(query_ptrs, present, 0, stride_channel, CHANNELS, DEPTH)
     # Rows side by side in memory: a step has one number of each to write.
     sums_ptrs = sums_ptr + head_entry * runs * stride_sums + rows[:, None]
@@ -140,11 +148,11 @@ def _sum_kernel(
 @triton.jit
 def _share_kernel(
     sums_ptr, query_size_ptr, key_size_ptr, limit_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block,
-    stride_sums, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PEAK: tl.constexpr,
+    slab_blocks, stride_sums, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PEAK: tl.constexpr,
 ):  # fmt: skip
     """Softmax over the runs of keys in the rows of one query block, added up by key block, the rows' mean or peak."""
-    head_entry = tl.program_id(1).to(tl.int64)
-    block = first_block + tl.program_id(0)
+    head_entry, place = head_and_place(slab_blocks)
+    block = first_block + place
     length = _count_keys(key_size_ptr + head_entry // heads * key_blocks, key_blocks, BLOCK).to(tl.int32)
     count = tl.load(query_size_ptr + head_entry // heads * query_blocks + block).to(tl.int32)
     rows = tl.arange(0, BLOCK)
@@ -153,7 +161,7 @@ def _share_kernel(
         limits = tl.load(limit_ptr + (head_entry // heads * query_blocks + block) * BLOCK + rows)
     seen = tl.cdiv(limits, RUN)
     filled = tl.max(seen, axis=0)
-    sums_ptr += head_entry * runs * stride_sums + tl.program_id(0) * BLOCK
+    sums_ptr += head_entry * runs * stride_sums + place * BLOCK
     running_max = tl.full([BLOCK], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK], tl.float32)
     for first in range(0, filled, WIDTH):

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.triton_attention import head_and_place
 from baatt.types import (
     BlockSelection,
     BlockStats,
@@ -94,7 +95,7 @@ def covariance_score(queries: BlockStats, keys: BlockStats, *, scale: float, bet
     groups, key_blocks = key_mean.shape[1:3]
     scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=query_mean.device)
     tile = TILE if cdiv(query_blocks, TILE) * cdiv(key_blocks, TILE) * batch * heads > FEW else 16
-    grid = (cdiv(query_blocks, tile) * cdiv(key_blocks, tile), batch * heads)
+    grid = (cdiv(query_blocks, tile) * cdiv(key_blocks, tile) * batch * heads,)
     _covariance_kernel[grid](
         query_mean, query_variance, key_mean, key_variance, keys.size.contiguous(), scores,
         *query_mean.stride()[:3], heads, groups, query_blocks, key_blocks, scale, beta * scale * scale,
@@ -121,7 +122,7 @@ def _select(
     """Fill rows `start` and following of `selection` from scores [B, H, i, J]."""
     batch, heads, rows, key_blocks = scores.shape
     width = max(16, next_power_of_2(key_blocks))
-    _select_kernel[(rows, batch * heads)](
+    _select_kernel[(rows * batch * heads,)](
         scores, key_size, spans, selection.count, selection.index, heads, rows, key_blocks,
         selection.index.shape[2], selection.index.shape[3], start, double_bits(1 - sparsity), keep_first,
         WIDTH=width, num_warps=min(16, max(1, width // 1024)),
@@ -136,11 +137,11 @@ def _covariance_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(key_blocks, TILE)
-    head_entry = tl.program_id(1).to(tl.int64)
+    head_entry, place = head_and_place(tl.cdiv(query_blocks, TILE) * column_tiles)
     entry = head_entry // heads
     key_entry = entry * groups + (head_entry % heads) // (heads // groups)
-    rows = (tl.program_id(0) // column_tiles) * TILE + tl.arange(0, TILE)
-    columns = (tl.program_id(0) % column_tiles) * TILE + tl.arange(0, TILE)
+    rows = place // column_tiles * TILE + tl.arange(0, TILE)
+    columns = place % column_tiles * TILE + tl.arange(0, TILE)
     depth = tl.arange(0, DEPTH)
     start = entry * stride_batch + (head_entry % heads) * stride_head
     query_offsets = start + rows[:, None] * stride_block + depth[None, :]
@@ -245,8 +246,7 @@ def _select_kernel(
     scores_ptr, size_ptr, spans_ptr, count_ptr, index_ptr, heads, rows, key_blocks, query_blocks, capacity, start,
     share, keep_first, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head_entry = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0)
+    head_entry, row = head_and_place(rows)
     columns = tl.arange(0, WIDTH)
     entry = head_entry // heads
     if spans_ptr is not None:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baatt.kernels.launching import cdiv
+from baatt.kernels.triton_attention import head_and_place
 from baatt.types import Sight
 
 
@@ -19,14 +20,15 @@ def look_back(q: Tensor, k: Tensor, causal: int, query_start: int, block_size: i
     blocks = cdiv(queries, block_size)
     limit = torch.empty(batch, blocks, block_size, dtype=torch.int32, device=q.device)
     spans = torch.empty(batch, blocks, 4, dtype=torch.int32, device=q.device)
-    _sight_kernel[(blocks, batch)](limit, spans, causal, query_start, queries, keys, BLOCK=block_size, num_warps=1)
+    _sight_kernel[(blocks * batch,)](limit, spans, causal, query_start, queries, keys, BLOCK=block_size, num_warps=1)
     return Sight(limit, spans)
 
 
 @triton.jit
 def _sight_kernel(limit_ptr, spans_ptr, causal, query_start, queries, keys, BLOCK: tl.constexpr):
-    block = tl.program_id(0)
-    target = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
+    blocks = tl.cdiv(queries, BLOCK)
+    entry, block = head_and_place(blocks)
+    target = entry * blocks + block
     rows = block * BLOCK + tl.arange(0, BLOCK)
     limits = _limit(rows, causal, query_start, keys)
     tl.store(limit_ptr + target * BLOCK + tl.arange(0, BLOCK), tl.where(rows < queries, limits, 0).to(tl.int32))
