@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
 PENDING: frozenset[str] = frozenset({
-    "fuzz_h200.json", "gpu_peers_h200.json", "reliability_h200.json", "sanitizer_memcheck.txt",
+    "gpu_peers_h200.json",
     "sanitizer_racecheck.txt", "sanitizer_initcheck.txt", "sanitizer_synccheck.txt",
 })  # fmt: skip
 #: Settings of one table in README.

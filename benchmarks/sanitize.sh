@@ -23,7 +23,8 @@ tail -n 1 "$folder/sanitizer_calls.txt"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 # Our kernels alone: PyTorch's are many and slow to look into.
 filter=--filter
-if compute-sanitizer --help | grep -q -- --kernel-name; then filter=--kernel-name; fi
+help=$(compute-sanitizer --help) # whole: grep ends at the first hit, and what writes on into it would fail
+if [[ $help == *--kernel-name* ]]; then filter=--kernel-name; fi
 status=0
 for tool in $tools; do
   log="$folder/sanitizer_$tool.txt"
