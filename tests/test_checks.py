@@ -243,3 +243,26 @@ def test_is_causal_is_what_the_error_says():
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     found = ba_attention(q, k, v, BAAttConfig(block_size=16, sparsity=0), causal=1, query_start=0)
     torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"sparsity": 0.5},
+            "sparsity is no argument of ba_attention: it is a field of config, BAAttConfig(sparsity=...)",
+        ),
+        ({"causal": True}, "causal must be an int or None, got True: causal=1 is causal attention, None is none"),
+    ],
+)
+def test_an_argument_in_the_wrong_place_is_told_the_right_one(options, text):
+    with pytest.raises(TypeError) as caught:
+        ba_attention(*inputs().values(), CONFIG, **options)
+    assert str(caught.value) == text
+
+
+def test_tensors_without_values_in_memory():
+    with pytest.raises(ValueError, match=r"^query must be on a device that holds values, got meta$"):
+        ba_attention(*(x.to("meta") for x in inputs().values()), CONFIG)
+    with pytest.raises(TypeError, match=r"^query must have the layout torch.strided, got torch.sparse_coo$"):
+        ba_attention(*(x.to_sparse() for x in inputs().values()), CONFIG)

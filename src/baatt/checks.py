@@ -29,6 +29,8 @@ SDPA_ARGUMENTS = {
 def refuse_arguments(unknown: Mapping[str, object]) -> None:
     """A TypeError for arguments that there are not, with what those of scaled_dot_product_attention are called here."""
     for name in unknown:
+        if name in BAAttConfig.__dataclass_fields__:
+            raise TypeError(f"{name} is no argument of ba_attention: it is a field of config, BAAttConfig({name}=...)")
         if name not in SDPA_ARGUMENTS:
             raise TypeError(f"ba_attention() got an unexpected keyword argument {name!r}")
         raise TypeError(
@@ -72,7 +74,10 @@ def check_structure(
     """Tokens per causal block and position of the first query; None if attention is bidirectional."""
     for name, value, least in (("causal", causal, 1), ("query_start", query_start, 0)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"{name} must be an int or None, got {value!r}")
+            hint = (
+                ": causal=1 is causal attention, None is none" if isinstance(value, bool) and name == "causal" else ""
+            )
+            raise TypeError(f"{name} must be an int or None, got {value!r}{hint}")
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if causal is None:
@@ -151,6 +156,8 @@ def check_query_and_key(q: Tensor, k: Tensor) -> None:
     if heads % k.shape[1]:
         raise ValueError(f"key must have shape [B, G, M, D] with G dividing H={heads}, got {tuple(k.shape)}")
     _check_like_query("key", k, q)
+    if q.device.type == "meta":
+        raise ValueError("query must be on a device that holds values, got meta")
 
 
 def _check_tensor(name: str, x: object) -> None:
@@ -158,6 +165,8 @@ def _check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must have a dtype of {[str(dtype) for dtype in DTYPES]}, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must have the layout torch.strided, got {x.layout}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} must not require gradients, got requires_grad=True: baatt is inference only; "

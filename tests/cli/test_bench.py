@@ -152,6 +152,9 @@ def test_too_much_memory(monkeypatch, capsys: pytest.CaptureFixture[str]) -> Non
         (("--sweep", "--shape", "1x1x16x16,1x1x32x16", "--no-plot"), "--sweep needs one --shape"),
         (("--sweep", "--plot", "/nowhere/a.png"), "--plot must lie in an existing folder, /nowhere is none"),
         (("--sweep", "--plot", "a.svg"), "--plot must end in .png, got 'a.svg'"),
+        (("--shape", "1x8x4KB"), "--shape must be BxHxNxD, .*got '1x8x4KB'"),
+        (("--threads", "1000000"), r"--threads must be at most \d+, the cores of this machine, got 1000000"),
+        (("--causal", "1", "--sort", "qk"), "^baatt: --sort must be 'none' with causal=1"),
         (("--draw", "/nowhere/a.json", "--plot", "a.png"), "/nowhere/a.json"),
     ],
 )

@@ -18,6 +18,7 @@ from baatt.cli.generate import EXAMPLE
 from baatt.cli.main import VERBS, build_parser, main
 from baatt.cli.options import read_configs, read_preset
 from baatt.config import PRESETS, BAAttConfig, Policy, Preset
+from baatt.integrations.handle import NoSparseAttentionWarning
 from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples, is_asked
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
@@ -36,7 +37,13 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_the_prompt_in_the_help_is_answered(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--prompt", EXAMPLE, "--gen-length", "16", "--block-length", "16"]) == 0
+    short = ["--gen-length", "16", "--block-length", "16"]
+    with pytest.warns(NoSparseAttentionWarning, match="the budget keeps every key block"):
+        assert main(["generate", "--prompt", EXAMPLE, *short]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == "4821973."
+    assert "--dense is faster" not in printed.err  # nothing was chosen
+    assert main(["generate", "--prompt", EXAMPLE, *short, "--block-size", "16"]) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == "4821973."
     assert "--dense is faster" in printed.err
@@ -131,7 +138,13 @@ def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> No
         (("demo", "--length", "1K,2K"), "--length must be one number of tokens such as 4096 or 4K, got '1K,2K'"),
         (("demo", "--score", "x"), r"--score must be one of .*\(try baatt demo --help\)"),
         (("demo", "--dense-layers", "9"), r"^baatt: --dense-layers must lie in \[-6, 6\)"),
-        (("demo", "--length", "10"), "length must hold the smallest"),
+        (("demo", "--length", "10"), "^baatt: --length must hold the smallest"),
+        (("analyze", "capture", "--length", "10"), "^baatt: --length must hold the smallest"),
+        (("evaluate", "ruler", "--lengths", "10", "--json", "/tmp/x.json"), "^baatt: --lengths must hold the smallest"),
+        (("evaluate", "ruler", "--essay", "/nope", "--json", "/tmp/x.json"), "^baatt: --essay must be a file"),
+        (("generate", "--prompt", "a", "--gen-length", "-1"), "^baatt: --gen-length must be positive, got -1"),
+        (("generate", "--prompt", "a", "--dense", "--sparsity", ".5"), "--dense leaves nothing sparse, got --sparsity"),
+        (("fetch", "smollm2", "--out", "a", "--adapter", "/nope"), "^baatt: --adapter must be a file, /nope is none"),
         (("demo", "--length", "10000000000"), "must fit into memory"),
         (("demo", "--task", "hide_and_seek"), "invalid choice: 'hide_and_seek'"),
         (("demo", "--output", "/nowhere/picture.png"), "must lie in an existing folder, /nowhere is none"),
@@ -151,6 +164,13 @@ def test_binary_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_gpu_kernels_are_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "generate", "--prompt", "a", "--dense-layers", "none", "--impl", "triton", *SHORT)
     assert "triton" in message
+
+
+def test_a_warning_is_one_line_without_code(tmp_path: Path) -> None:
+    short = [sys.executable, "-m", "baatt", "generate", "--prompt", EXAMPLE, *SHORT, "--sparsity", "0.1"]
+    told = subprocess.run(short, capture_output=True, text=True, check=True, cwd=tmp_path).stderr.splitlines()
+    assert re.match("baatt: MaskedDiffusionLM ran without a single sparse attention call: the budget keeps", told[0])
+    assert len(told) == 2  # and the time
 
 
 def test_model_without_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,7 @@ def test_a_causal_model_of_transformers(here):
             ["--dense-layers", "0,1,2"],
             "512 tokens, clusters, sparsity 0.5: no attention call was sparse (1 dense: policy",
         ),
+        (["--save", "x.json"], "--save needs --by-layer, whose profile it names, got x.json"),
         (["--plot", "x.jpg"], "--plot must end in .png, got 'x.jpg'"),
     ],
 )

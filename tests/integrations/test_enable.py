@@ -146,6 +146,8 @@ def test_refusals(model):
         baatt.enable(model, 0.5)
     with pytest.raises(TypeError, match="policy must be a Policy or None, got dict"):
         baatt.enable(model, HALF, {})
+    with pytest.raises(TypeError, match=r"order must be callable or None, such as VideoTiles\(\), got str"):
+        baatt.enable(model, HALF, order="tiles")
     with pytest.raises(ValueError, match=r"impl must be one of .* got 'fast'"):
         baatt.enable(model, HALF, impl="fast")
     with pytest.raises(TypeError, match=r"model must be an nn\.Module or a diffusers pipeline, got str"):
@@ -190,6 +192,8 @@ def test_a_loop_may_tell_its_step(model, tokens):
             run(model, tokens)
         with pytest.raises(ValueError, match=r"step must be in \[0, total=4\), got 4"):
             handle.at_step(4, 4)
+        with pytest.raises(TypeError, match=r"^step must be an int, got 'first'$"):
+            handle.at_step("first", 4)
     assert (handle.sparse_calls, handle.dense_calls) == (6, 6)
 
 

@@ -273,6 +273,8 @@ def test_missing_folder_names_the_hub(tmp_path: Path) -> None:
         load("GSAI-ML/LLaDA-8B-Base")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="path must be a folder's name, got NoneType"):
+        load_tokenizer(None)
 
 
 def test_missing_config(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Take the method apart on a real input: record a model's attention, then measure recall and bound.
+"""Take the method apart on a real input: record a model's attention, or read yours, then measure it.
 
 `capture` writes q, k and v of chosen layers to a safetensors file; the other actions read such a file, or one with q, k
 and v of your own. `recall`, `bound` and `layers` print a table and can store JSON, `maps` draws.
@@ -85,8 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     studies = {name: _add_action(actions, name, study.summary, run_study) for name, study in STUDIES.items()}
     _add_study_options(studies["recall"], {"sparsity": (0.3, 0.5, 0.7, 0.9), "beta": None}, ["score"])
-    add, usual = studies["recall"].add_argument, ",".join(SCORES)
-    add("--scores", type=names_of(SCORES), default=list(SCORES), help=f"by commas (default: {usual})")
+    add, usual = (
+        studies["recall"].add_argument,
+        list({score: name for name, score in reversed(SCORES.items())}.values()),
+    )
+    add("--scores", type=names_of(SCORES), default=usual[::-1], help=f"by commas (default: {','.join(usual[::-1])})")
     add(
         "--no-outputs", dest="measured", action="store_const", const={"outputs": False}, default={},
         help="do not attend, and print no error of the output: that takes half of the time",
@@ -285,8 +288,8 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 def _title(recorded: Capture) -> str:
     first = next(iter(recorded.layers.values()))
-    layers = ", ".join(map(str, recorded.layers))
-    return f"{recorded.about['model']}, layers {layers}, {first.q.shape[2]} queries, {first.k.shape[2]} keys"
+    layers = f"layer{'s' if len(recorded.layers) > 1 else ''} {', '.join(map(str, recorded.layers))}"
+    return f"{recorded.about['model']}, {layers}, {first.q.shape[2]} queries, {first.k.shape[2]} keys"
 
 
 #: Every action that measures something on a capture. A new one is a function that measures and an entry.

@@ -6,17 +6,20 @@ Prints a table per shape and can store a JSON file; `--sweep` goes through lengt
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from baatt.checks import check_structure
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
     add_sparse_options,
     at_least,
     check_files,
+    length,
     lengths,
     names_of,
     read_configs,
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: the GPU if there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="(default: bfloat16 on a GPU, float32 on the CPU)")
-    parser.add_argument("--threads", type=at_least(1), help="of the CPU (default: as PyTorch finds)")
+    parser.add_argument("--threads", type=at_least(1), help="of the CPU, at most its cores (default: as PyTorch finds)")
     parser.add_argument("--seed", type=seed, default=0, help="of the random inputs (default: 0)")
     add_sparse_options(parser, many={"sparsity": (0.5, 0.9)}, dense_layers=False)
     parser.add_argument("--json", type=Path, help="file for the records")
@@ -129,7 +132,11 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
         if len(shapes) > 1:
             raise UsageError(f"--sweep needs one --shape, whose N it replaces, got {arguments.shape!r}")
         tokens = arguments.lengths or lengths(LENGTHS[device])
-        shapes = [shapes[0]._replace(tokens=length) for length in tokens]
+        shapes = [shapes[0]._replace(tokens=count) for count in tokens]
+    if arguments.threads is not None and arguments.threads > (os.cpu_count() or 1):
+        raise UsageError(
+            f"--threads must be at most {os.cpu_count()}, the cores of this machine, got {arguments.threads}"
+        )
     against = arguments.against
     if arguments.causal and arguments.what != "operator":
         raise UsageError(f"--causal applies to --what operator only, got {arguments.causal}")
@@ -143,10 +150,12 @@ def read_cases(arguments: argparse.Namespace) -> list[Case]:
 
 def read_shape(text: str, groups: int | None) -> Shape:
     """BxHxNxD."""
-    sizes = text.strip().split("x")
-    if len(sizes) != 4 or not all(size.isascii() and size.isdigit() and int(size) > 0 for size in sizes):
-        raise UsageError(f"--shape must be BxHxNxD, four positive integers such as 1x32x32768x128, got {text!r}")
-    batch, heads, tokens, channels = map(int, sizes)
+    try:
+        batch, heads, tokens, channels = map(length, text.strip().split("x"))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UsageError(
+            f"--shape must be BxHxNxD, four positive integers such as 1x32x32768x128 or 1x32x32Kx128, got {text!r}"
+        ) from None
     groups = heads if groups is None else groups
     if groups < 1 or heads % groups:
         raise UsageError(f"--heads-kv must be positive and divide H={heads}, got {groups}")
@@ -161,6 +170,9 @@ def check_run(cases: Sequence[Case]) -> None:
             resolve(case)
         except RuntimeError as error:
             raise UsageError(f"--impl {case.impl} is refused: {error}") from None
+        if case.causal is not None:
+            q = torch.empty(case.shape.batch, case.shape.heads, case.shape.tokens, 1, device="meta")
+            check_structure(q, q, case.config, case.causal, None, None, None)
         check_bytes(str(case.shape), "it needs", estimated_bytes(case), case.device)
 
 
@@ -220,9 +232,10 @@ def table(found: Sequence[Record]) -> Table:
     title += ", CUDA graphs" if first["graph"] else ""
     strong = [row[0] for row in rows if row[0].startswith(("total, ", "speed-up"))]
     caption = (
-        "Medians. Rounding error: relative L2 against float64 attention over the same kept blocks, so not what leaving "
+        "Medians. Skipped: less than asked for where a row has too few blocks. Arrange: order tokens and summarise "
+        "blocks. Rounding error: relative L2 against float64 attention over the same kept blocks, so not what leaving "
+        "blocks out costs."
     )
-    caption += "blocks out costs."
     if first["selection_share"] is not None:
         caption += " Total: the whole call, choosing of blocks too; speed-up: baseline / total."
     if "flex" in first["baseline_ms"]:

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", type=Path, metavar="FILE", help="measure a saved policy too, such as --by-layer makes")
     add("--by-layer", action="store_true", help="make each layer sparse alone, at sparsities around --sparsity, "
         "and share the kept blocks out among the layers; takes one length, sparsity and score")  # fmt: skip
-    add("--save", type=Path, default=Path("fidelity.policy.json"), help="the profile of --by-layer (default: "
+    add("--save", type=Path, help="the profile of --by-layer (default: "
         "fidelity.policy.json)")  # fmt: skip
     add("--gguf", metavar="NAME", help="GGUF file in --model to load the weights and the tokenizer from, through "
         "transformers and the package gguf")  # fmt: skip
@@ -143,7 +143,7 @@ def reading_bar() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what can be seen without a model."""
-    check_files(arguments, "json", "save", pictures=("plot",))
+    check_files(arguments, "json", pictures=("plot",))
     check_store(arguments.store or arguments.json.with_suffix(".answers"))
     if arguments.needles > len(CITIES):
         raise UsageError(f"--needles must be at most {len(CITIES)}, got {arguments.needles}")
@@ -153,6 +153,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         arguments.model is not None and (arguments.model / arguments.gguf).is_file()
     ):
         raise UsageError(f"--gguf must name a file in the folder --model, got {arguments.gguf!r}")
+    if arguments.save is not None and not arguments.by_layer:
+        raise UsageError(f"--save needs --by-layer, whose profile it names, got {arguments.save}")
+    arguments.save = arguments.save or Path("fidelity.policy.json")
+    check_files(arguments, "save")
     if arguments.by_layer and (len(read_configs(arguments)) > 1 or len(arguments.lengths) > 1 or arguments.policy):
         raise UsageError("--by-layer must have one of --lengths, one --sparsity, one --score and no --policy")
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from baatt.cli.errors import UsageError
 from baatt.cli.options import add_model_options, add_sparse_options, load_model, read_preset
-from baatt.config import Policy
+from baatt.config import BAAttConfig, Policy
 from baatt.integrations.enable import enable
 from baatt.lab.loading import DTYPES, check_bytes, check_memory
 from baatt.lab.options import add_options, given, variants
@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation."""
     config, policy = (None, Policy()) if arguments.dense else read_preset(arguments)
+    if arguments.dense and (unread := given(arguments, BAAttConfig) | given(arguments, Policy)):
+        raise UsageError(f"--dense leaves nothing sparse, got --{next(iter(unread)).replace('_', '-')} too")
     sampler = read_sampler(arguments)
     prompt = _read_prompt(arguments)
     model, tokenizer = load_model(arguments, policy)
@@ -97,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{result.tokens_per_second:.1f} tokens/s: {result.filled} tokens in {result.seconds:.2f} s, "
             f"{result.steps} model evaluations{cached}\n"
         )
-        if config is not None and tokens < SHORT:
+        if config is not None and handle.sparse_calls and tokens < SHORT:
             sys.stderr.write(
                 f"{tokens} tokens make few blocks of {config.block_size}: choosing among them takes longer than it "
                 "saves, --dense is faster\n"
@@ -108,6 +110,8 @@ def read_sampler(arguments: argparse.Namespace) -> SamplerConfig:
     """As given; a step fills at least one token, so as many steps as tokens are the usual and the most."""
     values = given(arguments, SamplerConfig)
     tokens = values.get("gen_length", USUAL.gen_length)
+    if tokens < 1:  # the steps, which follow, would be refused first
+        raise UsageError(f"--gen-length must be positive, got {tokens}")
     sampler = variants(USUAL, {"steps": tokens} | values)[0]
     if sampler.steps > tokens:
         raise UsageError(f"--steps must be at most --gen-length, {tokens} tokens to fill, got {sampler.steps}")

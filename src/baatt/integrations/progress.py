@@ -66,8 +66,12 @@ class DenoisingProgress:
         """Step `step`, from 0, of `total` is about to run: what a loop says counts until it says something else.
 
         Raises:
+            TypeError: a step or a total that is no number.
             ValueError: a step outside [0, total).
         """
+        for name, value in (("step", step), ("total", total)):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{name} must be an int, got {value!r}")
         if not 0 <= step < total:
             raise ValueError(f"step must be in [0, total={total}), got {step}")
         self._loop.step = self._last_told = step, total

@@ -6,6 +6,7 @@ is not in the folder is an error.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -198,6 +199,8 @@ def list_names(names: Sequence[str]) -> str:
 
 
 def _folder(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a folder's name, got {type(path).__name__}")
     folder = Path(path).expanduser()
     if not folder.is_dir():
         hint = "a model named on a hub must be downloaded to a local folder first"
