@@ -158,6 +158,7 @@ def which(records: Sequence[Record]) -> str:
         f"interval]. SmolLM2-135M-Instruct: digits of planted numbers that it recalls, of 100; dense: {recalled[0.0]}. "
         "Every layer sparse."
     )
+    caption += " -: not measured." if any(MISSING in row for row in rows) else ""
     commits = ", ".join(short_commit(report["commit"]) for report in records[:3])
     made = "Commands: `frontier`, `gpu_clusters`, `ruler_grid` and `fidelity` of benchmarks/README.md"
     return f"{Table(header, rows, caption).markdown()}\n\n{made}; commits of the times and of SmolLM2: {commits}."

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from baatt import BAAttConfig, ba_attention
 from baatt.distributed import ulysses_attention
 
+if "RANK" not in os.environ:
+    raise SystemExit("run it as: torchrun --nproc-per-node 2 examples/ulysses.py")
 rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
 device = torch.device("cuda", local) if on_gpu else torch.device("cpu")

@@ -86,16 +86,19 @@ def test_own_tensors_are_titled_by_their_file(tmp_path, capsys, action, prefix):
     options = ["--html", str(page)] if action == "maps" else []
     assert main(["analyze", action, str(path), "--block-size", "16", "--segment", "32", *options]) == 0
     shown = page.read_text() if action == "maps" else capsys.readouterr().out
-    assert f"mine.safetensors, layers {prefix[7:-1] or 0}, 96 queries, 96 keys" in shown
+    assert f"mine.safetensors, layer {prefix[7:-1] or 0}, 96 queries, 96 keys" in shown
 
 
 @pytest.mark.parametrize("options", [[], ["--no-outputs"]])
 def test_recall_prints_the_error_that_it_measures(captured, capsys, options):
-    call = ["analyze", "recall", str(captured), "--layers", "1", "--scores", "clusters", "--sparsity", "0.5"]
+    call = ["analyze", "recall", str(captured), "--layers", "1", "--sparsity", "0.3,0.5,0.7,0.9"]
     assert main([*call, "--block-size", "16", *options]) == 0
     printed = capsys.readouterr().out
     assert ("relative L2 error" in printed) == (not options)
-    assert bool(re.search(r"\d\.\d{3} \(\d\.\d{3}\); \d\.\d{3}", printed)) == (not options)
+    assert re.search(r"│ clusters-variance │ +\d+\.\d \(\d+\.\d\) │", printed)  # whole, on 80 columns
+    assert bool(re.search(r"│ +│ +\d\.\d{3} │", printed)) == (not options)
+    assert " antidiagonal " in printed
+    assert "antidiagonal-8" not in printed  # the same under another name
 
 
 @pytest.mark.parametrize(

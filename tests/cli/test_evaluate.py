@@ -299,7 +299,7 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(model, here, caps
         (["--recall-samples", "-1"], "--recall-samples must be at least 0, got -1"),
         (["--lengths", "4k,x"], "--lengths must be positive numbers of tokens such as 4096,8K, got 'x'"),
         (["--lengths", "0"], "--lengths must be positive numbers of tokens such as 4096,8K, got '0'"),
-        (["--lengths", "200"], "length must hold the smallest niah_single_1 sample"),
+        (["--lengths", "200"], "--lengths must hold the smallest niah_single_1 sample"),
         (["--lengths", "999999999"], "999999999 tokens must fit into memory"),
         (["--count", "0"], "--count must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
@@ -374,7 +374,8 @@ def test_the_table_of_a_length():
         "Score in percent [95 % interval]; below, samples lost and won against dense attention with",
         "McNemar's p, or the difference [95 % interval] where a score is a share. A setting is named",
         "by the share of key blocks that its sparse layers skip; the block pairs skipped are those of",
-        "all layers, dense ones included.",
+        "all layers, dense ones included. Whole words only: an answer counts where no further letter",
+        "or digit stands next to it.",
     ]
 
 

@@ -176,16 +176,16 @@ def recall_tables(records: Sequence[Record]) -> list[Table]:
     """A table per order and beta: a row per score, a column per sparsity; below, the error of the output."""
     whole = [one for one in records if one["layer"] is None]
     measured = all(one["relative_l2"] is not None for one in whole)
-    caption = "Share of the attention that the kept blocks hold: mean (5th percentile)"
-    caption += "; relative L2 error of the output against dense attention." if measured else "."
+    caption = "Share of the attention that the kept blocks hold, in percent: mean (5th percentile)"
+    caption += "; below it the relative L2 error of the output against dense attention." if measured else "."
     grid = pivot(
         whole, lambda one: (f"{order_name(one)}, beta {one['beta']:g}", one["score"]), lambda one: one["sparsity"]
     )
     cells: dict[str, list[list[str]]] = {}
     for (title, score), row in grid.items():
-        texts = [f"{one['recall_mean']:.3f} ({one['recall_p5']:.3f})" for one in row.values()]
+        texts = [f"{100 * one['recall_mean']:.1f} ({100 * one['recall_p5']:.1f})" for one in row.values()]
         if measured:
-            texts = [f"{text}; {one['relative_l2']:.3f}" for text, one in zip(texts, row.values(), strict=True)]
+            texts = [f"{text}\n{one['relative_l2']:.3f}" for text, one in zip(texts, row.values(), strict=True)]
         cells.setdefault(title, []).append([score, *texts])
     header = ("sparsity", *(f"{sparsity:g}" for sparsity in dict.fromkeys(one["sparsity"] for one in whole)))
     return [Table(header, rows, caption, title) for title, rows in cells.items()]

@@ -22,7 +22,7 @@ from baatt.lab.texts import decode_text, read_text
 from baatt.sampling import SamplerConfig, StepInfo, generate
 
 #: How a prompt is continued where the options say nothing else; --steps follows --gen-length.
-USUAL = SamplerConfig(steps=64, gen_length=64, block_length=32)
+USUAL = SamplerConfig(steps=64, gen_length=64, block_length=32, threshold=0.9)
 #: Below as many tokens a sparse call has few blocks to leave out, and choosing them takes longer than it saves.
 SHORT = 1024
 EXAMPLE = (

@@ -46,7 +46,11 @@ def add_sparse_options(
         without: fields that become no option.
         dense_layers, impl: False leaves the option out, where there is no model, or nothing to choose.
     """
-    group = parser.add_argument_group("sparse attention")
+    group = parser.add_argument_group(
+        "sparse attention",
+        "(E2), (C1) and so on are equations of docs/method.md; BA-Att is the paper's score; qk in 1024: queries and "
+        "keys sorted by norm in segments of 1024 tokens.",
+    )
     presets = "; ".join(
         f"{name}: {selection_name(vars(config), policy.dense_layers)}" for name, (config, policy) in PRESETS.items()
     )

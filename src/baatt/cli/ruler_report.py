@@ -95,7 +95,8 @@ def show_length(header: Record, records: Sequence[Record], averages: Sequence[Re
         title=f"RULER at {length} tokens, {header['model']}, {here[0]['n']} samples a task",
         caption="Score in percent [95 % interval]; below, samples lost and won against dense attention with McNemar's "
         "p, or the difference [95 % interval] where a score is a share. A setting is named by the share of key blocks "
-        "that its sparse layers skip; the block pairs skipped are those of all layers, dense ones included.",
+        "that its sparse layers skip; the block pairs skipped are those of all layers, dense ones included. Whole "
+        "words only: an answer counts where no further letter or digit stands next to it.",
     )  # fmt: skip
 
 

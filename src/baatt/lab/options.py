@@ -110,6 +110,8 @@ def add_options(
             continue
         several, usual = name in (many or {}), (many or {}).get(name)
         text = option.help + (", by commas" if several else "")
+        if option.none:  # what the docstring calls None is another word here
+            text = re.sub(r"\bNone\b", f'"{option.none}"', text)
         if usual is not None:
             text += f" (default: {','.join(map(option.spell, usual))})"
         elif defaults is not None:

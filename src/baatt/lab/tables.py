@@ -44,7 +44,8 @@ class Table(NamedTuple):
             title=self.title or None, caption=self.caption or None, title_justify="left", caption_justify="left"
         )
         for number, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if number and not self.text else "left")
+            # A name is folded where it has no room: cut off it may read like another.
+            table.add_column(name, justify="right" if number and not self.text else "left", overflow="fold")
         for number, row in enumerate(self.rows):
             if number == self.parted:
                 table.add_section()

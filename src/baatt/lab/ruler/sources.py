@@ -95,7 +95,8 @@ class Sources:
     """What the tasks are made of; the defaults are words and text that the shipped model never saw.
 
     Args:
-        words: "heldout", "train", "full" or "wonderwords", see `load_words`.
+        words: "heldout" or "train", which share no word, "full", both together, or "wonderwords", the lists of that
+            package, as RULER takes them.
         english_words: RULER's `json/english_words.json`, or any JSON list or object of words, for word lists so long
             that `words` runs out (cwe).
         essay: running text: RULER's `PaulGrahamEssays.json` ({"text": ...}), one text file, or a folder whose .txt
