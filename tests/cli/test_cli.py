@@ -126,6 +126,8 @@ def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> No
         (("generate", "--prompt", "a", "--seed", "9" * 30), "--seed must be a number of 64 bits"),
         (("demo", "--seed", "9" * 30), "--seed must be a whole number of 64 bits"),
         (("bench", "--seed", "x"), "--seed must be a whole number, got 'x'"),
+        (("bench", "--heads-kv", "x"), "^baatt: --heads-kv must be a whole number, got 'x'"),
+        (("evaluate", "fidelity", "--mask-share", "x"), "^baatt: --mask-share must be a number, got 'x'"),
         (("bench", "--shape", ""), "--shape must be BxHxNxD"),
         (("bench", "--draw", "/"), "^baatt: / cannot be used: Is a directory"),
         (("evaluate", "fidelity", "--store", __file__), "--store must lie in a folder that can be written, .* is none"),

@@ -27,11 +27,18 @@ VERBS = {
 }
 
 
+#: What argparse calls by the name of a type.
+NUMBERS = {"int": "a whole number", "float": "a number"}
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Errors in one line, like all others of this program."""
 
     def error(self, message: str) -> NoReturn:
         # `argument --count: must be ...` begins like every other error, with the option.
+        invalid = re.search(r"invalid (int|float) value: (.*)", message)
+        if invalid is not None:
+            message = f"{message[: invalid.start()]}must be {NUMBERS[invalid[1]]}, got {invalid[2]}"
         message = re.sub(r"^argument (?:\S+/)?(\S+): (?=must )", r"\1 ", message)
         raise UsageError(f"{message} (try {self.prog} --help)")
 
