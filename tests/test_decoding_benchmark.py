@@ -11,7 +11,7 @@ import torch
 from baatt.sampling import SampleResult
 
 PATH = Path(__file__).resolve().parents[1] / "benchmarks/decoding.py"
-SMALL = ["--count", "1", "--lengths", "300", "--task", "niah_single_1"]
+SMALL = ["--count", "1", "--lengths", "256", "--task", "niah_single_1"]
 SMALL += ["--gen-length", "16", "--block-length", "8", "--steps", "4"]
 
 
@@ -42,7 +42,7 @@ def test_stores_every_setting(decoding, tmp_path, capsys):
         for threshold in (None, 0.9)
     ]
     for one in records:
-        assert (one["samples"], one["filled"], one["length"]) == (1, 16, 300)
+        assert (one["samples"], one["filled"], one["length"]) == (1, 16, 256)
         assert one["tokens_per_second"] == 16 / one["seconds"]
         assert one["accuracy"] == one["right"]
         assert one["interval"][0] <= one["accuracy"] <= one["interval"][1]
@@ -60,7 +60,7 @@ def test_stores_every_setting(decoding, tmp_path, capsys):
     assert records[0]["speedup"] == 1
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 8
-    assert printed[0].startswith("300 none dense threshold None: ")
+    assert printed[0].startswith("256 none dense threshold None: ")
     assert printed[0].endswith(" tokens/s, 1.00x, 1/1 right")
 
 

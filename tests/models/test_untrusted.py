@@ -4,8 +4,6 @@ import json
 import pickle
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -231,27 +229,3 @@ def test_captures_of_strangers(
     with pytest.raises(ValueError, match=r"must (have|hold)") as error:
         load_capture(path)
     assert_one_line(error, tmp_path)
-
-
-FORKED = """
-import os, sys
-import torch
-import baatt
-q = torch.randn(1, 2, 300, 32)
-config = baatt.BAAttConfig(block_size=16, sparsity=0.5)
-{before}
-child = os.fork()
-if child == 0:
-    both = [baatt.ba_attention(q, q, q, config, impl=impl) for impl in ("cpu", "reference")]
-    os._exit(0 if torch.allclose(*both, atol=1e-5) else 3)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
-@pytest.mark.parametrize("before", ["", 'baatt.ba_attention(q, q, q, config, impl="cpu")'], ids=["import", "a call"])
-def test_a_fork_works(before: str) -> None:
-    """After an import, and after a call on one thread; PyTorch's own threads do not survive a fork."""
-    program = FORKED.format(before=before and f"torch.set_num_threads(1); {before}")
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 0, run.stderr

@@ -1,6 +1,7 @@
 """Training sequences: exact lengths, regions that mark the answers and nothing else, no held-out words; and masking."""
 
 import collections
+import functools
 import itertools
 import re
 import shutil
@@ -41,6 +42,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def maker(data):
+    return keeping_maker(data)
+
+
+def keeping_maker(data):
     """A `SampleMaker` that keeps the pieces of its last sequence."""
     maker = SampleMaker(data, seed=5)
     draw = maker.draw
@@ -53,14 +58,22 @@ def maker(data):
     return maker
 
 
-def sequences(maker, number, count=COUNT):
-    """Tokens, regions, source and pieces of some sequences of a stage."""
-    stage = CURRICULUM[number]
-    for _ in range(count):
-        length = maker.random.choice(stage.lengths)
-        tokens, regions, source = maker.sequence(stage, length)
-        assert tokens.shape == regions.shape == (length,)
-        yield tokens, regions, SOURCES[source], maker.last[0]
+@pytest.fixture(scope="module")
+def sequences(data):
+    """By the number of a stage: tokens, regions, source and pieces of some sequences, drawn once for all tests."""
+
+    @functools.cache
+    def drawn(number):
+        maker, stage, found = keeping_maker(data), CURRICULUM[number], []
+        for _ in range(COUNT):
+            length = maker.random.choice(stage.lengths)
+            tokens, regions, source = maker.sequence(stage, length)
+            assert tokens.shape == regions.shape == (length,)
+            assert SOURCES[source] == maker.last[1]
+            found.append((tokens, regions, SOURCES[source], maker.last[0]))
+        return found, maker
+
+    return drawn
 
 
 def tracked(context, asked):
@@ -91,9 +104,9 @@ FROM_CONTEXT = {"vt": tracked, "cwe": most_common, "fwe": most_frequent}
 
 
 @STAGES
-def test_regions_of_answers_hold_the_answers(maker, number):
-    for tokens, regions, source, pieces in sequences(maker, number):
-        assert source == maker.last[1]
+def test_regions_of_answers_hold_the_answers(sequences, number):
+    drawn, maker = sequences(number)
+    for tokens, regions, _, pieces in drawn:
         answers = [text for text, region in pieces if region != CONTEXT]
         assert [region for _, region in pieces if region != CONTEXT] == [FIRST_ANSWER + n for n in range(len(answers))]
         assert 1 <= len(answers) <= MAX_ANSWERS
@@ -112,9 +125,9 @@ def test_regions_of_answers_hold_the_answers(maker, number):
 
 
 @STAGES
-def test_answers_are_what_the_context_says(maker, number):
+def test_answers_are_what_the_context_says(sequences, number):
     """Checked from the text alone: the values of the keys asked for, by key and then by place."""
-    for _, _, source, pieces in sequences(maker, number):
+    for _, _, source, pieces in sequences(number)[0]:
         if source == "pairs":
             values = dict(re.findall(r"(\S+) is: (\S+)\.\n", pieces[0][0]))
             for (asked, _), (answer, region) in itertools.pairwise(pieces):
@@ -138,10 +151,11 @@ def test_answers_are_what_the_context_says(maker, number):
 
 
 @STAGES
-def test_text_regions_are_running_text_only(maker, number):
+def test_text_regions_are_running_text_only(sequences, number):
     """No token that may be hidden as text touches a needle, the instruction or the question."""
     text_tokens = 0
-    for _, regions, _, pieces in sequences(maker, number):
+    drawn, maker = sequences(number)
+    for _, regions, _, pieces in drawn:
         text = pieces[0][0]
         encoding = maker.tokenizer.encode(text)
         assert (regions[len(encoding.ids) :] != TEXT).all()
@@ -161,10 +175,10 @@ def test_text_regions_are_running_text_only(maker, number):
 
 
 @pytest.mark.parametrize("number", [3, 7])
-def test_keys_are_training_words(maker, number):
+def test_keys_are_training_words(sequences, number):
     heldout = load_words("heldout")
     reserved = {*heldout.nouns, *heldout.adjectives}
-    for _, _, _, pieces in sequences(maker, number):
+    for _, _, _, pieces in sequences(number)[0]:
         keys = re.findall(r"(?:for |^)([a-z]+)-([a-z]+) is: ", pieces[0][0], re.MULTILINE)
         assert reserved.isdisjoint(word for key in keys for word in key)
 
