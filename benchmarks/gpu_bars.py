@@ -281,6 +281,31 @@ def peers_table(record: Record) -> str:
     return block(record, (*header, *(f"over {name}" for name in dense)), rows, caption)
 
 
+def choosers_table(record: Record) -> str:
+    """The whole operator in turns with another library's kernel behind its users' way to choose blocks."""
+    chosen = records_of(record, "operator")
+    names = dict.fromkeys(name for one in chosen for name in one["baseline_ms"])
+    rows = [
+        [
+            length_text(one),
+            sparsity_text(one),
+            f"{one['total_ms']:.3g}",
+            *(f"{ms:.3g}" if (ms := one["baseline_ms"].get(name)) else "refused" for name in names),
+            *(times(one["speedup"].get(name)) for name in names),
+        ]
+        for one in chosen
+    ]
+    batch, heads, _, channels = chosen[0]["shape"]
+    caption = (
+        f"Milliseconds of the whole call, B {batch}, H {heads}, D {channels}, {chosen[0]['dtype']}, "
+        f"`{chosen[0]['impl']}`, blocks chosen by clusters; `xattention`: blocks chosen as XAttention does, by our "
+        "kernel for its score, and our attention over them; with another name behind it: that library's kernel, which "
+        "gets lists in its layout for nothing. All at the same sparsity; which answers survive is in docs/ruler.md."
+    )
+    header = ("length", "sparsity", "baatt", *(f"`{name}`" for name in names), *(f"over {name}" for name in names))
+    return block(record, header, rows, caption)
+
+
 def records_of(record: Record, what: str, score: str | None = None) -> list[Record]:
     """The measurements of the operator with a score, or of its kernel."""
     chosen = [one for one in record["records"] if one["what"] == what and score in (None, one["config"]["score"])]

@@ -77,6 +77,18 @@ def test_peers_stand_beside_the_kernel(bars):
     assert "Refused: `vsa` it needs the package vsa: no." in table
 
 
+def test_choosers_stand_beside_the_operator(bars):
+    one = {
+        "what": "operator", "shape": [1, 32, 4096, 128], "dtype": "bfloat16", "impl": "hopper", "sparsity": 0.5,
+        "config": {"score": "clusters"}, "total_ms": 1.2, "baseline_ms": {"xattention": 1.5, "cudnn": 3.0},
+        "speedup": {"xattention": 1.25, "cudnn": 2.5}, "refused": {},
+    }  # fmt: skip
+    report = {"records": [one], "command": "c", "commit": None, "device": "d", "versions": {}}
+    table = bars.choosers_table(report)
+    assert "| length | sparsity | baatt | `xattention` | `cudnn` | over xattention | over cudnn |" in table
+    assert "| 4K | 50 % | 1.2 | 1.5 | 3 | 1.25x | 2.50x |" in table
+
+
 def test_a_failing_case_leaves_the_others(bars, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(timing, "ENOUGH_MS", 0.0)
     monkeypatch.setitem(timing.MATRIX_SIZES, "cpu", (128,))

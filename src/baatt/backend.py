@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig
-from baatt.scores import SCORES, clusters, covariance, exact, simple
+from baatt.scores import SCORES, antidiagonal, clusters, covariance, exact, simple
 from baatt.stages import selection, sorting, sparse, structure
 from baatt.types import (
     BlockSelection,
@@ -250,12 +250,15 @@ def _choose_on_gpu(
 
 def gpu_comparison(compare: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
     """The fast twin of a comparison, or itself where there is none."""
-    from baatt.kernels import triton_mass, triton_selection
+    from baatt.kernels import triton_antidiagonal, triton_mass, triton_selection
 
     twins: dict[Any, Callable[..., Tensor]] = {}
     twins |= {covariance.compare: triton_selection.compare, simple.compare_means: triton_selection.compare_means}
     if dtype in HALF:
         twins |= {exact.compare: triton_mass.compare, exact.compare_peak: triton_mass.compare_peak}
+        twins |= {antidiagonal.compare: triton_antidiagonal.compare}
+    if isinstance(compare, functools.partial) and compare.func in twins:
+        return functools.partial(twins[compare.func], **compare.keywords)
     return twins.get(compare, compare)
 
 

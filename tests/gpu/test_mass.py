@@ -3,11 +3,15 @@
 Run with `pytest -m gpu tests/gpu` on a machine with a CUDA device.
 """
 
+import functools
+
 import pytest
 import torch
 
-from baatt import make_plan
+from baatt import BAAttConfig, make_plan
+from baatt.backend import gpu_comparison
 from baatt.lab.recall import block_mass
+from baatt.scores import SCORES
 from tests.pairs import mostly_pairs
 from tests.settings import sorted_config
 
@@ -58,3 +62,16 @@ def test_float64_stays_with_the_eager_function():
     assert torch.equal(block_mass(q, k, plan), block_mass(q, k, plan, impl="reference"))
     with pytest.raises(RuntimeError, match="float64 is for 'reference'"):
         block_mass(q, k, plan, impl="triton")
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(128, 8), (128, 16), (16, 16)])
+@pytest.mark.parametrize("causal", [None, 12])
+def test_antidiagonals(block_size, stride, causal):
+    q, k, _ = case((2, 4, 2, 1000, 1000, 96), torch.bfloat16, block_size)
+    config = BAAttConfig(block_size, 0.5, score=f"antidiagonal-{stride}")
+    plan = make_plan(q, k.nan_to_num(), config, causal=causal, impl="reference")
+    twin = gpu_comparison(SCORES[config.score].compare, torch.bfloat16)
+    assert isinstance(twin, functools.partial)
+    sides = (plan.query_summary, plan.key_summary, config, plan.scale, plan.sight)
+    # Both add up products of bfloat16 in fp32, the eager function after it made them fp32.
+    torch.testing.assert_close(twin(*sides), SCORES[config.score].compare(*sides), rtol=1e-3, atol=1e-6)

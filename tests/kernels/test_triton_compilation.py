@@ -37,7 +37,7 @@ if backend == "hip":
     torch.version.hip = "for the constants that depend on it"
 from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu, _choose_on_gpu
-from baatt.kernels import triton_attention, triton_clusters, triton_budget, triton_mass, triton_structure
+from baatt.kernels import triton_antidiagonal, triton_attention, triton_clusters, triton_budget, triton_mass, triton_structure
 from baatt.scores import exact
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -102,6 +102,7 @@ for name in CASES if chosen == "all" else chosen.split("+"):
     tokens = [exact.BlockTokens(x.new_zeros(*x.shape[:2], blocks, block_size, channels), size) for x in (q, k)]
     triton_mass.compare(*tokens, config, 0.1, sight)
     triton_mass.compare_peak(*tokens, config, 0.1, sight)
+    triton_antidiagonal.compare(*tokens, config, 0.1, sight, stride=8)
     if triton_clusters.fits(q, block_size):
         sides = (q, arranged.query_order), (k, arranged.key_order)
         triton_clusters.compare(*(triton_clusters.summarise(*side, config) for side in sides), config, 0.1, sight)

@@ -71,7 +71,7 @@ def _mass(queries: Any, keys: Any, scale: float, sight: Sight | None, *, peak: b
         )  # fmt: skip
         _share_kernel[(count * batch * heads,)](
             sums, query_size, key_size, limit, mass, heads, query_blocks, key_blocks, runs, first, count,
-            blocks * block_size,            BLOCK=block_size, RUN=run, WIDTH=WIDTH, PEAK=peak, num_warps=4,
+            blocks * block_size, BLOCK=block_size, RUN=run, WIDTH=WIDTH, PEAK=peak, num_warps=4,
         )  # fmt: skip
     return mass
 

@@ -15,10 +15,10 @@ from baatt.types import BlockTokens, ScoreOptions, Sight, TokenOrder
 
 
 def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions, *, stride: int) -> BlockTokens:
-    """The tokens themselves in float32 (float64 for float64); ValueError if `stride` does not divide the block size."""
+    """The tokens themselves; ValueError if `stride` does not divide the block size."""
     if options.block_size % stride:
         raise ValueError(f"stride must divide block_size={options.block_size}, got {stride}")
-    return gather_blocks(x, order, options.block_size)
+    return gather_blocks(x, order, options.block_size, x.dtype)
 
 
 def compare(
@@ -30,7 +30,7 @@ def compare(
     *,
     stride: int,
 ) -> Tensor:
-    """Sums of the sampled weights, [B, H, i, J]; head by head, which bounds the memory.
+    """Sums of the sampled weights, [B, H, i, J] float32 (float64 for float64); head by head, which bounds the memory.
 
     With sight a run of queries meets the runs of keys of which one of its queries sees a token.
     """
@@ -43,9 +43,11 @@ def compare(
     if sight is not None:
         limit = reduce(sight.limit, "b i (r s) -> b (i r) 1", "max", s=stride)
         absent = absent | (torch.arange(absent.shape[-1], device=columns.device) * stride >= limit)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     scores = []
     for head in range(heads):
-        logits = rearrange(rows[:, head], "b n s d -> b n (s d)") @ columns[:, head // repeats].mT * (scale / stride)
+        own = rearrange(rows[:, head], "b n s d -> b n (s d)").to(dtype)
+        logits = own @ columns[:, head // repeats].to(dtype).mT * (scale / stride)
         weights = logits.masked_fill(absent, -math.inf).softmax(-1).nan_to_num(0.0)
         scores.append(reduce(weights, "b (i r) (j c) -> b i j", "sum", r=runs, c=runs))
     return torch.stack(scores, dim=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from einops import rearrange
 
-from baatt import attend, make_plan
+from baatt import attend, ba_attention, make_plan
 from baatt.config import BAAttConfig
 from baatt.lab.bench import baselines, peers
 from baatt.lab.bench.baselines import BASELINES, RefusedError, prepare_baseline
@@ -147,6 +147,18 @@ def test_they_attend_to_our_blocks(name, config):
         assert plan.selection.count.unique().numel() > 1
     out = BASELINES[name].prepare(inputs, plan)()  # verified inside, too
     torch.testing.assert_close(out, baselines.sort_tokens(attend(*inputs, plan), plan.query_order))
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("name", [name for name in BASELINES if name.startswith("xattention")])
+def test_xattention_chooses_for_itself(name):
+    inputs, plan = inputs_and_plan(CONFIGS["sorted"])
+    config = BAAttConfig(128, 0.5, "none", 256, "antidiagonal", keep_first=plan.config.keep_first)
+    expected = ba_attention(*inputs, config)
+    assert not torch.equal(expected, ba_attention(*inputs, plan.config))
+    torch.testing.assert_close(BASELINES[name].prepare(inputs, plan)(), expected)
+    with pytest.raises(RefusedError, match="it is bidirectional here"):
+        BASELINES[name].prepare(inputs, make_plan(inputs.q, inputs.k, BAAttConfig(), causal=1))
 
 
 @pytest.mark.usefixtures("installed")

@@ -2,9 +2,11 @@
 
 In: q, k, v and the plan. Out: a function to be timed, or `RefusedError` with the reason. FlexAttention gets q, k and v
 that are sorted already and a block mask that is ready: neither its sorting nor its selection is counted, which favours
-it. It is compiled as PyTorch does by default, without autotuning.
+it. It is compiled as PyTorch does by default, without autotuning. What begins with `xattention` chooses blocks as
+XAttention does, with our kernel for its score, and attends with ours or, over lists that are ready, a peer's kernel.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from baatt.attention import ba_attention
+from baatt.attention import ba_attention, make_plan
 from baatt.lab.bench.case import Case, Inputs, RefusedError
 from baatt.lab.bench.peers import PEERS, prepare_peer
 from baatt.lab.bench.verification import VerificationError, require_verified, verify
@@ -125,6 +127,25 @@ def _prepare_peer(name: str, inputs: Inputs, plan: Plan) -> Callable[[], Tensor]
     return function if name == "fa4-dense" else _verified(name, function, inputs, plan)
 
 
+def _prepare_xattention(name: str | None, inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    """Choose by antidiagonals and attend, at the same sparsity; by a peer over a plan made once: its layout is free."""
+    q, k, v = inputs
+    if plan.sight is not None:
+        raise RefusedError("it is bidirectional here")
+    config = dataclasses.replace(plan.config, score="antidiagonal-8", sort="none", budget="row")
+    chosen = make_plan(q, k, config, scale=plan.scale)
+    if name is None:
+        function = functools.partial(ba_attention, q, k, v, config, scale=plan.scale)
+        return _verified("xattention", function, inputs, chosen)
+    attend_to = _verified(f"xattention-{name}", prepare_peer(name, q, k, v, chosen), inputs, chosen)
+
+    def both() -> Tensor:
+        make_plan(q, k, config, scale=plan.scale)
+        return attend_to()
+
+    return both
+
+
 def _verified(name: str, function: Callable[[], Tensor], inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
     """The function, if it attends to our blocks; it gives the queries in sorted order."""
     out = torch.empty_like(inputs.q)
@@ -157,13 +178,20 @@ def block_mask(plan: Plan, keys: int) -> Any:
     )  # fmt: skip
 
 
-#: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler or another library, or
-#: the operator itself with the causal mask of single tokens, for what blocks of several cost.
+#: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler or another library,
+#: XAttention's choice and attention over it, or the operator itself with the causal mask of single tokens, for what
+#: blocks of several cost.
 BASELINES: dict[str, Baseline] = {
     "cudnn": Baseline(functools.partial(_prepare_with, "CUDNN_ATTENTION"), only_half=True),
     "flash": Baseline(functools.partial(_prepare_with, "FLASH_ATTENTION"), only_half=True),
     "flex": Baseline(_prepare_flex),
     "dense": Baseline(_prepare_dense),
     **{name: Baseline(functools.partial(_prepare_peer, name), only_half=True) for name in PEERS},
+    "xattention": Baseline(functools.partial(_prepare_xattention, None)),
+    **{
+        f"xattention-{name}": Baseline(functools.partial(_prepare_xattention, name), only_half=True)
+        for name in PEERS
+        if name != "fa4-dense"
+    },
     "causal-1": Baseline(_prepare_plain_causal),
 }
