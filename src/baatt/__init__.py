@@ -9,7 +9,7 @@ from baatt.operators import attention as _registered  # noqa: F401  (torch.ops.b
 if TYPE_CHECKING:
     from baatt.integrations.enable import enable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["BAAttConfig", "Policy", "__version__", "attend", "attend_partial", "ba_attention", "enable", "make_plan"]
 
