@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

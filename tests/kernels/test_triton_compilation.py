@@ -37,7 +37,8 @@ if backend == "hip":
     torch.version.hip = "for the constants that depend on it"
 from baatt import BAAttConfig
 from baatt.backend import _sort_on_gpu, _choose_on_gpu
-from baatt.kernels import triton_antidiagonal, triton_attention, triton_clusters, triton_budget, triton_mass, triton_structure
+from baatt.kernels import triton_antidiagonal, triton_attention, triton_budget, triton_clusters
+from baatt.kernels import triton_mass, triton_structure
 from baatt.scores import exact
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
