@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
 PENDING: frozenset[str] = frozenset({
-    "gpu_choosers_h200.json", "gpu_peers_h200.json",
+    "gpu_choosers_h200.json", "gpu_peers_h200.json", "kernel_profile_h200.txt",
     "sanitizer_racecheck.txt", "sanitizer_initcheck.txt", "sanitizer_synccheck.txt",
 })  # fmt: skip
 #: Settings of one table in README.
@@ -124,6 +124,11 @@ CASES: dict[str, Case] = {
         "baatt bench --what kernel --against fa4,fa4-dense,cudnn-bsa,cudnn --shape SHAPES --json FILE",
         ("gpu_peers_h200.json",),
         {"gpu_peers": gpu_bars.peers_table},
+    ),
+    "kernel_profile": Case(
+        "the kernels under the counters of Nsight Compute: what it printed",
+        "python benchmarks/kernel_profile.py --out FILE",
+        ("kernel_profile_h200.txt",),
     ),
     "gpu_choosers": Case(
         "the whole operator on a GPU beside XAttention's choice of blocks and other libraries' attention over it",
