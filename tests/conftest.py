@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
 
 #: Files that take longest: `make test` gives files to processes in this order, and none of these should come last.
 LONGEST = (
-    *("test_transformers", "test_decoding_benchmark", "test_diffusers", "test_triton_compilation", "test_evaluate"),
-    *("test_triton_arrangement", "test_triton_mass", "test_docs", "test_cpu", "test_pins"),
+    *("test_triton_compilation", "test_triton_causal", "test_attention", "test_transformers", "test_analyze"),
+    *("test_cached_decoding", "test_pins", "test_run", "test_cpu", "test_evaluate", "test_adapt", "test_samples"),
 )
 
 
