@@ -15,7 +15,7 @@ demo: $(STAMP)
 
 # The default set: what needs no GPU and is not marked slow.
 test:
-	@echo "Installs what is missing, then format, lint, types, tests and docs: about 6 minutes on two idle cores, 9 with the set-up."
+	@echo "Installs what is missing, then format, lint, types, tests and docs: 6 to 10 minutes on two idle cores, 12 with the set-up."
 	$(MAKE) setup
 	$(MAKE) -j 2 check
 

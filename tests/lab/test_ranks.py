@@ -1,4 +1,4 @@
-"""Exchanges between the ranks of a data-parallel evaluation: alone, and two, forked or started by torchrun."""
+"""Exchanges between the ranks of a data-parallel evaluation: alone, and two that a launcher starts."""
 
 import subprocess
 import sys
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from baatt.lab.ranks import Ranks, leave_process_group
-from tests.processes import run_script
 
 EXCHANGE = """
 import sys
@@ -41,13 +40,9 @@ def test_alone(monkeypatch):
         alone.device("tpu-7")
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_two(tmp_path, start):
+def test_two(tmp_path):
     (tmp_path / "exchange.py").write_text(EXCHANGE)
-    if start == "fork":
-        run_script("exchange.py", str(tmp_path), folder=tmp_path)
-    else:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        subprocess.run([*launcher, tmp_path / "exchange.py", tmp_path], check=True, capture_output=True, timeout=240)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launcher, tmp_path / "exchange.py", tmp_path], check=True, capture_output=True, timeout=240)
     assert (tmp_path / "0").read_text() == "0 2 0 [10, 11] [[0, 0], [1, 1]] [{'rank': 0}, {'rank': 1}]"
     assert (tmp_path / "1").read_text() == "1 2 1 [10, 11] [[0, 0], [1, 1]] None"

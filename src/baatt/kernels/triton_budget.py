@@ -78,18 +78,9 @@ def choose_blocks(
         found = torch.empty(batch * some, 2, dtype=torch.int32, device=index.device)
         rows = (query_blocks * batch * some,)
         _rank_kernel[rows](
-            scores,
-            values,
-            *sizes,
-            histogram,
-            some,
-            query_blocks,
-            key_blocks,
-            share,
-            keep_first,
-            LOGITS=logits,
+            scores, values, *sizes, histogram, some, query_blocks, key_blocks, share, keep_first, LOGITS=logits,
             **launch,
-        )
+        )  # fmt: skip
         for digit in range(4):
             if digit:
                 _digit_kernel[rows](
