@@ -39,7 +39,7 @@ from baatt.stages.sorting import ORDERS
 VALUES = ("normal", "normal", "normal", "large", "tiny", "equal", "zero", "one loud channel", "one loud token")
 POISON = (float("nan"), float("inf"), float("-inf"), 1e30)
 #: Cases in a row that share what kernels are compiled for: a new one takes seconds.
-ALIKE = 32
+ALIKE = 64
 STRIDES = ("contiguous", "heads inside", "sliced", "padded", "one token")
 
 

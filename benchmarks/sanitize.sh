@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # memcheck, racecheck, initcheck and synccheck of compute-sanitizer over every kernel, on small shapes:
 #   bash benchmarks/sanitize.sh FOLDER [SECONDS_FOR_EACH_TOOL [TOOLS]]
-# Leaves sanitizer_TOOL.txt in FOLDER, with the calls that ran below what the tool said. Ends with 1 if one found
-# something, ran out of time or could not run.
+# The tools run side by side. Leaves sanitizer_TOOL.txt in FOLDER, with the calls that ran below what the tool said. Ends
+# with 1 if one found something, ran out of time or could not run.
 set -uo pipefail
 folder=${1:?a folder for the logs}
 seconds=${2:-120}
@@ -15,7 +15,11 @@ if ! command -v compute-sanitizer >/dev/null; then
   echo "compute-sanitizer is not installed" >&2
   exit 1
 fi
-# Compiled once, without a tool in the way; a kernel that no call launches is told here.
+# Compiled once, without a tool in the way, in three processes; then a kernel that no call launches is told.
+for part in "hopper bfloat16" "triton bfloat16" "triton float32"; do
+  "$python" "$here/kernel_calls.py" --impls "${part% *}" --dtypes "${part#* }" >/dev/null 2>&1 &
+done
+wait
 "$python" "$here/kernel_calls.py" >"$folder/sanitizer_calls.txt" || { tail -n 3 "$folder/sanitizer_calls.txt"; exit 1; }
 tail -n 1 "$folder/sanitizer_calls.txt"
 
@@ -25,18 +29,24 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 filter=--filter
 help=$(compute-sanitizer --help) # whole: grep ends at the first hit, and what writes on into it would fail
 if [[ $help == *--kernel-name* ]]; then filter=--kernel-name; fi
-status=0
-for tool in $tools; do
-  log="$folder/sanitizer_$tool.txt"
-  started=$SECONDS
+look() { # with one tool
+  local tool=$1 log="$folder/sanitizer_$1.txt" calls="$folder/$1.part" started=$SECONDS
   timeout "$seconds" compute-sanitizer --tool "$tool" "$filter" kns=_kernel --error-exitcode 9 --print-limit 20 \
-    --log-file "$log" "$python" "$here/kernel_calls.py" >"$folder/calls.part" 2>&1
-  code=$?
-  [ "$code" -eq 0 ] || status=1
-  { echo; tail -n 40 "$folder/calls.part"; } >>"$log"
+    --log-file "$log" "$python" "$here/kernel_calls.py" >"$calls" 2>&1
+  local code=$?
+  local summary
   summary=$(grep -a "SUMMARY" "$log" | tail -n 1)
-  echo "$tool: exit $code after $((SECONDS - started)) s, $(grep -c ': ran' "$folder/calls.part") calls, ${summary:-no summary}" |
+  { echo; tail -n 40 "$calls"; } >>"$log"
+  echo "$tool: exit $code after $((SECONDS - started)) s, $(grep -c ': ran' "$calls") calls, ${summary:-no summary}" |
     tee -a "$log"
+  rm -f "$calls"
+  return "$code"
+}
+waiting=()
+for tool in $tools; do
+  look "$tool" &
+  waiting+=($!)
 done
-rm -f "$folder/calls.part"
+status=0
+for one in "${waiting[@]}"; do wait "$one" || status=1; done
 exit "$status"
