@@ -28,6 +28,21 @@ def shipped_model() -> Path:
     )
 
 
+def shipped_video_model() -> Path:
+    """Folder of the small video model that `baatt demo --video` samples from, as `training/vision/session.sh` fills it.
+
+    Raises:
+        FileNotFoundError: nobody has trained it here.
+    """
+    folder = Path(__file__).parent / "video-6m"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            "no video model is shipped yet: train one as training/vision/session.sh says (25 minutes of a GPU) and "
+            "give its folder as --model"
+        )
+    return folder
+
+
 def _upwards() -> list[Path]:
     here = Path.cwd()
     return [here, *here.parents]

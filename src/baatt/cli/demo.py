@@ -17,7 +17,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from baatt.attention import attend, make_plan
-from baatt.cli.options import add_model_options, add_sparse_options, check_files, length, load_model, read_preset, seed
+from baatt.cli import video
+from baatt.cli.options import (
+    add_model_options,
+    add_sparse_options,
+    at_least,
+    check_files,
+    length,
+    load_model,
+    read_preset,
+    seed,
+)
 from baatt.config import BAAttConfig, Policy, Preset
 from baatt.integrations.enable import enable
 from baatt.lab.describe import options_text, selection_name
@@ -53,12 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
     parser.add_argument("--seed", type=seed, default=1, help="which document (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("baatt-demo.png"), help="picture (default: baatt-demo.png)")
+    parser.add_argument("--video", action="store_true", help="sample a clip from a small video model: frames to "
+                        "--output, a GIF beside it")  # fmt: skip
+    parser.add_argument("--steps", type=at_least(1), default=12, help="model evaluations of --video (default: 12)")
     add_model_options(parser)
     add_sparse_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """The whole demo."""
+    if arguments.video:
+        video.demo(arguments)
+        return
     console = Console()
     check_files(arguments, pictures=("output",))
     setting = read_preset(arguments)

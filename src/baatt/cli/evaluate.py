@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from baatt.assets import shipped_model
-from baatt.cli import fidelity
+from baatt.cli import fidelity, video
 from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import (
     add_model_options,
@@ -48,6 +48,8 @@ from baatt.sampling import SamplerConfig
 SAMPLING = ("gen_length", "block_length", "steps", "threshold", "remasking", "cache")
 USUAL_SAMPLER = dataclasses.replace(RULER_SAMPLER, steps=RULER_SAMPLER.gen_length)
 SOURCES = ("essay", "squad", "hotpot", "words", "english_words", "sentences")
+#: Benchmarks with a file of their own.
+OTHERS = {"fidelity": fidelity, "video": video}
 #: What --dial spans.
 DIALS: dict[type, Sequence[str]] = {
     BAAttConfig: list(options_of(BAAttConfig)), Policy: ["dense_layers"], SamplerConfig: SAMPLING
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     summary = "RULER's tasks at any length: accuracy beside dense attention, with intervals and paired tests."
     ruler = benchmarks.add_parser("ruler", help=summary, description=summary)
     fidelity.add_arguments(benchmarks.add_parser("fidelity", help=fidelity.SUMMARY, description=fidelity.SUMMARY))
+    video.add_arguments(benchmarks.add_parser("video", help=video.SUMMARY, description=video.SUMMARY))
     add = ruler.add_argument
     add("--tasks", default="all", help="by commas; needles: the eight needle tasks; all: the eleven that need no data "
         "set, and qa_1 and qa_2 where --squad and --hotpot are given (default: all)")  # fmt: skip
@@ -89,8 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """All answers, then tables and summary; or a picture of a stored file; or the other benchmark."""
-    if arguments.benchmark == "fidelity":
-        fidelity.run(arguments)
+    if arguments.benchmark in OTHERS:
+        OTHERS[arguments.benchmark].run(arguments)
         return
     if arguments.draw is not None:
         draw_stored(arguments)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from baatt.models.eight_bits import from_eight_bits, to_eight_bits
 from baatt.models.llada import EMBEDDING, MaskedDiffusionLM
 
 #: Name of the mask's embedding among the tensors of a change.
@@ -119,15 +120,7 @@ def merge(base: MaskedDiffusionLM, tensors: Mapping[str, Tensor]) -> MaskedDiffu
 
 def write_adapter(file: str | Path, tensors: Mapping[str, Tensor], base_sha256: str) -> None:
     """Store an adapter: factors in 8 bits with a scale for each row, all else in fp32."""
-    stored = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().float().cpu()
-        if value.dim() == 2:
-            scale = (value.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
-            stored[f"{name}.scale"] = scale[:, 0].clone()
-            value = (value / scale).round().to(torch.int8)
-        stored[name] = value.contiguous()
-    save_file(stored, file, metadata={"format": FORMAT, "base_sha256": base_sha256})
+    save_file(to_eight_bits(tensors), file, metadata={"format": FORMAT, "base_sha256": base_sha256})
 
 
 def read_adapter(file: str | Path, base_sha256: str) -> dict[str, Tensor]:
@@ -149,13 +142,4 @@ def read_adapter(file: str | Path, base_sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{file}: format must be {FORMAT!r}, got {metadata.get('format')!r}")
     if metadata.get("base_sha256") != base_sha256:
         raise ValueError(f"{file}: base_sha256 must be that of the base {base_sha256}, got {metadata['base_sha256']}")
-    found = {}
-    for name, tensor in stored.items():
-        if name.endswith(".scale"):
-            continue
-        if tensor.dtype == torch.int8:
-            if f"{name}.scale" not in stored:
-                raise ValueError(f"{file}: {name} in 8 bits must have {name}.scale, and has not")
-            tensor = tensor * stored[f"{name}.scale"][:, None]
-        found[name] = tensor.float()
-    return found
+    return from_eight_bits(stored, file)
