@@ -142,10 +142,8 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         weight = min(0.999, (1 + progress["step"]) / (10 + progress["step"]))
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                if tensor.is_floating_point():
-                    self.average[name].lerp_(tensor, 1 - weight)
+        state = self.model.state_dict()
+        torch._foreach_lerp_([self.average[name] for name in state], list(state.values()), 1 - weight)
         progress["step"] += 1
         return loss.detach()
 

@@ -42,7 +42,7 @@ class VideoConfig:
     heads: int = 4
     head_size: int = 64
     layers: int = 6
-    hidden: int = 768
+    hidden: int = 640
     shift: float = 5.0
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ def draw_film(videos: Mapping[str, Tensor], path: Path, milliseconds: int = 40) 
 
 
 def _bytes(video: Tensor) -> Tensor:
-    return (255 * video.float()).round().to(torch.uint8)
+    return (255 * video.float()).round().to(torch.uint8).cpu()
 
 
 def _captioned(name: str, pixels: Tensor) -> Any:

@@ -80,7 +80,7 @@ def generate(
     with enable(model.transformer, config, policy, impl=impl, order=order) as handle:
         video = sample(model, noise, clip, steps, handle.at_step)
     reasons = sorted(reason for reason in handle.reasons if not is_asked(reason))
-    return Sample(video.cpu(), handle.sparsity, reasons)
+    return Sample(video, handle.sparsity, reasons)
 
 
 def measure(video: Tensor, dense: Tensor) -> dict[str, float]:
