@@ -116,3 +116,5 @@ def test_what_is_missing_is_said_in_a_line(trained, capsys):
     assert "must hold a video model" in capsys.readouterr().err
     assert main(["evaluate", "video", "--sparsity", "0,0.5"]) == 2
     assert "--sparsity must be above 0" in capsys.readouterr().err
+    assert main(["demo", "--steps", "3"]) == 2
+    assert "--steps must come with --video" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from baatt.attention import attend, make_plan
 from baatt.cli import video
+from baatt.cli.errors import UsageError
 from baatt.cli.options import (
     add_model_options,
     add_sparse_options,
@@ -63,9 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(NIAH_TASKS), default="niah_multikey_1", help="RULER needle task")
     parser.add_argument("--seed", type=seed, default=1, help="which document (default: 1)")
     parser.add_argument("--output", type=Path, default=Path("baatt-demo.png"), help="picture (default: baatt-demo.png)")
-    parser.add_argument("--video", action="store_true", help="sample a clip from a small video model: frames to "
-                        "--output, a GIF beside it")  # fmt: skip
-    parser.add_argument("--steps", type=at_least(1), default=12, help="model evaluations of --video (default: 12)")
+    parser.add_argument("--video", action="store_true", help="sample a clip instead, from a small video model "
+                        "(--model: a folder of training/vision/video.py): frames to --output, a GIF beside it; --seed "
+                        "says which clip and noise, --length and --task are of documents")  # fmt: skip
+    parser.add_argument("--steps", type=at_least(1), help="model evaluations of --video (default: 12)")
     add_model_options(parser)
     add_sparse_options(parser)
 
@@ -75,6 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.video:
         video.demo(arguments)
         return
+    if arguments.steps is not None:
+        raise UsageError("--steps must come with --video: a document is answered in at most 8")
     console = Console()
     check_files(arguments, pictures=("output",))
     setting = read_preset(arguments)

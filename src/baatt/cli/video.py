@@ -30,6 +30,9 @@ from baatt.lab.video.study import METHODS, TILES, Setup, Study, generate, make_c
 
 SUMMARY = "A small video model: PSNR, SSIM and MS-SSIM to the dense sample from the same noise."
 
+#: Model evaluations of the demo's samples: half of those of the evaluation.
+DEMO_STEPS = 12
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the evaluation."""
@@ -60,7 +63,7 @@ def shares(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"must be numbers by commas, got {text!r}") from None
     if not all(0 <= one < 1 for one in found):
         raise argparse.ArgumentTypeError(f"must be shares from 0 to below 1, got {text!r}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -111,13 +114,14 @@ def demo(arguments: argparse.Namespace) -> None:
     if arguments.output.suffix.lower() != ".png":
         raise UsageError(f"--output must end in .png, got {arguments.output.name!r}")
     setting, console = read_preset(arguments), Console()
+    arguments.steps = steps = arguments.steps or DEMO_STEPS
     model, _, _ = open_model(arguments)
     measure_is_there()
     config = model.config
     clip = arguments.seed % len(config.clips)
     noise = draw_noise(config, arguments.seed, model.clips.weight.device)
     tokens = config.grid[0] * config.grid[1] * config.grid[2]
-    size = f"{config.frames} frames of {config.rows} x {config.columns}, {tokens} tokens, {arguments.steps} steps"
+    size = f"{config.frames} frames of {config.rows} x {config.columns}, {tokens} tokens, {steps} steps"
     console.print(f"[bold]Clip[/bold] {config.clips[clip]}: {size}", highlight=False)
     settings: dict[str, Preset | None] = {"full attention": None, "paper": Preset(paper_like(setting.config), Policy())}
     settings[arguments.preset if arguments.preset != "paper" else "paper, changed"] = setting
@@ -126,7 +130,7 @@ def demo(arguments: argparse.Namespace) -> None:
         if one is not None:
             console.print(f"[bold]Setting[/bold] {name}: {options_text(*one)}", highlight=False)
         began = time.monotonic()
-        made = generate(model, noise, clip, arguments.steps, config=one and one.config, policy=one and one.policy,
+        made = generate(model, noise, clip, steps, config=one and one.config, policy=one and one.policy,
                         impl=arguments.impl)  # fmt: skip
         seconds, dense, videos[name] = time.monotonic() - began, made.video if dense is None else dense, made.video
         found = measure(made.video, dense)

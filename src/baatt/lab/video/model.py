@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from baatt.models.checkpoint import read_json
 from baatt.models.eight_bits import from_eight_bits, to_eight_bits
 
 #: Pixels in [0, 1] become latents of about unit size.
@@ -113,7 +114,7 @@ class VideoModel(nn.Module):
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(f"{folder} must hold a video model ({CONFIG}, {WEIGHTS}), and does not")
         try:
-            values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            values = read_json(folder / CONFIG)
             read: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
             config = VideoConfig(**read)
             stored = load_file(folder / WEIGHTS)

@@ -97,7 +97,7 @@ def measure(video: Tensor, dense: Tensor) -> dict[str, float]:
     psnr = float(image.peak_signal_noise_ratio(frames, others, data_range=1.0))
     betas = tuple(weight / sum(SCALES) for weight in SCALES)
     multiscale = image.multiscale_structural_similarity_index_measure(frames, others, data_range=1.0, betas=betas)
-    ssim = image.structural_similarity_index_measure(frames, others, data_range=1.0)
+    ssim: Any = image.structural_similarity_index_measure(frames, others, data_range=1.0)
     return {"psnr": psnr if math.isfinite(psnr) else MOST, "ssim": float(ssim), "ms_ssim": float(multiscale)}
 
 
