@@ -85,7 +85,7 @@ def kernels() -> Iterator[tuple[str, Any]]:
     """The kernels that are launched, by module and name: in `baatt.kernels` their names end so."""
     folder = Path(baatt.kernels.__file__).parent
     for file in sorted(folder.glob("*.py")):
-        names = re.findall(r"@\w+\.jit\ndef (\w*kernel)\(", file.read_text(encoding="utf-8"))
+        names = re.findall(r"@\w+\.jit.*\ndef (\w*kernel)\(", file.read_text(encoding="utf-8"))
         if names:
             module = importlib.import_module(f"baatt.kernels.{file.stem}")
             yield from ((f"{file.stem}.{name}", getattr(module, name)) for name in names)
@@ -97,11 +97,12 @@ def was_launched(kernel: Any) -> bool:
 
 
 def main(argv: Sequence[str] | None = None, was_run: Callable[[Any], bool] = was_launched) -> int:
-    """Command line; returns 1 where a kernel was not launched."""
+    """Command line; returns 1 where a kernel was not launched, unless --part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--impls", default="hopper,triton")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--part", action="store_true", help="of all calls: kernels that others launch may be missing")
     arguments = parser.parse_args(argv)
     device, ran = torch.device(arguments.device), 0
     for impl in arguments.impls.split(","):
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None, was_run: Callable[[Any], bool] = was
                 sys.stdout.flush()
     missing = [name for name, kernel in kernels() if not was_run(kernel)]
     sys.stdout.write(f"{ran} calls ran; kernels not launched: {', '.join(missing) or 'none'}\n")
-    return 1 if missing else 0
+    return 1 if missing and not arguments.part else 0
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
 #!/usr/bin/env bash
 # memcheck, racecheck, initcheck and synccheck of compute-sanitizer over every kernel, on small shapes:
-#   bash benchmarks/sanitize.sh FOLDER [SECONDS_FOR_EACH_TOOL [TOOLS]]
-# The tools run side by side. Leaves sanitizer_TOOL.txt in FOLDER, with the calls that ran below what the tool said. Ends
-# with 1 if one found something, ran out of time or could not run.
+#   bash benchmarks/sanitize.sh FOLDER [SECONDS [TOOLS]]
+# Each tool runs over three parts of the calls, all side by side, for so many seconds at most. Leaves sanitizer_TOOL.txt
+# in FOLDER, with the calls that ran below what the tool said. Ends with 1 if one found something, ran out of time or could
+# not run; of racecheck `hazards.py` says what counts.
 set -uo pipefail
 folder=${1:?a folder for the logs}
-seconds=${2:-120}
+seconds=${2:-240}
 tools=${3:-memcheck racecheck initcheck synccheck}
 python=${PYTHON:-python3}
 here=$(dirname "$0")
+parts=("hopper bfloat16" "triton bfloat16" "triton float32")
 export PYTHONUNBUFFERED=1
 
 if ! command -v compute-sanitizer >/dev/null; then
   echo "compute-sanitizer is not installed" >&2
   exit 1
 fi
-# Compiled once, without a tool in the way, in three processes; then a kernel that no call launches is told.
-for part in "hopper bfloat16" "triton bfloat16" "triton float32"; do
-  "$python" "$here/kernel_calls.py" --impls "${part% *}" --dtypes "${part#* }" >/dev/null 2>&1 &
+# Compiled once, without a tool in the way; then a kernel that no call launches is told.
+for part in "${parts[@]}"; do
+  "$python" "$here/kernel_calls.py" --part --impls "${part% *}" --dtypes "${part#* }" >/dev/null 2>&1 &
 done
 wait
 "$python" "$here/kernel_calls.py" >"$folder/sanitizer_calls.txt" || { tail -n 3 "$folder/sanitizer_calls.txt"; exit 1; }
@@ -25,28 +27,43 @@ tail -n 1 "$folder/sanitizer_calls.txt"
 
 # Each tensor is an allocation of its own, so that going beyond one is seen.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-# Our kernels alone: PyTorch's are many and slow to look into.
+# Our kernels alone: PyTorch's are many and slow to look into. initcheck has to see all that writes.
 filter=--filter
 help=$(compute-sanitizer --help) # whole: grep ends at the first hit, and what writes on into it would fail
 if [[ $help == *--kernel-name* ]]; then filter=--kernel-name; fi
-look() { # with one tool
-  local tool=$1 log="$folder/sanitizer_$1.txt" calls="$folder/$1.part" started=$SECONDS
-  timeout "$seconds" compute-sanitizer --tool "$tool" "$filter" kns=_kernel --error-exitcode 9 --print-limit 20 \
-    --log-file "$log" "$python" "$here/kernel_calls.py" >"$calls" 2>&1
-  local code=$?
-  local summary
-  summary=$(grep -a "SUMMARY" "$log" | tail -n 1)
-  { echo; tail -n 40 "$calls"; } >>"$log"
-  echo "$tool: exit $code after $((SECONDS - started)) s, $(grep -c ': ran' "$calls") calls, ${summary:-no summary}" |
-    tee -a "$log"
-  rm -f "$calls"
-  return "$code"
+look() { # with a tool, what to run, and the log
+  local options=(--tool "$1" --print-limit 1000 --error-exitcode 9 --log-file "$3.log")
+  [ "$1" = initcheck ] || options+=("$filter" kns=_kernel)
+  timeout "$seconds" compute-sanitizer "${options[@]}" "$python" $2 >"$3.out" 2>&1
+  echo "$?" >"$3.code"
 }
-waiting=()
 for tool in $tools; do
-  look "$tool" &
-  waiting+=($!)
+  for number in "${!parts[@]}"; do
+    part=${parts[$number]}
+    look "$tool" "$here/kernel_calls.py --part --impls ${part% *} --dtypes ${part#* }" "$folder/$tool.$number" &
+  done
 done
+[[ $tools != *racecheck* ]] || look racecheck "$here/hazards.py control" "$folder/control" &
+wait
+
 status=0
-for one in "${waiting[@]}"; do wait "$one" || status=1; done
+for tool in $tools; do
+  log="$folder/sanitizer_$tool.txt"
+  : >"$log"
+  for number in "${!parts[@]}"; do
+    piece="$folder/$tool.$number"
+    code=$(cat "$piece.code")
+    { cat "$piece.log"; echo; grep ': ran' "$piece.out"; } >>"$log"
+    summary=$(grep -a "SUMMARY" "$piece.log" | tail -n 1)
+    line="$tool, ${parts[$number]}: exit $code, $(grep -c ': ran' "$piece.out") calls, ${summary:-no summary}"
+    echo "$line" | tee -a "$log"
+    [ "$code" -eq 0 ] || { [ "$tool" = racecheck ] && [ "$code" -eq 9 ]; } || status=1
+  done
+  if [ "$tool" = racecheck ]; then
+    { echo; echo "A kernel of parts that do nothing:"; cat "$folder/control.log"; } >>"$log"
+    "$python" "$here/hazards.py" "$log" | tee -a "$log"
+    [ "${PIPESTATUS[0]}" -eq 0 ] || status=1
+  fi
+done
+rm -f "$folder"/*.log "$folder"/*.out "$folder"/*.code
 exit "$status"

@@ -61,7 +61,8 @@ def compile_launch(kernel, *args, grid, warmup, **options):
     values = dict(zip(kernel.arg_names, args)) | named
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):  # as the launcher does
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:  # as the launcher does
             signature[parameter.name], constants[(place,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], hints[(place,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -69,7 +70,7 @@ def compile_launch(kernel, *args, grid, warmup, **options):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 hints[(place,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(ASTSource(kernel, signature, constants, hints), target=target, options=options)
     needed = compiled.metadata.shared

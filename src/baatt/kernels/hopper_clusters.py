@@ -15,7 +15,7 @@ from baatt.kernels import triton_clusters
 from baatt.kernels.hopper import DTYPES, tile_descriptor
 from baatt.kernels.hopper_clusters_kernel import centre_kernel, refine_kernel
 from baatt.kernels.hopper_shares_kernel import CONSUMERS, share_kernel
-from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.launching import SIZES, cdiv, next_power_of_2
 from baatt.kernels.triton_attention import _gather_rows
 from baatt.types import BlockClusters, ScoreOptions, Sight, TokenOrder
 
@@ -115,7 +115,7 @@ def _tiles_of_keys(keys: BlockClusters, wide: int, steps: int) -> tuple[Tensor, 
     return tiled, numbers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _tile_kernel(
     mean_ptr, tokens_ptr, tiled_ptr, number_ptr, key_blocks, steps, clusters,
     CHANNELS: tl.constexpr, CLUSTERS: tl.constexpr, TILE: tl.constexpr,

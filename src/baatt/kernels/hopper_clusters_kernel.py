@@ -9,6 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from baatt.kernels.launching import SIZES
+
 TILE = gl.constexpr(128)
 
 
@@ -55,7 +57,7 @@ def load_tokens(
     return gl.load(x_ptr + source[:, None] + channels[None, :], mask=present, other=0.0), count, size_place
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def centre_kernel(
     q_ptr, q_batch, q_head, q_token, query_order_ptr, query_order_batch, query_order_head, query_order_token,
     query_length_ptr, heads, query_tokens, k_ptr, k_batch, k_head, k_token, key_order_ptr, key_order_batch,
@@ -121,7 +123,7 @@ def centre_kernel(
     gl.store(nearest_ptr + program * BLOCK + places, belongs.to(gl.int8))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def refine_kernel(
     q_ptr, q_batch, q_head, q_token, query_order_ptr, query_order_batch, query_order_head, query_order_token,
     query_length_ptr, heads, query_tokens, k_ptr, k_batch, k_head, k_token, key_order_ptr, key_order_batch,

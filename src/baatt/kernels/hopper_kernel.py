@@ -18,6 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from baatt.kernels.launching import SIZES
+
 NO_TILE = gl.constexpr(0x7FFFFFFF)
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -312,7 +314,7 @@ def consume(
         tile = following
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_kernel(
     q_ptr, stride_batch, stride_head, stride_token, k_descriptor, v_descriptor,
     index_ptr, count_ptr, tiles_ptr, order_ptr, length_ptr, limit_ptr, spans_ptr, out_ptr, lse_ptr,

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from baatt.kernels.hopper_kernel import load_block
+from baatt.kernels.launching import SIZES
 
 TILE = gl.constexpr(128)
 #: Warpgroups that multiply; 64 rows of query clusters each. While one waits for its product others sum up theirs.
@@ -268,7 +269,7 @@ def write_scores(
         gl.store(scores_ptr + blocks.to(gl.int64)[:, None] * key_blocks + columns[None, :], scores, mask=wanted)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def share_kernel(
     q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, descriptor, number_ptr, spans_ptr, stride_spans,
     scores_ptr, scratch_ptr, tiles, head_tiles, heads, groups, query_blocks, key_blocks, steps, clusters, scale_log2,

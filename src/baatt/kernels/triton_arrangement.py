@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.launching import SIZES, cdiv, next_power_of_2
 from baatt.types import BlockStats, SortedBlocks, TokenOrder
 
 LONGEST = 4096
@@ -168,7 +168,7 @@ def sorting_warps(programs: int, width: int) -> int:
     return max(width // 1024, 1 if programs > MANY_SEGMENTS else 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _norm_kernel(
     q_ptr, no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries,
     q_stride_batch, q_stride_head, q_stride_token, q_stride_channel,
@@ -215,7 +215,7 @@ def _norm_rows(
     tl.store(norms_ptr + head_entry * tokens + rows, squares.to(tl.int32, bitcast=True), mask=rows < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _order_kernel(
     no_positions_ptr, q_norms_ptr, q_order_ptr, q_length_ptr, heads, queries, query_segment,
     positions_ptr, k_norms_ptr, k_order_ptr, k_length_ptr, groups, keys, key_segment, query_programs,
@@ -257,7 +257,7 @@ def _order_segment(
     tl.store(order_ptr + head_entry * tokens + first + places, order, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gather_kernel(
     q_ptr, q_order_ptr, q_length_ptr, q_mean_ptr, q_variance_ptr, q_size_ptr,
     q_stride_batch, q_stride_head, q_stride_token, q_stride_channel, heads, queries,
@@ -295,7 +295,7 @@ def _gather_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _permute_kernel(
     x_ptr, order_ptr, length_ptr, copy_ptr, stride_batch, stride_head, stride_token, stride_channel, heads, tokens,
     BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.launching import SIZES, cdiv, next_power_of_2
 from baatt.kernels.triton_arrangement import moved, sorted_copies
 from baatt.types import BlockSelection, Partial, Sight, TokenOrder
 
@@ -127,10 +127,10 @@ def head_and_place(places):
     return (program // places).to(tl.int64), program % places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attention_kernel(
     q_ptr, stride_batch, stride_head, stride_token, stride_channel,
-    k_ptr, k_stride_batch, k_stride_head, k_stride_channel, v_ptr, v_stride_batch, v_stride_head, v_stride_channel,
+    k_ptr, k_step_batch, k_step_head, k_stride_channel, v_ptr, v_step_batch, v_step_head, v_stride_channel,
     index_ptr, count_ptr, order_ptr, length_ptr, limit_ptr, spans_ptr, out_ptr, lse_ptr,
     heads, repeats, tokens, slots, scale,
     UNIT: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -150,8 +150,8 @@ def _attention_kernel(
         order = tl.load(order_ptr + head_entry * tokens + rows, mask=rows < tokens, other=0)
     q_ptr += entry * stride_batch + head * stride_head
     query_ptrs = q_ptr + order * stride_token
-    k_ptr += (entry * k_stride_batch + head // repeats * k_stride_head) * UNIT
-    v_ptr += (entry * v_stride_batch + head // repeats * v_stride_head) * UNIT
+    k_ptr += (entry * k_step_batch + head // repeats * k_step_head) * UNIT
+    v_ptr += (entry * v_step_batch + head // repeats * v_step_head) * UNIT
     queries = _gather_rows(query_ptrs, rows < tokens, 0, stride_channel, CHANNELS, DEPTH)
 
     # The lowest finite number and not -inf: a row whose scores are all -inf then gets weights 0, not exp2(inf - inf).

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.launching import SIZES, cdiv, next_power_of_2
 from baatt.kernels.triton_attention import head_and_place
 from baatt.kernels.triton_selection import (
     SLAB_SCORES,
@@ -116,7 +116,7 @@ def longest_first(count: Tensor, together: int) -> Tensor:
     return order
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _longest_kernel(count_ptr, order_ptr, rows, window, ROWS: tl.constexpr):
     """Places of some rows of a window: how many others stand before each."""
     first = tl.program_id(0) * window
@@ -176,7 +176,7 @@ def _seen_by_rows(spans_ptr, filled, rows, inside, share):
     return first, last, seen, kept_of(seen, own_blocks(first, last), share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _head_kernel(
     scores_ptr, query_size_ptr, key_size_ptr, spans_ptr, count_ptr, index_ptr, heads, all_heads, first_head,
     query_blocks, key_blocks, share, keep_first, LOGITS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -226,7 +226,7 @@ def _head_kernel(
     tl.store(count_ptr + list_start, count, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _rank_kernel(
     scores_ptr, values_ptr, query_size_ptr, key_size_ptr, spans_ptr, histogram_ptr, heads, query_blocks, key_blocks,
     share, keep_first, LOGITS: tl.constexpr, WIDTH: tl.constexpr,
@@ -249,7 +249,7 @@ def _rank_kernel(
     _count_digits(values >> 24, filled & (tokens > 0), histogram_ptr, head_entry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _digit_kernel(
     values_ptr, query_size_ptr, histogram_ptr, found_ptr, heads, query_blocks, key_blocks, digit, WIDTH: tl.constexpr
 ):  # fmt: skip
@@ -260,7 +260,7 @@ def _digit_kernel(
     _count_digits((values >> (24 - 8 * digit)) & 255, counted, histogram_ptr, head_entry)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _narrow_kernel(
     histogram_ptr, found_ptr, query_size_ptr, key_size_ptr, spans_ptr, heads, query_blocks, key_blocks, share,
     FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -290,7 +290,7 @@ def _narrow_kernel(
     tl.store(found_ptr + head_entry * 2 + 1, room - tl.sum(tl.where(digits > digit, counts, 0), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _tie_kernel(values_ptr, query_size_ptr, found_ptr, ties_ptr, heads, query_blocks, key_blocks, WIDTH: tl.constexpr):
     """How many values of a row equal the threshold of its head."""
     head_entry, row, values, tokens = _load_row(values_ptr, query_size_ptr, heads, query_blocks, key_blocks, WIDTH)
@@ -299,7 +299,7 @@ def _tie_kernel(values_ptr, query_size_ptr, found_ptr, ties_ptr, heads, query_bl
     tl.store(ties_ptr + head_entry * query_blocks + row, ties)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _list_kernel(
     values_ptr, query_size_ptr, key_size_ptr, spans_ptr, found_ptr, ties_ptr, count_ptr, index_ptr, heads, all_heads,
     first_head, query_blocks, key_blocks, share, WIDTH: tl.constexpr,

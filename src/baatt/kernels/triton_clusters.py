@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.launching import SIZES, cdiv, next_power_of_2
 from baatt.kernels.triton_attention import LARGE_MEMORY, LOWEST, _gather_rows, _shared_memory
 from baatt.types import BlockClusters, ScoreOptions, Sight, TokenOrder
 
@@ -95,7 +95,7 @@ def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _cluster_kernel(
     x_ptr, stride_batch, stride_head, stride_token, stride_channel,
     order_ptr, order_batch, order_head, order_token, length_ptr, mean_ptr, number_ptr, size_ptr,
@@ -159,7 +159,7 @@ def _means(members, present, belongs, slots, points):
     return tl.where(number[:, None] > 0, sums / tl.maximum(number, 1)[:, None], points), number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _logit_kernel(
     q_ptr, stride_batch, stride_head, stride_block, q_tokens_ptr, k_ptr, weight_ptr, spans_ptr, scores_ptr,
     scratch_ptr, tiles, heads, groups, query_blocks, key_blocks, width, clusters, key_clusters, scale,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.launching import SIZES, cdiv, next_power_of_2
 from baatt.kernels.triton_attention import (
     LARGE_MEMORY,
     LOWEST,
@@ -96,7 +96,7 @@ def launch_options(dtype: torch.dtype, channels: int, shared_memory: int) -> dic
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sum_kernel(
     q_ptr, stride_batch, stride_head, stride_block, stride_token, stride_channel, k_ptr, key_size_ptr, limit_ptr,
     sums_ptr, heads, repeats, query_blocks, key_blocks, runs, first_block, slab_rows, stride_sums, scale,
@@ -145,7 +145,7 @@ def _sum_kernel(
         tl.store(sums_ptrs + columns[None, :] * stride_sums, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _share_kernel(
     sums_ptr, query_size_ptr, key_size_ptr, limit_ptr, mass_ptr, heads, query_blocks, key_blocks, runs, first_block,
     slab_blocks, stride_sums, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, PEAK: tl.constexpr,

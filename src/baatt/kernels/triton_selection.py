@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import cdiv, next_power_of_2
+from baatt.kernels.launching import SIZES, cdiv, next_power_of_2
 from baatt.kernels.triton_attention import head_and_place
 from baatt.types import (
     BlockSelection,
@@ -129,7 +129,7 @@ def _select(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _covariance_kernel(
     query_mean_ptr, query_variance_ptr, key_mean_ptr, key_variance_ptr, size_ptr, scores_ptr,
     stride_batch, stride_head, stride_block, heads, groups, query_blocks, key_blocks, scale, weight,
@@ -241,7 +241,7 @@ def store_list(values, low, room, columns, filled, list_ptr, capacity, WIDTH: tl
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _select_kernel(
     scores_ptr, size_ptr, spans_ptr, count_ptr, index_ptr, heads, rows, key_blocks, query_blocks, capacity, start,
     share, keep_first, WIDTH: tl.constexpr,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baatt.kernels.launching import cdiv
+from baatt.kernels.launching import SIZES, cdiv
 from baatt.kernels.triton_attention import head_and_place
 from baatt.types import Sight
 
@@ -24,7 +24,7 @@ def look_back(q: Tensor, k: Tensor, causal: int, query_start: int, block_size: i
     return Sight(limit, spans)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sight_kernel(limit_ptr, spans_ptr, causal, query_start, queries, keys, BLOCK: tl.constexpr):
     blocks = tl.cdiv(queries, BLOCK)
     entry, block = head_and_place(blocks)
