@@ -8,30 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import substitutes
+
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_that_prepares_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter prepares its language at every call of a helper again: 40 % of the time of these tests."""
+def faster_interpreter() -> Iterator[None]:
+    """What the interpreter makes again and again is made once."""
     if importlib.util.find_spec("triton") is None:
         yield
         return
     from triton.runtime import interpreter
 
-    prepare, launch, prepared = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def prepare_once(function: Any) -> Any:
-        if function.__module__ in prepared:
-            return interpreter._LangPatchScope()
-        prepared.add(function.__module__)
-        return prepare(function)
-
-    def launch_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared.clear()
-        return launch(self, *args, **kwargs)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", prepare_once)
-        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        for substitute in substitutes(interpreter):
+            patch.setattr(*substitute)
         yield
 
 
