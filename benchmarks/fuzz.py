@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from tables import block
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from baatt import BAAttConfig, attend, ba_attention, make_plan
+from baatt import BAAttConfig, attend, attend_partial, ba_attention, make_plan
 from baatt.backend import Workload, choose_backend
 from baatt.lab.loading import DTYPES, find_device
 from baatt.lab.records import RecordFile, provenance
 from baatt.lab.tables import Record
+from baatt.plan import Plan
 from baatt.scores import SCORES
 from baatt.stages.selection import BUDGETS
 from baatt.stages.sorting import ORDERS
@@ -209,7 +211,7 @@ def kept_pairs(index: Tensor, count: Tensor, blocks: int) -> Tensor:
     return found.scatter_(-1, torch.where(listed, index, blocks).long(), True)[..., :blocks]
 
 
-def wrong_result(case: Case, plan: Any, actual: Tensor) -> str | None:
+def wrong_result(case: Case, plan: Plan, actual: Tensor) -> str | None:
     """What differs from attention over the plan in float64, beyond twice eager PyTorch's error and one rounding."""
     q, k, v, _, options, _ = case
     exact = attend(q.double(), k.double(), v.double(), plan, impl="reference")
@@ -232,7 +234,22 @@ def wrong_result(case: Case, plan: Any, actual: Tensor) -> str | None:
     score = plan.scale * float(seen[0].norm(dim=-1).max() * seen[1].norm(dim=-1).max())
     limit += 2 * min(epsilon, torch.finfo(torch.float32).eps) * (score + k.shape[2] ** 0.5) * float(seen[2].abs().max())
     error = float((actual - exact).abs().max())
+    if error > limit and epsilon > torch.finfo(torch.float32).eps:
+        limit += 6 * float((rounded_weights(q, k, v, plan) * epsilon).masked_fill(~rows, 0).max())
     return None if error <= limit else f"error {error:.3g} beyond {limit:.3g}"
+
+
+def rounded_weights(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """What rounding every weight to a machine epsilon of 1 does to the output, as a standard deviation [B, H, N, D].
+
+    A product in half precision takes weights relative to the largest, each rounded its own way; eager PyTorch divides
+    them by their sum first, and then all weights of a flat row are rounded the same way, which says nothing of others.
+    """
+    q, k, v = (x.double() for x in (q, k, v))
+    once = attend_partial(q, k, v, plan, impl="reference")
+    twice = attend_partial(q, k, v.square(), plan._replace(scale=2 * plan.scale), impl="reference")
+    squares = rearrange((twice.lse - 2 * once.lse).exp(), "b h n -> b h n 1")  # the sum of the squared weights
+    return (squares * twice.out).nan_to_num().sqrt() / 12**0.5
 
 
 class Share(NamedTuple):

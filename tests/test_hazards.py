@@ -1,4 +1,4 @@
-"""What racecheck says is told apart: Triton's hand-over between warps from everything else."""
+"""What racecheck says is told apart: what it cannot follow from everything else."""
 
 import importlib.util
 import sys
@@ -40,10 +40,19 @@ def test_the_hand_over_is_counted_apart(hazards, tmp_path, capsys):
     log = tmp_path / "log"
     log.write_text(LOG.format(more="", **places))
     assert hazards.main([str(log)]) == 0
-    assert "attention_kernel: 31 hazards of Triton's hand-over" in capsys.readouterr().out
+    assert "attention_kernel, hand-over: 31 hazards" in capsys.readouterr().out
     log.write_text(LOG.format(more=OTHER.format(**places), **places))
     assert hazards.main([str(log)]) == 1
     assert "HAZARD attention_kernel hopper_kernel.py:99" in capsys.readouterr().out
+
+
+def test_ends_of_a_ring(hazards):
+    folder = Path(baatt.kernels.__file__).parent
+    store, load = lines_of("ring.index(turn % SLOTS).store("), lines_of("ring.index(turn % SLOTS).load(")
+    assert hazards.kind_of("hopper_kernel.py", store, [folder]) == "ring"
+    assert hazards.kind_of("hopper_kernel.py", load, [folder]) == "ring"
+    assert hazards.kind_of("hopper_kernel.py", lines_of("k_ring = gl.allocate"), [folder]) == ""
+    assert hazards.kind_of("triton_kernel.py", 1, [folder]) == ""
 
 
 def test_a_log_that_does_not_end_is_no_clean_one(hazards, tmp_path, capsys):

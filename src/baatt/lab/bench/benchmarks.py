@@ -19,6 +19,7 @@ from baatt.attention import ba_attention, make_plan
 from baatt.backend import Backend
 from baatt.lab.bench.baselines import first_line, prepare_baseline, sort_tokens
 from baatt.lab.bench.case import Case, Inputs, RefusedError, make_inputs, resolve
+from baatt.lab.bench.peers import NO_GRAPH
 from baatt.lab.bench.timing import captured, matrix_peak_tflops, median_times, memory_bandwidth, peak_bytes
 from baatt.lab.bench.verification import require_verified, verify
 from baatt.lab.records import RecordFile, provenance
@@ -100,8 +101,13 @@ def in_turns(
         except RefusedError as error:
             record["refused"][name] = str(error)
             continue
+        if not record["graph"]:
+            continue
+        if name.removeprefix("xattention-") in NO_GRAPH:
+            record["without_graph"].append(f"{name}: its kernels do not bear being replayed")
+            continue
         try:
-            candidates[name] = captured(candidates[name], case.device) if record["graph"] else candidates[name]
+            candidates[name] = captured(candidates[name], case.device)
         except Exception as error:  # of a compiled function nobody knows what it does inside
             record["without_graph"].append(f"{name}: {type(error).__name__}: {first_line(error)}")
     times = median_times(candidates, case.device)

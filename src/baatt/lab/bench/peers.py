@@ -21,6 +21,9 @@ BLOCK, HALF = 128, 64
 #: Key blocks of 64 that FlashInfer's kernel takes at most for a query block.
 FLASHINFER_MOST = 64
 
+#: Their kernels, of the CUTLASS DSL, end in illegal memory accesses where a CUDA graph that holds them is replayed.
+NO_GRAPH = frozenset({"fa4", "fa4-dense", "cudnn-bsa"})
+
 #: (q, k, v, plan) -> what is timed
 Peer = Callable[[Tensor, Tensor, Tensor, Plan], Callable[[], Tensor]]
 
