@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 # Processes that run tests, each on one thread.
 WORKERS ?= 2
 
+# Modules are compiled once and kept, whatever the shell says: else every process that a test starts compiles torch again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-all check lint types tests docs format fuzz train clean
 
 setup: $(STAMP)
@@ -51,14 +54,15 @@ train: $(STAMP)
 	bash training/run.sh
 
 # torch goes first: resolved together with the rest, an installer may pick a build of several gigabytes.
-# The pip that comes with Python 3.11 takes twice as long; most of the 14,000 modules are never imported, so none is
-# compiled ahead.
+# The pip that comes with Python 3.11 takes twice as long. Most of the 14,000 modules are never imported: what `baatt`
+# imports is compiled by its first call, below.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) -c constraints.txt -e ".[dev]"
+	$(BIN)/baatt doctor >/dev/null
 	touch $(STAMP)
 
 clean:
