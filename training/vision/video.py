@@ -1,35 +1,28 @@
 """Trains the small video model of `baatt.lab.video.model` on the clips of `media.py`, in pieces of at most ten minutes.
 
-In: the media file. Out: in `--out` the exact state for `--resume`, the model folder (moving average, 8 bits) and
-`training.json`; in `--copy` the same model folder and the average in bf16, from which another machine goes on. Every
-batch has about as many tokens as any other: half of the batches are short pieces, which cost less attention. One GPU.
+In: the media file. Out: as `running.py` writes it. Every batch has about as many tokens as any other: half of the
+batches are short pieces, which cost less attention. One GPU.
 """
 
 import argparse
 import copy
 import json
-import math
-import shlex
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from media import Clip, read
-from safetensors.torch import load_file, save_file
+from running import Run, add_arguments, go_on
 from torch import Tensor
 
-from baatt.lab.records import provenance, write_json
 from baatt.lab.video.model import LEAST_NOISE, VideoConfig, VideoModel, shifted, to_latents
+from baatt.lab.vision.media import Clip, read
 
 #: Starts from here on, of [0, 1), are held out: of films the last ones, of panoramas a sector in which no pan begins.
 HELD_OUT = 0.9
 #: Columns that a camera turns by in a frame of a panorama, at most and at least, to either side.
 SLOWEST, FASTEST = 0.5, 2.0
-STATE, AVERAGE = "state.pt", "average.safetensors"
 
 
 def cut(clip: Clip, size: tuple[int, int, int], start: float, random: torch.Generator) -> Tensor:
@@ -95,88 +88,8 @@ def loss_of(model: VideoModel, latents: Tensor, clips: Tensor) -> Tensor:
     return (error / share.clamp(min=LEAST_NOISE) ** 2).mean()
 
 
-def learning_rate(most: float, seconds: float, total: float, step: int) -> float:
-    """A warm-up of 200 steps, then half a cosine over the time of all pieces, down to 2 %."""
-    fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, seconds / total))
-    return most * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * fall)
-
-
-class Run:
-    """Model, moving average, optimizer and progress, with their saving and reading back."""
-
-    def __init__(self, arguments: argparse.Namespace, config: VideoConfig, device: torch.device) -> None:
-        self.arguments, self.device = arguments, device
-        self.model = VideoModel(config).to(device)
-        self.progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": []}
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=device.type == "cuda")
-        if arguments.resume is not None:
-            self.resume(arguments.resume)
-        else:
-            self.average = copy.deepcopy(self.model.state_dict())
-
-    def resume(self, place: Path) -> None:
-        """Go on from the folder of a run, or from the copy of its average with a fresh optimizer."""
-        if place.is_dir():
-            state = torch.load(place / STATE, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.progress = state["average"], state["progress"]
-            return
-        weights = {name: tensor.float().to(self.device) for name, tensor in load_file(place).items()}
-        self.model.load_state_dict(weights)
-        self.average = weights
-        self.progress = json.loads(place.with_suffix(".json").read_text())
-
-    def step(self, latents: Tensor, clips: Tensor) -> Tensor:
-        """One update; the loss, still on the device."""
-        progress, total = self.progress, self.arguments.total_seconds
-        rate = learning_rate(self.arguments.learning_rate, progress["seconds"], total, progress["step"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss = loss_of(self.model, latents, clips)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        weight = min(0.999, (1 + progress["step"]) / (10 + progress["step"]))
-        state = self.model.state_dict()
-        torch._foreach_lerp_([self.average[name] for name in state], list(state.values()), 1 - weight)
-        progress["step"] += 1
-        return loss.detach()
-
-    def save(self) -> None:
-        """The exact state, the model to sample from, and what travels."""
-        out, travels = self.arguments.out, self.arguments.copy or self.arguments.out
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"average": self.average, "progress": self.progress}
-        torch.save(state, out / f"{STATE}.partial")
-        (out / f"{STATE}.partial").replace(out / STATE)
-        for folder in {out / "model", travels / "model"}:
-            self.model.save(folder, self.average)
-        halves = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in self.average.items()}
-        save_file(halves, travels / AVERAGE)
-        write_json(self.progress, (travels / AVERAGE).with_suffix(".json"))
-
-
-@torch.no_grad()
-def held_out_loss(run: Run, pieces: Pieces) -> float:
-    """Of the moving average, on the same starts and noise every time."""
-    model = copy.deepcopy(run.model)
-    model.load_state_dict(run.average)
-    pieces = copy.copy(pieces)
-    pieces.random = torch.Generator().manual_seed(0)
-    devices = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        losses = [float(loss_of(model, *pieces.batch(held_out=True))) for _ in range(4)]
-    return sum(losses) / len(losses)
-
-
 def train(arguments: argparse.Namespace) -> None:
-    """A piece of the run: steps until --seconds are over, its start and compilation counted in."""
+    """A piece of the run."""
     began, device = time.monotonic(), torch.device(arguments.device)
     torch.set_float32_matmul_precision("high")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -184,60 +97,29 @@ def train(arguments: argparse.Namespace) -> None:
     names = tuple(clip.name for clip in clips)
     config = VideoConfig(names, **json.loads(arguments.config)) if arguments.config else VideoConfig(names)
     torch.manual_seed(arguments.seed)
-    run = Run(arguments, config, device)
-    torch.manual_seed(arguments.seed + run.progress["step"])
-    pieces = Pieces(clips, config, arguments.batch_tokens, arguments.seed + run.progress["step"], device)
+    run = Run(arguments, VideoModel(config), device)
+    seed = arguments.seed + run.progress["step"]
+    torch.manual_seed(seed)
+    pieces = Pieces(clips, config, arguments.batch_tokens, seed, device)
     if arguments.compile:
         run.model.transformer.compile_repeated_blocks(dynamic=False)
-    before, start, lately = run.progress["seconds"], time.monotonic(), list[Tensor]()
-    first, saved = run.progress["step"], start
-    left = arguments.seconds - (start - began)
-    while time.monotonic() - start < left or run.progress["step"] == first:
-        lately.append(run.step(*pieces.batch()))
-        run.progress["seconds"] = before + time.monotonic() - start
-        if run.progress["step"] % arguments.report_every == 0:
-            report(run, lately, time.monotonic() - start)
-            lately.clear()
-        if time.monotonic() - saved > 120:
-            run.save()
-            saved = time.monotonic()
-    run.progress["held_out"] = held_out_loss(run, pieces)
-    print(json.dumps({name: run.progress[name] for name in ("step", "seconds", "held_out")}), flush=True)
-    run.save()
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    found = provenance(shlex.join(["python", *sys.argv]), device)
-    write_json({"arguments": values, **run.progress, **found}, (arguments.copy or arguments.out) / "training.json")
 
+    def held_out() -> float:
+        """On the same starts and noise every time."""
+        same = copy.copy(pieces)
+        same.random = torch.Generator().manual_seed(0)
+        with run.averaged() as model:
+            return sum(float(loss_of(model, *same.batch(held_out=True))) for _ in range(4)) / 4
 
-def report(run: Run, losses: list[Tensor], elapsed: float) -> None:
-    """A line of the history."""
-    row = {
-        "step": run.progress["step"], "seconds": round(run.progress["seconds"], 1), "elapsed": round(elapsed, 1),
-        "loss": round(float(torch.stack(losses).mean()), 5),
-    }  # fmt: skip
-    if run.device.type == "cuda":
-        row["gibibytes"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-    run.progress["history"].append(row)
-    print(json.dumps(row), flush=True)
+    go_on(run, began, lambda: (loss_of(run.model, *pieces.batch()), {}), held_out)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--media", type=Path, default=Path("training/data/media.safetensors"))
-    add("--out", type=Path, default=Path("training/runs/video"))
-    add("--copy", type=Path, metavar="FOLDER", help="for the model and the average in bf16 (default: --out)")
-    add("--resume", type=Path, help=f"folder of an earlier run, or its {AVERAGE}")
-    add("--seconds", type=float, default=540, help="of this piece; 20 s more go by until it has saved")
-    add("--total-seconds", type=float, default=1400, help="of all pieces: how the learning rate falls")
-    add("--learning-rate", type=float, default=1.5e-3)
-    add("--batch-tokens", type=int, default=8 * 9216)
-    add("--config", help="fields of VideoConfig as JSON, for another size")
-    add("--report-every", type=int, default=100)
-    add("--seed", type=int, default=1)
-    add("--device", default="cuda")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--media", type=Path, default=Path("training/data/media.safetensors"))
+    parser.add_argument("--config", help="fields of VideoConfig as JSON, for another size")
+    add_arguments(parser, "video")
     train(parser.parse_args(argv))
 
 

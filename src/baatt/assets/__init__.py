@@ -28,17 +28,18 @@ def shipped_model() -> Path:
     )
 
 
-def shipped_video_model() -> Path:
-    """Folder of the small video model that `baatt demo --video` samples from, as `training/vision/session.sh` fills it.
+def shipped_vision_model(name: str) -> Path:
+    """Folder of a small model as `training/vision/session.sh` makes it: "video-6m", which draws clips, or "vision-6m",
+    which answers questions about photos and clips.
 
     Raises:
         FileNotFoundError: nobody has trained it here.
     """
-    folder = Path(__file__).parent / "video-6m"
+    folder = Path(__file__).parent / name
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            "no video model is shipped yet: train one as training/vision/session.sh says (25 minutes of a GPU) and "
-            "give its folder as --model"
+            f"{name} is not shipped yet: train it as training/vision/session.sh says (25 minutes of a GPU) and give "
+            "its folder as --model"
         )
     return folder
 

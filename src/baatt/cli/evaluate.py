@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from baatt.assets import shipped_model
-from baatt.cli import fidelity, video
+from baatt.cli import fidelity, video, vision
 from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import (
     add_model_options,
@@ -25,14 +25,15 @@ from baatt.cli.options import (
     check_store,
     lengths,
     load_model,
+    read_settings,
     seed,
 )
 from baatt.cli.ruler_report import answer_bar, show_averages, show_length
-from baatt.config import PRESETS, BAAttConfig, Policy
+from baatt.config import Policy
 from baatt.lab.answers import AnswerStore
 from baatt.lab.chat import load_chat_templates
 from baatt.lab.describe import layers_name, settings_text
-from baatt.lab.options import add_options, chosen, given, options_of, read_dials, variants
+from baatt.lab.options import add_options, chosen, variants
 from baatt.lab.plots import draw_accuracy
 from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.records import load_records, provenance, write_json
@@ -49,11 +50,7 @@ SAMPLING = ("gen_length", "block_length", "steps", "threshold", "remasking", "ca
 USUAL_SAMPLER = dataclasses.replace(RULER_SAMPLER, steps=RULER_SAMPLER.gen_length)
 SOURCES = ("essay", "squad", "hotpot", "words", "english_words", "sentences")
 #: Benchmarks with a file of their own.
-OTHERS = {"fidelity": fidelity, "video": video}
-#: What --dial spans.
-DIALS: dict[type, Sequence[str]] = {
-    BAAttConfig: list(options_of(BAAttConfig)), Policy: ["dense_layers"], SamplerConfig: SAMPLING
-}  # fmt: skip
+OTHERS = {"fidelity": fidelity, "video": video, "vision": vision}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ruler = benchmarks.add_parser("ruler", help=summary, description=summary)
     fidelity.add_arguments(benchmarks.add_parser("fidelity", help=fidelity.SUMMARY, description=fidelity.SUMMARY))
     video.add_arguments(benchmarks.add_parser("video", help=video.SUMMARY, description=video.SUMMARY))
+    vision.add_arguments(benchmarks.add_parser("vision", help=vision.SUMMARY, description=vision.SUMMARY))
     add = ruler.add_argument
     add("--tasks", default="all", help="by commas; needles: the eight needle tasks; all: the eleven that need no data "
         "set, and qa_1 and qa_2 where --squad and --hotpot are given (default: all)")  # fmt: skip
@@ -146,21 +144,8 @@ def read_cells(arguments: argparse.Namespace, sources: Sources) -> list[Cell]:
         tasks = choose_tasks(arguments.tasks, sources)
     except ValueError as error:
         raise UsageError(f"--tasks: {error}") from None
-    texts: dict[type, list[str]] = {cls: [] for cls in DIALS}
-    for text in arguments.dial:
-        owner = next((cls for cls, names in DIALS.items() if text.partition("=")[0] in names), None)
-        if owner is None:
-            known = ", ".join(name for names in DIALS.values() for name in names)
-            raise UsageError(f"--dial must be NAME=VALUE,... once for each of {known}, got {text!r}")
-        texts[owner].append(text)
-    values = {cls: given(arguments, cls) | read_dials(found, cls) for cls, found in texts.items()}
-    preset = PRESETS[arguments.preset]
-    # Not sorted among the other options, and without 0: that is dense attention, there anyway.
-    sparsities = sorted({value for value in values[BAAttConfig].pop("sparsity") if value != 0})
-    configs = variants(preset.config, values[BAAttConfig])
-    configs = [one for config in configs for one in variants(config, {"sparsity": sparsities})]
-    policies, samplers = variants(preset.policy, values[Policy]), variants(USUAL_SAMPLER, values[SamplerConfig])
-    return make_cells(tasks, arguments.lengths, configs, policies, samplers)
+    configs, policies, values = read_settings(arguments, {SamplerConfig: SAMPLING})
+    return make_cells(tasks, arguments.lengths, configs, policies, variants(USUAL_SAMPLER, values[SamplerConfig]))
 
 
 def open_model(

@@ -20,7 +20,7 @@ from baatt.cli.errors import UsageError
 from baatt.config import PRESETS, BAAttConfig, Policy, Preset
 from baatt.lab import loading
 from baatt.lab.describe import selection_name
-from baatt.lab.options import add_options, chosen, given, variants
+from baatt.lab.options import add_options, chosen, given, options_of, read_dials, variants
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -79,10 +79,37 @@ def read_configs(arguments: argparse.Namespace) -> list[BAAttConfig]:
     return variants(base, given(arguments, type(base)))
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, any_kind: bool = False) -> None:
+def read_settings(
+    arguments: argparse.Namespace, others: Mapping[type, Sequence[str]]
+) -> tuple[list[BAAttConfig], list[Policy], dict[type, dict[str, Any]]]:
+    """The preset's config and policy with every combination of what was given as options and by --dial.
+
+    Args:
+        others: further dataclasses, with the names of their fields that --dial knows; their values come last.
+    """
+    dials = {BAAttConfig: list(options_of(BAAttConfig)), Policy: ["dense_layers"], **others}
+    texts: dict[type, list[str]] = {cls: [] for cls in dials}
+    for text in arguments.dial:
+        owner = next((cls for cls, names in dials.items() if text.partition("=")[0] in names), None)
+        if owner is None:
+            known = ", ".join(name for names in dials.values() for name in names)
+            raise UsageError(f"--dial must be NAME=VALUE,... once for each of {known}, got {text!r}")
+        texts[owner].append(text)
+    values = {cls: given(arguments, cls) | read_dials(found, cls) for cls, found in texts.items()}
+    preset = PRESETS[arguments.preset]
+    # Not sorted among the other options, and without 0: that is dense attention, there anyway.
+    sparsities = sorted({value for value in values[BAAttConfig].pop("sparsity") if value != 0})
+    configs = variants(preset.config, values[BAAttConfig])
+    configs = [one for config in configs for one in variants(config, {"sparsity": sparsities})]
+    return configs, variants(preset.policy, values[Policy]), values
+
+
+def add_model_options(
+    parser: argparse.ArgumentParser, *, any_kind: bool = False, folder: str = "in LLaDA's layout"
+) -> None:
     """--model, --device, --dtype; --trust-remote-code where a model may be of any kind that `baatt.enable` knows."""
     group = parser.add_argument_group("model")
-    layout = "in LLaDA's layout, or of transformers" if any_kind else "in LLaDA's layout"
+    layout = f"{folder}, or of transformers" if any_kind else folder
     group.add_argument("--model", type=Path, help=f"folder {layout} (default: the model shipped with baatt)")
     if any_kind:
         text = "run the modelling code that a transformers folder brings"

@@ -202,29 +202,38 @@ class RulerModel:
         return answers
 
     def recalls(self, cells: Sequence[Cell], sample: RulerSample) -> list[Sequence[float] | None]:
-        """Mean and 5th percentile of the attention mass that sparse cells keep in their sparse layers, while the model
-        reads a sample densely; None for a cell without sparse layers."""
-        recorder = Recorder()
-        with enable(self.model, None) as handle, torch.inference_mode():
-            handle.watch(recorder.keep)
-            self.model(torch.tensor([self._sample_ids(sample)], device=self.device))
-        heads = {layer: found.to(self.device) for layer, found in recorder.found.items()}
-        found: dict[Cell, Sequence[float]] = {}
-        for policy in dict.fromkeys(cell.policy for cell in cells):
-            dense = policy.check_layers(self.model.config.n_layers).dense_layers
-            some = {cell: cell.config for cell in cells if cell.config and cell.policy == policy}
-            if len(dense) == len(heads):
-                continue
-            sparse = {layer: x for layer, x in heads.items() if layer not in dense}
-            capture = Capture(sparse, self.model.config.head_size**-0.5, {})
-            configs = list(dict.fromkeys(some.values()))  # their records over all layers come last
-            whole = zip(configs, measure_recall(capture, configs, outputs=False)[-len(configs) :], strict=True)
-            kept = {config: (one["recall_mean"], one["recall_p5"]) for config, one in whole}
-            found |= {cell: kept[config] for cell, config in some.items()}
-        return [found.get(cell) for cell in cells]
+        """As `kept_mass`, while the model reads a sample."""
+        ids = torch.tensor([self._sample_ids(sample)], device=self.device)
+        return kept_mass(self.model, lambda: self.model(ids), cells)
 
     def _sample_ids(self, sample: RulerSample) -> list[int]:
         return self.ids(sample.prompt, sample.answer_prefix, chat=self.setup.chat)
+
+
+def kept_mass(
+    model: MaskedDiffusionLM, read: Callable[[], object], cells: Sequence[Cell]
+) -> list[Sequence[float] | None]:
+    """Mean and 5th percentile of the attention mass that sparse cells keep in their sparse layers, while `read` calls
+    the model densely; None for a cell without sparse layers."""
+    recorder = Recorder()
+    with enable(model, None) as handle, torch.inference_mode():
+        handle.watch(recorder.keep)
+        read()
+    device = next(model.parameters()).device
+    heads = {layer: found.to(device) for layer, found in recorder.found.items()}
+    found: dict[Cell, Sequence[float]] = {}
+    for policy in dict.fromkeys(cell.policy for cell in cells):
+        dense = policy.check_layers(model.config.n_layers).dense_layers
+        some = {cell: cell.config for cell in cells if cell.config and cell.policy == policy}
+        if len(dense) == len(heads):
+            continue
+        sparse = {layer: x for layer, x in heads.items() if layer not in dense}
+        capture = Capture(sparse, model.config.head_size**-0.5, {})
+        configs = list(dict.fromkeys(some.values()))  # their records over all layers come last
+        whole = zip(configs, measure_recall(capture, configs, outputs=False)[-len(configs) :], strict=True)
+        kept = {config: (one["recall_mean"], one["recall_p5"]) for config, one in whole}
+        found |= {cell: kept[config] for cell, config in some.items()}
+    return [found.get(cell) for cell in cells]
 
 
 def shortened(sampler: SamplerConfig, tokens: int) -> SamplerConfig:

@@ -1,8 +1,8 @@
 """A run of RULER: which answers it needs, the asking of those that no earlier run has kept, and all of them together.
 
-In: a `RulerModel`, an `AnswerStore`, cells and the numbers of this process's samples. Out: the answers of every cell on
-the first process. An interrupted run goes on with its store, and more settings find the dense answers there. Knows
-nothing of intervals and tables.
+In: a model that answers, as `RulerModel` does, an `AnswerStore`, cells and the numbers of this process's samples. Out:
+the answers of every cell on the first process. An interrupted run goes on with its store, and more settings find the
+dense answers there. Knows nothing of intervals and tables.
 """
 
 import functools
@@ -14,14 +14,14 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from baatt.lab.answers import AnswerStore, request_key
 from baatt.lab.ranks import Ranks
 from baatt.lab.ruler.cells import Cell
-from baatt.lab.ruler.model import RulerAnswer, RulerModel, RulerSetup
-from baatt.lab.ruler.sample import RulerSample
+from baatt.lab.ruler.model import RulerAnswer, RulerSetup
 
 #: Places whose samples are drawn ahead of their use; all at once would not fit into memory at 128K tokens.
 PLACES_AHEAD = 2
@@ -31,6 +31,33 @@ RECALL = "-recall"
 Open = dict[tuple[str, int], dict[Cell, list[int]]]
 #: What is told after every batch: its cell, and how many samples it had.
 Watch = Callable[[Cell, int], None]
+
+
+class Setup(Protocol):
+    """What answers depend on beside cell and number."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def keys(self, cell: Cell, numbers: Iterable[int]) -> dict[int, str]: ...
+
+
+class Model(Protocol):
+    """What a run asks; see `RulerModel`. Samples are whatever its `draw` gives."""
+
+    @property
+    def setup(self) -> Setup: ...
+
+    @property
+    def draw(self) -> Callable[..., list[Any]]: ...
+
+    def check(self, task: str, length: int) -> None: ...
+
+    def warm_up(self, cell: Cell) -> None: ...
+
+    def answer(self, cell: Cell, batch: Sequence[tuple[int, Any]]) -> list[RulerAnswer]: ...
+
+    def recalls(self, cells: Sequence[Cell], sample: Any) -> list[Sequence[float] | None]: ...
 
 
 def same_everywhere(setup: RulerSetup, cells: Sequence[Cell], count: int, ranks: Ranks) -> bool:
@@ -50,7 +77,7 @@ class Run:
         recalls: samples below this number are also asked for the attention mass that sparse cells keep.
     """
 
-    model: RulerModel
+    model: Model
     store: AnswerStore
     cells: Sequence[Cell]
     numbers: Sequence[int]
@@ -86,7 +113,7 @@ class Run:
         for cell in {cell[2:]: cell for cells in places.values() for cell in cells}.values():
             self.model.warm_up(cell)
 
-    def draw(self, places: Open) -> Generator[dict[int, RulerSample], None, None]:
+    def draw(self, places: Open) -> Generator[dict[int, Any], None, None]:
         """The samples of every place in turn, by number. Close the iterator to end the workers."""
         draw = functools.partial(_draw_some, self.model.draw)
         wanted = [(*place, sorted({n for some in cells.values() for n in some})) for place, cells in places.items()]
@@ -95,7 +122,7 @@ class Run:
             return
         pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
         try:
-            waiting: deque[list[Future[dict[int, RulerSample]]]] = deque()
+            waiting: deque[list[Future[dict[int, Any]]]] = deque()
             following = iter(wanted)
             for _ in wanted:
                 for task, length, numbers in itertools.islice(following, PLACES_AHEAD + 1 - len(waiting)):
@@ -156,7 +183,5 @@ class Run:
         return [sorted(itertools.chain(*parts), key=lambda one: one.number) for parts in zip(*shares, strict=True)]
 
 
-def _draw_some(
-    draw: Callable[..., list[RulerSample]], task: str, length: int, numbers: Iterable[int]
-) -> dict[int, RulerSample]:
+def _draw_some(draw: Callable[..., list[Any]], task: str, length: int, numbers: Iterable[int]) -> dict[int, Any]:
     return {number: draw(task, length, 1, first=number)[0] for number in numbers}

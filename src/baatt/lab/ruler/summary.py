@@ -21,7 +21,7 @@ STUDY = "ruler"
 Record = dict[str, Any]
 
 
-def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]]) -> list[Record]:
+def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]], study: str = STUDY) -> list[Record]:
     """The record of every cell.
 
     task, length, config ({} for dense attention), dense_layers, n: what was asked; sampler: only where cells differ in
@@ -35,6 +35,7 @@ def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]]
     Args:
         cells: for each task, length and sampler dense attention before the others, as `make_cells` has them.
         answers: of each cell, for the same numbers in the same order at every cell of a task and length.
+        study: what the records are of.
     """
     several = len({cell.sampler for cell in cells}) > 1
     dense: dict[Cell, list[float]] = {}
@@ -48,7 +49,7 @@ def make_records(cells: Sequence[Cell], answers: Sequence[Sequence[RulerAnswer]]
         recalls = list(zip(*(one.recall for one in found if one.recall is not None), strict=True))
         seconds, count = sum(one.seconds for one in found), len(found)
         records.append({
-            "study": STUDY, "task": cell.task, "length": cell.length, "config": cell.options,
+            "study": study, "task": cell.task, "length": cell.length, "config": cell.options,
             "dense_layers": cell.dense_layers, "n": count,
             **({"sampler": dataclasses.asdict(cell.sampler)} if several else {}),
             "accuracy": sum(scores) / count, "ci_low": low, "ci_high": high, "accuracy_whole": sum(whole) / count,

@@ -1,0 +1,156 @@
+"""A small model of LLaDA-V's shape: a two-layer projector of patches, and a masked-diffusion language model behind it.
+
+In: pixels [B, F, 3, rows, columns] of a photo (F = 1) or of the frames of a clip, and the ids of words. Out: logits of
+the words; or what the sampler calls. In place of a vision tower, which would be larger than the rest, a token sees its
+patch with the patches around it, and learned embeddings tell its row, column and frame. The vocabulary is that of
+`scenes.py`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from baatt.lab.vision.scenes import MASK, WORDS
+from baatt.models.checkpoint import read_json
+from baatt.models.config import ModelConfig
+from baatt.models.eight_bits import from_eight_bits, to_eight_bits
+from baatt.models.llada import MaskedDiffusionLM
+
+#: Pixels in [0, 1] become numbers of about unit size.
+MIDDLE, SIZE = 0.5, 0.25
+#: Patches of a side that a token sees, its own in the middle: enough for a sign of a frame.
+AROUND = 3
+#: Standard deviation of fresh embeddings of places; that of a fresh projector's outputs is about 0.3.
+PLACE = 0.1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the model and of what it sees: rows and columns of a photo, of a frame, of a patch; frames at most."""
+
+    photo: tuple[int, int] = (384, 576)
+    frame: tuple[int, int] = (96, 144)
+    patch: int = 8
+    frames: int = 72
+    projector: int = 384
+    width: int = 256
+    heads: int = 4
+    layers: int = 6
+    hidden: int = 768
+    rope_theta: float = 500_000.0
+    words: tuple[str, ...] = WORDS
+
+    def __post_init__(self) -> None:
+        for name in ("photo", "frame"):
+            if any(size < self.patch or size % self.patch for size in getattr(self, name)):
+                raise ValueError(f"{name} must be multiples of patch={self.patch}, got {getattr(self, name)}")
+
+    @property
+    def language(self) -> ModelConfig:
+        """Of the language model."""
+        return ModelConfig(
+            d_model=self.width, n_heads=self.heads, n_layers=self.layers, mlp_hidden_size=self.hidden,
+            vocab_size=len(self.words), mask_token_id=self.words.index(MASK), rope_theta=self.rope_theta,
+            attention_layer_norm=True, max_sequence_length=self.tokens(self.frames) + 128,
+        )  # fmt: skip
+
+    def tokens(self, frames: int) -> int:
+        """Visual tokens of so many frames; 0 is a photo."""
+        rows, columns = self.frame if frames else self.photo
+        return max(1, frames) * (rows // self.patch) * (columns // self.patch)
+
+
+class VisionModel(nn.Module):
+    """`language` is a `MaskedDiffusionLM` like any other; this module brings pictures to it."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language = MaskedDiffusionLM(config.language)
+        width, numbers = config.width, 3 * (AROUND * config.patch) ** 2
+        self.projector = nn.Sequential(
+            nn.Linear(numbers, config.projector), nn.GELU(), nn.Linear(config.projector, width)
+        )
+        rows, columns = (max(sizes) // config.patch for sizes in zip(config.photo, config.frame, strict=True))
+        self.rows, self.columns = nn.Embedding(rows, width), nn.Embedding(columns, width)
+        self.frames = nn.Embedding(config.frames, width)
+        for table in (self.rows, self.columns, self.frames):  # where a patch lies must not drown what it shows
+            nn.init.normal_(table.weight, std=PLACE)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Visual tokens [B, K, width], frame by frame, row by row."""
+        patch, around = self.config.patch, self.config.patch * (AROUND // 2)
+        padded = F.pad((pixels - MIDDLE) / SIZE, (around, around, around, around))
+        windows = padded.unfold(3, AROUND * patch, patch).unfold(4, AROUND * patch, patch)
+        found = self.projector(rearrange(windows, "B F c h w y x -> B F h w (c y x)"))
+        frames, rows, columns = found.shape[1:4]
+        found = found + self.frames.weight[:frames, None, None] + self.rows.weight[:rows, None]
+        return cast(Tensor, rearrange(found + self.columns.weight[:columns], "B F h w d -> B (F h w) d"))
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        """Logits [B, n, V] of words [B, n] behind what is seen."""
+        seen = Seen(self.language, self.see(pixels))
+        return seen(torch.cat((seen.ids, ids), dim=1), logits_from=seen.ids.shape[1])
+
+    def encode(self, words: Sequence[str]) -> list[int]:
+        """Ids of words."""
+        return [self.config.words.index(word) for word in words]
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Config and weights in 8 bits; `weights` in place of the model's own, such as their moving average."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(self.config), indent=1)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        save_file(to_eight_bits(weights or self.state_dict()), folder / WEIGHTS)
+
+    @classmethod
+    def load(cls, folder: Path) -> "VisionModel":
+        """The model of a folder, in fp32 and in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such model.
+            ValueError: files that hold something else.
+        """
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(f"{folder} must hold a model that sees ({CONFIG}, {WEIGHTS}), and does not")
+        try:
+            values = read_json(folder / CONFIG)
+            read: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+            model = cls(VisionConfig(**read))
+            model.load_state_dict(from_eight_bits(load_file(folder / WEIGHTS), folder / WEIGHTS))
+        except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{folder} must hold a model that sees, got {error}") from None
+        return model.eval()
+
+
+class Seen:
+    """What the sampler calls: the language model with visual tokens [B, K, width] in front.
+
+    Attributes:
+        ids: [B, K] int64: -1 - k stands for visual token k, as in `baatt.llada_v.prompt`.
+    """
+
+    def __init__(self, language: MaskedDiffusionLM, visual: Tensor) -> None:
+        self.language, self.config, self.visual = language, language.config, visual
+        self.ids = -1 - torch.arange(visual.shape[1], device=visual.device).expand(len(visual), -1)
+
+    def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Logits; arguments as `MaskedDiffusionLM.forward`."""
+        return cast(Tensor, self.language(tokens, attention_mask, embedding=self.embed, **options))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids [B, N] -> [B, N, width]."""
+        words = self.language.transformer.wte(ids.clamp(min=0))
+        places = (-1 - ids).clamp(min=0)[..., None].expand(-1, -1, words.shape[-1])
+        return torch.where((ids < 0)[..., None], self.visual.gather(1, places), words)

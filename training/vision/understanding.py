@@ -1,0 +1,156 @@
+"""Trains the small model of `baatt.lab.vision` to answer questions about photos and clips with signs planted in them.
+
+In: the files of `media.py`; what it holds out is only measured on. Out: as `running.py` writes it, and the held-out
+pixels beside the model. Every batch has about as many tokens as any other, photos or clips of one length, and every
+sequence asks several questions, the same tasks in the same order, so that nothing is padded. One GPU.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from running import Losses, Run, add_arguments, go_on
+from torch import Tensor
+
+from baatt.lab.vision.media import Clip, read, view
+from baatt.lab.vision.model import VisionConfig, VisionModel
+from baatt.lab.vision.planting import paint
+from baatt.lab.vision.scenes import ANSWER_WORDS, CLIP_TASKS, PHOTO_TASKS, Sign, ask, plant_clip, plant_photo
+
+#: Frames of a clip, 0 for a photo, and how often batches of it come. Short clips teach to read at little cost.
+LENGTHS = {0: 0.4, 4: 0.1, 8: 0.1, 16: 0.1, 24: 0.1, 48: 0.1, 72: 0.1}
+#: Questions of a sequence; of them this share is told one of the two words of the answer, as when the sampler has
+#: filled one.
+QUESTIONS, TOLD = 8, 0.2
+#: Sequences of a batch that measures, and how many such batches of each length.
+MEASURED, BATCHES = 8, 4
+Scenes = Sequence[Sequence[Sign]]
+
+
+class Batch:
+    """pixels [B, F, 3, rows, columns]; ids [B, n] of questions and true answers; tasks: of each question, and where its
+    answer begins among the ids."""
+
+    def __init__(
+        self, model: VisionModel, pixels: Tensor, scenes: Scenes, tasks: Sequence[str], draw: random.Random
+    ) -> None:
+        asked = [[ask(task, signs, draw) for task in tasks] for signs in scenes]
+        words = [[(*one.words, *one.answer) for one in row] for row in asked]
+        self.pixels, self.tasks = pixels, tasks
+        self.ids = torch.tensor([model.encode([*chain(*row)]) for row in words]).to(pixels.device)
+        ends = torch.tensor([len(one) for one in words[0]]).cumsum(0)
+        self.places = ((ends - ANSWER_WORDS)[:, None] + torch.arange(ANSWER_WORDS)).to(pixels.device)
+
+    def hidden(self, told: float) -> Tensor:
+        """Which words of the answers are masked, [B, questions, 2]: both, of a share of the answers only one."""
+        shape = (len(self.ids), len(self.tasks))
+        one, first = (torch.rand(shape, device=self.ids.device) < share for share in (told, 0.5))
+        return torch.stack((~one | first, ~one | ~first), dim=-1)
+
+
+class Pictures:
+    """Draws batches from clips, panoramas and photos on the device."""
+
+    def __init__(self, clips: Sequence[Clip], model: VisionModel, tokens: int, seed: int, device: torch.device) -> None:
+        self.model, self.tokens, self.device = model, tokens, device
+        self.clips = [clip._replace(frames=clip.frames.to(device)) for clip in clips]
+        self.moving = [clip for clip in self.clips if clip.is_panorama or len(clip.frames) > 1]
+        self.draw = random.Random(seed)
+        lengths = {frames: share for frames, share in LENGTHS.items() if frames <= model.config.frames}
+        self.lengths, self.shares = list(lengths), list(lengths.values())
+
+    def batch(self, frames: int | None = None, count: int | None = None, *, plain: bool = False) -> Batch:
+        """Photos or clips of one length. plain: as they are, else lighter or darker and in other colours."""
+        config, draw = self.model.config, self.draw
+        frames = draw.choices(self.lengths, self.shares)[0] if frames is None else frames
+        count = count or max(1, self.tokens // config.tokens(frames))
+        size = config.frame if frames else config.photo
+        chosen = draw.choices(self.moving if frames else self.clips, k=count)
+        pixels = torch.stack([view(clip, max(1, frames), size, draw) for clip in chosen])
+        if not plain:
+            pixels = self.recoloured(pixels)
+        scenes = [plant_clip(draw, frames) if frames else plant_photo(draw) for _ in range(count)]
+        tasks = [*(CLIP_TASKS if frames else PHOTO_TASKS)]
+        tasks = draw.sample(tasks * QUESTIONS, QUESTIONS)
+        return Batch(self.model, paint(pixels, scenes, draw), scenes, tasks, draw)
+
+    def recoloured(self, pixels: Tensor) -> Tensor:
+        """Every picture lighter or darker, each of its colours by itself, and some with colours exchanged."""
+        gain = 0.5 + torch.rand(len(pixels), 1, 3, 1, 1, device=self.device)
+        if self.draw.random() < 0.3:
+            pixels = pixels[:, :, self.draw.sample(range(3), 3)]
+        return (pixels * gain).clamp(0, 1)
+
+
+def measure(model: VisionModel, batch: Batch, told: float) -> Losses:
+    """Mean cross-entropy of the masked words; of answers all of which is masked the share that is right, by task."""
+    masked, answers, ids = batch.hidden(told), batch.ids[:, batch.places], batch.ids.clone()
+    ids[:, batch.places] = answers.masked_fill(masked, model.config.language.mask_token_id)
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        logits = model(batch.pixels, ids)[:, batch.places].float()
+    losses = F.cross_entropy(rearrange(logits, "B q w V -> (B q w) V"), answers.flatten(), reduction="none")
+    loss = (losses * masked.flatten()).sum() / masked.sum()
+    whole = masked.all(dim=-1)
+    right = ((logits.argmax(dim=-1) == answers).all(dim=-1) & whole).sum(dim=0) / whole.sum(dim=0).clamp(min=1)
+    found: dict[str, list[Tensor]] = {}
+    for task, share in zip(batch.tasks, right, strict=True):
+        found.setdefault(task, []).append(share)
+    return loss, {task: torch.stack(shares).mean() for task, shares in found.items()}
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """A piece of the run."""
+    began, device = time.monotonic(), torch.device(arguments.device)
+    torch.set_float32_matmul_precision("high")
+    for folder in {arguments.out, arguments.copy or arguments.out}:
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        shutil.copy(arguments.media / "heldout.safetensors", folder / "model")
+    asked = read(arguments.media / "heldout.safetensors")
+    names = {clip.name for clip in asked}
+    clips = [clip for part in ("media", "photos") for clip in read(arguments.media / f"{part}.safetensors")]
+    torch.manual_seed(arguments.seed)
+    config = VisionConfig(**{name: tuple(value) if isinstance(value, list) else value
+                             for name, value in json.loads(arguments.config).items()})  # fmt: skip
+    run = Run(arguments, VisionModel(config), device)
+    seed = arguments.seed + run.progress["step"]
+    torch.manual_seed(seed)
+    seen = [clip for clip in clips if clip.name not in names]
+    pictures = Pictures(seen, run.model, arguments.batch_tokens, seed, device)
+    if arguments.compile:
+        for block in run.model.language.transformer.blocks:
+            block.compile(dynamic=True)
+
+    def held_out() -> dict[str, float]:
+        """The share of questions answered right, on the same ones every time."""
+        others = Pictures(asked, run.model, arguments.batch_tokens, 0, device)
+        found: dict[str, list[float]] = {}
+        with run.averaged() as model:
+            for frames in others.lengths * BATCHES:
+                _, right = measure(model, others.batch(frames, MEASURED, plain=True), 0)
+                for task, share in right.items():
+                    found.setdefault(f"{task} {frames}" if frames else task, []).append(float(share))
+        return {task: sum(shares) / len(shares) for task, shares in found.items()}
+
+    go_on(run, began, lambda: measure(run.model, pictures.batch(), TOLD), held_out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--media", type=Path, default=Path("training/data"), help="folder of the files of media.py")
+    parser.add_argument("--config", default="{}", help="fields of VisionConfig as JSON, for another size")
+    add_arguments(parser, "understanding")
+    parser.set_defaults(learning_rate=1e-3)
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
