@@ -27,9 +27,14 @@ from baatt.lab.vision.scenes import ANSWER_WORDS, CLIP_TASKS, PHOTO_TASKS, Sign,
 
 #: Frames of a clip, 0 for a photo, and how often batches of it come. Short clips teach to read at little cost.
 LENGTHS = {0: 0.4, 4: 0.1, 8: 0.1, 16: 0.1, 24: 0.1, 48: 0.1, 72: 0.1}
+#: Frames of the longest clips in the beginning.
+SHORT = 8
 #: Questions of a sequence; of them this share is told one of the two words of the answer, as when the sampler has
 #: filled one.
 QUESTIONS, TOLD = 8, 0.2
+#: How often a scene has one or two signs only, in the beginning and from a third of the run on. Without them nothing is
+#: learnt for long: tiny models stood still for as many steps as they now need to learn.
+EASY = (0.7, 0.1)
 #: Sequences of a batch that measures, and how many such batches of each length.
 MEASURED, BATCHES = 8, 4
 Scenes = Sequence[Sequence[Sign]]
@@ -64,20 +69,25 @@ class Pictures:
         self.clips = [clip._replace(frames=clip.frames.to(device)) for clip in clips]
         self.moving = [clip for clip in self.clips if clip.is_panorama or len(clip.frames) > 1]
         self.draw = random.Random(seed)
-        lengths = {frames: share for frames, share in LENGTHS.items() if frames <= model.config.frames}
-        self.lengths, self.shares = list(lengths), list(lengths.values())
+        self.lengths = [frames for frames in LENGTHS if frames <= model.config.frames]
+        #: Of the whole run, from 0 to 1.
+        self.progress = 0.0
 
     def batch(self, frames: int | None = None, count: int | None = None, *, plain: bool = False) -> Batch:
-        """Photos or clips of one length. plain: as they are, else lighter or darker and in other colours."""
-        config, draw = self.model.config, self.draw
-        frames = draw.choices(self.lengths, self.shares)[0] if frames is None else frames
+        """Photos or clips of one length. plain: as they are, else lighter or darker, in other colours, some with few
+        signs."""
+        config, draw, grown = self.model.config, self.draw, min(1.0, 3 * self.progress)
+        if frames is None:  # clips grow too
+            lengths = [one for one in self.lengths if one <= SHORT + grown * config.frames]
+            frames = draw.choices(lengths, [LENGTHS[one] for one in lengths])[0]
         count = count or max(1, self.tokens // config.tokens(frames))
         size = config.frame if frames else config.photo
         chosen = draw.choices(self.moving if frames else self.clips, k=count)
         pixels = torch.stack([view(clip, max(1, frames), size, draw) for clip in chosen])
         if not plain:
             pixels = self.recoloured(pixels)
-        scenes = [plant_clip(draw, frames) if frames else plant_photo(draw) for _ in range(count)]
+        easy = [not plain and draw.random() < EASY[0] + grown * (EASY[1] - EASY[0]) for _ in range(count)]
+        scenes = [plant_clip(draw, frames, easy=one) if frames else plant_photo(draw, easy=one) for one in easy]
         tasks = [*(CLIP_TASKS if frames else PHOTO_TASKS)]
         tasks = draw.sample(tasks * QUESTIONS, QUESTIONS)
         return Batch(self.model, paint(pixels, scenes, draw), scenes, tasks, draw)
@@ -139,7 +149,11 @@ def train(arguments: argparse.Namespace) -> None:
                     found.setdefault(f"{task} {frames}" if frames else task, []).append(float(share))
         return {task: sum(shares) / len(shares) for task, shares in found.items()}
 
-    go_on(run, began, lambda: measure(run.model, pictures.batch(), TOLD), held_out)
+    def losses() -> Losses:
+        pictures.progress = run.progress["seconds"] / arguments.total_seconds
+        return measure(run.model, pictures.batch(), TOLD)
+
+    go_on(run, began, losses, held_out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -43,30 +43,32 @@ class Question(NamedTuple):
     answer: tuple[str, ...]
 
 
-def plant_photo(random: Random) -> list[Sign]:
-    """One to five signs of one colour, then two to five others that have their colours alone; no number comes twice."""
-    colours, crowd = random.sample(list(COLOURS), 1 + random.randint(2, OTHERS)), random.randint(1, MOST)
-    painted = colours[:1] * crowd + colours[1:]
-    numbers, rows_columns = (
-        random.sample(range(10), len(painted)),
-        random.sample(range(CELLS[0] * CELLS[1]), len(painted)),
-    )
+def plant_photo(random: Random, *, easy: bool = False) -> list[Sign]:
+    """One to five signs of one colour, then two to five others that have their colours alone; no number comes twice.
+    easy: one or two signs, from which a model begins to learn."""
+    painted = _colours(random, 1 if easy else MOST, (0, 1) if easy else (2, OTHERS))
+    numbers, cells = random.sample(range(10), len(painted)), random.sample(range(CELLS[0] * CELLS[1]), len(painted))
     return [
         Sign(colour, random.choice(SHAPES), number, divmod(cell, CELLS[1]))
-        for colour, number, cell in zip(painted, numbers, rows_columns, strict=True)
+        for colour, number, cell in zip(painted, numbers, cells, strict=True)
     ]
 
 
-def plant_clip(random: Random, frames: int) -> list[Sign]:
-    """One colour that is shown up to five times, then up to four that are shown once; no frame has two signs."""
-    crowd = random.randint(1, min(MOST, frames // 2))
-    colours = random.sample(list(COLOURS), 1 + min(OTHERS - 1, frames - crowd))
-    painted = colours[:1] * crowd + colours[1:]
-    places = random.sample(range(frames), len(painted))
+def plant_clip(random: Random, frames: int, *, easy: bool = False) -> list[Sign]:
+    """One colour that is shown up to five times, then two to four that are shown once; no frame has two signs. A clip
+    of few frames has fewer. easy: as in a photo."""
+    painted = _colours(random, 1 if easy else min(MOST, frames - 2), (0, 1) if easy else (2, min(OTHERS - 1, frames)))
+    painted = painted[:frames]
     return [
         Sign(colour, random.choice(SHAPES), random.randrange(10), frame=frame)
-        for colour, frame in zip(painted, places, strict=True)
+        for colour, frame in zip(painted, random.sample(range(frames), len(painted)), strict=True)
     ]
+
+
+def _colours(random: Random, most: int, others: tuple[int, int]) -> list[str]:
+    """A colour up to so many times, then between so many others once."""
+    colours = random.sample(list(COLOURS), 1 + random.randint(*others))
+    return colours[:1] * random.randint(1, most) + colours[1:]
 
 
 def ask(task: str, signs: Sequence[Sign], random: Random) -> Question:
@@ -78,7 +80,8 @@ def ask(task: str, signs: Sequence[Sign], random: Random) -> Question:
 
 def _alone(signs: Sequence[Sign], random: Random) -> Sign:
     """A sign that has its colour alone."""
-    return random.choice([one for one in signs if one.colour != signs[0].colour])
+    colours = [one.colour for one in signs]
+    return random.choice([one for one in signs if colours.count(one.colour) == 1])
 
 
 def _some_colour(signs: Sequence[Sign], random: Random) -> tuple[str, str]:
@@ -139,7 +142,7 @@ TASKS = PHOTO_TASKS | CLIP_TASKS
 def _every_word() -> tuple[str, ...]:
     """The vocabulary: of the templates, and of what is put into them."""
     sign = Sign("red", "disc", 0)
-    texts = [part for task in TASKS.values() for part in task([sign, sign._replace(colour="blue")], Random(0))]
+    texts = [part for task in TASKS.values() for part in task([sign], Random(0))]
     words = {word for text in texts for word in text.split()}
     return (MASK, END, *sorted(words | {*COLOURS, *map(str, range(10)), *THIRDS[0], *THIRDS[1]}))
 
