@@ -1,11 +1,14 @@
-"""Two ranks for a test, as torchrun makes them but without it: forked, so that no rank imports torch again.
+"""Processes of a test that do not import torch again, which takes seconds: ranks as torchrun makes them, and new ones.
 
-With a GPU they are started anew, since CUDA does not survive a fork.
+Ranks are forked from the test itself, with a GPU started anew, since CUDA does not survive a fork. New processes are
+forked from one that has imported torch and nothing else.
 """
 
+import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +36,39 @@ def run_script(script: str, *arguments: str, folder: Path) -> tuple[str, str]:
         files = sorted(Path(written).iterdir())
         out, err = ("".join(file.read_text() for file in files if file.suffix == end) for end in (".out", ".err"))
     return out, err
+
+
+def run_code(
+    code: str, *arguments: str, folder: Path | None = None, timeout: float = 240, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -c code arguments` in a folder with these environment variables, torch being there already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    with TemporaryDirectory() as written:
+        asked = Path(written), code, arguments, folder or Path.cwd(), variables
+        process = context.Process(target=_run_code, args=asked, daemon=False)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(code, timeout)
+        said = [(Path(written) / name).read_text() for name in ("out", "err")]
+    return subprocess.CompletedProcess(code, process.exitcode, *said)
+
+
+def run_module(name: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m name arguments`, with the options of `run_code`."""
+    code = f"import runpy; runpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+    return run_code(code, *arguments, **options)
+
+
+def _run_code(written: Path, code: str, arguments: tuple[str, ...], folder: Path, variables: dict[str, str]) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(written / name, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ |= variables
+    os.chdir(folder)
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 def _run_script(rank: int, port: int, written: Path, folder: Path, command: list[str]) -> None:

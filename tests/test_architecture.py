@@ -7,12 +7,11 @@ type checking only.
 import ast
 import functools
 import graphlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import baatt
+from tests.processes import run_code
 
 PACKAGE = Path(baatt.__file__).parent
 FILES = {
@@ -137,7 +136,8 @@ def test_importing_is_light_and_does_nothing():
         "from baatt.kernels import cpu_native; assert cpu_native._library.cache_info().currsize == 0; "
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    run = run_code(code)
+    assert run.returncode == 0, run.stderr
     assert not HEAVY & set(run.stdout.split())
 
 

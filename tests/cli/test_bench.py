@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from baatt.cli import bench
 from baatt.cli.main import main
 from baatt.lab.bench import benchmarks, timing
 from baatt.lab.bench.benchmarks import REPORT
+from tests.processes import run_code
 
 TINY = ["bench", "--device", "cpu", "--shape", "1x2x300x16", "--block-size", "16", "--segment", "64"]
 FIELDS = (
@@ -174,6 +173,6 @@ def test_runs_without_the_packages_of_other_verbs() -> None:
     quick = "timing.ENOUGH_MS = 0.0; timing.MATRIX_SIZES['cpu'] = (128,); timing.COPY_BYTES['cpu'] = 2**20"
     code = f"import sys; {absent}; from baatt.lab.bench import timing; {quick}"
     code += f"; from baatt.cli.main import main; sys.exit(main({call}))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = run_code(code)
     assert run.returncode == 0, run.stderr
     assert "speed-up over dense" in run.stdout

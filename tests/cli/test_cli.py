@@ -5,7 +5,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from baatt.integrations.handle import NoSparseAttentionWarning
 from baatt.lab.ruler.tasks import OFFLINE_TASKS, draw_samples, is_asked
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
+from tests.processes import run_module
 
 SHORT = ["--gen-length", "8", "--block-length", "8", "--steps", "4"]
 
@@ -170,8 +170,9 @@ def test_gpu_kernels_are_refused_with_the_reason(capsys: pytest.CaptureFixture[s
 
 
 def test_a_warning_is_one_line_without_code(tmp_path: Path) -> None:
-    short = [sys.executable, "-m", "baatt", "generate", "--prompt", EXAMPLE, *SHORT, "--sparsity", "0.1"]
-    told = subprocess.run(short, capture_output=True, text=True, check=True, cwd=tmp_path).stderr.splitlines()
+    run = run_module("baatt", "generate", "--prompt", EXAMPLE, *SHORT, "--sparsity", "0.1", folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    told = run.stderr.splitlines()
     assert re.match("baatt: MaskedDiffusionLM ran without a single sparse attention call: the budget keeps", told[0])
     assert len(told) == 2  # and the time
 

@@ -1,9 +1,9 @@
 """What importing the adapters needs and leaves behind, in one new process: no library, no registered name."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
+
+from tests.processes import run_code
 
 WITHOUT_LIBRARIES = """
 import sys, torch, baatt
@@ -34,5 +34,5 @@ def test_importing_needs_no_library_and_registers_nothing():
     there = importlib.util.find_spec("transformers") is not None
     code = WITHOUT_LIBRARIES + (NOTHING_REGISTERED if there else "")
     root = Path(__file__).parents[2]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    run = run_code(code, folder=root)
     assert run.returncode == 0, run.stderr

@@ -3,8 +3,6 @@
 import inspect
 import logging
 import math
-import platform
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +14,7 @@ from baatt.stages import sparse
 from baatt.stages.sorting import by_norm
 from baatt.types import BlockSelection
 from tests.budget import assert_within_budget, eager_dtype
+from tests.processes import run_code
 from tests.settings import sorted_config
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -36,13 +35,6 @@ def way(request, monkeypatch):
     elif cpu_native.library() is None:
         pytest.skip("no C compiler on this machine")
     return request.param
-
-
-@pytest.fixture
-def fresh_library():
-    cpu_native._library.cache_clear()
-    yield
-    cpu_native._library.cache_clear()
 
 
 def random_case(shape, block_size, dtype, seed=0, spread=1.0):
@@ -93,15 +85,8 @@ def test_sparse_attention_is_its_twin(way, shape, block_size, dtype):
     assert_twins(random_case(shape, block_size, dtype), block_size, scale=shape[-1] ** -0.5)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
-@pytest.mark.parametrize("machine", ["x86-64", "haswell"])
-@pytest.mark.usefixtures("fresh_library", "poisoned_memory")
-def test_narrower_vectors_are_its_twin_too(machine, monkeypatch):
-    """Vectors of 4 and 8 lanes, which this machine may not choose by itself."""
-    if cpu_native.find_compiler() is None or "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("needs a C compiler and AVX2")
-    monkeypatch.setattr(cpu_native, "CPU_FLAGS", ((f"-march={machine}",),))
-    assert cpu_native.library() is not None
+@pytest.mark.usefixtures("narrower_vectors", "poisoned_memory")
+def test_narrower_vectors_are_its_twin_too():
     for block_size in (16, 128):
         for shape in SHAPES:
             assert_twins(random_case(shape, block_size, torch.float32), block_size, scale=shape[-1] ** -0.5)
@@ -221,13 +206,8 @@ print((high_water()[0] - before) / (q.nbytes + k.nbytes + v.nbytes))
 @pytest.mark.parametrize("preset", ["default", pytest.param("paper", marks=pytest.mark.slow)])
 def test_extra_memory_is_at_most_one_and_a_half_times_the_inputs(preset, dtype):
     """Output included; the resident set of a fresh process: nothing escapes it, and what malloc keeps counts too."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEMORY.format(preset=preset, dtype=dtype)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    run = run_code(MEMORY.format(preset=preset, dtype=dtype))
+    assert run.returncode == 0, run.stderr
     assert float(run.stdout) < 1.5
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import platform
 
 import pytest
 import torch
@@ -217,23 +216,14 @@ def test_strided_inputs_and_slabs_of_rows_are_the_same():
     assert torch.equal(cpu_scores.compare_clusters(slab, sides[1], config(), 0.2), expected[2][:, :, 3:7])
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
-@pytest.mark.parametrize("machine", ["x86-64", "haswell"])
-def test_narrower_vectors_are_twins_too(machine, monkeypatch):
-    """Vectors of 4 and 8 lanes, which this machine may not choose by itself."""
-    if "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("needs AVX2")
-    monkeypatch.setattr(cpu_native, "CPU_FLAGS", ((f"-march={machine}",),))
-    cpu_native._library.cache_clear()
-    try:
-        for shape in SHAPES:
-            sides = random_case(shape, torch.float32)
-            summaries = [assert_same_clusters(x, order, config(representatives=5)) for x, order in sides]
-            assert_scores(cpu_scores.compare_clusters, clusters.compare, summaries, config())
-            stats = [BlockStats(*pooling.pool_blocks(x, order, 16)) for x, order in sides]
-            assert_scores(cpu_scores.compare_covariance, covariance.compare, stats, config())
-    finally:
-        cpu_native._library.cache_clear()
+@pytest.mark.usefixtures("narrower_vectors")
+def test_narrower_vectors_are_twins_too():
+    for shape in SHAPES:
+        sides = random_case(shape, torch.float32)
+        summaries = [assert_same_clusters(x, order, config(representatives=5)) for x, order in sides]
+        assert_scores(cpu_scores.compare_clusters, clusters.compare, summaries, config())
+        stats = [BlockStats(*pooling.pool_blocks(x, order, 16)) for x, order in sides]
+        assert_scores(cpu_scores.compare_covariance, covariance.compare, stats, config())
 
 
 @pytest.mark.parametrize("score", ["clusters", "covariance", "mean"])

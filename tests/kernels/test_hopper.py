@@ -2,10 +2,7 @@
 
 import importlib.util
 import itertools
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from baatt.kernels import hopper
 from baatt.stages.selection import select_blocks
 from baatt.stages.structure import look_back
 from baatt.types import BlockSelection
+from tests.processes import run_code
 from tests.test_causal import NAMES, structures
 
 SCRIPT = """
@@ -77,10 +75,8 @@ OTHERS = [
 def test_compiles_as_designed(kinds, tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", SCRIPT, *(",".join(map(str, kind)) for kind in kinds)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    asked = [",".join(map(str, kind)) for kind in kinds]
+    run = run_code(SCRIPT, *asked, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr[-2000:]
     for kind, printed in zip(kinds, run.stdout.split("<compiled>")[1:], strict=True):
         check_compiled(printed, tiles=kind[3])

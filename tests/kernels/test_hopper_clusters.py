@@ -1,14 +1,12 @@
 """The Gluon kernels of clusters compile for sm_90a without a GPU: no spills, products that run beside other work."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from baatt.kernels import hopper_shares_kernel
+from tests.processes import run_code
 
 SCRIPT = """
 import re
@@ -68,10 +66,7 @@ def innermost_loops(code):
 def test_compiles_as_designed(channels, tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", SCRIPT, str(channels)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = run_code(SCRIPT, str(channels), TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr[-2000:]
     parts = [part.split(maxsplit=3) for part in run.stdout.split("<compiled> ")[1:]]
     assert [part[0] for part in parts] == ["centre_kernel", "refine_kernel", "share_kernel", "share_kernel"]

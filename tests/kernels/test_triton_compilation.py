@@ -5,11 +5,10 @@ caught on their way to a device and compiled instead.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.processes import run_code
 
 SCRIPT = """
 import os
@@ -132,9 +131,7 @@ OLDER = ["cuda,80,32,163", "cuda,86,32,99"]
 def test_every_launch_compiles(targets, tmp_path):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", SCRIPT, *(f"{target},{case}" for target, case in targets.items())]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    asked = [f"{target},{case}" for target, case in targets.items()]
+    run = run_code(SCRIPT, *asked, timeout=900, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.splitlines() == [f"{target.split(',')[1]} {' '.join(KERNELS)}" for target in targets]

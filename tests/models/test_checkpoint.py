@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from torch import Tensor
 from baatt.models import MaskedDiffusionLM, ModelConfig, load_tokenizer
 from baatt.models.rope import ntk_base
 from tests.models.test_config import REAL
+from tests.processes import run_code
 
 CONFIG = {
     **REAL,
@@ -249,8 +248,8 @@ def test_memory_is_about_that_of_the_weights(tmp_path: Path, dtype: str) -> None
     model.save_pretrained(tmp_path / "big", max_shard_bytes=64 * 2**20)
     stored = sum(file.stat().st_size for file in (tmp_path / "big").glob("*.safetensors")) / 2**20
     warm = write_folder(tmp_path / "warm")
-    arguments = [sys.executable, "-c", MEASURE, str(warm), str(tmp_path / "big"), dtype]
-    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=240)
+    run = run_code(MEASURE, str(warm), str(tmp_path / "big"), dtype)
+    assert run.returncode == 0, run.stderr
     peak = float(run.stdout)
     assert 230 < stored < 250
     weights = stored * (2 if dtype == "float32" else 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.lm_eval.harness import INSTALLED, tiny_folder
+from tests.processes import run_module
 
 needs_harness = pytest.mark.skipif(not INSTALLED, reason="needs lm-evaluation-harness (the extra lm-eval)")
 
@@ -97,6 +98,6 @@ def test_an_unknown_argument_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(INSTALLED, reason="lm-evaluation-harness is installed")
 def test_the_missing_extra_is_named(tmp_path: Path) -> None:
-    done = run(tmp_path, "--help")
+    done = run_module("baatt.lab.lm_eval", "--help", folder=tmp_path)
     assert done.returncode != 0
     assert "pip install 'baatt[lm-eval]'" in done.stderr
