@@ -277,6 +277,8 @@ def peers_table(record: Record) -> str:
         f"TFLOP/s of kept pairs, the same random lists for all: B {batch}, H {heads}, {chosen[0]['dtype']}, in turns, "
         f"peak {peak:.0f} TFLOP/s; then ours over dense attention." + "".join(f" Refused: {one}." for one in refused)
     )
+    alone = dict.fromkeys(one.split(":")[0] for row in chosen for one in row.get("without_graph", ()))
+    caption += f" Timed without a CUDA graph: {', '.join(f'`{name}`' for name in alone)}." if alone else ""
     header = ("length", "sparsity", "D", f"baatt, `{chosen[0]['impl']}`", *(f"`{name}`" for name in peers))
     return block(record, (*header, *(f"over {name}" for name in dense)), rows, caption)
 

@@ -19,6 +19,7 @@ import fidelity_tables
 import frontier
 import fuzz
 import gpu_bars
+import kernel_profile
 import lm_eval_decoder
 import oracle_mass
 import real_weights_tables
@@ -58,10 +59,7 @@ class Case(NamedTuple):
 
 
 #: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING: frozenset[str] = frozenset({
-    "gpu_choosers_h200.json", "gpu_peers_h200.json", "kernel_profile_h200.txt",
-    "sanitizer_racecheck.txt", "sanitizer_initcheck.txt", "sanitizer_synccheck.txt",
-})  # fmt: skip
+PENDING: frozenset[str] = frozenset({"gpu_choosers_h200.json"})
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
@@ -111,7 +109,7 @@ CASES: dict[str, Case] = {
     "end_to_end": Case(
         "whole models in their published sizes on a GPU, dense and sparse: passes, prompts, answers, denoising steps",
         "python benchmarks/end_to_end.py --json FILE",
-        ("end_to_end_h200.json",),
+        ("end_to_end_h200.json", "end_to_end_more_h200.json"),
         {"end_to_end": end_to_end.table},
     ),
     "gpu_sweep": Case(
@@ -122,13 +120,14 @@ CASES: dict[str, Case] = {
     "gpu_peers": Case(
         "the attention kernel on a GPU beside the block-sparse attention of other libraries",
         "baatt bench --what kernel --against fa4,fa4-dense,cudnn-bsa,cudnn --shape SHAPES --json FILE",
-        ("gpu_peers_h200.json",),
+        ("gpu_peers_h200.json", "gpu_peers_flashinfer_h200.json"),
         {"gpu_peers": gpu_bars.peers_table},
     ),
     "kernel_profile": Case(
-        "the kernels under the counters of Nsight Compute: what it printed",
+        "the kernels under the counters of Nsight Compute: its main numbers, and what it printed",
         "python benchmarks/kernel_profile.py --out FILE",
-        ("kernel_profile_h200.txt",),
+        ("kernel_profile_h200.json", "kernel_profile_h200.txt"),
+        {"kernel_profile": Block(kernel_profile.table, ("kernel_profile_h200.json",))},
     ),
     "gpu_choosers": Case(
         "the whole operator on a GPU beside XAttention's choice of blocks and other libraries' attention over it",
@@ -145,7 +144,7 @@ CASES: dict[str, Case] = {
     "fuzz": Case(
         "random calls of the GPU implementations against attention in float64 over the same plan",
         "python benchmarks/fuzz.py --device cuda --impl triton hopper --count 10000 --processes 15 --json FILE",
-        ("fuzz_h200.json",),
+        ("fuzz_h200.json", "fuzz_more_h200.json"),
         {"fuzz": fuzz.table},
     ),
     "sanitizer": Case(
