@@ -337,7 +337,8 @@ def table(record: Record) -> str:
     caption = (
         "Cases that ran and were compared with float64 attention over the same plan; those that differ; those that the "
         "implementation refuses by its requirements; share of the kept block pairs that the reference keeps too, which "
-        f"runs on the processor and rounds scores that are nearly equal its own way. Seed {', '.join(map(str, sorted(seeds)))}."
+        "runs on the processor and rounds scores that are nearly equal its own way. "
+        f"Seed {', '.join(map(str, sorted(seeds)))}."
     )
     header = ("implementation", "cases", "wrong", "refused", "same pairs")
     return block(record, header, rows, caption)
