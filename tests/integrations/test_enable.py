@@ -1,6 +1,7 @@
 """`baatt.enable` on our own model: exactness, counts, policies, refusals, and that nothing is left behind."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -256,6 +257,7 @@ def test_a_permutation_before_the_blocks_changes_nothing_when_all_are_kept(model
 @pytest.mark.parametrize("when", ["inside", pytest.param("before", marks=pytest.mark.slow)])
 def test_a_compiled_graph_counts_and_follows_steps(model, tokens, when):
     torch._dynamo.reset()
+    model = MaskedDiffusionLM(dataclasses.replace(model.config, n_layers=1)).eval()  # dynamo's time goes with it
     expected = run(model, tokens)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     if when == "before":
@@ -265,7 +267,7 @@ def test_a_compiled_graph_counts_and_follows_steps(model, tokens, when):
             handle.at_step(step, 4)
             torch.testing.assert_close(run(compiled, tokens), expected)
     torch.testing.assert_close(run(compiled, tokens), expected)
-    assert (handle.sparse_calls, handle.dense_calls) == (6, 6)
+    assert (handle.sparse_calls, handle.dense_calls) == (2, 2)
 
 
 def test_cached_steps_leave_the_step_as_it_is(model):

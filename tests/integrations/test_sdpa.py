@@ -390,7 +390,7 @@ def test_in_a_compiled_graph(real, when, dynamic):
     expected, causal = [net(x, mask) for mask in asked], net(x, causal=True)
     compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     if when == "before":
-        for mask in asked:
+        for mask in asked[:2]:
             compiled(x, mask)
     with sparse_sdpa(ALL_BLOCKS, policy=Policy(dense_steps=0.5)) as handle:
         for step in range(2):
