@@ -26,9 +26,7 @@ from baatt.lab.vision.scenes import (
 )
 from baatt.sampling import SampleResult
 
-CONFIG = VisionConfig(
-    photo=(24, 36), frame=(8, 12), patch=4, frames=12, projector=16, width=32, heads=2, layers=2, hidden=32
-)
+CONFIG = VisionConfig(photo=(48, 72), frame=(16, 24), frames=12, tower=16, width=32, heads=2, layers=2, hidden=32)
 
 
 def scene(task, random):
@@ -59,7 +57,8 @@ def test_answers_follow_from_the_signs(task):
             ],
             "photo_count": lambda mine=mine: [str(len(mine))],
             "clip_when": lambda mine=mine: [f"{one.frame:02}"[0] + " " + f"{one.frame:02}"[1] for one in mine],
-            "clip_what": lambda n=numbers, signs=signs: [str(one.number) for one in signs if one.frame == n],
+            "clip_number": lambda n=numbers, signs=signs: [str(one.number) for one in signs if one.frame == n],
+            "clip_colour": lambda n=numbers, signs=signs: [one.colour for one in signs if one.frame == n],
             "clip_often": lambda mine=mine: [str(len(mine))],
         }[task]()
         assert [told] == expected
@@ -137,20 +136,23 @@ def test_files_of_clips_are_refused_by_what_they_lack(tmp_path):
         media.read(tmp_path / "other.safetensors")
 
 
-def test_a_token_sees_the_patches_around_it_and_knows_its_place():
+def test_a_token_sees_what_is_around_it_and_knows_its_place():
     torch.manual_seed(0)
-    model, pixels = VisionModel(CONFIG), torch.rand(1, 3, 3, 8, 12)
+    model, pixels = VisionModel(CONFIG), torch.rand(1, 3, 3, 16, 24)
     before, changed = model.see(pixels), pixels.clone()
-    changed[0, 1, :, 4:8, 8:12] += 0.1
-    differ = (model.see(changed) - before).abs().amax(dim=-1)[0] > 1e-6
-    assert differ.nonzero().flatten().tolist() == [6 + place for place in (1, 2, 4, 5)]
-    same = model.see(torch.zeros(1, 1, 3, 24, 36))[0]
+    changed[0, 1, :, 8:, :4] += 0.5
+    differ = (model.see(changed) - before).abs().amax(dim=-1)[0]
+    assert differ.argmax() == 6 + 3
+    assert {token // 6 for token in (differ > 1e-6).nonzero().flatten().tolist()} == {1}
+    same = model.see(torch.zeros(1, 1, 3, 48, 72))[0]
     assert torch.cdist(same, same).add(torch.eye(54) * 99).min() > 1e-3
+    seen = model.tower(torch.rand(4, 3, 48, 72))
+    assert 0.1 < seen.std(dim=(0, 2, 3)).mean() < 3  # neither lost nor blown up on the way
 
 
 def test_what_is_seen_stands_in_front_of_the_words():
     torch.manual_seed(0)
-    model, pixels, ids = VisionModel(CONFIG).eval(), torch.rand(2, 1, 3, 24, 36), torch.randint(len(WORDS), (2, 5))
+    model, pixels, ids = VisionModel(CONFIG).eval(), torch.rand(2, 1, 3, 48, 72), torch.randint(len(WORDS), (2, 5))
     visual = model.see(pixels)
     whole = torch.cat((visual, model.language.transformer.wte(ids)), dim=1)
     expected = model.language(torch.zeros(whole.shape[:2], dtype=torch.int64), embedding=lambda _: whole)[:, -5:]
@@ -171,7 +173,7 @@ def test_folders_of_the_model(tmp_path):
     (tmp_path / "kept" / WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(ValueError, match="must hold a model that sees, got"):
         VisionModel.load(tmp_path / "kept")
-    with pytest.raises(ValueError, match=r"photo must be multiples of patch=8, got \(25, 36\)"):
+    with pytest.raises(ValueError, match=r"photo must be multiples of 8, got \(25, 36\)"):
         VisionConfig(photo=(25, 36))
 
 

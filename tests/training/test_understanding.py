@@ -19,8 +19,7 @@ from baatt.lab.vision.model import VisionConfig, VisionModel
 from baatt.lab.vision.scenes import END
 
 CONFIG = {
-    "photo": [24, 36], "frame": [8, 12], "patch": 4, "frames": 8, "projector": 16, "width": 32, "heads": 2, "layers": 2,
-    "hidden": 32,
+    "photo": [48, 72], "frame": [16, 24], "frames": 8, "tower": 16, "width": 32, "heads": 2, "layers": 2, "hidden": 32,
 }  # fmt: skip
 
 
@@ -47,7 +46,7 @@ def test_a_run_goes_on(trained):
     told = json.loads((trained / "run/training.json").read_text())
     assert told["step"] == 2
     assert {"photo_number", "photo_colour", "photo_position", "photo_count"} <= told["held_out"].keys()
-    assert {"clip_when 4", "clip_what 8", "clip_often 8"} <= told["held_out"].keys()
+    assert {"clip_when 4", "clip_number 8", "clip_often 8"} <= told["held_out"].keys()
     assert told["history"][0]["loss"] > 1
     assert (trained / "run/model/heldout.safetensors").is_file()
 
@@ -92,8 +91,8 @@ def test_the_command(trained, monkeypatch, capsys):
     assert main(command) == 0
     assert "block pairs" in capsys.readouterr().out
     stored = json.loads(Path("vision.json").read_text())
-    # Four tasks about photos, three about clips of two lengths; dense attention and two settings.
-    assert len(stored["records"]) == (4 + 2 * 3) * 3
+    # Four tasks about photos, four about clips of two lengths; dense attention and two settings.
+    assert len(stored["records"]) == (4 + 2 * 4) * 3
     assert stored["averages"].keys() == {"photos", "clips"}
     for one in stored["records"]:
         assert one["study"] == "vision"

@@ -124,14 +124,11 @@ def score(one: Record) -> str:
 
 def beside_dense(one: Record) -> str:
     """The score; of sparse attention, below it `3 lost, 1 won, p 0.62` or `-2.5 [-4.0, -1.0]`."""
-    if not one["config"]:
-        return score(one)
-    if one.get("mcnemar_p") is None:
-        return f"{score(one)}\n{difference(one)}"
-    counts = f"{one['only_dense_right']} lost, {one['only_sparse_right']} won, p {one['mcnemar_p']:.2g}"
-    return f"{score(one)}\n{counts}"
+    return f"{score(one)}\n{against_dense(one)}" if one["config"] else score(one)
 
 
-def difference(one: Record) -> str:
-    """`-2.5 [-4.0, -1.0]`."""
+def against_dense(one: Record) -> str:
+    """`3 lost, 1 won, p 0.62` or `-2.5 [-4.0, -1.0]`."""
+    if one.get("mcnemar_p") is not None:
+        return f"{one['only_dense_right']} lost, {one['only_sparse_right']} won, p {one['mcnemar_p']:.2g}"
     return signed_interval(one["difference"], one["difference_low"], one["difference_high"])

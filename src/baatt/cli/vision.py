@@ -6,6 +6,7 @@ Every answer is kept in a folder as it comes.
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from baatt.cli.options import (
     read_settings,
     seed,
 )
-from baatt.cli.ruler_report import answer_bar, score, setting_names
+from baatt.cli.ruler_report import against_dense, answer_bar, score, setting_names
 from baatt.lab import loading
 from baatt.lab.answers import AnswerStore
 from baatt.lab.records import provenance, write_json
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", type=names_of(TASKS, {"all": [*TASKS], **KINDS}), default=[*TASKS], help="by commas, of "
         f"{', '.join(TASKS)}; photos or clips: all of that kind (default: all)")  # fmt: skip
     add("--frames", type=frames, default=[48], help="of a clip, by commas, 4 to 72 (default: 48)")
-    add("--count", type=at_least(1), default=100, help="questions per task and length (default: 100)")
+    add("--count", type=at_least(1), default=20, help="questions per task and length (default: 20, an hour of a CPU)")
     add("--seed", type=seed, default=42, help="which questions (default: 42)")
     add("--dial", action="append", default=[], metavar="NAME=VALUE,...", help="values to try of an option of the "
         "method or of dense_layers (0+1,none); every combination is run: --dial beta=0,0.5,2")  # fmt: skip
@@ -136,19 +137,18 @@ def of_kinds(records: list[Record]) -> dict[str, list[Record]]:
 
 
 def table(records: list[Record], averages: dict[str, list[Record]], model: str) -> Table:
-    """A row for each setting: the averages of both kinds at every length, then the tasks."""
+    """A row for each setting: of all tasks of a kind at each length, then of every task."""
     settings = next(iter(averages.values()))
-    tasks = list(dict.fromkeys((one["task"], one["length"]) for one in records))
-    rows = []
-    for name, each in zip(setting_names(settings), settings, strict=True):
-        mine = [one for one in records if setting_of(one) == setting_of(each)]
-        kinds = [
-            score(at) for found in averages.values() for one in found if setting_of(one) == setting_of(each)
-            for at in one["by_length"]
-        ]  # fmt: skip
-        skipped = sum(one["sparsity_achieved"] for one in mine) / len(mine)
-        rows.append((name, *kinds, *map(score, mine), percent(skipped, 1)))
-    heads = [f"{kind}, {at['length']} tokens" for kind, found in averages.items() for at in found[0]["by_length"]]
-    columns = ("setting", *heads, *(f"{task}, {length}" for task, length in tasks), "block pairs skipped")
-    caption = "In percent [95 % interval]; a setting is named by the share of key blocks that its sparse layers skip."
-    return Table(columns, rows, caption, f"{model}, {records[0]['n']} questions a task")
+    names = {json.dumps(setting_of(one)): name for name, one in zip(setting_names(settings), settings, strict=True)}
+    whole = [
+        {"task": f"all about {kind}", **setting_of(one), **at}
+        for kind, found in averages.items() for one in found for at in one["by_length"]
+    ]  # fmt: skip
+    rows = [
+        (one["task"], str(one["length"]), names[json.dumps(setting_of(one))], score(one),
+         against_dense(one) if one["config"] else "", percent(one["sparsity_achieved"], 1) if number >= 0 else "")
+        for number, one in enumerate([*whole, *records], -len(whole))
+    ]  # fmt: skip
+    columns = ("questions", "tokens", "setting", "right, %", "against dense", "block pairs skipped")
+    caption = "[95 % interval]; a setting is named by the share of key blocks that its sparse layers skip."
+    return Table(columns, rows, caption, f"{model}, {records[0]['n']} questions a task", parted=len(whole))

@@ -1,12 +1,13 @@
-"""A small model of LLaDA-V's shape: a two-layer projector of patches, and a masked-diffusion language model behind it.
+"""A small model of LLaDA-V's shape: a vision tower, a two-layer projector and a masked-diffusion language model.
 
 In: pixels [B, F, 3, rows, columns] of a photo (F = 1) or of the frames of a clip, and the ids of words. Out: logits of
-the words; or what the sampler calls. In place of a vision tower, which would be larger than the rest, a token sees its
-patch with the patches around it, and learned embeddings tell its row, column and frame. The vocabulary is that of
+the words; or what the sampler calls. A SigLIP would be larger than the rest: the tower is four convolutions, of which
+three halve the picture, and learned embeddings tell a token its row, column and frame. The vocabulary is that of
 `scenes.py`.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,8 +28,8 @@ from baatt.models.llada import MaskedDiffusionLM
 
 #: Pixels in [0, 1] become numbers of about unit size.
 MIDDLE, SIZE = 0.5, 0.25
-#: Patches of a side that a token sees, its own in the middle: enough for a sign of a frame.
-AROUND = 3
+#: Pixels of a side that become a token: three convolutions halve a picture.
+PATCH = 8
 #: Standard deviation of fresh embeddings of places; that of a fresh projector's outputs is about 0.3.
 PLACE = 0.1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -37,13 +37,13 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the model and of what it sees: rows and columns of a photo, of a frame, of a patch; frames at most."""
+    """Sizes of the model and of what it sees: rows and columns of a photo and of a frame, frames at most; channels of
+    the tower's last convolutions."""
 
     photo: tuple[int, int] = (384, 576)
     frame: tuple[int, int] = (96, 144)
-    patch: int = 8
     frames: int = 72
-    projector: int = 384
+    tower: int = 128
     width: int = 256
     heads: int = 4
     layers: int = 6
@@ -53,8 +53,10 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         for name in ("photo", "frame"):
-            if any(size < self.patch or size % self.patch for size in getattr(self, name)):
-                raise ValueError(f"{name} must be multiples of patch={self.patch}, got {getattr(self, name)}")
+            if any(size < PATCH or size % PATCH for size in getattr(self, name)):
+                raise ValueError(f"{name} must be multiples of {PATCH}, got {getattr(self, name)}")
+        if self.tower < 4 or self.tower % 4:
+            raise ValueError(f"tower must be a multiple of 4, got {self.tower}")
 
     @property
     def language(self) -> ModelConfig:
@@ -68,7 +70,7 @@ class VisionConfig:
     def tokens(self, frames: int) -> int:
         """Visual tokens of so many frames; 0 is a photo."""
         rows, columns = self.frame if frames else self.photo
-        return max(1, frames) * (rows // self.patch) * (columns // self.patch)
+        return max(1, frames) * (rows // PATCH) * (columns // PATCH)
 
 
 class VisionModel(nn.Module):
@@ -78,11 +80,18 @@ class VisionModel(nn.Module):
         super().__init__()
         self.config = config
         self.language = MaskedDiffusionLM(config.language)
-        width, numbers = config.width, 3 * (AROUND * config.patch) ** 2
+        channels = (3, config.tower // 4, config.tower // 2, config.tower, config.tower)
+        layers: list[Any] = []
+        for number, (before, after) in enumerate(itertools.pairwise(channels)):
+            layers += [nn.Conv2d(before, after, 3, stride=2 if number < 3 else 1, padding=1), nn.GELU()]
+            # As drawn by default each convolution halves what it shows, until a token is the same whatever it sees.
+            nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+            nn.init.zeros_(layers[-2].bias)
+        self.tower, width = nn.Sequential(*layers), config.width
         self.projector = nn.Sequential(
-            nn.Linear(numbers, config.projector), nn.GELU(), nn.Linear(config.projector, width)
+            nn.LayerNorm(config.tower), nn.Linear(config.tower, width), nn.GELU(), nn.Linear(width, width)
         )
-        rows, columns = (max(sizes) // config.patch for sizes in zip(config.photo, config.frame, strict=True))
+        rows, columns = (max(sizes) // PATCH for sizes in zip(config.photo, config.frame, strict=True))
         self.rows, self.columns = nn.Embedding(rows, width), nn.Embedding(columns, width)
         self.frames = nn.Embedding(config.frames, width)
         for table in (self.rows, self.columns, self.frames):  # where a patch lies must not drown what it shows
@@ -90,10 +99,9 @@ class VisionModel(nn.Module):
 
     def see(self, pixels: Tensor) -> Tensor:
         """Visual tokens [B, K, width], frame by frame, row by row."""
-        patch, around = self.config.patch, self.config.patch * (AROUND // 2)
-        padded = F.pad((pixels - MIDDLE) / SIZE, (around, around, around, around))
-        windows = padded.unfold(3, AROUND * patch, patch).unfold(4, AROUND * patch, patch)
-        found = self.projector(rearrange(windows, "B F c h w y x -> B F h w (c y x)"))
+        batch = len(pixels)
+        seen = self.tower(rearrange((pixels - MIDDLE) / SIZE, "B F c y x -> (B F) c y x"))
+        found = self.projector(rearrange(seen, "(B F) c h w -> B F h w c", B=batch))
         frames, rows, columns = found.shape[1:4]
         found = found + self.frames.weight[:frames, None, None] + self.rows.weight[:rows, None]
         return cast(Tensor, rearrange(found + self.columns.weight[:columns], "B F h w d -> B (F h w) d"))

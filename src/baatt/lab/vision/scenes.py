@@ -120,9 +120,14 @@ def _when(signs: Sequence[Sign], random: Random) -> tuple[str, str]:
     return f"in which frame is the {sign.colour} sign ?", _digits(sign.frame)
 
 
-def _what(signs: Sequence[Sign], random: Random) -> tuple[str, str]:
+def _number_in(signs: Sequence[Sign], random: Random) -> tuple[str, str]:
     sign = random.choice(signs)
     return f"what number is on the sign in frame {_digits(sign.frame)} ?", str(sign.number)
+
+
+def _colour_in(signs: Sequence[Sign], random: Random) -> tuple[str, str]:
+    sign = random.choice(signs)
+    return f"what colour is the sign in frame {_digits(sign.frame)} ?", sign.colour
 
 
 def _often(signs: Sequence[Sign], random: Random) -> tuple[str, str]:
@@ -134,7 +139,7 @@ PHOTO_TASKS: dict[str, Callable[[Sequence[Sign], Random], tuple[str, str]]] = {
     "photo_number": _number, "photo_colour": _colour, "photo_position": _position, "photo_count": _count,
 }  # fmt: skip
 CLIP_TASKS: dict[str, Callable[[Sequence[Sign], Random], tuple[str, str]]] = {
-    "clip_when": _when, "clip_what": _what, "clip_often": _often,
+    "clip_when": _when, "clip_number": _number_in, "clip_colour": _colour_in, "clip_often": _often,
 }  # fmt: skip
 TASKS = PHOTO_TASKS | CLIP_TASKS
 
