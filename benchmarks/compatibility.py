@@ -44,15 +44,17 @@ HOOKS = (
     "test_counts.py",
     "test_transformers.py",
 )
+#: Those of HOOKS that meet transformers; the others are the same beside every version of it.
+TRANSFORMERS = ("test_enable.py", "test_transformers.py")
 VIDEO = ("test_clients.py", "test_diffusers.py", "test_llada2_pipeline.py", "test_video.py", "test_vllm_omni.py")
 ENVIRONMENTS = {
     "installed": Environment((), HOOKS + VIDEO),
     # With the newest versions of what they depend on that their metadata allows.
     "transformers 5.17": Environment(
-        ("transformers==5.17.0", "huggingface-hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9"), HOOKS
+        ("transformers==5.17.0", "huggingface-hub==1.33.0", "httpx==0.28.1", "httpcore==1.0.9"), TRANSFORMERS
     ),
     "transformers 4.57": Environment(
-        ("transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"), HOOKS
+        ("transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"), TRANSFORMERS
     ),
     # What pyproject.toml declares as the oldest; without transformers' own models, which had no interface then.
     "oldest": Environment(
@@ -64,7 +66,16 @@ ENVIRONMENTS = {
 
 def install(packages: Sequence[str], folder: Path) -> None:
     """Put packages, without what they depend on, into a folder."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-compile",
+    ]
     subprocess.run([*command, "--target", str(folder), *packages], check=True)
     if (folder / "torch").is_dir():
         cuda_stand_ins.build(folder / "torch/lib")
@@ -86,6 +97,7 @@ def run(environment: Environment, folder: Path) -> dict[str, Any]:
         "-m",
         "pytest",
         "-q",
+        *("-n", "2", "--dist", "loadfile"),
         f"--junitxml={results}",
         *(str(TESTS / one) for one in environment.tests),
     ]
