@@ -17,8 +17,10 @@ if not torch.cuda.is_available():
 
 #: Files that take longest: `make test` gives files to processes in this order, and none of these should come last.
 LONGEST = (
-    *("test_triton_compilation", "test_triton_causal", "test_attention", "test_transformers", "test_analyze"),
-    *("test_cached_decoding", "test_pins", "test_run", "test_cpu", "test_evaluate", "test_adapt", "test_samples"),
+    *("test_triton_compilation", "test_attention", "test_cached_decoding", "test_analyze", "test_run"),
+    *("test_transformers", "test_pins", "test_triton_causal", "test_hopper_clusters", "test_cpu", "test_evaluate"),
+    *("test_cpu_scores", "test_hopper", "test_diffusers", "test_diffusers_calls", "test_causal", "test_samples"),
+    *("test_llada", "test_programs", "test_adapt", "test_decoding_benchmark", "test_sdpa", "test_remote_sdpa"),
 )
 
 
