@@ -58,17 +58,29 @@ def pictures(trained):
 
 
 @pytest.mark.parametrize("frames", [0, 8])
-def test_batches_ask_several_questions_at_known_places(trained, frames):
+def test_batches_end_with_answers(trained, frames):
     drawn = pictures(trained)
-    batch, words = drawn.batch(frames), drawn.model.config.words
-    for row in batch.ids:
-        for task, (first, second) in zip(batch.tasks, batch.places.tolist(), strict=True):
-            assert words[row[first - 1]] == "?"
-            assert (words[row[second]] == END) == (task not in ("photo_position", "clip_when"))
-    masked = batch.hidden(0.5)
-    assert masked.any(dim=-1).all()
-    assert not masked.all()
-    assert batch.hidden(0).all()
+    for _ in range(8):
+        batch, words = drawn.batch(frames), drawn.model.config.words
+        for row in batch.ids:
+            assert words[row[-3]] == "?"
+            assert (words[row[-1]] == END) == (batch.task not in ("photo_position", "clip_when"))
+
+
+def test_a_model_that_knows_is_right_and_is_told_nothing(trained, monkeypatch):
+    drawn = pictures(trained)
+    batch, seen = drawn.batch(0), []
+
+    def knows(pixels, ids):
+        seen.append(ids)
+        return torch.nn.functional.one_hot(batch.ids, len(drawn.model.config.words)).float() * 50
+
+    monkeypatch.setattr(drawn.model, "forward", knows)
+    loss, right = training.measure(drawn.model, batch, 0)
+    assert loss < 1e-6
+    assert right[batch.task] == 1
+    assert (seen[0][:, -2:] == drawn.model.config.language.mask_token_id).all()
+    assert torch.equal(seen[0][:, :-2], batch.ids[:, :-2])
 
 
 def test_the_loss_falls_on_a_batch_that_is_learnt_by_heart(trained):

@@ -11,7 +11,7 @@
 #   1  carry .carry/vision/part.00   true
 #   2  carry .carry/vision/part.01   session.sh unpack && session.sh train NAME --seconds 530
 #   3  session.sh train NAME --resume training/runs/NAME --seconds 540
-#   4  session.sh train NAME --resume training/runs/NAME --seconds 300 && session.sh look 12, or ask --count 8
+#   4  session.sh train NAME --resume training/runs/NAME --seconds 300, of the video model && session.sh look 12
 #   5  session.sh look 29 && session.sh evaluate, or session.sh ask       (limit: what is left)
 # A later session goes on from the copy that came back: pack NAME FOLDER, with average.safetensors and average.json in
 # it, and train NAME --resume training/data/NAME.safetensors --total-seconds 2800 in call 2. The folder `model` that

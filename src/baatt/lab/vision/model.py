@@ -32,6 +32,8 @@ MIDDLE, SIZE = 0.5, 0.25
 PATCH = 8
 #: Standard deviation of fresh embeddings of places; that of a fresh projector's outputs is about 0.3.
 PLACE = 0.1
+#: Likewise of words.
+WORD = 0.3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -48,7 +50,7 @@ class VisionConfig:
     heads: int = 4
     layers: int = 6
     hidden: int = 768
-    rope_theta: float = 500_000.0
+    rope_theta: float = 10_000.0
     words: tuple[str, ...] = WORDS
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ class VisionModel(nn.Module):
         self.frames = nn.Embedding(config.frames, width)
         for table in (self.rows, self.columns, self.frames):  # where a patch lies must not drown what it shows
             nn.init.normal_(table.weight, std=PLACE)
+        nn.init.normal_(self.language.transformer.wte.weight, std=WORD)
 
     def see(self, pixels: Tensor) -> Tensor:
         """Visual tokens [B, K, width], frame by frame, row by row."""
