@@ -131,4 +131,9 @@ def against_dense(one: Record) -> str:
     """`3 lost, 1 won, p 0.62` or `-2.5 [-4.0, -1.0]`."""
     if one.get("mcnemar_p") is not None:
         return f"{one['only_dense_right']} lost, {one['only_sparse_right']} won, p {one['mcnemar_p']:.2g}"
+    return difference(one)
+
+
+def difference(one: Record) -> str:
+    """`-2.5 [-4.0, -1.0]`."""
     return signed_interval(one["difference"], one["difference_low"], one["difference_high"])
