@@ -146,7 +146,7 @@ def shifted(share: Tensor, shift: float) -> Tensor:
 def draw_noise(config: VideoConfig, seed: int, device: torch.device) -> Tensor:
     """Noise [1, 3, frames, rows, columns] of a seed, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, 3, *config.size, generator=generator).to(device)
+    return torch.randn(1, 3, *config.size, generator=generator, device="cpu").to(device)
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ def draw_sheet(videos: Mapping[str, Tensor], path: Path) -> None:
     count = min(SHOWN, next(iter(videos.values())).shape[1])
     rows = []
     for name, video in videos.items():
-        numbers = torch.linspace(0, video.shape[1] - 1, count).long()
+        numbers = torch.linspace(0, video.shape[1] - 1, count, device="cpu").long()
         rows.append(_captioned(name, rearrange(_bytes(video[:, numbers]), "c f h w -> h (f w) c")))
     _join(rows, down=True).save(path)
 

@@ -44,7 +44,7 @@ def write(clips: Sequence[Clip], file: Path, quality: int = QUALITY) -> None:
             stream = io.BytesIO()
             Image.fromarray(frame).save(stream, "JPEG", quality=quality, subsampling=0)
             coded.append(stream.getvalue())
-    ends = torch.tensor([len(one) for one in coded]).cumsum(0)
+    ends = torch.tensor([len(one) for one in coded], device="cpu").cumsum(0)
     about = [{"name": one.name, "frames": len(one.frames), "panorama": one.is_panorama} for one in clips]
     tensors = {"bytes": torch.frombuffer(bytearray(b"".join(coded)), dtype=torch.uint8), "ends": ends}
     save_file(tensors, file, metadata={"clips": json.dumps(about)})
@@ -93,11 +93,17 @@ def view(clip: Clip, frames: int, size: tuple[int, int], random: Random) -> Tens
     device = clip.frames.device
     if clip.is_panorama:
         speed = random.uniform(-FASTEST, FASTEST)
-        place = left + (speed * torch.arange(frames)).round().long()[:, None] + torch.arange(columns)
+        place = (
+            left
+            + (speed * torch.arange(frames, device="cpu")).round().long()[:, None]
+            + torch.arange(columns, device="cpu")
+        )
         seen = rearrange(clip.frames[0, top : top + rows][:, (place % wide).to(device)], "h f w c -> f c h w")
     else:
         first, last = sorted((random.uniform(0, count - 1), random.uniform(0, count - 1)))
-        numbers = torch.linspace(first, max(last, min(first + frames - 1, count - 1)), frames).round().long()
+        numbers = (
+            torch.linspace(first, max(last, min(first + frames - 1, count - 1)), frames, device="cpu").round().long()
+        )
         seen = clip.frames[numbers.to(device), top : top + rows, left : left + columns]
         seen = rearrange(seen, "f h w c -> f c h w")
     found = F.interpolate(seen.float(), size, mode="bilinear", antialias=True, align_corners=False) / 255

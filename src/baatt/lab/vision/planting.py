@@ -32,12 +32,14 @@ LIGHT = 0.55
 @functools.cache
 def sprite(shape: str, number: int, size: int) -> Tensor:
     """Of each pixel [3, size, size] in [0, 1]: how much of it is sign, sign without the rim, and number."""
-    place = ((torch.arange(size) + 0.5) * 2 / size - 1).abs()
+    place = ((torch.arange(size, device="cpu") + 0.5) * 2 / size - 1).abs()
     y, x = place[:, None], place[None]
     box = torch.maximum(x, y)
     distance = {"disc": (x**2 + y**2).sqrt(), "square": box, "octagon": torch.maximum(box, (x + y) / 2**0.5)}[shape]
     whole, inner = (((edge - distance) * size / 2 + 0.5).clamp(0, 1) for edge in (1, 1 - 2 * RIM))
-    dots = torch.tensor([[row >> bit & 1 for bit in range(4, -1, -1)] for row in DOTS[number]], dtype=torch.float32)
+    dots = torch.tensor(
+        [[row >> bit & 1 for bit in range(4, -1, -1)] for row in DOTS[number]], dtype=torch.float32, device="cpu"
+    )
     high = round(size * NUMBER)
     wide = round(high * 5 / 7)
     glyph = F.interpolate(dots[None, None], (high, wide), mode="bilinear", align_corners=False)[0, 0]
@@ -65,7 +67,9 @@ def paint(pixels: Tensor, scenes: Sequence[Sequence[Sign]], random: Random) -> T
             sprites.append(F.pad(sprite(sign.shape, sign.number, size), (0, canvas - size, 0, canvas - size)))
             colours.append(COLOURS[sign.colour])
             first.append((3 * (number * frames + sign.frame) * rows + top) * columns + left)
-    return pixels if not sprites else _paint(pixels, torch.stack(sprites), torch.tensor(colours), torch.tensor(first))
+    if not sprites:
+        return pixels
+    return _paint(pixels, torch.stack(sprites), *(torch.tensor(one, device="cpu") for one in (colours, first)))
 
 
 def _paint(pixels: Tensor, sprites: Tensor, colours: Tensor, first: Tensor) -> Tensor:
