@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.vision import media, study
-from baatt.lab.vision.model import WEIGHTS, Seen, VisionConfig, VisionModel
+from baatt.lab.vision.model import Seen, VisionConfig, VisionModel
 from baatt.lab.vision.planting import paint, sprite
 from baatt.lab.vision.scenes import (
     ANSWER_WORDS,
@@ -24,6 +24,7 @@ from baatt.lab.vision.scenes import (
     plant_clip,
     plant_photo,
 )
+from baatt.models.eight_bits import WEIGHTS
 from baatt.sampling import SampleResult
 
 CONFIG = VisionConfig(photo=(48, 72), frame=(16, 24), frames=12, tower=16, width=32, heads=2, layers=2, hidden=32)

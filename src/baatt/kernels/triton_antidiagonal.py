@@ -42,13 +42,13 @@ def compare(
     if sight is not None:
         limit = (reduce(sight.limit, "b i (r s) -> b i r", "max", s=stride) + stride - 1) // stride
     scores = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.float32, device=rows.device)
-    columns = columns.repeat_interleave(heads // groups, 1) if groups < heads else columns
+    group = torch.arange(heads, device=rows.device) // (heads // groups)
     width = max(WIDTH, runs, min(PART // runs, next_power_of_2(columns.shape[2])))
     blocks = max(1, min(query_blocks, SLAB_LOGITS // (columns.shape[2] * runs)))
     some_heads = max(1, SLAB_LOGITS // (blocks * columns.shape[2] * runs))
     for entry in range(batch):
         for head in range(0, heads, some_heads):
-            own = columns[entry, head : head + some_heads]
+            own = columns[entry, group[head : head + some_heads]]
             for first in range(0, query_blocks, blocks):
                 some = rows[entry, head : head + some_heads, first : first + blocks].flip(3)
                 logits = _product(

@@ -6,26 +6,20 @@ the transformer's own patch embedding. A patch has more numbers than the model i
 clean video, not the velocity, which follows from it. In place of text there is a learned embedding of each clip.
 """
 
-import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from baatt.models.checkpoint import read_json
-from baatt.models.eight_bits import from_eight_bits, to_eight_bits
+from baatt.models.eight_bits import read_model, write_model
 
 #: Pixels in [0, 1] become latents of about unit size.
 MIDDLE, SIZE = 0.5, 0.25
 #: Below this share of noise a velocity is not divided by less, nor a loss weighted more.
 LEAST_NOISE = 0.05
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,34 +92,12 @@ class VideoModel(nn.Module):
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Config and weights in 8 bits; `weights` in place of the model's own, such as their moving average."""
-        folder.mkdir(parents=True, exist_ok=True)
-        values = dataclasses.asdict(self.config)
-        (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        save_file(to_eight_bits(weights or self.state_dict()), folder / WEIGHTS)
+        write_model(folder, self.config, weights or self.state_dict())
 
     @classmethod
     def load(cls, folder: Path) -> "VideoModel":
-        """The model of a folder, in fp32 and in evaluation mode.
-
-        Raises:
-            FileNotFoundError: no such model.
-            ValueError: files that hold something else.
-        """
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} must hold a video model ({CONFIG}, {WEIGHTS}), and does not")
-        try:
-            values = read_json(folder / CONFIG)
-            read: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-            config = VideoConfig(**read)
-            stored = load_file(folder / WEIGHTS)
-        except (TypeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{folder} must hold a video model, got {error}") from error
-        model = cls(config)
-        try:
-            model.load_state_dict(from_eight_bits(stored, folder / WEIGHTS))
-        except RuntimeError as error:
-            raise ValueError(f"{folder / WEIGHTS} must fit {CONFIG}: {error}") from None
-        return model.eval()
+        """The model of a folder, in fp32 and in evaluation mode; for errors see `read_model`."""
+        return read_model(folder, "a video model", lambda values: cls(VideoConfig(**values)))
 
 
 def to_latents(video: Tensor) -> Tensor:

@@ -6,9 +6,7 @@ three halve the picture, and learned embeddings tell a token its row, column and
 `scenes.py`.
 """
 
-import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,11 @@ from typing import Any, cast
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from baatt.lab.vision.scenes import MASK, WORDS
-from baatt.models.checkpoint import read_json
 from baatt.models.config import ModelConfig
-from baatt.models.eight_bits import from_eight_bits, to_eight_bits
+from baatt.models.eight_bits import read_model, write_model
 from baatt.models.llada import MaskedDiffusionLM
 
 #: Pixels in [0, 1] become numbers of about unit size.
@@ -34,7 +29,6 @@ PATCH = 8
 PLACE = 0.1
 #: Likewise of words.
 WORD = 0.3
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -120,29 +114,12 @@ class VisionModel(nn.Module):
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Config and weights in 8 bits; `weights` in place of the model's own, such as their moving average."""
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(self.config), indent=1)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        save_file(to_eight_bits(weights or self.state_dict()), folder / WEIGHTS)
+        write_model(folder, self.config, weights or self.state_dict())
 
     @classmethod
     def load(cls, folder: Path) -> "VisionModel":
-        """The model of a folder, in fp32 and in evaluation mode.
-
-        Raises:
-            FileNotFoundError: no such model.
-            ValueError: files that hold something else.
-        """
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder} must hold a model that sees ({CONFIG}, {WEIGHTS}), and does not")
-        try:
-            values = read_json(folder / CONFIG)
-            read: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-            model = cls(VisionConfig(**read))
-            model.load_state_dict(from_eight_bits(load_file(folder / WEIGHTS), folder / WEIGHTS))
-        except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder} must hold a model that sees, got {error}") from None
-        return model.eval()
+        """The model of a folder, in fp32 and in evaluation mode; for errors see `read_model`."""
+        return read_model(folder, "a model that sees", lambda values: cls(VisionConfig(**values)))
 
 
 class Seen:
