@@ -256,9 +256,11 @@ def kernel_table(record: Record) -> str:
     return block(record, ("length", "sparsity", "D", "TFLOP/s", "of the peak"), rows, caption)
 
 
-def peers_table(record: Record) -> str:
+def peers_table(records: list[Record]) -> str:
     """The attention kernel in turns with block-sparse attention of other libraries, a row per shape and sparsity."""
-    chosen, peak = records_of(record, "kernel"), record["matrix_peak_tflops"]
+    found = [one for record in records for one in records_of(record, "kernel")]
+    chosen = sorted(found, key=lambda one: (-one["shape"][3], one["shape"][2], one["sparsity"]))
+    peaks = " and ".join(f"{record['matrix_peak_tflops']:.0f}" for record in records)
     names = dict.fromkeys(name for one in chosen for name in (*one["baseline_ms"], *one["refused"]))
     dense = [name for name in names if name in ("cudnn", "flash", "fa4-dense")]
     peers = [name for name in names if name not in dense]
@@ -275,12 +277,17 @@ def peers_table(record: Record) -> str:
     refused = dict.fromkeys(f"`{name}` {reason}" for one in chosen for name, reason in one["refused"].items())
     caption = (
         f"TFLOP/s of kept pairs, the same random lists for all: B {batch}, H {heads}, {chosen[0]['dtype']}, in turns, "
-        f"peak {peak:.0f} TFLOP/s; then ours over dense attention." + "".join(f" Refused: {one}." for one in refused)
+        f"peak {peaks} TFLOP/s; then ours over dense attention.{without_graph(chosen)}"
+        + "".join(f" Refused: {one}." for one in refused)
     )
-    alone = dict.fromkeys(one.split(":")[0] for row in chosen for one in row.get("without_graph", ()))
-    caption += f" Timed without a CUDA graph: {', '.join(f'`{name}`' for name in alone)}." if alone else ""
     header = ("length", "sparsity", "D", f"baatt, `{chosen[0]['impl']}`", *(f"`{name}`" for name in peers))
-    return block(record, (*header, *(f"over {name}" for name in dense)), rows, caption)
+    return block(records, (*header, *(f"over {name}" for name in dense)), rows, caption)
+
+
+def without_graph(chosen: list[Record]) -> str:
+    """The sentence of a caption about what was launched each time where the others were replayed."""
+    alone = dict.fromkeys(one.split(":")[0] for row in chosen for one in row.get("without_graph", ()))
+    return f" Timed without a CUDA graph: {', '.join(f'`{name}`' for name in alone)}." if alone else ""
 
 
 def choosers_table(record: Record) -> str:
@@ -303,6 +310,7 @@ def choosers_table(record: Record) -> str:
         f"`{chosen[0]['impl']}`, blocks chosen by clusters; `xattention`: blocks chosen as XAttention does, by our "
         "kernel for its score, and our attention over them; with another name behind it: that library's kernel, which "
         "gets lists in its layout for nothing. All at the same sparsity; which answers survive is in docs/ruler.md."
+        + without_graph(chosen)
     )
     header = ("length", "sparsity", "baatt", *(f"`{name}`" for name in names), *(f"over {name}" for name in names))
     return block(record, header, rows, caption)

@@ -58,12 +58,12 @@ class Case(NamedTuple):
     blocks: dict[str, Callable[..., str] | Block] = {}  # noqa: RUF012 (never changed)
 
 
-#: Results that are announced and not measured yet, and blocks of results that are there without what they show.
-PENDING: frozenset[str] = frozenset({"gpu_choosers_h200.json"})
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
 RULER_PART = "ruler_grid_safe_16384.json"
+#: Libraries that take the same shapes.
+PEERS = ("gpu_peers_h200.json", "gpu_peers_64_h200.json")
 CAPTURE = "needle-18m.safetensors"  # of `baatt analyze capture`
 #: How the needles and ablations of the first checkpoint are asked today; what ran then is stored in their results.
 ABLATION = (
@@ -109,8 +109,8 @@ CASES: dict[str, Case] = {
     "end_to_end": Case(
         "whole models in their published sizes on a GPU, dense and sparse: passes, prompts, answers, denoising steps",
         "python benchmarks/end_to_end.py --json FILE",
-        ("end_to_end_h200.json", "end_to_end_more_h200.json"),
-        {"end_to_end": end_to_end.table},
+        ("end_to_end_h200.json", "end_to_end_more_h200.json", "end_to_end_rest_h200.json"),
+        {"end_to_end": Block(end_to_end.table, together=True)},
     ),
     "gpu_sweep": Case(
         "the operator over lengths, drawn as docs/figures/gpu_sweep_h200.png",
@@ -120,8 +120,11 @@ CASES: dict[str, Case] = {
     "gpu_peers": Case(
         "the attention kernel on a GPU beside the block-sparse attention of other libraries",
         "baatt bench --what kernel --against fa4,fa4-dense,cudnn-bsa,cudnn --shape SHAPES --json FILE",
-        ("gpu_peers_h200.json", "gpu_peers_flashinfer_h200.json"),
-        {"gpu_peers": gpu_bars.peers_table},
+        (*PEERS, "gpu_peers_flashinfer_h200.json"),
+        {
+            "gpu_peers": Block(gpu_bars.peers_table, PEERS, together=True),
+            "gpu_peers_flashinfer": Block(gpu_bars.peers_table, ("gpu_peers_flashinfer_h200.json",), together=True),
+        },
     ),
     "kernel_profile": Case(
         "the kernels under the counters of Nsight Compute: its main numbers, and what it printed",
@@ -138,8 +141,8 @@ CASES: dict[str, Case] = {
     "reliability": Case(
         "named checks of the operator: threads, streams, graphs, memory, sizes, shapes under torch.compile",
         "python benchmarks/reliability.py --json FILE",
-        ("reliability_h200.json",),
-        {"reliability": reliability.table},
+        ("reliability_h200.json", "reliability_fork_h200.json"),
+        {"reliability": Block(reliability.table, together=True)},
     ),
     "fuzz": Case(
         "random calls of the GPU implementations against attention in float64 over the same plan",

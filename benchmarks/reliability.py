@@ -269,14 +269,12 @@ def run(name: str, place: Place) -> dict[str, Any]:
     return {"check": name, **found, "seconds": time.perf_counter() - started}
 
 
-def table(record: Record) -> str:
-    """Markdown: a row per check."""
+def table(records: list[Record]) -> str:
+    """Markdown: a row per check, of the last record that has it."""
     words = {True: "passed", False: "failed", None: "not run"}
-    rows = [
-        [one["check"], (CHECKS[one["check"]][0].__doc__ or "").strip(), words[one["passed"]]]
-        for one in record["records"]
-    ]
-    return block(record, ("check", "what must hold", "result"), rows)
+    found = {one["check"]: one["passed"] for record in records for one in record["records"]}
+    rows = [[name, (CHECKS[name][0].__doc__ or "").strip(), words[passed]] for name, passed in found.items()]
+    return block(records, ("check", "what must hold", "result"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 A block is `<!-- render:NAME -->`, generated text, `<!-- /render -->`. NAME is a key of `BLOCKS` in registry.py, which
 says which results it is made from and by which function. A number inside a sentence is
 `<!--=NAME WORDS-->97.1<!--/-->`, see values.py. `python benchmarks/render.py` rewrites the files, `--check` only tells
-which one is out of date. A missing result is an error, unless it is listed in `PENDING`.
+which one is out of date. A missing result is an error.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from registry import BLOCKS, PENDING
+from registry import BLOCKS
 from tables import RenderError
 from values import VALUES
 
@@ -27,7 +27,6 @@ MARKED = re.compile(r"<!-- render:(?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-
 BEGIN_OR_END = re.compile(r"<!-- render:[^>]*-->|<!-- /render -->")
 VALUE = re.compile(r"<!--=(?P<call>[^\n]*?)-->(?P<text>[^\n]*?)<!--/-->")
 VALUE_BEGIN_OR_END = re.compile(r"<!--=|<!--/-->")
-NOT_MEASURED = "not measured yet"
 
 
 @functools.cache
@@ -40,25 +39,18 @@ def render_block(name: str, root: Path) -> str:
     """The text of one block.
 
     Raises:
-        RenderError: an unknown name, or a missing result that is not announced.
+        RenderError: an unknown name, a missing result, or one without what the block shows.
     """
     if name not in BLOCKS:
         raise RenderError(f"render:{name} is unknown, known are {', '.join(BLOCKS)}")
     block = BLOCKS[name]
     if not block.results:
         return block.render()
-    missing = [result for result in block.results if not (root / RESULTS / result).exists()]
-    if needed := [str(RESULTS / result) for result in missing if result not in PENDING]:
-        raise RenderError(f"render:{name} needs {', '.join(needed)}")
-    if block.results[0] in missing:
-        return f"*{NOT_MEASURED}* (`{name}`)"
-    records = [load(root / RESULTS / result) for result in block.results if result not in missing]
+    if missing := [str(RESULTS / result) for result in block.results if not (root / RESULTS / result).exists()]:
+        raise RenderError(f"render:{name} needs {', '.join(missing)}")
+    records = [load(root / RESULTS / result) for result in block.results]
     try:
         return block.render(records) if block.together else "\n\n".join(map(block.render, records))
-    except RenderError:
-        if name in PENDING:
-            return f"*{NOT_MEASURED}* (`{name}`)"
-        raise
     except ValueError as error:
         raise RenderError(f"render:{name}: {error}") from None
 

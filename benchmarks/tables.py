@@ -18,9 +18,12 @@ class RenderError(Exception):
     """A block that cannot be rendered: unknown, not closed, or without its result."""
 
 
-def block(record: Record, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table with its caption and its source."""
-    return f"{Table(columns, list(rows), caption).markdown()}\n\n{source(record)}"
+def block(
+    record: Record | list[Record], columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = ""
+) -> str:
+    """A table with its caption and its source, or its sources."""
+    records = record if isinstance(record, list) else [record]
+    return "\n\n".join([Table(columns, list(rows), caption).markdown(), *map(source, records)])
 
 
 def source(record: Record) -> str:

@@ -92,6 +92,15 @@ def frontier_gain(read: Read, setting: str, length: str, sparsity: str) -> str:
     raise LookupError(f"frontier_h200 has no {setting} at {length} tokens and {sparsity}")
 
 
+def chooser_gain(read: Read) -> str:
+    """Times as fast as the fastest way to choose blocks as XAttention does, over all lengths and sparsities."""
+    gains = [
+        min(gain for name, gain in one["speedup"].items() if name.startswith("xattention"))
+        for one in read("gpu_choosers_h200")["records"]
+    ]
+    return f"{min(gains):.1f} to {max(gains):.1f}"
+
+
 def cpu_gain(read: Read, sparsity: str) -> str:
     """Times as fast as PyTorch's dense attention on a processor, with the default: `cpu_gain 50%`."""
     for one in read("cpu_clusters")["records"]:
@@ -238,6 +247,7 @@ VALUES: dict[str, Callable[..., str]] = {
     "every_value": every_value,
     "operator_gain": operator_gain,
     "frontier_gain": frontier_gain,
+    "chooser_gain": chooser_gain,
     "cpu_gain": cpu_gain,
     "causal_blocks": causal_blocks,
     "fidelity_digits": fidelity_digits,

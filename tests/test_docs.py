@@ -276,6 +276,25 @@ def test_the_order_of_the_ways_to_choose_blocks_is_that_of_the_files(ruler):
         assert scores["mean", 8192, share] < finer < scores["antidiagonal", 8192, share]
 
 
+def records_of(*names):
+    return [one for name in names for one in json.loads(read(f"benchmarks/results/{name}_h200.json"))["records"]]
+
+
+def test_who_is_ahead_of_whom_on_the_gpu_is_that_of_the_files():
+    """The counts of docs/performance.md: rows beside other libraries, and whole models above what was estimated."""
+    peers = records_of("gpu_peers", "gpu_peers_64")
+    gains = {(one["shape"][3], one["shape"][2], one["sparsity"]): one["speedup"] for one in peers}
+    assert len(gains) == len(peers) == 16
+    ahead = [128, 4096, 0.5], [128, 16384, 0.5], [128, 32768, 0.5], [128, 131072, 0.5], [128, 131072, 0.9]
+    assert sorted(row for row, gain in gains.items() if gain["fa4"] < 1) == sorted(map(tuple, ahead))
+    assert all(gain["cudnn-bsa"] > 1.018 for gain in gains.values())
+    assert min(gain["fa4"] for gain in gains.values()) > 0.972
+    whole = records_of("end_to_end", "end_to_end_more", "end_to_end_rest")
+    above = [gain / one["bound"][name] for one in whole if not one["answer"] for name, gain in one["speedup"].items()]
+    assert (len(whole), len(above), sum(ratio > 1 for ratio in above)) == (13, 36, 19)
+    assert max(above) < 1.07
+
+
 @pytest.fixture(scope="module")
 def sparse():
     """The record of every setting and task, each of 200 samples."""

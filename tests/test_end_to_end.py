@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,29 @@ def test_an_answer_counts_whole_passes(bench):
     calls = record["calls"]["0.5"]
     assert calls["sparse"] == 2 * 3  # two blocks of 32 tokens, three layers
     assert calls["dense"] == {"too few queries over more keys to be worth it": 62 * 3}
+    assert record["rounds"] == 3
+
+
+def test_dense_attention_slows_nothing_else(bench):
+    """A mode would see every operation, which in a short step costs more than its attention."""
+    with bench.densely("flash") as counted:
+        assert not torch.overrides._len_torch_function_stack()
+        x = torch.randn(1, 2, 300, 16)
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        torch.nn.functional.scaled_dot_product_attention(x[:, :, :10], x, x)
+    assert counted.calls == 1
+    torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    assert counted.calls == 1
+
+
+def test_the_model_of_a_case_is_gone_before_the_next_peak(bench):
+    client = bench.build(bench.CASES["llada"], CPU, torch.float32, few=True)
+    model = weakref.ref(client.model)
+    client.model.cycle = [client.model.forward]
+    del client
+    assert model() is not None
+    bench.free(CPU)
+    assert model() is None
 
 
 def test_a_result_that_differs_is_not_timed(bench, monkeypatch):
@@ -123,9 +147,19 @@ def test_the_command_keeps_what_it_measured(bench, tmp_path, capsys, monkeypatch
     assert printed[2].endswith(": missed")
     stored = json.loads(path.read_text())
     assert [one["case"] for one in stored["records"]] == ["llada"]
-    assert "| `llada` | 600 |" in bench.table(stored)
+    assert "| `llada` | 600 |" in bench.table([stored])
     assert bench.main(["--json", str(path), "--device", "cpu", "--cases", "llada", "--seconds", "-1"]) == 1
     assert "llada: left out" in capsys.readouterr().out
+
+
+def test_a_case_measured_again_replaces_its_row(bench):
+    rest = json.loads((FOLDER / "results/end_to_end_rest_h200.json").read_text())
+    (again,) = [one | {"rounds": 77} for one in rest["records"] if one["case"] == "llada-8b-4K"]
+    rows = [row for row in bench.table([rest, rest | {"records": [again]}]).splitlines() if row.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == [
+        "llada-8b-4K", "llada-8b-answer-32K", "wan-1.3b-720p", "wan-14b-480p", "llama-8b-128K",
+    ]  # fmt: skip
+    assert [row.endswith("| 77 |") for row in rows] == [True, False, False, False, False]
 
 
 def test_published_sizes(bench):

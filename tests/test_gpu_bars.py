@@ -72,8 +72,12 @@ def test_peers_stand_beside_the_kernel(bars):
     report = {
         "records": [one], "matrix_peak_tflops": 750.0, "command": "c", "commit": None, "device": "d", "versions": {},
     }  # fmt: skip
-    table = bars.peers_table(report)
-    assert "| 4K | 50 % | 128 | 500 | 400 | refused | 2.50x |" in table
+    other = report | {"records": [one | {"shape": [1, 32, 2048, 128]}], "matrix_peak_tflops": 760.0}
+    table = bars.peers_table([report, other])
+    row = "| 4K | 50 % | 128 | 500 | 400 | refused | 2.50x |"
+    assert row in table
+    assert table.index(row.replace("| 4K", "| 2K")) < table.index(row)
+    assert "peak 750 and 760 TFLOP/s" in table
     assert "Refused: `vsa` it needs the package vsa: no." in table
 
 
@@ -81,12 +85,13 @@ def test_choosers_stand_beside_the_operator(bars):
     one = {
         "what": "operator", "shape": [1, 32, 4096, 128], "dtype": "bfloat16", "impl": "hopper", "sparsity": 0.5,
         "config": {"score": "clusters"}, "total_ms": 1.2, "baseline_ms": {"xattention": 1.5, "cudnn": 3.0},
-        "speedup": {"xattention": 1.25, "cudnn": 2.5}, "refused": {},
+        "speedup": {"xattention": 1.25, "cudnn": 2.5}, "refused": {}, "without_graph": ["xattention: no"],
     }  # fmt: skip
     report = {"records": [one], "command": "c", "commit": None, "device": "d", "versions": {}}
     table = bars.choosers_table(report)
     assert "| length | sparsity | baatt | `xattention` | `cudnn` | over xattention | over cudnn |" in table
     assert "| 4K | 50 % | 1.2 | 1.5 | 3 | 1.25x | 2.50x |" in table
+    assert "Timed without a CUDA graph: `xattention`." in table
 
 
 def test_a_failing_case_leaves_the_others(bars, monkeypatch, tmp_path, capsys):

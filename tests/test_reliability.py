@@ -38,7 +38,7 @@ def test_a_failure_is_told_and_the_others_run(reliability, tmp_path, capsys, mon
     assert printed[0].endswith("AssertionError: views must give what their copies give")
     stored = json.loads(path.read_text())
     assert [one["passed"] for one in stored["records"]] == [False, None, True]
-    assert "| two streams | Calls that run on two streams" in reliability.table(stored)
+    assert "| two streams | Calls that run on two streams" in reliability.table([stored])
     with pytest.raises(SystemExit):
         reliability.main(["--checks", "weather"])
     assert "--checks must be of" in capsys.readouterr().err

@@ -96,14 +96,10 @@ def test_broken_blocks_are_named(copy, capsys, text, message):
     assert (copy / "README.md").read_text() == text
 
 
-def test_missing_result_is_an_error_unless_pending(copy, capsys, monkeypatch):
+def test_missing_result_is_an_error(copy, capsys):
     (copy / f"benchmarks/results/{NAME}.json").unlink()
     assert render.main(["--check"], copy) == 1
     assert f"README.md: render:{NAME} needs benchmarks/results/{NAME}.json" in capsys.readouterr().err
-    monkeypatch.setattr(render, "PENDING", frozenset({f"{NAME}.json"}))
-    assert render.main([], copy) == 0
-    assert render.NOT_MEASURED in (copy / "README.md").read_text()
-    assert render.main(["--check"], copy) == 0
 
 
 def test_settings_table(copy):
@@ -162,15 +158,6 @@ def test_two_measurements_of_one_cell_are_refused(copy, capsys):
 
 def test_every_block_of_the_repository_is_current(capsys):
     assert render.main(["--check"]) == 0, capsys.readouterr().err
-
-
-def test_a_pending_result_is_left_out_of_a_block_that_has_others(copy, monkeypatch):
-    block = render.BLOCKS[NAME]._replace(results=(f"{NAME}.json", "later.json"))
-    monkeypatch.setitem(render.BLOCKS, NAME, block)
-    assert render.main([], copy) == 1
-    monkeypatch.setattr(render, "PENDING", frozenset({"later.json"}))
-    assert render.main([], copy) == 0
-    assert render.NOT_MEASURED not in (copy / "README.md").read_text()
 
 
 def gpu_record(what, tokens, sparsity, heads=32, channels=128, **changes):
@@ -350,8 +337,7 @@ def stored_files():
 
 def test_every_stored_result_belongs_to_one_case():
     results = sorted(result for case in registry.CASES.values() for result in case.results)
-    assert [result for result in results if result not in registry.PENDING - {*stored_files()}] == stored_files()
-    assert {*results, *registry.BLOCKS} >= registry.PENDING
+    assert results == stored_files()
 
 
 def test_every_block_is_shown_and_of_one_case():
