@@ -2,7 +2,9 @@
 
 import copy
 import datetime
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -228,6 +230,22 @@ def test_a_refusal_leaves_nothing_behind():
     with pytest.raises(ValueError, match=r"order must be VideoTiles\(text='before'\) for CogVideoX.*got text='after'"):
         baatt.enable(case.model, HALF, order=tiles)
     assert (state(case.model), registry_state()) == (before, registered)
+
+
+def test_a_model_that_nobody_holds_is_gone_at_once():
+    """Garbage of Python's keeps a GPU full until a collection, which may be long in coming."""
+    case = build("wan")
+    with baatt.enable(case.model, HALF) as handle:
+        case.run()
+    model = weakref.ref(case.model)
+    gc.collect()  # what diffusers left behind
+    gc.disable()
+    try:
+        del case
+        assert model() is None
+    finally:
+        gc.enable()
+    assert handle.sparse_calls
 
 
 def test_two_models_do_not_disturb_each_other():

@@ -11,6 +11,7 @@ attention.
 import functools
 import inspect
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ def attach(model: Any, handle: Handle) -> int:
     counts = {1 + max(number for number, _ in layers) for layers in found}
     if len(counts) > 1:
         raise ValueError(f"transformer and transformer_2 must have equally many layers, got {sorted(counts)}")
-    route = DiffusersRoute(handle, lambda: getattr(model, "scheduler", None))
+    held = weakref.ref(model)  # the handle and the route know one another, and neither is to keep a model in memory
+    route = DiffusersRoute(handle, lambda: getattr(held(), "scheduler", None))
     handle.hear = route.hear
     if crossing := sum(len(_layers(root, is_cross=True)) for root in transformers):
         handle.outside.append(f"{crossing} modules of cross-attention")

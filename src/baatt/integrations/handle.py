@@ -114,9 +114,10 @@ class Handle(Counts):
         self._watcher = watcher
 
     def disable(self) -> None:
-        """Put the model back as it was; the counts stay. Calling it again does nothing."""
+        """Put the model back as it was; the counts stay, without the model. Calling it again does nothing."""
         self.is_attached = False
         self.undo.close()
+        self.callers, self.read_step = {}, None
 
     def __enter__(self) -> "Handle":
         return self
