@@ -6,14 +6,14 @@ Triton's cache are made, which is what decides whether it compiles.
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.processes import run_code
+
 SCRIPT = """
 import collections
+import functools
 import json
 import sys
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ properties = SimpleNamespace(
 )
 torch.cuda.get_device_properties = lambda device: properties
 from baatt import BAAttConfig
-from baatt.backend import _choose_on_gpu, _sort_on_gpu
+from baatt.backend import _choose_on_gpu, _sort_on_gpu, _summarise_sides
 from baatt.kernels import hopper, hopper_clusters, triton_attention, triton_budget, triton_clusters
 from baatt.kernels import triton_structure
 from baatt.scores import clusters
@@ -47,14 +47,15 @@ from baatt.scores import clusters
 head = BAAttConfig(budget="head")
 calls = [(BAAttConfig(), None, 4096), (BAAttConfig(), 1, 4096), (head, None, 4096), (head, 1, 0),
          (BAAttConfig.preset("paper"), None, 4096), (BAAttConfig(score="exact"), None, 4096)]
-ways = {
-    "hopper": ({clusters.summarise: hopper_clusters.summarise_sides, clusters.compare: hopper_clusters.compare},
-               hopper.sparse_attention),
-    "triton": ({clusters.compare: triton_clusters.compare}, triton_attention.sparse_attention),
-}
-for name in sys.argv[2:]:
-    twins, attend = ways[name]
-    for tokens in json.loads(sys.argv[1]):
+portable = functools.partial(_summarise_sides, triton_clusters.summarise)
+ways = [
+    ({clusters.summarise: hopper_clusters.summarise_sides, clusters.compare: hopper_clusters.compare},
+     hopper.sparse_attention),
+    ({clusters.summarise: portable, clusters.compare: triton_clusters.compare}, triton_attention.sparse_attention),
+]
+for twins, attend in ways:
+    keys.clear()
+    for tokens in map(int, sys.argv[1:]):
         q, k, v = (torch.empty(1, heads, tokens, 128, dtype=torch.bfloat16) for heads in (4, 2, 2))
         for config, causal, triton_budget.ALONE in calls:
             sight = None if causal is None else triton_structure.look_back(q, k, causal, 0, 128)
@@ -62,24 +63,20 @@ for name in sys.argv[2:]:
             chosen = _choose_on_gpu(twins, arranged.query_summary, arranged.key_summary, config, 0.1, sight)
             orders = arranged.query_order, arranged.key_order
             attend(q, k, v, *orders, chosen, block_size=128, scale=0.1, sight=sight)
-print(json.dumps({kernel: len(found) for kernel, found in keys.items()}))
+        print(json.dumps({kernel: len(found) for kernel, found in keys.items()}))
 """
 
 
-def variants(lengths, *ways):
-    """How many times each kernel is compiled for calls of these lengths."""
+def test_lengths_compile_nothing_anew():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(lengths), *ways]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
-
-
-@pytest.mark.parametrize("way", ["hopper", "triton"])
-def test_lengths_compile_nothing_anew(way):
     # All are 9 to 16 blocks: kernels that hold a row of blocks have its power of two as a constant.
-    alone = variants([1500], way)
-    assert variants([1100, 1152, 1279, 1500, 1501, 1536, 1664, 1999, 2000, 2048], way) == alone
-    assert len(alone) > 8
+    lengths = [1500, 1100, 1152, 1279, 1501, 1536, 1664, 1999, 2000, 2048]
+    run = run_code(SCRIPT, *map(str, lengths), TRITON_INTERPRET="0")
+    assert run.returncode == 0, run.stderr[-3000:]
+    # How many variants of each kernel there are after each length, of the kernels for Hopper and of the portable ones.
+    counts = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(counts) == 2 * len(lengths)
+    for alone, *more in (counts[: len(lengths)], counts[len(lengths) :]):
+        assert more == [alone] * len(more)
+        assert len(alone) > 8
