@@ -13,6 +13,7 @@ from baatt.config import BLOCK_SIZES
 from baatt.stages.sorting import ORDERS
 from tests.budget import assert_float64_within_budget, assert_within_budget, eager_dtype
 from tests.naive import naive_ba_attention
+from tests.pairs import mostly_pairs
 from tests.settings import sorted_config
 
 IMPLS = ["reference", "cpu"]
@@ -125,9 +126,7 @@ def test_equals_naive_for_every_block_size(impl, block_size):
     assert_equals_naive(*random_inputs(1, 1, 1, 33, 150, 4), config, impl)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sort", ORDERS)
-@pytest.mark.parametrize("name", ["none", "left", "interior", "mixed"])
+@mostly_pairs("sort, name, dtype", list(ORDERS), ["none", "left", "interior", "mixed"], DTYPES)
 def test_without_sparsity_it_is_dense_attention(impl, dtype, sort, name):
     q, k, v = random_inputs(5, 4, 2, 70, 150, 24, dtype)
     key_mask = masks(5, 150)[name]

@@ -15,7 +15,7 @@ from baatt.lab.capture import load_capture
 def captured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("capture")
     text, path = folder / "text.txt", folder / "capture.safetensors"
-    text.write_text("The harbour was empty. " * 60, encoding="utf-8")
+    text.write_text("The harbour was empty. " * 40, encoding="utf-8")
     assert main(["analyze", "capture", "--prompt-file", str(text), "--layers", "1,-1", "--output", str(path)]) == 0
     return path
 

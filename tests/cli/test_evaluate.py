@@ -215,7 +215,7 @@ def test_a_grid_its_attention_mass_and_its_picture(here, capsys):
         "--recall-samples",
         "1",
     ]
-    argv = ["evaluate", "ruler", "--tasks", "niah_multikey_1", "--lengths", "512", "--count", "1", *grid]
+    argv = ["evaluate", "ruler", "--tasks", "niah_multikey_1", "--lengths", "320", "--count", "1", *grid]
     assert main([*argv, "--json", "grid.json", "--plot", "grid.png"]) == 0
     stored = json.loads((here / "grid.json").read_text())
     assert [one["config"].get("score") for one in stored["records"]] == [None, *["covariance", "oracle"] * 2]

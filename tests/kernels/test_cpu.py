@@ -14,6 +14,7 @@ from baatt.stages import sparse
 from baatt.stages.sorting import by_norm
 from baatt.types import BlockSelection
 from tests.budget import assert_within_budget, eager_dtype
+from tests.pairs import mostly_pairs
 from tests.processes import run_code
 from tests.settings import sorted_config
 
@@ -77,9 +78,7 @@ def test_the_twin_has_the_signature_of_the_stage():
     assert inspect.signature(cpu.sparse_attention) == inspect.signature(sparse.sparse_attention)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@mostly_pairs("shape, block_size, dtype", SHAPES, [16, 32, 64, 128], DTYPES)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_sparse_attention_is_its_twin(way, shape, block_size, dtype):
     assert_twins(random_case(shape, block_size, dtype), block_size, scale=shape[-1] ** -0.5)

@@ -13,6 +13,7 @@ from baatt.stages import pooling
 from baatt.stages.sorting import by_norm, by_position
 from baatt.types import BlockClusters, BlockStats
 from tests.budget import assert_within_budget
+from tests.pairs import mostly_pairs
 
 pytestmark = [
     pytest.mark.skipif(cpu_native.find_compiler() is None, reason="no C compiler on this machine"),
@@ -108,11 +109,10 @@ def assert_scores(twin, function, summaries, options):
         assert_within_budget(actual[kept], eager[kept], exact[kept])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("representatives", "refinements"), CLUSTERS)
+@mostly_pairs("shape, clusters, dtype", SHAPES, CLUSTERS, DTYPES)
 @pytest.mark.parametrize("block_size", [16, 128])
-def test_clusters_are_their_twin_s(shape, dtype, representatives, refinements, block_size):
+def test_clusters_are_their_twin_s(shape, clusters, dtype, block_size):
+    representatives, refinements = clusters
     options = config(block_size, representatives=representatives, refinements=refinements)
     for x, order in random_case(shape, dtype):
         assert_same_clusters(x, order, options)
@@ -131,10 +131,8 @@ def test_clusters_of_duplicates_and_equal_distances_are_their_twin_s(distinct):
         assert (found.mean[found.tokens == 0] == 0).all()
 
 
-@pytest.mark.parametrize("peak", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@mostly_pairs("shape, representatives, peak", SHAPES, [1, 5, 16, 128], [True, False])
 @pytest.mark.parametrize("block_size", [16, 128])
-@pytest.mark.parametrize("representatives", [1, 5, 16, 128])
 def test_shares_are_their_twin_s(shape, block_size, representatives, peak):
     options = config(block_size, representatives=representatives, peak=peak)
     summaries = [clusters.summarise(x, order, options) for x, order in random_case(shape, torch.float32)]

@@ -1,12 +1,10 @@
 """Exchanges between the ranks of a data-parallel evaluation: alone, and two that a launcher starts."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from baatt.lab.ranks import Ranks, leave_process_group
+from tests.processes import run_module
 
 EXCHANGE = """
 import sys
@@ -42,7 +40,8 @@ def test_alone(monkeypatch):
 
 def test_two(tmp_path):
     (tmp_path / "exchange.py").write_text(EXCHANGE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launcher, tmp_path / "exchange.py", tmp_path], check=True, capture_output=True, timeout=240)
+    asked = "--standalone", "--nproc_per_node", "2", str(tmp_path / "exchange.py"), str(tmp_path)
+    run = run_module("torch.distributed.run", *asked)
+    assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path / "0").read_text() == "0 2 0 [10, 11] [[0, 0], [1, 1]] [{'rank': 0}, {'rank': 1}]"
     assert (tmp_path / "1").read_text() == "1 2 1 [10, 11] [[0, 0], [1, 1]] None"

@@ -10,6 +10,8 @@ from baatt.lab.fidelity.documents import DIGITS, Masks, make_documents
 from baatt.models.checkpoint import load_tokenizer
 
 NEEDLES = 5
+#: A part of what is shipped, all of which would be made into tokens again and again.
+TEXT = held_out_text()[:40_000]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def tokenizer():
 
 def made(tokenizer, length=1024, masks=None, **options):
     options = {"count": 2, "needles": NEEDLES, "seed": 0, **options}
-    return make_documents(tokenizer, held_out_text(), length, masks=masks, **options)
+    return make_documents(tokenizer, TEXT, length, masks=masks, **options)
 
 
 @pytest.mark.parametrize("masks", [None, Masks(1, 0.2)])
@@ -65,7 +67,7 @@ def test_special_tokens_stand_around_and_are_not_predicted(tokenizer):
 
 
 def test_a_tokenizer_with_tokens_of_several_digits():
-    pieces = [*set(held_out_text()), *"0123456789\n", *(f"{n:02d}" for n in range(100))]
+    pieces = [*set(TEXT), *"0123456789\n", *(f"{n:02d}" for n in range(100))]
     words = {piece: number for number, piece in enumerate(dict.fromkeys(["?", *pieces]))}
     tokenizer = Tokenizer(models.WordPiece(words, unk_token="?", continuing_subword_prefix=""))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")

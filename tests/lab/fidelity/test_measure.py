@@ -19,6 +19,8 @@ from baatt.models.checkpoint import load_tokenizer
 from tests.lab.fidelity.models import MASK, llada_folder, transformers_folder
 
 CPU = torch.device("cpu")
+#: A part of what is shipped, all of which would be made into tokens again and again.
+TEXT = held_out_text()[:40_000]
 HALF = BAAttConfig(block_size=16, sparsity=0.5)
 GROUPED = {"num_key_value_heads": 2}
 SETUP = Setup({}, "float32", "auto", documents=2, needles=3, seed=0, mask_share=0.2, batch_size=2)
@@ -32,7 +34,7 @@ def llada(tmp_path_factory):
 @pytest.fixture(scope="module")
 def documents():
     tokenizer, masks = load_tokenizer(shipped_model()), Masks(MASK, 0.2)
-    return make_documents(tokenizer, held_out_text(), 512, count=3, needles=3, seed=0, masks=masks)
+    return make_documents(tokenizer, TEXT, 512, count=3, needles=3, seed=0, masks=masks)
 
 
 KINDS = {
@@ -164,7 +166,7 @@ def make_study(llada, tmp_path, **changes):
     study = Study(
         Reader(llada[0], MASK),
         llada[1],
-        held_out_text(),
+        TEXT,
         [512],
         made,
         AnswerStore(tmp_path / "answers"),
@@ -205,4 +207,4 @@ def test_layers_alone(llada, tmp_path):
 
 def test_lengths_beyond_the_positions(llada, tmp_path):
     with pytest.raises(ValueError, match="--lengths must be within the 2048 positions of the model, got 4096"):
-        Study(Reader(llada[0], MASK), llada[1], held_out_text(), [512, 4096], SETUP, AnswerStore(tmp_path))
+        Study(Reader(llada[0], MASK), llada[1], TEXT, [512, 4096], SETUP, AnswerStore(tmp_path))

@@ -38,7 +38,7 @@ def test_dense_answers_are_right(model, task, count):
 
 
 def test_sparsity_zero_equals_dense(model):
-    samples = draw(model, "niah_multikey_1", 512, 2, seed=2)
+    samples = draw(model, "niah_multikey_1", 320, 2, seed=2)
     dense = answer(model, samples)
     sparse = answer(model, samples, config=BAAttConfig(block_size=32, sparsity=0.0))
     assert [one.text for one in sparse] == [one.text for one in dense]
@@ -83,7 +83,7 @@ def test_answers_are_cut_and_scored_as_the_task_says(model):
 
 
 def test_stopping_early_changes_no_answer(model):
-    samples = [draw(model, task, 512, 1, seed=6)[0] for task in ("niah_single_1", "niah_multivalue")]
+    samples = [draw(model, task, 320, 1, seed=6)[0] for task in ("niah_single_1", "niah_multivalue")]
     full = dataclasses.replace(RULER_SAMPLER, stop_at_eos=False)
     early, late = answer(model, samples), answer(model, samples, sampler=full)
     assert [one.text for one in late] == [one.text for one in early]
