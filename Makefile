@@ -37,7 +37,7 @@ types: $(STAMP)
 
 MARKED := not gpu and not slow
 tests: $(STAMP)
-	$(BIN)/pytest -m "$(MARKED)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "$(MARKED)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/gpu
 
 docs: $(STAMP)
 	$(BIN)/python benchmarks/render.py --check

@@ -1,10 +1,12 @@
 """One torch thread, here and in what tests start: the tensors are small, and `make test` runs a process per core.
 
-Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported. The imported
-libraries make millions of objects: going through them in search of garbage took 8 % of the time of the tests.
+Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+
+The imported libraries make millions of objects: to go through them in search of garbage took 8 % of the time.
 """
 
 import gc
+import multiprocessing
 import os
 
 import pytest
@@ -42,3 +44,10 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that would be spawned are forked, so that none of them imports torch again."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)

@@ -78,16 +78,17 @@ def test_masking_of_free_text():
     assert found.weight[found.next].min() >= 1
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_run_goes_on_from_its_state_and_from_its_copy(folders, tmp_path):
     base, data = folders
     common = ["--base", str(base), "--data", str(data), "--device", "cpu", "--no-compile", "--workers", "1"]
     common += ["--batch-tokens", "512", "--last-stage", "0", "--rank", "4", "--learning-rate", "0.01"]
     first, copy, second = tmp_path / "first", tmp_path / "copy.safetensors", tmp_path / "second"
-    adapt.main([*common, "--seconds", "1", "--out", str(first), "--copy", str(copy)])
+    adapt.main([*common, "--seconds", "0.3", "--out", str(first), "--copy", str(copy)])
     story = json.loads((first / "training.json").read_text())
     assert story["step"] > 0
     assert story["tokens"] > 0
-    adapt.main([*common, "--seconds", "1", "--out", str(second), "--resume", str(first)])
+    adapt.main([*common, "--seconds", "0.3", "--out", str(second), "--resume", str(first)])
     assert json.loads((second / "training.json").read_text())["step"] > story["step"]
     tensors = read_adapter(copy, adapt.checksum(base))
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith(".up"))

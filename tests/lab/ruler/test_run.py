@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import random
 import shutil
 
@@ -321,7 +320,8 @@ def test_more_settings_and_samples_reuse_what_is_there(make, tmp_path):
     assert len(asked) == 3
 
 
-def test_only_missing_samples_are_drawn_ahead(make, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("forked_workers")
+def test_only_missing_samples_are_drawn_ahead(make, tmp_path):
     model = make()
     cells = [cell for task in ("niah_single_1", "niah_single_2", "niah_single_3") for cell in cells_of(task)]
     store = AnswerStore(tmp_path)
@@ -333,8 +333,6 @@ def test_only_missing_samples_are_drawn_ahead(make, tmp_path, monkeypatch):
     here = list(share.draw(places))
     assert [sorted(samples) for samples in here] == [[0, 2], [0, 1, 2], [0, 1, 2]]
     assert here[1] == dict(enumerate(draw_samples("niah_single_2", 512, 3, model.tokenizer, seed=1)))
-    context = multiprocessing.get_context("fork")  # as they are spawned, each of them imports torch
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     assert list(dataclasses.replace(share, workers=2).draw(places)) == here
 
 
