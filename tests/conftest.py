@@ -15,10 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 #: Files that take longest: `make test` gives files to processes in this order, and none of these should come last.
 LONGEST = (
-    *("test_triton_compilation", "test_attention", "test_cached_decoding", "test_analyze", "test_run"),
-    *("test_transformers", "test_pins", "test_triton_causal", "test_hopper_clusters", "test_cpu", "test_evaluate"),
-    *("test_cpu_scores", "test_hopper", "test_diffusers", "test_diffusers_calls", "test_causal", "test_samples"),
-    *("test_llada", "test_programs", "test_adapt", "test_decoding_benchmark", "test_sdpa", "test_remote_sdpa"),
+    *("test_triton_compilation", "test_cached_decoding", "test_transformers", "test_attention", "test_diffusers"),
+    *("test_run", "test_evaluate", "test_pins", "test_analyze", "test_diffusers_calls", "test_programs"),
+    *("test_triton_causal", "test_hopper_clusters", "test_hopper", "test_cpu", "test_cli", "test_samples"),
+    *("test_sdpa", "test_model", "test_decoding_benchmark", "test_causal", "test_maps_page", "test_llada"),
+    *("test_fidelity", "test_cpu_scores", "test_remote_sdpa", "test_triton_mass", "test_tasks"),
+    *("test_triton_attention", "test_masks", "test_reliability", "test_triton_budget", "test_bench"),
+    *("test_triton_arrangement", "test_imports"),
 )
 
 
