@@ -97,8 +97,11 @@ CASES: dict[str, Case] = {
     "gpu_clusters": Case(
         "the operator with blocks chosen by clusters beside the paper's setting, cuDNN and FlashAttention on a GPU",
         "python benchmarks/gpu_bars.py --no-flex --cases NAMES --json FILE",
-        ("gpu_clusters_h200.json",),
-        {"gpu_clusters": gpu_bars.clusters_table},
+        ("gpu_clusters_h200.json", "gpu_clusters_since_h200.json"),
+        {
+            "gpu_clusters": Block(gpu_bars.clusters_table, ("gpu_clusters_h200.json",)),
+            "gpu_clusters_since": Block(gpu_bars.clusters_table, ("gpu_clusters_since_h200.json",)),
+        },
     ),
     "gpu_causal": Case(
         "causal and block-causal attention beside causal cuDNN and FlashAttention on a GPU",

@@ -82,6 +82,22 @@ def test_long_and_many(room):
     check(room, *case(1, 8, 2, 16384, 16500, 128, torch.bfloat16, False), CONFIG)
 
 
+@pytest.mark.parametrize("channels", [64, 128])
+def test_rows_that_begin_anywhere(room, channels):
+    """What the kernels cannot copy 16 bytes at a time gives the same clusters."""
+    sides, masks = case(2, 2, 2, 700, 500, channels, torch.bfloat16, True)
+    expected = check(room, sides, masks, CONFIG)
+    x = sides[0]
+    wide = x.new_zeros(*x.shape[:3], channels + 9)
+    for first in (0, 1):
+        odd = wide[..., first : first + channels].copy_(x)
+        assert torch.equal(check(room, [odd, sides[1]], masks, CONFIG), expected)
+    apart = x.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(check(room, [apart, sides[1]], masks, CONFIG), expected)
+    one = [x[:, :, :1], sides[1][:, :, :1]]
+    check(room, one, [mask[:, :1] for mask in masks], CONFIG)
+
+
 def test_an_entry_does_not_depend_on_the_batch(room):
     sides, masks = case(3, 4, 4, 1500, 1500, 128, torch.bfloat16, True)
     together = check(room, sides, masks, CONFIG)

@@ -39,12 +39,12 @@ def summarise_sides(
     channels, clusters = q.shape[-1], options.representatives
     if clusters > MOST:
         return triton_clusters.summarise(q, query_order, options), triton_clusters.summarise(k, key_order, options)
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = _aligned(q), _aligned(k)
     in_order = query_order.identity and key_order.identity
     sides: list[object] = []
     for x, order in ((q, query_order), (k, key_order)):
         index = None if in_order else order.index
-        sides += [x, *x.stride()[:3], index, *order.index.stride(), order.length, *x.shape[1:3]]
+        sides += [x, *_strides(x)[:3], index, *order.index.stride(), order.length, *x.shape[1:3]]
     blocks = [x.shape[0] * x.shape[1] * cdiv(x.shape[2], BLOCK) for x in (q, k)]
     new = functools.partial(torch.empty, device=q.device)
     mean = new(sum(blocks), clusters, channels, dtype=q.dtype)
@@ -66,6 +66,18 @@ def summarise_sides(
     numbers = [part.view(shape) for part, shape in zip(number.split(blocks), shapes, strict=True)]
     queries, keys = map(BlockClusters, means, numbers, sizes)
     return queries, keys
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides, 0 of an axis that has no second entry: there they may be anything."""
+    return [stride if length > 1 else 0 for stride, length in zip(x.stride(), x.shape, strict=True)]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x [B, H, N, D], or a copy where Triton cannot tell that all rows begin at multiples of 16 bytes: it reads such
+    rows alone without a way through registers."""
+    suits = x.stride(-1) == 1 and all(stride % 16 == 0 for stride in _strides(x)[:3]) and x.data_ptr() % 16 == 0
+    return x if suits else x.clone(memory_format=torch.contiguous_format)
 
 
 def compare(

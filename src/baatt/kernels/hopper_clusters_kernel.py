@@ -7,8 +7,10 @@ takes a block of queries or, behind those, of keys.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from baatt.kernels.gluon_names import barrier, load_rows, view_as
 from baatt.kernels.launching import SIZES
 
 TILE = gl.constexpr(128)
@@ -35,10 +37,13 @@ def find_tokens(
 def load_tokens(
     q_ptr, q_batch, q_head, q_token, query_order_ptr, query_order_batch, query_order_head, query_order_token,
     query_length_ptr, heads, query_tokens, k_ptr, k_batch, k_head, k_token, key_order_ptr, key_order_batch,
-    key_order_head, key_order_token, key_length_ptr, groups, key_tokens, query_programs,
+    key_order_head, key_order_token, key_length_ptr, groups, key_tokens, query_programs, x,
     CHANNELS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The tokens of this program's block, of q or after those of k, 0 where there is none; what `find_tokens` says."""
+    """Begin to copy the tokens of this program's block, of q or after those of k, to `x`, 0 where there is none.
+
+    Returns how many there are and the place that `find_tokens` says.
+    """
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // CHANNELS, CHANNELS // 8], [WARPS, 1], [1, 0])
     places = gl.arange(0, TILE, layout=gl.SliceLayout(1, wide))
     channels = gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, wide))
@@ -54,7 +59,9 @@ def load_tokens(
             key_length_ptr, groups, key_tokens, program - query_programs, places,
         )  # fmt: skip
     present = (places < count)[:, None]
-    return gl.load(x_ptr + source[:, None] + channels[None, :], mask=present, other=0.0), count, size_place
+    load_rows(x, x_ptr + source[:, None] + channels[None, :], mask=present)
+    async_copy.commit_group()
+    return count, size_place
 
 
 @gluon.jit(do_not_specialize=SIZES)
@@ -70,24 +77,24 @@ def centre_kernel(
     square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK, 16])
     # Every warp has all 128 tokens: a step needs no barrier.
     line: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    members, count, _ = load_tokens(
-        q_ptr, q_batch, q_head, q_token, query_order_ptr, query_order_batch, query_order_head, query_order_token,
-        query_length_ptr, heads, query_tokens, k_ptr, k_batch, k_head, k_token, key_order_ptr, key_order_batch,
-        key_order_head, key_order_token, key_length_ptr, groups, key_tokens, query_programs,
-        CHANNELS, WARPS,
-    )  # fmt: skip
     # Rows eight numbers longer: what the threads of a product store at a time then meets all banks.
     padded: gl.constexpr = gl.PaddedSharedLayout.with_identity_for([[128, 8]], [128, 128], [1, 0])
     padded_row: gl.constexpr = gl.PaddedSharedLayout.with_identity_for([[128, 8]], [1, 128], [1, 0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    whole = gl.allocate_shared_memory(gl.float32, [BLOCK, BLOCK], padded)
     diagonal = gl.allocate_shared_memory(gl.float32, [BLOCK], plain)
     row_sums = gl.allocate_shared_memory(gl.float32, [BLOCK], plain)
-    # The tokens stand where their products will.
-    x = whole._reinterpret(DTYPE, [BLOCK, CHANNELS], gl.NVMMASharedLayout.get_default_for([BLOCK, CHANNELS], DTYPE))
-    x.store(members)
+    x = gl.allocate_shared_memory(
+        DTYPE, [BLOCK, CHANNELS], gl.NVMMASharedLayout.get_default_for([BLOCK, CHANNELS], DTYPE)
+    )
+    count, _ = load_tokens(
+        q_ptr, q_batch, q_head, q_token, query_order_ptr, query_order_batch, query_order_head, query_order_token,
+        query_length_ptr, heads, query_tokens, k_ptr, k_batch, k_head, k_token, key_order_ptr, key_order_batch,
+        key_order_head, key_order_token, key_length_ptr, groups, key_tokens, query_programs, x,
+        CHANNELS, WARPS,
+    )  # fmt: skip
+    async_copy.wait_group(0)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     gram = warpgroup_mma(
         x, x.permute((1, 0)), gl.zeros([BLOCK, BLOCK], gl.float32, layout=square), use_acc=False, is_async=True
     )
@@ -96,11 +103,13 @@ def centre_kernel(
     upper = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, square))
     diagonal.store(gl.sum(gl.where(lower[:, None] == upper[None, :], gram, 0.0), 1))
     row_sums.store(gl.sum(gram, 1))
-    gl.thread_barrier()
+    barrier()
+    # Where the tokens were, whose last use is over: one after the other they fit three times on a multiprocessor.
+    whole = gl.allocate_shared_memory(gl.float32, [BLOCK, BLOCK], padded)
     whole.store(gram)
-    rows = whole._reinterpret(gl.float32, [BLOCK, 1, BLOCK], padded_row)
-    norm_rows = diagonal._reinterpret(gl.float32, [BLOCK, 1], plain)
-    gl.thread_barrier()
+    rows = view_as(whole, gl.float32, [BLOCK, 1, BLOCK], padded_row)
+    norm_rows = view_as(diagonal, gl.float32, [BLOCK, 1], plain)
+    barrier()
 
     places = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, line))
     norms = diagonal.load(gl.SliceLayout(0, line))
@@ -135,12 +144,6 @@ def refine_kernel(
     BLOCK: gl.constexpr = TILE
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, CLUSTERS, 16])
     twice: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 2 * CLUSTERS, 16])
-    members, count, size_place = load_tokens(
-        q_ptr, q_batch, q_head, q_token, query_order_ptr, query_order_batch, query_order_head, query_order_token,
-        query_length_ptr, heads, query_tokens, k_ptr, k_batch, k_head, k_token, key_order_ptr, key_order_batch,
-        key_order_head, key_order_token, key_length_ptr, groups, key_tokens, query_programs,
-        CHANNELS, WARPS,
-    )  # fmt: skip
     places = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, narrow))
     slots = gl.arange(0, CLUSTERS, layout=gl.SliceLayout(0, narrow))
     program = gl.cast(gl.program_id(0), gl.int64)
@@ -149,6 +152,12 @@ def refine_kernel(
     x = gl.allocate_shared_memory(
         DTYPE, [BLOCK, CHANNELS], gl.NVMMASharedLayout.get_default_for([BLOCK, CHANNELS], DTYPE)
     )
+    count, size_place = load_tokens(
+        q_ptr, q_batch, q_head, q_token, query_order_ptr, query_order_batch, query_order_head, query_order_token,
+        query_length_ptr, heads, query_tokens, k_ptr, k_batch, k_head, k_token, key_order_ptr, key_order_batch,
+        key_order_head, key_order_token, key_length_ptr, groups, key_tokens, query_programs, x,
+        CHANNELS, WARPS,
+    )  # fmt: skip
     some = gl.allocate_shared_memory(
         DTYPE, [BLOCK, CLUSTERS], gl.NVMMASharedLayout.get_default_for([BLOCK, CLUSTERS], DTYPE)
     )
@@ -158,12 +167,12 @@ def refine_kernel(
     # What the warps have of a sum over all of them, read after a barrier that is there anyway.
     numbers = gl.allocate_shared_memory(gl.int32, [WARPS, CLUSTERS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     lengths = gl.allocate_shared_memory(gl.float32, [WARPS, CLUSTERS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    x.store(members)
+    async_copy.wait_group(0)
     taken = (slot[:, None] == slots[None, :]) & (places < count)[:, None]
     sums, number = add_members(x, some, numbers, taken, CHANNELS, CLUSTERS, DTYPE, WARPS, narrow)
     points = sums / gl.maximum(number, 1).to(gl.float32)[None, :]
     if gl.min(gl.where(slots < clusters, number, 1), 0) == 0:  # a cluster without tokens stays at its centre
-        gl.thread_barrier()  # the sums above are done in all warps
+        barrier()  # the sums above are done in all warps
         taken = (places[:, None] == centres[None, :]) & (places < count)[:, None]
         at_centre, _ = add_members(x, some, numbers, taken, CHANNELS, CLUSTERS, DTYPE, WARPS, narrow)
         points = gl.where(number[None, :] > 0, points, at_centre)
@@ -175,7 +184,7 @@ def refine_kernel(
         parts.store(both)
         lengths.store(sums_of_warps(points * points, CHANNELS, CLUSTERS, WARPS))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         products = gl.zeros([BLOCK, 2 * CLUSTERS], gl.float32, layout=twice)
         products = warpgroup_mma(x, parts, products, use_acc=False, is_async=True)
         squares = gl.where(slots < clusters, add_warps(lengths, gl.float32, CLUSTERS, WARPS, narrow), float("inf"))
@@ -212,7 +221,7 @@ def sums_of_warps(values, LENGTH: gl.constexpr, CLUSTERS: gl.constexpr, WARPS: g
 @gluon.jit
 def add_warps(parts, KIND: gl.constexpr, CLUSTERS: gl.constexpr, WARPS: gl.constexpr, layout: gl.constexpr):
     """The sums [CLUSTERS] of what `sums_of_warps` left in shared memory."""
-    rows = parts._reinterpret(KIND, [WARPS, 1, CLUSTERS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    rows = view_as(parts, KIND, [WARPS, 1, CLUSTERS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     total = gl.zeros([CLUSTERS], KIND, layout=gl.SliceLayout(0, layout))
     for warp in gl.static_range(WARPS):
         total += gl.sum(rows.index(warp).load(layout), 0)
@@ -231,7 +240,7 @@ def add_members(
     some.store(taken.to(DTYPE))
     numbers.store(sums_of_warps(taken.to(gl.int32), TILE, CLUSTERS, WARPS))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     sums = gl.zeros([CHANNELS, CLUSTERS], gl.float32, layout=layout)
     sums = warpgroup_mma(x.permute((1, 0)), some, sums, use_acc=False, is_async=True)
     number = add_warps(numbers, gl.int32, CLUSTERS, WARPS, layout)

@@ -16,16 +16,14 @@ rings of their own. Full barriers count the producer's expected bytes, empty bar
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from baatt.kernels.gluon_names import load_tile
 from baatt.kernels.launching import SIZES
 
 NO_TILE = gl.constexpr(0x7FFFFFFF)
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 LN_2 = gl.constexpr(0.6931471805599453)
-
-# Triton 3.8 renamed the load and 3.9 left only an error under the old name, so the new one goes first.
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 def ring_stages(channels: int) -> int:

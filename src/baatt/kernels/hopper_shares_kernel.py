@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from baatt.kernels.gluon_names import barrier
 from baatt.kernels.hopper_kernel import load_block
 from baatt.kernels.launching import SIZES
 
@@ -150,7 +151,7 @@ def consume(
     # Of each row the sums of its key blocks, then what the sums of a tile are relative to.
     scratch_ptr += (gl.cast(gl.program_id(0), gl.int64) * CONSUMERS + PART) * ROWS * steps * (KEY_BLOCKS + 1)
     maxima_ptr = scratch_ptr + ROWS * steps * KEY_BLOCKS
-    sums_ptrs = scratch_ptr + rows[:, None] * (steps * KEY_BLOCKS) + key_places[None, :]
+    sums_ptrs = scratch_ptr + rows[:, None] * KEY_BLOCKS + key_places[None, :]
     # A product takes its rows from shared memory: from registers it would be issued in pieces between other work.
     own = q_rows.index(PART)
     entry = 0
@@ -163,10 +164,10 @@ def consume(
         q_offset = (head_entry // heads) * stride_batch + (head_entry % heads) * stride_head
         offsets = blocks.to(gl.int64) * stride_block + cluster * CHANNELS
         queries = gl.load(q_ptr + q_offset + offsets[:, None] + channels[None, :], mask=present[:, None], other=0.0)
-        gl.thread_barrier()  # the products with the rows before are done in all warps
+        barrier()  # the products with the rows before are done in all warps
         own.store(queries)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         key_entry = head_entry // heads * groups + head_entry % heads // (heads // groups)
         number_ptrs = number_ptr + key_entry * steps * TILE + columns
         if spans_ptr is not None:
@@ -197,15 +198,15 @@ def consume(
                 running_max, running_sum, sums = add_up(
                     scores, number, running_max, running_sum, scale_log2, ROWS, KEY_BLOCKS, KEY_CLUSTERS, summed
                 )
-                gl.store(sums_ptrs + step * KEY_BLOCKS, sums)
+                gl.store(sums_ptrs + step * (ROWS * KEY_BLOCKS), sums)
                 gl.store(maxima_ptr + step * ROWS + rows, gl.convert_layout(running_max, rows_summed))
-        gl.thread_barrier()  # other threads read the maxima
+        barrier()  # other threads read the maxima
         write_scores(
             scratch_ptr, maxima_ptr, running_max, running_sum, q_tokens_ptr + head_entry * query_blocks * clusters,
             scores_ptr + head_entry * query_blocks * key_blocks, first_block, query_blocks, key_blocks, steps, last,
             clusters, PEAK, ROWS, QUERY_CLUSTERS, KEY_CLUSTERS,
         )  # fmt: skip
-        gl.thread_barrier()
+        barrier()
 
 
 @gluon.jit
@@ -250,11 +251,12 @@ def write_scores(
         factor = factor * number
     sources = gl.arange(0, STEPS * KEY_BLOCKS, layout=gl.SliceLayout(0, summed))
     targets = gl.arange(0, STEPS * KEY_BLOCKS, layout=gl.SliceLayout(0, scored))
-    width, end = steps * KEY_BLOCKS, last * KEY_BLOCKS
+    end = last * KEY_BLOCKS
     for first in range(0, end, STEPS * KEY_BLOCKS):
         places = first + sources
         written = (places < end)[None, :]
-        sums = gl.load(sums_ptr + rows[:, None] * width + places[None, :], mask=written, other=0.0)
+        own = places // KEY_BLOCKS * (ROWS * KEY_BLOCKS) + places % KEY_BLOCKS
+        sums = gl.load(sums_ptr + rows[:, None] * KEY_BLOCKS + own[None, :], mask=written, other=0.0)
         maxima = gl.load(
             maxima_ptr + (places // KEY_BLOCKS)[None, :] * ROWS + rows[:, None], mask=written, other=LOWEST
         )
