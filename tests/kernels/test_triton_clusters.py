@@ -83,6 +83,11 @@ def test_more_programs_than_tiles_and_fewer(monkeypatch, poisoned_memory):
         monkeypatch.undo()
 
 
+def test_the_way_for_blackwell(monkeypatch, poisoned_memory):
+    monkeypatch.setattr(triton_clusters, "_is_blackwell", lambda device: True)
+    check(SHAPES[2], True)
+
+
 def test_duplicates_leave_clusters_empty(poisoned_memory):
     x = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)).half().repeat(1, 1, 4, 1)[:, :, :11]
     order = sorting.by_position(x, None, None)

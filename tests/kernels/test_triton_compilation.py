@@ -85,6 +85,7 @@ def compile_launch(kernel, *args, grid, warmup, **options):
 
 
 JITFunction.run = compile_launch
+triton_clusters._is_blackwell = lambda device: backend == "cuda" and int(architecture) >= 100
 for room in (triton_attention, triton_clusters, triton_mass):
     room._shared_memory = lambda device: shared_memory
 for name in CASES if chosen == "all" else chosen.split("+"):
@@ -121,14 +122,14 @@ KERNELS = [
 ]  # fmt: skip
 #: Backend, architecture, threads per warp, KiB of shared memory per block.
 NEWEST = ["cuda,90,32,227", "hip,gfx942,64,64"]
-OLDER = ["cuda,80,32,163", "cuda,86,32,99"]
+OTHERS = ["cuda,80,32,163", "cuda,86,32,99", "cuda,89,32,99", "cuda,100,32,227", "cuda,120,32,99"]
 
 
 @pytest.mark.parametrize(
     "targets",
     [
         {NEWEST[0]: "causal+usual", NEWEST[1]: "half"},
-        pytest.param(dict.fromkeys(NEWEST + OLDER, "all"), marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param(dict.fromkeys(NEWEST + OTHERS, "all"), marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
     ],
     ids=["newest", "all"],
 )

@@ -43,7 +43,8 @@ def summarise(x: Tensor, order: TokenOrder, options: ScoreOptions) -> BlockClust
     _cluster_kernel[(blocks * batch * heads,)](
         x, *x.stride(), index, *index.stride(), order.length, mean, number, size, heads, tokens, clusters,
         options.refinements, BLOCK=block_size, CHANNELS=channels, COLUMNS=max(16, next_power_of_2(channels)),
-        CLUSTERS=max(16, next_power_of_2(clusters)), num_warps=4 if channels <= 128 else 8,
+        CLUSTERS=max(16, next_power_of_2(clusters)), BATCHED=_is_blackwell(x.device),
+        num_warps=4 if channels <= 128 else 8,
     )  # fmt: skip
     return BlockClusters(mean, number, size)
 
@@ -91,6 +92,12 @@ def launch_options(channels: int, clusters: int, key_clusters: int, shared_memor
     }
 
 
+def _is_blackwell(device: torch.device) -> bool:
+    """Whether Triton 3.6 cannot compile sums over a product of two matrices: it stands in a memory of its own there."""
+    is_cuda = device.type == "cuda" and torch.version.hip is None
+    return is_cuda and torch.cuda.get_device_capability(device)[0] >= 10
+
+
 def _programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
@@ -100,7 +107,7 @@ def _cluster_kernel(
     x_ptr, stride_batch, stride_head, stride_token, stride_channel,
     order_ptr, order_batch, order_head, order_token, length_ptr, mean_ptr, number_ptr, size_ptr,
     heads, tokens, clusters, refinements,
-    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, CLUSTERS: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, CLUSTERS: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(tokens, BLOCK)
     block = tl.program_id(0) % blocks
@@ -114,7 +121,10 @@ def _cluster_kernel(
     row_ptrs = x_ptr + entry * stride_batch + head * stride_head + source * stride_token
     members = _gather_rows(row_ptrs, present, 0, stride_channel, CHANNELS, COLUMNS)
 
-    gram = tl.dot(members, tl.trans(members))
+    if BATCHED:  # see `_is_blackwell`; the numbers are the same
+        gram = tl.dot(members[None], tl.trans(members)[None]).reshape([BLOCK, BLOCK])
+    else:
+        gram = tl.dot(members, tl.trans(members))
     norms = tl.sum(tl.where(places[:, None] == places[None, :], gram, 0.0), axis=1)
     middle = tl.sum(members.to(tl.float32), axis=0) / tl.maximum(count, 1)
     offset = members.to(tl.float32) - middle[None, :]
