@@ -42,7 +42,10 @@ LOW, HIGH, LONG = (21, 60, 104), (21, 90, 160), (33, 90, 160)
 FEWER = {"n_layers": 2}
 CASES: dict[str, Case] = {
     **{f"llada-8b-{n}K": Case("llada", LLADA_8B, FEWER, (1024 * n,)) for n in (4, 8, 16, 32, 64)},
-    "llada-8b-answer-32K": Case("llada", LLADA_8B, FEWER, (32768,), against=("cudnn",), answer=64),
+    **{
+        f"llada-8b-answer-{n}K": Case("llada", LLADA_8B, FEWER, (1024 * n,), against=("cudnn",), answer=64)
+        for n in (8, 16, 32, 64)
+    },
     "wan-1.3b-480p": Case("wan", WAN_1B, {"num_layers": 2}, LOW),
     "wan-1.3b-720p": Case("wan", WAN_1B, {"num_layers": 2}, HIGH),
     "wan-14b-480p": Case("wan", WAN_14B, {"num_layers": 2}, LOW),

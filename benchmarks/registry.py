@@ -371,6 +371,11 @@ CASES: dict[str, Case] = {
             "training/trial_all_tasks.txt",
         ),
     ),
+    "training_smollm2": Case(
+        "a diffusion model grown from SmolLM2, under way: history, text, questions, RULER's tasks",
+        "bash training/session.sh",
+        tuple(f"training/smollm2_{name}.json" for name in ("run1", "run2", "bars", "ruler")),
+    ),
 }
 
 

@@ -352,7 +352,9 @@ def test_every_table_is_of_a_result_or_a_picture_is_drawn_from_it():
     shown = {result for block in registry.BLOCKS.values() for result in block.results}
     for name, case in registry.CASES.items():
         for result in set(case.results) - shown:
-            assert result.endswith((".txt", ".policy.json")) or name in ("training", "gpu_sweep"), result
+            assert result.endswith((".txt", ".policy.json")) or name in ("training", "training_smollm2", "gpu_sweep"), (
+                result
+            )
     for name in ("gpu_sweep_h200", "fidelity_smollm2"):
         assert (ROOT / f"docs/figures/{name}.png").is_file()
 

@@ -37,8 +37,10 @@ CONTINUED = (
     "A database is a collection of data that is",
 )
 ANSWER_TOKENS, CONTINUATION_TOKENS = 32, 96
-#: A token is filled only where it is sure, and from the left, as the base wrote.
+#: A token is filled only where it is sure, from the left, as the base wrote; the most probable one in answers, while
+#: a text that always takes that one repeats itself.
 SAMPLER = SamplerConfig(steps=32, gen_length=32, block_length=32, remasking="left_to_right", threshold=0.9)
+TEMPERATURE = 0.8  # of continuations
 LENGTH, RATES = 512, (0.15, 0.5, 0.9)  # tokens of a piece of held-out prose; shares that are hidden
 
 
@@ -84,7 +86,7 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /, *, key_mask: to
 
 
 def continuations(
-    model: MaskedDiffusionLM, tokenizer: Tokenizer, prompts: list[str], tokens: int, is_causal: bool
+    model: MaskedDiffusionLM, tokenizer: Tokenizer, prompts: list[str], tokens: int, is_causal: bool, temperature: float
 ) -> list[str]:
     """What a model writes after each prompt, by diffusion or, as its base, left to right."""
     device = model.transformer.wte.weight.device
@@ -95,12 +97,14 @@ def continuations(
         forced = torch.full((len(rows), width), -1)
         for row, ids in zip(forced, rows, strict=True):
             row[: len(ids)] = torch.tensor(ids)
-        written = write(model, forced.to(device), None, ends[-1], 0.0, 0.0)[0].tolist()
+        written = write(model, forced.to(device), None, ends[-1], temperature, 0.0)[0].tolist()
         answers = [row[len(ids) : len(ids) + tokens] for row, ids in zip(written, rows, strict=True)]
     else:
         ids, mask = pad_left(rows, model.config.pad_token_id or 0)
         blocks = tokens // SAMPLER.block_length
-        sampler = dataclasses.replace(SAMPLER, gen_length=tokens, steps=SAMPLER.steps * blocks, stop_at_eos=True)
+        sampler = dataclasses.replace(
+            SAMPLER, gen_length=tokens, steps=SAMPLER.steps * blocks, temperature=temperature, stop_at_eos=True
+        )
         answers = generate(model, ids.to(device), mask.to(device), sampler).tokens.tolist()
     return [answer_text(tokenizer, answer, ends) for answer in answers]
 
@@ -109,7 +113,7 @@ def ask(model: MaskedDiffusionLM, tokenizer: Tokenizer, is_causal: bool) -> list
     """Every question with its answer and whether that is right."""
     questions = json.loads(QUESTIONS.read_text())
     prompts = [f"{SYSTEM}{USER}{one['question']}<|im_end|>{ANSWER}" for one in questions]
-    answers = continuations(model, tokenizer, prompts, ANSWER_TOKENS, is_causal)
+    answers = continuations(model, tokenizer, prompts, ANSWER_TOKENS, is_causal, 0.0)
     return [
         one | {"answer": answer, "right": is_right(answer, one["right"])}
         for one, answer in zip(questions, answers, strict=True)
@@ -140,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         found["text"] = measure_text(model, load_llama(arguments.base).to(arguments.device, dtype), rows)
     asked = ask(model, tokenizer, arguments.causal)
     found |= {"questions_right": sum(one["right"] for one in asked), "questions": asked}
-    texts = continuations(model, tokenizer, list(CONTINUED), CONTINUATION_TOKENS, arguments.causal)
+    texts = continuations(model, tokenizer, list(CONTINUED), CONTINUATION_TOKENS, arguments.causal, TEMPERATURE)
     found["continuations"] = dict(zip(CONTINUED, texts, strict=True))
     print(json.dumps(found, indent=1))
     made = provenance(shlex.join(["python", *sys.argv]), torch.device(arguments.device))

@@ -24,7 +24,7 @@ from baatt.lab.vision.scenes import (
     plant_clip,
     plant_photo,
 )
-from baatt.models.eight_bits import WEIGHTS
+from baatt.models.small_folder import WEIGHTS
 from baatt.sampling import SampleResult
 
 CONFIG = VisionConfig(photo=(48, 72), frame=(16, 24), frames=12, tower=16, width=32, heads=2, layers=2, hidden=32)

@@ -114,7 +114,7 @@ def test_mixed_dtypes_need_one(tmp_path: Path) -> None:
             assert torch.equal(logits_of(model), logits_of(load(write_folder(tmp_path / "m"), dtype=dtype)))
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32, torch.bool])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e4m3fn, torch.int32, torch.bool])
 def test_quantised_weights_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
     name = "model.transformer.blocks.1.q_proj.weight"
     tensors = llada_tensors() | {name: llada_tensors()[name].to(kind)}
@@ -122,6 +122,46 @@ def test_quantised_weights_are_refused(tmp_path: Path, kind: torch.dtype) -> Non
         with pytest.raises(ValueError, match=rf"{re.escape(name)} must have a dtype of .*, got {kind}$") as error:
             load(write_folder(tmp_path / "m", tensors), dtype=dtype)
         assert_one_line(error, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"weight_tying": True, "n_kv_heads": 2}], ids=str)
+def test_eight_bits(tmp_path: Path, changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = MaskedDiffusionLM(ModelConfig.from_dict({**CONFIG, **changes}))
+    model.save_pretrained(tmp_path, dtype=torch.int8, max_shard_bytes=6000)
+    held = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert sum(tensor.nbytes for tensor in held.values()) < 1.2 * sum(x.numel() for x in model.parameters())
+    stored = load(tmp_path)
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.float32}
+    for name, expected in model.state_dict().items():
+        step = expected.flatten(1).abs().amax(dim=1, keepdim=True) / 127 if expected.dim() > 1 else torch.tensor(0.0)
+        assert ((stored.state_dict()[name] - expected).abs() <= 0.501 * step).all()
+    half = load(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(logits_of(half), logits_of(stored.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (None, "must have {}.scale with 32 numbers, got none"),
+        (torch.ones(31), "must have {}.scale with 32 numbers, got torch.float32 of shape [31]"),
+        (torch.ones(32, dtype=torch.int64), "must have {}.scale with 32 numbers, got torch.int64 of shape [32]"),
+    ],
+)
+def test_eight_bits_without_their_scales_are_refused(tmp_path: Path, scale: Tensor | None, message: str) -> None:
+    name = "model.transformer.blocks.1.q_proj.weight"
+    tensors = llada_tensors() | {name: llada_tensors()[name].to(torch.int8)}
+    if scale is not None:
+        tensors |= {f"{name}.scale": scale}
+    with pytest.raises(ValueError, match=re.escape(f"{name} in 8 bits {message.format(name)}")) as error:
+        load(write_folder(tmp_path / "m", tensors))
+    assert_one_line(error, tmp_path)
+
+
+def test_a_scale_without_eight_bits_is_unexpected(tmp_path: Path) -> None:
+    name = "model.transformer.blocks.1.q_proj.weight.scale"
+    with pytest.raises(ValueError, match=f"unexpected {re.escape(name)}"):
+        load(write_folder(tmp_path / "m", llada_tensors() | {name: torch.ones(32)}))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from baatt.models.eight_bits import SCALE, from_eight_bits, to_eight_bits
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 #: What weights may be stored in.
@@ -84,7 +86,7 @@ def read_tensors(
         expected: names that must be there, with tensors of the shapes they must have (on any device, "meta" too).
         optional: names that may be there, likewise.
         ignored: regular expression of further names that may be there and are not read; None = none.
-        dtype: of the result; None keeps the stored one, of which there must be only one.
+        dtype: of the result; None keeps the stored one, of which there must be only one; float32 of 8 bits.
         device: of the result.
 
     Raises:
@@ -95,10 +97,14 @@ def read_tensors(
     folder = _folder(path)
     known = {name: list(tensor.shape) for name, tensor in {**expected, **(optional or {})}.items()}
     found: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
     unexpected = []
     for file in _weight_files(folder):
         with _opened(file, str(device)) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a dict
+                if name not in known and name.removesuffix(SCALE) in known:
+                    scales[name] = stored.get_tensor(name)
+                    continue
                 if name not in known:
                     if ignored is None or not re.fullmatch(ignored, name):
                         unexpected.append(name)
@@ -107,9 +113,14 @@ def read_tensors(
                 if shape != known[name]:
                     raise ValueError(f"{file}: {name} must have shape {known[name]}, got {shape}")
                 tensor = stored.get_tensor(name)
-                if tensor.dtype not in DTYPES:  # quantised: numbers that mean nothing without their scales
-                    raise ValueError(f"{file}: {name} must have a dtype of {list(DTYPES)}, got {tensor.dtype}")
-                found[name] = tensor.to(dtype=dtype)
+                if tensor.dtype not in (*DTYPES, torch.int8):  # quantised in a way that nothing here knows
+                    raise ValueError(f"{file}: {name} must have a dtype of {list(DTYPES)} or int8, got {tensor.dtype}")
+                found[name] = tensor if tensor.dtype == torch.int8 else tensor.to(dtype=dtype)
+    in_eight_bits = [name for name, tensor in found.items() if tensor.dtype == torch.int8]
+    unexpected += [name for name in scales if name.removesuffix(SCALE) not in in_eight_bits]
+    for name in in_eight_bits:
+        pair = {name: found[name]} | {one: scale for one, scale in scales.items() if one == name + SCALE}
+        found[name] = from_eight_bits(pair, folder)[name].to(dtype=dtype)
     missing = [name for name in expected if name not in found]
     if missing or unexpected:
         groups = {"missing": missing, "unexpected": unexpected}
@@ -135,7 +146,7 @@ def write_checkpoint(
     Args:
         path: folder, made if missing.
         config: contents of config.json, to which `torch_dtype` is added.
-        dtype: dtype to store; None keeps the tensors' own.
+        dtype: dtype to store; None keeps the tensors' own; int8: matrices in 8 bits with a scale for each row.
         max_shard_bytes: size of a shard's tensors in bytes; a larger tensor gets a shard of its own.
 
     Raises:
@@ -145,6 +156,8 @@ def write_checkpoint(
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    if dtype == torch.int8:
+        tensors, dtype = to_eight_bits(tensors), None
     sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
     shards: list[list[str]] = []
     room = -1

@@ -148,7 +148,10 @@ class MaskedDiffusionLM(nn.Module):
     def save_pretrained(
         self, path: str | Path, *, dtype: torch.dtype | None = torch.bfloat16, max_shard_bytes: int = 16 * 2**20
     ) -> None:
-        """Write a LLaDA folder without its tokenizer; arguments and errors as `checkpoint.write_checkpoint`."""
+        """Write a LLaDA folder without its tokenizer; arguments and errors as `checkpoint.write_checkpoint`.
+
+        dtype: what weights are stored in; torch.int8 = 8 bits with a scale for each row, which no other library reads.
+        """
         config = self.config.to_dict()
         write_checkpoint(path, self.state_dict(), config, dtype=dtype, max_shard_bytes=max_shard_bytes)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baatt.models.eight_bits import read_model, write_model
+from baatt.models.small_folder import read_model, write_model
 
 #: Pixels in [0, 1] become latents of about unit size.
 MIDDLE, SIZE = 0.5, 0.25

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from baatt.lab.vision.scenes import MASK, WORDS
 from baatt.models.config import ModelConfig
-from baatt.models.eight_bits import read_model, write_model
 from baatt.models.llada import MaskedDiffusionLM
+from baatt.models.small_folder import read_model, write_model
 
 #: Pixels in [0, 1] become numbers of about unit size.
 MIDDLE, SIZE = 0.5, 0.25
