@@ -33,9 +33,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.epsilon).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -67,8 +65,8 @@ class Block(nn.Module):
         q, k = self.q_norm(self.q_proj(normed)), self.k_norm(self.k_proj(normed))
         v = self.v_proj(normed)
         q, k, v = (rearrange(y, "B N (H D) -> B H N D", D=self.head_size) for y in (q, k, v))
-        # Norms and RoPE may have widened q and k (autocast); attention wants one dtype.
-        q, k = rotate(q, rotary).to(v.dtype), rotate(k, rotary).to(v.dtype)
+        # Norms may have widened q and k (autocast); attention wants one dtype.
+        q, k = rotate(q, rotary, v.dtype), rotate(k, rotary, v.dtype)
         k, v = (k, v) if keep is None else keep(k, v)
         out = attention(q, k, v, key_mask=key_mask)
         x = x + self.attn_out(rearrange(out, "B H N D -> B N (H D)"))

@@ -31,10 +31,14 @@ def rotary_tables(positions: Tensor, head_size: int, theta: float, dtype: torch.
     return Rotary(angles.cos(), angles.sin())
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn channels (t, t + D/2) of x [B, H, N, D] by the angle of t; computed and returned in the tables' dtype."""
-    first, second = x.to(rotary.cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin), dim=-1)
+def rotate(x: Tensor, rotary: Rotary, dtype: torch.dtype | None = None) -> Tensor:
+    """Turn channels (t, t + D/2) of x [B, H, N, D] by the angle of t; computed in the tables' dtype.
+
+    dtype: of the result; None: the tables'.
+    """
+    first, second = x.chunk(2, dim=-1)
+    turned = first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin
+    return torch.cat([half.to(dtype=dtype) for half in turned], dim=-1)
 
 
 def ntk_base(theta: float, factor: float, head_size: int) -> float:
