@@ -1,6 +1,8 @@
 """From `impl` to functions: what runs, what refuses, what `auto` says."""
 
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -31,6 +33,37 @@ def test_plans_are_eager_where_c_does_not_go(monkeypatch):
     assert all(backend.cpu_twin(function, torch.float64) is function for function in functions)
     monkeypatch.setattr(cpu_native, "library", lambda: None)
     assert all(backend.cpu_twin(function, torch.float32) is function for function in functions)
+
+
+def test_clusters_are_portable_where_those_of_hopper_break(monkeypatch):
+    room, calls = types.ModuleType("baatt.kernels.hopper_clusters"), []
+
+    def breaks(*args):
+        calls.append(args)
+        raise error
+
+    room.compare = breaks
+    monkeypatch.setitem(sys.modules, room.__name__, room)
+    error = AttributeError("at 21:8:\nno attribute 'thread_barrier'")
+    run = backend._or_portable("compare", lambda *args: ("portable", *args))
+    with pytest.warns(RuntimeWarning, match="do not run here: AttributeError: no attribute 'thread_barrier'$"):
+        assert run(1, 2) == ("portable", 1, 2)
+    assert run(3) == ("portable", 3)
+    assert calls == [(1, 2)]
+    # Too little memory, or what breaks the portable kernels too, is none of that.
+    error = torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError):
+        backend._or_portable("compare", lambda *args: pytest.fail("not asked for"))(1)
+    error = RuntimeError("a device is lost")
+
+    def lost(*args):
+        raise RuntimeError("lost here too")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="lost here too"):
+            backend._or_portable("compare", lost)(1)
+    room.compare = lambda *args: ("hopper", *args)
+    assert backend._or_portable("compare", lost)(1) == ("hopper", 1)
 
 
 def test_every_impl_says_why_it_cannot_run():

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -333,9 +334,10 @@ def _cluster_twins(impl: str) -> dict[Any, Callable[..., Any]]:
     """The functions of the score "clusters" on a GPU; that of `summarise` takes both sides."""
     from baatt.kernels import triton_clusters
 
-    room = importlib.import_module(f"baatt.kernels.{impl}_clusters")
-    alone = functools.partial(_summarise_sides, triton_clusters.summarise)
-    fast = room.summarise_sides if impl == "hopper" else alone
+    fast: Callable[..., Any] = functools.partial(_summarise_sides, triton_clusters.summarise)
+    compare: Callable[..., Any] = triton_clusters.compare
+    if impl == "hopper":
+        fast, compare = _or_portable("summarise_sides", fast), _or_portable("compare", compare)
     eager = functools.partial(_summarise_sides, clusters.summarise)
 
     def summarise(q: Tensor, *sides: Any) -> tuple[BlockSummary, BlockSummary]:
@@ -343,7 +345,32 @@ def _cluster_twins(impl: str) -> dict[Any, Callable[..., Any]]:
         found = (fast if triton_clusters.fits(q, sides[-1].block_size) else eager)(q, *sides)
         return found
 
-    return {clusters.summarise: summarise, clusters.compare: room.compare}
+    return {clusters.summarise: summarise, clusters.compare: compare}
+
+
+def _or_portable(name: str, portable: Callable[..., Any]) -> Callable[..., Any]:
+    """That function of `hopper_clusters` until it fails, as where a release of Triton calls Gluon's parts differently;
+    from then on, with a warning, its portable twin, which would fail too if anything else were wrong."""
+    broken = list[str]()
+
+    def run(*args: Any) -> Any:
+        if broken:
+            return portable(*args)
+        try:
+            return getattr(importlib.import_module("baatt.kernels.hopper_clusters"), name)(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            found, said = portable(*args), str(error).splitlines()
+            reason = f"{type(error).__name__}: {said[-1] if said else ''}"
+            broken.append(reason)
+            message = (
+                f"clusters come from the portable kernels, which are slower, as Hopper's do not run here: {reason}"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return found
+
+    return run
 
 
 @functools.cache
