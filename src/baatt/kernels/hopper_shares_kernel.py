@@ -148,7 +148,7 @@ def consume(
     # Which of the key blocks of a tile a column belongs to, see `hopper_clusters._tile_kernel`.
     column_blocks = (columns % 8 // 2 * (TILE // 4) + columns // 8 * 2 + columns % 2) // KEY_CLUSTERS
     nothing = gl.zeros([ROWS, TILE], gl.float32, layout=products)
-    # Of each row the sums of its key blocks, then what the sums of a tile are relative to.
+    # Of each step the sums of its rows and key blocks, then, of all steps, what those sums are relative to.
     scratch_ptr += (gl.cast(gl.program_id(0), gl.int64) * CONSUMERS + PART) * ROWS * steps * (KEY_BLOCKS + 1)
     maxima_ptr = scratch_ptr + ROWS * steps * KEY_BLOCKS
     sums_ptrs = scratch_ptr + rows[:, None] * KEY_BLOCKS + key_places[None, :]
