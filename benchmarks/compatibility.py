@@ -112,7 +112,8 @@ def counts(results: Path) -> dict[str, dict[str, int]]:
     """Tests that passed, were skipped and failed, by file."""
     found: dict[str, dict[str, int]] = {}
     for case in ElementTree.parse(results).iter("testcase"):
-        name = case.attrib["classname"].split(".")[-1]
+        # A file that is skipped as a whole has no class, but its own name.
+        name = (case.attrib["classname"] or case.attrib["name"]).split(".")[-1]
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         row = found.setdefault(name, {"passed": 0, "skipped": 0, "failed": 0})
         row["failed" if outcome in ("failure", "error") else outcome] += 1
