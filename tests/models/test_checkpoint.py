@@ -140,6 +140,14 @@ def test_eight_bits(tmp_path: Path, changes: dict[str, object]) -> None:
     assert torch.equal(logits_of(half), logits_of(stored.bfloat16()))
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_a_dtype_that_would_lose_the_weights_is_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    model = MaskedDiffusionLM(ModelConfig.from_dict(CONFIG))
+    with pytest.raises(ValueError, match=rf"^dtype must be one of .*, torch.int8 or None, got {kind}$"):
+        model.save_pretrained(tmp_path / "m", dtype=kind)
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [

@@ -150,8 +150,10 @@ def write_checkpoint(
         max_shard_bytes: size of a shard's tensors in bytes; a larger tensor gets a shard of its own.
 
     Raises:
-        ValueError: `max_shard_bytes` is not positive.
+        ValueError: `max_shard_bytes` is not positive, or a dtype that would lose the weights.
     """
+    if dtype not in (None, *DTYPES, torch.int8):
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, torch.int8 or None, got {dtype}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     folder = Path(path)
