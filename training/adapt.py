@@ -3,7 +3,8 @@
 In: `--base`, a Llama-shaped GGUF file or a folder in LLaDA's layout, and a data folder (`corpus.py`, `base_text.py`).
 Out: in `--out` the exact state for `--resume` and `training.json`; in `--copy` what is small enough to travel and to
 ship, the change alone in 8 bits, from which `--resume` goes on with a fresh optimizer. Free text and RULER's curriculum
-alternate; loss and samples are those of `train.py`, `samples.py` and `mixture.py`. One GPU.
+alternate; loss and samples are those of `train.py`, `samples.py` and `mixture.py`. One GPU, or several under torchrun,
+each with batches of its own: gradients are averaged, the first rank writes.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixture import CHAT, PROSE, MixtureMaker, corrupt_free, prepare
+from averaging import add_up, agree, average_gradients
+from mixture import FREE, MixtureMaker, corrupt_free, prepare
 from samples import CURRICULUM, JUDGED_BY, TOKENS_PER_BATCH, Batch
 from tokenizers import Tokenizer
 from torch import Tensor
 from train import Scores, compile_blocks, corrupt, draw_batch, first_rows, forward_backward, learning_rate
 
-from baatt.lab.ranks import Ranks
+from baatt.lab.ranks import Ranks, leave_process_group
 from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.model import checksums, weights_of
 from baatt.lab.smollm2 import sha256_of
@@ -62,10 +64,12 @@ def make_batches(
 class Run:
     """Model, optimizer and progress of a run, with their saving and reading back."""
 
-    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
-        self.arguments, self.device, self.base = arguments, device, checksum(arguments.base)
+    def __init__(self, arguments: argparse.Namespace, device: torch.device, ranks: Ranks) -> None:
+        self.arguments, self.device, self.base, self.ranks = arguments, device, checksum(arguments.base), ranks
         self.model, tokenizer = open_base(arguments.base)
-        prepare(arguments.data, tokenizer)
+        if ranks.rank == 0:
+            prepare(arguments.data, tokenizer)
+        ranks.barrier()
         self.model.to(device)
         frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.trained = make_trainable(self.model, arguments.rank, frozen)
@@ -97,8 +101,10 @@ class Run:
             parameter.copy_(tensors[name])
 
     def save(self) -> None:
-        """The exact state, and the copy that travels."""
+        """The exact state, and the copy that travels; of several ranks the first one's."""
         out = self.arguments.out
+        if self.ranks.rank:
+            return
         state = {"tensors": self.trained, "optimizer": self.optimizer.state_dict(), "progress": self.progress}
         torch.save(state, out / f"{STATE}.partial")
         (out / f"{STATE}.partial").replace(out / STATE)
@@ -115,12 +121,13 @@ class Run:
         """Gradients of a batch; what was measured, and the source of each row."""
         arrays = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in batch[:3])
         tokens, regions, source = (array.long() for array in arrays)
-        hide = corrupt_free if batch.source[0] in (PROSE, CHAT) else corrupt
+        hide = corrupt_free if batch.source[0] in FREE else corrupt
         corrupted = hide(tokens, regions, self.model.config.mask_token_id)
         return forward_backward(self.model, tokens, regions, corrupted), source
 
     def update(self, rate: float) -> None:
-        """One step of the optimizer."""
+        """One step of the optimizer, by the mean of all ranks' gradients."""
+        average_gradients(self.ranks, list(self.trained.values()))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
@@ -129,39 +136,50 @@ class Run:
 
 
 class Curriculum:
-    """Which stage is practised: the next one begins once exact match is high enough twice, or patience has ended."""
+    """Which stage is practised: the next one begins once exact match is high enough twice, or patience has ended.
 
-    def __init__(self, stage: "Synchronized[int]", last: int) -> None:
-        self.stage, self.last, self.recent, self.since = stage, last, list[float](), 0.0
+    Args:
+        stage: number of the present one, shared with the workers.
+        numbers: all that may be practised, ascending.
+        patience: factor of the seconds that a stage may take at most.
+    """
 
-    def look(self, rates: dict[str, float], seconds: float) -> None:
-        """rates: exact match of the current stage since the last look, by source."""
+    def __init__(self, stage: "Synchronized[int]", numbers: list[int], patience: float) -> None:
+        self.stage, self.numbers, self.patience = stage, numbers, patience
+        self.recent, self.since = list[float](), 0.0
+
+    def look(self, rates: dict[str, float], seconds: float) -> bool:
+        """Whether a stage has ended; rates: exact match of the current one since the last look, by source."""
         here = CURRICULUM[self.stage.value]
         judged = [rates[name] for name in JUDGED_BY.get(here.kind, ("document",)) if name in rates]
         self.recent = ([*self.recent, min(judged)] if judged else self.recent)[-2:]
         good = len(self.recent) == 2 and min(self.recent) >= here.target
-        if self.stage.value < self.last and (good or seconds - self.since > here.patience):
-            print(f"stage {self.stage.value} ends at {seconds:.0f} s: {self.recent}", flush=True)
-            self.stage.value += 1
-            self.since, self.recent = seconds, []
+        later = [number for number in self.numbers if number > self.stage.value]
+        if not later or not (good or seconds - self.since > here.patience * self.patience):
+            return False
+        self.stage.value, self.since, self.recent = later[0], seconds, []
+        return True
 
 
 def train(arguments: argparse.Namespace) -> None:
     """The whole run."""
-    torch.manual_seed(arguments.seed)
+    ranks = Ranks("nccl" if arguments.device.startswith("cuda") else "gloo")
+    torch.manual_seed(arguments.seed)  # all ranks begin with the same change
     torch.set_float32_matmul_precision("high")
-    device, ranks = torch.device(arguments.device), Ranks("gloo")
+    device = ranks.device(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    run = Run(arguments, device)
+    run = Run(arguments, device, ranks)
+    torch.manual_seed(arguments.seed * 100 + ranks.rank)  # and hide other tokens
     if arguments.compile:
         compile_blocks(run.model)
     context = multiprocessing.get_context("spawn")
     stage, queue = context.Value("i", run.progress["stage"]), context.Queue(maxsize=32)
     given = (str(arguments.data), arguments.batch_tokens, arguments.free)
+    first_seed = (arguments.seed * 64 + ranks.rank) * 1000
     workers = [
         context.Process(target=make_batches, args=(given[0], seed, *given[1:], stage, queue), daemon=True)
-        for seed in range(arguments.seed * 1000, arguments.seed * 1000 + arguments.workers)
+        for seed in range(first_seed, first_seed + arguments.workers)
     ]
     for worker in workers:
         worker.start()
@@ -170,25 +188,31 @@ def train(arguments: argparse.Namespace) -> None:
             for batch in (queue.get(), queue.get()):
                 run.step(first_rows(batch, 2))
             run.optimizer.zero_grad(set_to_none=True)
-        history = loop(run, ranks, stage, queue, began)
+        history = loop(run, stage, queue, began)
     finally:
         for worker in workers:
             worker.terminate()
     run.save()
-    found = provenance(shlex.join(["python", *sys.argv]), device)
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    write_json({"arguments": values, **run.progress, "history": history, **found}, arguments.out / "training.json")
+    if ranks.rank == 0:
+        found = provenance(shlex.join(["python", *sys.argv]), device)
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+        report = {"arguments": values, "processes": ranks.size, **run.progress, "history": history, **found}
+        write_json(report, arguments.out / "training.json")
+    leave_process_group()
 
 
 def loop(
-    run: Run, ranks: Ranks, stage: "Synchronized[int]", queue: "multiprocessing.Queue[Batch]", began: float
+    run: Run, stage: "Synchronized[int]", queue: "multiprocessing.Queue[Batch]", began: float
 ) -> list[dict[str, Any]]:
-    """Steps until the time is up, start and compilation counted in; returns what was reported."""
-    arguments, device, history = run.arguments, run.device, list[dict[str, Any]]()
-    arguments.seconds -= time.monotonic() - began  # what is left
-    curriculum = Curriculum(stage, arguments.last_stage)
+    """Steps until the time is up, start and compilation counted in; returns what was reported. Ranks agree on the
+    time every CHECK_EVERY steps, so that all stop after the same one."""
+    arguments, device, ranks, history = run.arguments, run.device, run.ranks, list[dict[str, Any]]()
+    (begun,) = agree(ranks, [time.monotonic() - began], device)
+    arguments.seconds -= begun  # what is left
+    stages = [number for number in range(arguments.last_stage + 1) if number not in arguments.skip]
+    curriculum = Curriculum(stage, stages, arguments.patience)
     overall, following, current = (Scores(device) for _ in range(3))
-    losses, counts = torch.zeros(2, 3, device=device), [0, 0]
+    losses = torch.zeros(2, 4, device=device)  # tasks and free text: parts of the loss, batches
     start = saved = time.monotonic()
     first, seen, elapsed = run.progress["step"], run.progress["tokens"], 0.0
     while elapsed < arguments.seconds or run.progress["step"] == first:
@@ -197,29 +221,31 @@ def loop(
         run.update(learning_rate(run.progress["step"] - first, elapsed, arguments))
         overall.add(measured.matched, measured.answers, source)
         following.add(measured.right, measured.following, source)
-        is_free = int(batch.source[0] in (PROSE, CHAT))
+        is_free = int(batch.source[0] in FREE)
         if batch.stage == stage.value and not is_free:
             current.add(measured.matched, measured.answers, source)
-        losses[is_free] += measured.parts
-        counts[is_free] += 1
+        losses[is_free] += torch.cat([measured.parts, measured.parts.new_ones(1)])
         run.progress["step"] += 1
-        run.progress["tokens"] += batch.tokens.size
-        elapsed = time.monotonic() - start  # the loss of a step waits for the device
+        run.progress["tokens"] += batch.tokens.size * ranks.size
         if run.progress["step"] % CHECK_EVERY:
             continue
-        curriculum.look(current.read(ranks), elapsed)
+        (elapsed,) = agree(ranks, [time.monotonic() - start], device)
+        rates = current.read(ranks)
+        if curriculum.look(rates, elapsed) and ranks.rank == 0:
+            print(f"stage {run.progress['stage']} ends at {elapsed:.0f} s: {rates}", flush=True)
         run.progress["stage"] = stage.value
         if run.progress["step"] % REPORT_EVERY == 0:
+            tasks, free = (add_up(ranks, losses)[:, :3] / losses[:, 3:].clamp(min=1)).tolist()
             row = {
                 "step": run.progress["step"], "seconds": round(elapsed, 1), "stage": stage.value,
                 "tokens_per_second": round((run.progress["tokens"] - seen) / elapsed),
-                "loss_tasks": (losses[0] / max(1, counts[0])).tolist(),
-                "loss_free": float(losses[1, 0]) / max(1, counts[1]),
+                "loss_tasks": tasks, "loss_free": free[0],
                 "exact_match": overall.read(ranks), "next_token": following.read(ranks), "queued": queue.qsize(),
             }  # fmt: skip
-            losses, counts = losses.zero_(), [0, 0]
+            losses.zero_()
             history.append(row)
-            print(json.dumps(row), flush=True)
+            if ranks.rank == 0:
+                print(json.dumps(row), flush=True)
         if time.monotonic() - saved > SAVE_EVERY:
             run.save()
             saved = time.monotonic()
@@ -242,8 +268,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--free", type=float, default=0.5, help="share of batches of prose and chats")
     add("--stage", type=int, help="stage of the curriculum to begin with (default: 0, or where --resume was)")
     add("--last-stage", type=int, default=8, help="where the curriculum ends")
-    add("--batch-tokens", type=int, default=TOKENS_PER_BATCH)
-    add("--workers", type=int, default=13)
+    add("--skip", type=int, nargs="*", default=[], help="stages that are left out")
+    add("--patience", type=float, default=1.0, help="factor of the seconds that a stage takes at most")
+    add("--batch-tokens", type=int, default=TOKENS_PER_BATCH, help="on each GPU")
+    add("--workers", type=int, default=13, help="processes that draw batches, for each GPU")
     add("--seed", type=int, default=1)
     add("--device", default="cuda")
     add("--compile", action=argparse.BooleanOptionalAction, default=True)

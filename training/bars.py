@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+import random
 import re
 import shlex
 import sys
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from base_text import ANSWER, SYSTEM, USER, write
+from base_text import write
+from reading import ANSWER, SYSTEM, USER, document_with, draw_facts
 from tokenizers import Tokenizer
 
 from baatt.assets import held_out_text
 from baatt.lab.likelihood import log_likelihood
 from baatt.lab.prompts import answer_text, pad_left
 from baatt.lab.records import provenance, write_json
+from baatt.lab.ruler.sources import load_words
 from baatt.lab.smollm2 import sha256_of, write_folder
 from baatt.models import MaskedDiffusionLM
 from baatt.models.adapter import merge, read_adapter
@@ -37,6 +40,7 @@ CONTINUED = (
     "A database is a collection of data that is",
 )
 ANSWER_TOKENS, CONTINUATION_TOKENS = 32, 96
+READ_TOKENS, FACTS = (1000, 3000), 8  # tokens of a document, statements in it
 #: A token is filled only where it is sure, from the left, as the base wrote; the most probable one in answers, while
 #: a text that always takes that one repeats itself.
 SAMPLER = SamplerConfig(steps=32, gen_length=32, block_length=32, remasking="left_to_right", threshold=0.9)
@@ -120,6 +124,22 @@ def ask(model: MaskedDiffusionLM, tokenizer: Tokenizer, is_causal: bool) -> list
     ]
 
 
+def read(model: MaskedDiffusionLM, tokenizer: Tokenizer, documents: int, tokens: int) -> list[dict[str, Any]]:
+    """What a model answers about statements in held-out text of about so many tokens, and whether that is right."""
+    generator, words, found = random.Random(0), load_words("heldout"), list[dict[str, Any]]()
+    text = held_out_text()
+    for _ in range(documents):
+        start = generator.randrange(len(text) - 4 * tokens)
+        facts = draw_facts(generator, words, FACTS)
+        document = document_with(facts, text[start : start + 4 * tokens].partition(" ")[2], generator)
+        asked = facts[0]
+        prompt = f"{SYSTEM}{USER}{document}\n\n{asked.question}<|im_end|>{ANSWER}"
+        (answer,) = continuations(model, tokenizer, [prompt], ANSWER_TOKENS, False, 0.0)
+        right = is_right(answer, re.escape(asked.value))
+        found.append({"question": asked.question, "answer": answer, "value": asked.value, "right": right})
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--folder", type=Path, help="also write the model as a folder in LLaDA's layout")
     add("--causal", action="store_true", help="the base itself, left to right: questions and continuations alone")
     add("--pieces", type=int, default=64, help="of held-out prose")
+    add("--documents", type=int, default=40, help="with statements that are asked for, at each length")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, required=True)
     arguments = parser.parse_args(argv)
@@ -144,6 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         found["text"] = measure_text(model, load_llama(arguments.base).to(arguments.device, dtype), rows)
     asked = ask(model, tokenizer, arguments.causal)
     found |= {"questions_right": sum(one["right"] for one in asked), "questions": asked}
+    for tokens in () if arguments.causal else READ_TOKENS:
+        answers = read(model, tokenizer, arguments.documents, tokens)
+        found[f"read_{tokens}"] = {"right": sum(one["right"] for one in answers), "answers": answers}
     texts = continuations(model, tokenizer, list(CONTINUED), CONTINUATION_TOKENS, arguments.causal, TEMPERATURE)
     found["continuations"] = dict(zip(CONTINUED, texts, strict=True))
     print(json.dumps(found, indent=1))

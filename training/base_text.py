@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from adapt import open_base
 from mixture import prepare
+from reading import ANSWER, SYSTEM, USER
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -23,8 +24,6 @@ from baatt.models import MaskedDiffusionLM
 from baatt.models.cache import KeyValueCache
 from baatt.stages.dense import AttentionFunction, dense_attention
 
-SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-USER, ANSWER = "<|im_start|>user\n", "\n<|im_start|>assistant\n"
 #: Beginnings of questions; the base finds the rest.
 STEMS = (
     "", "", "What is", "What is the capital of", "What are", "What color", "Who was", "Who wrote", "Who invented",

@@ -1,8 +1,9 @@
 """Free text for masked diffusion beside RULER's tasks: prose, and chats of which the answers are hidden.
 
 In: a data folder with `tokenizer.json`, `train.npy` (tokens of the corpus, made here) and, where `base_text.py` has
-written them, `written.npy` and `chats.npz`. Out: batches as those of `samples.py`, and how they are masked: a share of
-the tokens that is drawn for each row, behind a random place or everywhere, each weighted by 1 over that share.
+written them, `written.npy` and `chats.npz`; chats about documents come from `reading.py`. Out: batches as those of
+`samples.py`, and how they are masked: a share of the tokens that is drawn for each row, behind a random place or
+everywhere, each weighted by 1 over that share.
 """
 
 import lzma
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from reading import reading
 from samples import CONTEXT, FIRST_ANSWER, SOURCES, TAIL, Batch, SampleMaker
 from tokenizers import Tokenizer
 from torch import Tensor
 from train import TAIL_RATE, Corrupted
 
-PROSE, CHAT = SOURCES.index("prose"), SOURCES.index("chat")
-PROSE_LENGTHS, CHAT_LENGTHS = (256, 512, 512, 1024, 2048), (256, 512)
-CHAT_SHARE, WRITTEN_SHARE = 0.4, 0.5  # of free batches; of prose, what the base wrote
+PROSE, CHAT, READING = FREE = tuple(SOURCES.index(name) for name in ("prose", "chat", "reading"))
+LENGTHS = {PROSE: (256, 512, 512, 1024, 2048), CHAT: (256, 512), READING: (512, 1024, 2048, 4096)}
+CHAT_SHARE, READING_SHARE = 0.35, 0.2  # of free batches
+WRITTEN_SHARE = 0.5  # of prose, what the base wrote
 LEAST_RATE = 0.02
 BEHIND_SHARE, SHUT_SHARE = 0.6, 0.5  # rows hidden behind a place; of those, rows of which only a block is open
 OPEN_BLOCK, FAR_WEIGHT = 32, 0.02  # tokens of that block; weight of what is hidden beyond it
@@ -49,11 +52,15 @@ class MixtureMaker(SampleMaker):
 
     def free_batch(self, tokens: int, stage: int) -> Batch:
         """Chats in a share of the batches where there are some, else prose; about `tokens` tokens of one length."""
-        is_chat = self.chats is not None and self.random.random() < CHAT_SHARE
-        length = self.random.choice(CHAT_LENGTHS if is_chat else PROSE_LENGTHS)
+        draw = self.random.random()
+        source = READING if draw < READING_SHARE else PROSE
+        if self.chats is not None and READING_SHARE <= draw < READING_SHARE + CHAT_SHARE:
+            source = CHAT
+        make = {PROSE: self.prose, CHAT: self.chat, READING: self.reading}[source]
+        length = self.random.choice(LENGTHS[source])
         rows = max(1, tokens // length)
-        made, regions = self.chat(length, rows) if is_chat else self.prose(length, rows)
-        return Batch(made, regions, np.full(rows, CHAT if is_chat else PROSE, np.uint8), stage)
+        made, regions = make(length, rows)
+        return Batch(made, regions, np.full(rows, source, np.uint8), stage)
 
     def prose(self, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Pieces of running text from random places; documents follow each other with an end of text between."""
@@ -77,6 +84,34 @@ class MixtureMaker(SampleMaker):
             kinds[:begins] = CONTEXT
             kinds[begins : stop + 1] = FIRST_ANSWER
         return made, regions
+
+    def reading(self, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Chats about documents, ended by end-of-text tokens."""
+        made = np.full((rows, length), self.end, np.int32)
+        regions = np.full(made.shape, TAIL, np.uint8)
+        for row, kinds in zip(made, regions, strict=True):
+            parts = self.read(length)
+            ids = [token for part, _ in parts for token in part]
+            row[: len(ids)] = ids
+            kinds[: len(ids) + 1] = [FIRST_ANSWER if answer else CONTEXT for part, answer in parts for _ in part] + [
+                FIRST_ANSWER
+            ]
+        return made, regions
+
+    def read(self, length: int) -> list[tuple[list[int], bool]]:
+        """Tokens of the pieces of a chat about a document, fewer than `length` together, and whether each answers."""
+        size = 4 * (length - 180)
+        while True:
+            pieces = reading(self.random, self.words, self.running_text, size, self.random.randint(1, 12), 3)
+            parts = [(self.tokenizer.encode(text).ids, answer) for text, answer in pieces]
+            if sum(len(part) for part, _ in parts) < length - 1:
+                return parts
+            size = int(size * 0.85)
+
+    def running_text(self, size: int) -> str:
+        """Characters of the training text from a random place, from a word on."""
+        start = self.random.randrange(max(1, len(self.text) - size))
+        return self.text[start : start + max(0, size)].partition(" ")[2]
 
 
 def corrupt_free(tokens: Tensor, regions: Tensor, mask_token: int) -> Corrupted:

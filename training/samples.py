@@ -23,7 +23,7 @@ from baatt.models.checkpoint import load_tokenizer
 CONTEXT, TEXT, TAIL, FIRST_ANSWER = 0, 1, 2, 3  # regions; answer number n of a sequence is FIRST_ANSWER + n
 MAX_ANSWERS = 48
 NEEDLE_SPAN = re.compile(r"One of the special magic \w+ for \S+ is: \S+\.")
-SOURCES = ("pairs", "document", *OFFLINE_TASKS, "prose", "chat")
+SOURCES = ("pairs", "document", *OFFLINE_TASKS, "prose", "chat", "reading")
 TOKENS_PER_BATCH = 65536
 #: Length at which attention is taken to be half of a training step: a guess from the steps of earlier runs.
 EVEN_LENGTH = 8192

@@ -3,7 +3,7 @@
 #   training/session.sh pack [ADAPTER]   here: fetches base and corpus, cuts both (and an earlier ADAPTER with its .json
 #                                        beside it) into .carry/adapt/part.*, which git ignores and which travel
 #   training/session.sh unpack           there: joins the parts that have arrived and lets the base write its texts
-#   training/session.sh train [OPTIONS]  there: adapt.py; what must come back lies in $OUT
+#   training/session.sh train [OPTIONS]  there: adapt.py, on GPUS of them (1); what must come back lies in $OUT
 #   training/session.sh bars [ADAPTER]   there: text, questions, continuations; leaves the model folder for
 #   training/session.sh ruler 4096 25    there: RULER's tasks at that length, so many samples of each, dense
 #   training/session.sh needle 4096,8192 there: needle-18m in 8 bits, on RULER as its model card has it in 16
@@ -36,7 +36,7 @@ unpack)
 train)
   mkdir -p "$work"
   status=0
-  "$python" training/adapt.py --base "$base" --out "$work" --copy "$OUT/adapter.safetensors" "${@:2}" || status=$?
+  "$python" -m torch.distributed.run --nproc-per-node "${GPUS:-1}" training/adapt.py --base "$base" --out "$work" --copy "$OUT/adapter.safetensors" "${@:2}" || status=$?
   cp "$OUT"/adapter.* "$work"
   cp "$work/training.json" "$OUT" || true
   exit $status

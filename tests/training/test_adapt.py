@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import shutil
+import socket
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 
 from baatt.assets import shipped_model
+from baatt.lab.ruler.sources import load_words
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.adapter import changes, merge, read_adapter
 from baatt.models.checkpoint import load_tokenizer
@@ -19,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))
 
 import adapt
 import base_text
-from mixture import CHAT, PROSE, MixtureMaker, corrupt_free, prepare
+from mixture import CHAT, PROSE, READING, MixtureMaker, corrupt_free, prepare
+from reading import document_with, draw_facts
 from samples import CONTEXT, FIRST_ANSWER, TAIL
+
+from tests.processes import START
 
 CONFIG = ModelConfig(
     d_model=48, n_heads=3, n_kv_heads=1, n_layers=2, mlp_hidden_size=64, vocab_size=4096, mask_token_id=1,
@@ -46,7 +54,7 @@ def folders(tmp_path_factory):
 def test_free_batches(folders):
     maker = MixtureMaker(folders[1], seed=1)
     drawn = [maker.free_batch(2048, 3) for _ in range(30)]
-    assert {int(batch.source[0]) for batch in drawn} == {PROSE, CHAT}
+    assert {int(batch.source[0]) for batch in drawn} == {PROSE, CHAT, READING}
     for batch in drawn:
         assert batch.tokens.dtype == np.int32
         assert batch.stage == 3
@@ -54,11 +62,29 @@ def test_free_batches(folders):
             assert (batch.regions == FIRST_ANSWER).all()
             whole = maker.tokenizer.decode(batch.tokens[0].tolist())
             assert any(line in (folders[1] / "train.txt").read_text() for line in whole.split(". ")[1:-1])
+        elif batch.source[0] == READING:
+            row, regions = batch.tokens[0], batch.regions[0]
+            asked = maker.tokenizer.decode(row[regions == CONTEXT].tolist(), skip_special_tokens=False)
+            answers = maker.tokenizer.decode(row[regions == FIRST_ANSWER].tolist(), skip_special_tokens=False)
+            assert asked.count("<|im_start|>assistant\n") == answers.count("<|im_end|>") >= 1
+            assert row[regions == FIRST_ANSWER][-1] == maker.end
+            assert (row[regions == TAIL] == maker.end).all()
         else:
             assert (batch.regions[:, :10] == CONTEXT).all()
             assert (batch.regions[:, 10:31] == FIRST_ANSWER).all()
             assert (batch.regions[:, 31:] == TAIL).all()
             assert (batch.tokens[:, 30:] == maker.end).all()
+
+
+def test_facts_differ_in_their_subjects_and_their_answers_say_the_value():
+    random = Random(1)
+    for _ in range(50):
+        facts = draw_facts(random, load_words("heldout"), 10)
+        assert len({fact.question for fact in facts}) == len(facts)
+        text = document_with(facts, "One. Two. Three.", random)
+        for fact in facts:
+            assert fact.statement in text
+            assert fact.value in fact.answer
 
 
 def test_masking_of_free_text():
@@ -97,6 +123,49 @@ def test_a_run_goes_on_from_its_state_and_from_its_copy(folders, tmp_path):
     assert json.loads((tmp_path / "third/training.json").read_text())["step"] > story["step"]
     with pytest.raises(ValueError, match="must hold what --rank 0 trains, and does not"):
         adapt.main([*common, "--rank", "0", "--out", str(tmp_path / "fourth"), "--resume", str(copy)])
+
+
+def one_of_two(rank: int, port: int, arguments: list[str]) -> None:
+    """A rank of a run with two."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    adapt.main(arguments)
+
+
+def test_two_ranks_train_one_change(folders, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base, data = folders
+    arguments = [
+        "--base", str(base), "--data", str(data), "--device", "cpu", "--no-compile", "--workers", "1", "--rank", "2",
+        "--batch-tokens", "1024", "--seconds", "0.1", "--out", str(tmp_path),
+    ]  # fmt: skip
+    context = torch.multiprocessing.get_context(START)
+    ranks = [context.Process(target=one_of_two, args=(rank, port, arguments)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=120)
+        assert rank.exitcode == 0
+    story = json.loads((tmp_path / "training.json").read_text())
+    assert story["processes"] == 2
+    assert story["step"] == adapt.CHECK_EVERY
+    assert read_adapter(tmp_path / "adapter.safetensors", adapt.checksum(base))
+
+
+def test_stages_end_when_learned_or_late_and_some_are_left_out():
+    stage = multiprocessing.get_context("spawn").Value("i", 0)
+    curriculum = adapt.Curriculum(stage, [0, 1, 3], patience=0.5)
+    assert not curriculum.look({"pairs": 0.99}, 1.0)
+    assert curriculum.look({"pairs": 0.99}, 2.0)
+    late = 2.0 + 0.5 * adapt.CURRICULUM[1].patience
+    assert not curriculum.look({"pairs": 0.1}, late)
+    assert curriculum.look({"pairs": 0.1}, late + 0.1)
+    assert stage.value == 3
+    assert not curriculum.look({}, 1e9)
 
 
 def test_low_rank_and_whole_weights_learn_and_become_one_model(folders):

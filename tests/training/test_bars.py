@@ -44,15 +44,28 @@ def test_a_measurement(tmp_path, monkeypatch):
     (tmp_path / "questions.json").write_text(json.dumps(some))
     monkeypatch.setattr(bars, "QUESTIONS", tmp_path / "questions.json")
     monkeypatch.setattr(bars, "CONTINUATION_TOKENS", 32)
+    monkeypatch.setattr(bars, "READ_TOKENS", (50,))
     tensors = make_trainable(load_llama(gguf), 2)
     write_adapter(tmp_path / "a", tensors, sha256_of(gguf))
-    common = ["--base", str(gguf), "--device", "cpu", "--pieces", "1", "--json", str(tmp_path / "found.json")]
+    common = [
+        "--base",
+        str(gguf),
+        "--device",
+        "cpu",
+        "--pieces",
+        "1",
+        "--documents",
+        "2",
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
     bars.main([*common, "--adapter", str(tmp_path / "a"), "--folder", str(tmp_path / "m")])
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["text"]["tokens"] == bars.LENGTH
     assert found["text"]["bound_per_token"] > 0 < found["text"]["base_loss_per_token"]
     assert all(0 <= found["text"][f"accuracy_at_{rate}"] <= 1 for rate in bars.RATES)
     assert found["questions_right"] == sum(one["right"] for one in found["questions"])
+    assert found["read_50"]["right"] == sum(one["right"] for one in found["read_50"]["answers"])
     assert MaskedDiffusionLM.from_pretrained(tmp_path / "m").config.predicts == "next"
     bars.main([*common, "--causal"])
     alone = json.loads((tmp_path / "found.json").read_text())
