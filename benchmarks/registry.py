@@ -371,10 +371,15 @@ CASES: dict[str, Case] = {
             "training/trial_all_tasks.txt",
         ),
     ),
+    "needle_8bit": Case(
+        "RULER's tasks of needle-18m with weights of 8 bits, dense",
+        "bash training/session.sh needle 4096,8192",
+        ("ruler_needle-18m_8bit.json",),
+    ),
     "training_smollm2": Case(
-        "a diffusion model grown from SmolLM2, under way: history, text, questions, RULER's tasks",
+        "a diffusion model grown from SmolLM2: history, text, questions, RULER's tasks",
         "bash training/session.sh",
-        tuple(f"training/smollm2_{name}.json" for name in ("run1", "run2", "bars", "ruler")),
+        tuple(f"training/smollm2_{name}.json" for name in ("run1", "run2", "bars", "ruler", "ruler_8192")),
     ),
 }
 

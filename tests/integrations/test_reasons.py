@@ -120,6 +120,15 @@ def test_rows_over_a_cache_are_sparse_from_where_it_pays(rows):
     assert asked.unasked() is None
 
 
+def test_a_short_step_on_another_device_does_not_ask_for_a_kernel(monkeypatch):
+    """Which takes tens of microseconds a call, of which a step has one a layer."""
+    monkeypatch.setattr("baatt.integrations.handle.choose_backend", None)
+    handle = Handle(BAAttConfig())
+    q, k = torch.empty(1, 2, 32, 16, device="meta"), torch.empty(1, 2, 4096, 16, device="meta")
+    handle.attention(q, k, k, layer=0, dense=lambda: q)
+    assert handle.reasons == {FEW_QUERIES: 1}
+
+
 def test_decoding_after_a_sparse_prompt_is_no_surprise_and_without_one_is():
     q = torch.randn(1, 2, 70, 8)
     for prompt in (70, 16):

@@ -41,6 +41,9 @@ class Tally(NamedTuple):
         return 1 - self.kept / self.pairs if self.pairs else 0.0
 
 
+_NOTHING = Tally()
+
+
 class _Forward(threading.local):
     """Reasons of the calls since the forward of this thread began; None stands for sparse ones."""
 
@@ -69,8 +72,11 @@ class Counts:
         if reason is not None:
             kept, asked = pairs, float(pairs)
         with self._lock:
-            before = self._tallies.get((layer, reason), Tally())
-            self._tallies[layer, reason] = _sum((before, Tally(1, pairs, kept, asked, int(not pairs))))
+            before = self._tallies.get((layer, reason), _NOTHING)
+            self._tallies[layer, reason] = Tally(  # field by field, as this runs at every call of a short step
+                before.calls + 1, before.pairs + pairs, before.kept + kept, before.asked + asked,
+                before.unsized + (not pairs),
+            )  # fmt: skip
         self._forward.reasons.add(reason)
 
     def start_forward(self) -> None:

@@ -372,16 +372,17 @@ class Handle(Counts):
             return "queries, keys and values of different dtypes"
         if not 0 < scale < math.inf:
             return f"a scale that is not finite and positive, {scale}"
-        if not q.is_cpu and self.impl == "auto":
-            backend = choose_backend("auto", q.device, Workload(q.dtype, q.shape[3], self.config.block_size, scale))
-            if backend.name == "reference":  # which runs, but slower than dense attention
-                return f"no kernel for {q.dtype} with D={q.shape[3]} on this device"
         if keys < policy.min_length:
             return f"{BY_POLICY}fewer keys than min_length={policy.min_length}"
         if queries < min(keys, self._fewest_queries(q.device)):
             if policy.min_queries is not None:
                 return f"{BY_POLICY}fewer queries than min_queries={policy.min_queries}, of more keys"
             return ONE_QUERY if queries == 1 else FEW_QUERIES
+        # Asking for the backend takes longer than all above, and a step of a few queries has no time to spare.
+        if not q.is_cpu and self.impl == "auto":
+            backend = choose_backend("auto", q.device, Workload(q.dtype, q.shape[3], self.config.block_size, scale))
+            if backend.name == "reference":  # which runs, but slower than dense attention
+                return f"no kernel for {q.dtype} with D={q.shape[3]} on this device"
         if structure["causal"] is not None and self.order is not None:
             return "an order of tokens, which a causal mask does not allow"
         try:
