@@ -375,6 +375,7 @@ CASES: dict[str, Case] = {
         "RULER's tasks of needle-18m with weights of 8 bits, dense",
         "bash training/session.sh needle 4096,8192",
         ("ruler_needle-18m_8bit.json",),
+        {"ruler_8bit": ruler_tables.by_length},
     ),
     "training_smollm2": Case(
         "a diffusion model grown from SmolLM2: history, text, questions, RULER's tasks",
