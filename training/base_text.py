@@ -1,7 +1,8 @@
 """Lets the base model write: chats for which it asks and answers itself, and running text. On the GPU.
 
-In: a base as `adapt.py` takes it, and the corpus for openings. Out: `written.npy`, tokens of running text, and
-`chats.npz` with `tokens` [R, T] uint16, `begins` [R], where the answer begins, and `stop` [R], where the chat ends.
+In: a base as `adapt.py` takes it, and the corpus for openings. Out, by the number of the seed: `written-SEED.npy`,
+tokens of running text, and `chats-SEED.npz` with `tokens` [R, T] uint16, `begins` [R], where the answer begins, and
+`stop` [R], where the chat ends. Several GPUs write side by side, each with a seed of its own.
 The causal model writes with the cache of our own class: every step gives one token a row.
 """
 
@@ -99,7 +100,7 @@ def chats(
     model: MaskedDiffusionLM, tokenizer: Tokenizer, rows: int, length: int, random: np.random.Generator,
     temperature: float, least: float,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Finished chats, by the names of `chats.npz`."""
+    """Finished chats, by the names of `chats-SEED.npz`."""
     device = model.transformer.wte.weight.device
     end = tokenizer.token_to_id("<|im_end|>")
     forced = torch.full((rows, length), -1)
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("training/data"))
     parser.add_argument("--seconds", type=float, default=90)
-    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=4096, help="texts at a time: a step takes hardly longer for more")
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--least", type=float, default=0.05, help="least probability, of that of the best token")
@@ -159,8 +160,8 @@ def main(argv: list[str] | None = None) -> None:
         end = tokenizer.token_to_id("<|endoftext|>")
         texts.append(prose(model, corpus, arguments.rows, arguments.length, random, end, *how))
     joined = {name: np.concatenate([talk[name] for talk in talks]) for name in talks[0]}
-    np.savez(arguments.data / "chats.npz", **joined)
-    np.save(arguments.data / "written.npy", np.concatenate(texts))
+    np.savez(arguments.data / f"chats-{arguments.seed}.npz", **joined)
+    np.save(arguments.data / f"written-{arguments.seed}.npy", np.concatenate(texts))
     print(f"{len(joined['stop'])} chats, {sum(map(len, texts))} tokens of text, {time.monotonic() - start:.0f} s")
     for number in range(min(3, len(joined["stop"]))):
         print(repr(tokenizer.decode(joined["tokens"][number, : joined["stop"][number]].tolist())))

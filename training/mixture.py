@@ -1,12 +1,15 @@
 """Free text for masked diffusion beside RULER's tasks: prose, and chats of which the answers are hidden.
 
 In: a data folder with `tokenizer.json`, `train.npy` (tokens of the corpus, made here) and, where `base_text.py` has
-written them, `written.npy` and `chats.npz`; chats about documents come from `reading.py`. Out: batches as those of
+written them, `written-*.npy` and `chats-*.npz`; chats about documents come from `reading.py`. Out: batches as those of
 `samples.py`, and how they are masked: a share of the tokens that is drawn for each row, behind a random place or
 everywhere, each weighted by 1 over that share.
 """
 
+import contextlib
 import lzma
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +30,29 @@ OPEN_BLOCK, FAR_WEIGHT = 32, 0.02  # tokens of that block; weight of what is hid
 
 
 def prepare(data: Path, tokenizer: Tokenizer) -> None:
-    """Write `tokenizer.json` and `train.npy` of a data folder with `train.txt` or `train.txt.xz`."""
-    tokenizer.save(str(data / "tokenizer.json"))
+    """Write `tokenizer.json` and `train.npy` of a data folder with `train.txt` or `train.txt.xz`; several processes may
+    do so at once, and each file is whole whenever it is there."""
+    with whole(data / "tokenizer.json") as file:
+        tokenizer.save(str(file))
     text, packed = data / "train.txt", data / "train.txt.xz"
     if not text.exists() and packed.exists():
-        text.write_bytes(lzma.decompress(packed.read_bytes()))
+        with whole(text) as file:
+            file.write_bytes(lzma.decompress(packed.read_bytes()))
     if (data / "train.npy").exists():
         return
     end = tokenizer.token_to_id("<|endoftext|>")
     documents = [part for part in text.read_text().split("\n\n") if part.strip()]
     ids = [token for one in tokenizer.encode_batch(documents) for token in (*one.ids, end)]
-    np.save(data / "train.npy", np.asarray(ids, np.uint16))
+    with whole(data / "train.npy") as file, file.open("wb") as out:
+        np.save(out, np.asarray(ids, np.uint16))
+
+
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of a file once it is complete."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    yield partial
+    partial.replace(file)
 
 
 class MixtureMaker(SampleMaker):
@@ -46,9 +61,10 @@ class MixtureMaker(SampleMaker):
     def __init__(self, data: Path, seed: int) -> None:
         super().__init__(data, seed)
         self.corpus = np.load(data / "train.npy", mmap_mode="r")
-        written, chats = data / "written.npy", data / "chats.npz"
-        self.written = np.load(written, mmap_mode="r") if written.exists() else None
-        self.chats = dict(np.load(chats)) if chats.exists() else None
+        written = [np.load(file) for file in sorted(data.glob("written-*.npy"))]
+        self.written = np.concatenate(written) if written else None
+        chats = [dict(np.load(file)) for file in sorted(data.glob("chats-*.npz"))]
+        self.chats = {name: np.concatenate([one[name] for one in chats]) for name in chats[0]} if chats else None
 
     def free_batch(self, tokens: int, stage: int) -> Batch:
         """Chats in a share of the batches where there are some, else prose; about `tokens` tokens of one length."""

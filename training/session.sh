@@ -2,7 +2,7 @@
 # The growing of a diffusion model from SmolLM2 on a GPU machine without a network, in commands of at most ten minutes.
 #   training/session.sh pack [ADAPTER]   here: fetches base and corpus, cuts both (and an earlier ADAPTER with its .json
 #                                        beside it) into .carry/adapt/part.*, which git ignores and which travel
-#   training/session.sh unpack           there: joins the parts that have arrived and lets the base write its texts
+#   training/session.sh unpack           there: joins the parts that have arrived; GPUS of them write the base's texts
 #   training/session.sh train [OPTIONS]  there: adapt.py, on GPUS of them (1); what must come back lies in $OUT
 #   training/session.sh bars [ADAPTER]   there: text, questions, continuations; leaves the model folder for
 #   training/session.sh ruler 4096 25    there: RULER's tasks at that length, so many samples of each, dense
@@ -31,7 +31,11 @@ pack)
 unpack)
   mkdir -p training/data
   cat .carry/adapt/part.* | tar --extract --directory training/data
-  "$python" training/base_text.py --base "$base" --seconds "${SECONDS_TO_WRITE:-90}"
+  for number in $(seq 0 $((${GPUS:-1} - 1))); do
+    CUDA_VISIBLE_DEVICES=$number "$python" training/base_text.py --base "$base" --seconds "${SECONDS_TO_WRITE:-90}" \
+      --seed $((number + 1)) &
+  done
+  wait
   ;;
 train)
   mkdir -p "$work"

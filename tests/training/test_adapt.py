@@ -47,7 +47,7 @@ def folders(tmp_path_factory):
     (data / "train.txt").write_text(text[:120_000])
     prepare(data, load_tokenizer(base))
     chats = np.arange(5, 5 + 4 * 40).reshape(4, 40).astype(np.uint16)
-    np.savez(data / "chats.npz", tokens=chats, begins=np.full(4, 10), stop=np.full(4, 30))
+    np.savez(data / "chats-1.npz", tokens=chats, begins=np.full(4, 10), stop=np.full(4, 30))
     return base, data
 
 
