@@ -92,7 +92,8 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
         else:
             tensors = read_adapter(folder, self.base)
-            self.progress = read_json(folder.with_suffix(".json"))
+            if folder.with_suffix(".json").is_file():  # else it is the shipped one, and its steps are counted anew
+                self.progress = read_json(folder.with_suffix(".json"))
             if tensors.keys() != self.trained.keys():
                 raise ValueError(f"--resume {folder} must hold what --rank {self.arguments.rank} trains, and does not")
         if self.arguments.stage is not None:

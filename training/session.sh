@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The growing of a diffusion model from SmolLM2 on a GPU machine without a network, in commands of at most ten minutes.
-#   training/session.sh pack [ADAPTER]   here: fetches base and corpus, cuts both (and an earlier ADAPTER with its .json
-#                                        beside it) into .carry/adapt/part.*, which git ignores and which travel
+#   training/session.sh pack [ADAPTER]   here: fetches base and corpus, cuts both (and an earlier ADAPTER, with its .json if
+#                                        that is beside it) into .carry/adapt/part.*, which git ignores and which travel
 #   training/session.sh unpack           there: joins the parts that have arrived; GPUS of them write the base's texts
 #   training/session.sh train [OPTIONS]  there: adapt.py, on GPUS of them (1); what must come back lies in $OUT
 #   training/session.sh bars [ADAPTER]   there: text, questions, continuations; leaves the model folder for
@@ -21,8 +21,11 @@ pack)
   files=(smollm2.gguf train.txt.xz)
   if [ $# -gt 1 ]; then
     cp "$2" training/data/earlier.safetensors
-    cp "${2%.*}.json" training/data/earlier.json
-    files+=(earlier.safetensors earlier.json)
+    files+=(earlier.safetensors)
+    if [ -e "${2%.*}.json" ]; then
+      cp "${2%.*}.json" training/data/earlier.json
+      files+=(earlier.json)
+    fi
   fi
   rm -f .carry/adapt/part.*
   tar --create --directory training/data "${files[@]}" | split --bytes="${PART:-15000000}" --numeric-suffixes - .carry/adapt/part.
