@@ -52,6 +52,19 @@ def test_layers(captured, tmp_path, capsys):
     assert "qk in 64" in capsys.readouterr().out
 
 
+def test_keys(captured, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "keys.json"), "--plot", str(tmp_path / "keys.png")]
+    assert main(["analyze", "keys", str(captured), *files]) == 0
+    stored = json.loads((tmp_path / "keys.json").read_text())
+    assert [(one["layer"], one["block_size"]) for one in stored["records"]] == [(1, 128), (5, 128)]
+    assert stored["study"] == "keys"
+    assert (tmp_path / "keys.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    first = stored["records"][0]
+    assert f"{100 * first['on_few']:.1f} %" in printed
+    assert f"{first['norm_correlation']:.2f}" in printed
+
+
 @pytest.mark.parametrize(
     ("options", "drawn"),
     [
@@ -76,15 +89,16 @@ def test_document_of_a_task(tmp_path):
     assert load_capture(path).about["text"] == "niah_multikey_1, seed 0"
 
 
-@pytest.mark.parametrize("action", ["recall", "bound", "layers", "maps"])
+@pytest.mark.parametrize("action", ["recall", "bound", "layers", "keys", "maps"])
 @pytest.mark.parametrize("prefix", ["", "layers.7."])
 def test_own_tensors_are_titled_by_their_file(tmp_path, capsys, action, prefix):
     path, page = tmp_path / "mine.safetensors", tmp_path / "maps.html"
     generator = torch.Generator().manual_seed(0)
     tensors = {prefix + name: torch.randn(1, 2, 96, 16, generator=generator) for name in "qkv"}
     save_file(tensors, path)
-    options = ["--html", str(page)] if action == "maps" else []
-    assert main(["analyze", action, str(path), "--block-size", "16", "--segment", "32", *options]) == 0
+    options = [] if action == "keys" else ["--block-size", "16", "--segment", "32"]
+    options += ["--html", str(page)] if action == "maps" else []
+    assert main(["analyze", action, str(path), *options]) == 0
     shown = page.read_text() if action == "maps" else capsys.readouterr().out
     assert f"mine.safetensors, layer {prefix[7:-1] or 0}, 96 queries, 96 keys" in shown
 
@@ -116,6 +130,7 @@ def test_recall_prints_the_error_that_it_measures(captured, capsys, options):
         (["bound", "FILE", "--device", "gpu"], "--device must be a device"),
         (["maps", "FILE", "--html", "/nowhere/x"], "--html must lie in an existing folder"),
         (["layers", "FILE", "--plot", "x.png"], "--plot has nothing to draw here"),
+        (["keys", "FILE", "--sort", "qk"], "unrecognized arguments: --sort qk"),
         (["maps", "FILE"], "--plot FILE.png or --html FILE.html is required"),
         (["maps", "FILE", "--plot", "x.png"], "--layers must name one of the layers 1, 5"),
         (["maps", "FILE", "--plot", "x.png", "--layers", "1", "--head", "99"], "--head must be from 0 to 7, got 99"),

@@ -1,7 +1,7 @@
 """Take the method apart on a real input: record a model's attention, or read yours, then measure it.
 
 `capture` writes q, k and v of chosen layers to a safetensors file; the other actions read such a file, or one with q, k
-and v of your own. `recall`, `bound` and `layers` print a table and can store JSON, `maps` draws.
+and v of your own. `recall`, `bound`, `layers` and `keys` print a table and can store JSON, `maps` draws.
 """
 
 import argparse
@@ -34,11 +34,12 @@ from baatt.config import PRESETS, BAAttConfig
 from baatt.integrations.enable import enable
 from baatt.lab.capture import LAYOUT, Capture, Recorder, load_capture, save_capture
 from baatt.lab.describe import order_name
+from baatt.lab.keys import measure_keys
 from baatt.lab.layers import measure_bound, measure_layers
 from baatt.lab.loading import check_bytes, check_memory
 from baatt.lab.maps import compared, draw_maps, maps_page, most_structured_head
 from baatt.lab.options import given, variants
-from baatt.lab.plots import draw_bound, draw_recall
+from baatt.lab.plots import draw_bound, draw_keys, draw_recall
 from baatt.lab.recall import measure_recall
 from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.niah import NIAH_TASKS
@@ -57,7 +58,8 @@ class Study(NamedTuple):
     """An action on a capture.
 
     summary, title: in the help, and above the tables. measure: capture, configs, progress -> records. tables: of the
-    stored records. draw: records, caption, path -> a PNG; None where there is nothing to draw.
+    stored records. draw: records, caption, path -> a PNG; None where there is nothing to draw. ordered: whether it
+    measures orders of the tokens, and has their options.
     """
 
     summary: str
@@ -65,6 +67,7 @@ class Study(NamedTuple):
     measure: Callable[..., list[dict[str, Any]]]
     tables: Callable[[Sequence[Record]], list[Table]]
     draw: Callable[[Sequence[Record], str, Path], None] | None = None
+    ordered: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     for name in ("bound", "layers"):
         _add_study_options(studies[name], {}, ["sparsity", "score", "beta"])
+    _add_file_options(studies["keys"])
 
     summary = "Attention and the kept blocks of the paper's setting, the preset and the oracle, or of orders (Fig. 5)."
     maps = _add_action(actions, "maps", summary, run_maps)
@@ -156,7 +160,8 @@ def run_study(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None and study.draw is None:
         raise UsageError(f"--plot has nothing to draw here: {arguments.action} are a table")
     scores = getattr(arguments, "scores", None)
-    configs = [one for config in _configs(arguments) for one in variants(config, {"score": scores} if scores else {})]
+    bases = _configs(arguments) if study.ordered else [BAAttConfig()]
+    configs = [one for config in bases for one in variants(config, {"score": scores} if scores else {})]
     recorded, header = _read(arguments)
     with _progress(len(recorded.layers) * len(configs)) as step:
         records = study.measure(recorded, configs, step, **getattr(arguments, "measured", {}))
@@ -198,6 +203,28 @@ def layer_tables(records: Sequence[Record], columns: Mapping[str, str], caption:
         row = [str(one["layer"]), *(f"{one[field]:.3g}" for field in columns.values())]
         tables.setdefault(order_name(one), []).append(row)
     return [Table(("layer", *columns), rows, caption, order) for order, rows in tables.items()]
+
+
+def key_tables(records: Sequence[Record]) -> list[Table]:
+    """A row per layer."""
+    shares = {
+        "first key": "on_first_token", "first block": "on_first_block", "heaviest key": "on_heaviest",
+        "heaviest 1 %": "on_few", "heads": "heads_on_first",
+    }  # fmt: skip
+    rows = [
+        [
+            str(one["layer"]), *(percent(one[field], 1) for field in shares.values()),
+            *(f"{one[field]:.2f}" for field in ("key_norm_variation", "first_key_norm", "norm_correlation")),
+        ]
+        for one in records
+    ]  # fmt: skip
+    caption = (
+        "Share of the attention of all queries that goes to the first key, to the first block of keys, to the key that "
+        "gets most, to the hundredth of the keys that get most. Heads: share of those whose heaviest key is the first. "
+        "Norms vary: standard deviation over mean; norm of the first key, over the mean. R: Pearson's, of a key's norm "
+        "with the logarithm of what the key gets."
+    )
+    return [Table(("layer", *shares, "norms of k vary", "norm of the first", "R"), rows, caption)]
 
 
 def run_maps(arguments: argparse.Namespace) -> None:
@@ -248,13 +275,17 @@ def _add_study_options(
 ) -> None:
     orders = "none and the preset's, or the paper's where it has none"
     parser.description = f"{parser.description} Orders without --sort: {orders}."
+    _add_file_options(parser)
+    lists = {"sort": None, "segment": None, **many}
+    add_sparse_options(parser, many=lists, without=without, dense_layers=False, impl=False)
+
+
+def _add_file_options(parser: argparse.ArgumentParser) -> None:
     layout = LAYOUT.replace("%", "%%")
     parser.add_argument(
         "capture", type=Path, help=f"file of `baatt analyze capture`, or a safetensors file of your own: {layout}"
     )
     parser.add_argument("--layers", type=layer_numbers, help="numbers like 0,2 (default: all in the file)")
-    lists = {"sort": None, "segment": None, **many}
-    add_sparse_options(parser, many=lists, without=without, dense_layers=False, impl=False)
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" (default: cpu)')
     parser.add_argument("--json", type=Path, help="file for the records")
     parser.add_argument("--plot", type=Path, help="picture, a PNG")
@@ -288,7 +319,10 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 
 def _title(recorded: Capture) -> str:
     first = next(iter(recorded.layers.values()))
-    layers = f"layer{'s' if len(recorded.layers) > 1 else ''} {', '.join(map(str, recorded.layers))}"
+    numbers = list(recorded.layers)
+    layers = f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        layers = f"layers {numbers[0]} to {numbers[-1]}"
     return f"{recorded.about['model']}, {layers}, {first.q.shape[2]} queries, {first.k.shape[2]} keys"
 
 
@@ -319,5 +353,10 @@ STUDIES = {
             "block, over the mean norm. Blocks for 90 %: share of the key blocks that hold 90 % of a query block's "
             "attention. On diagonal: share of the attention in the key block at the same place and its two neighbours."
         ),
+    ),
+    "keys": Study(
+        "What single keys get: norms, sinks, and whether a norm says how much attention a key gets.",
+        "what single keys get", measure_keys,
+        key_tables, draw_keys, ordered=False,
     ),
 }  # fmt: skip

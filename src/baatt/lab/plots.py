@@ -77,6 +77,28 @@ def draw_bound(records: Records, caption: str, path: Path) -> None:
             axis.set_xlabel("bound U")
 
 
+def draw_keys(records: Records, caption: str, path: Path) -> None:
+    """Over the layers: the share of the attention that goes to few keys, and what their norms say."""
+    few = {
+        "on_first_token": "the first key", "on_first_block": "the first block of keys",
+        "on_heaviest": "the key that gets most", "on_few": "the 1 % of the keys that get most",
+    }  # fmt: skip
+    norms = {
+        "key_norm_variation": "norms of k: standard deviation over mean",
+        "norm_correlation": "R of a key's norm with the logarithm of what it gets",
+    }
+    layers = [one["layer"] for one in records]
+    with picture(path, caption, 1, 2, (12, 5.2)) as axes:
+        for axis, lines in zip(axes[0], (few, norms), strict=True):
+            for field, name in lines.items():
+                axis.plot(layers, [one[field] for one in records], "-o", markersize=3, label=name)
+            axis.axhline(0, color="0.4", linewidth=0.8)
+            axis.set(xlabel="layer")
+            axis.grid(alpha=0.3)
+            axis.legend(frameon=False, fontsize=9)
+        axes[0][0].set(ylabel="share of the attention of all queries")
+
+
 def draw_accuracy(records: Records, caption: str, path: Path) -> None:
     """Accuracy over sparsity with 95 % intervals, a line per order and score, a panel per task and length."""
 
