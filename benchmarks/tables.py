@@ -12,6 +12,8 @@ from baatt.lab.records import short_commit
 from baatt.lab.tables import MISSING, Record, Table, error_of, figures, percent, pivot, short_length, times
 
 Text = Callable[[Record], str]
+#: What made the file of studies that do not say it.
+NEEDLE_CAPTURE = "baatt analyze capture --output needle-18m.safetensors"
 
 
 class RenderError(Exception):
@@ -115,8 +117,8 @@ def study(record: Record, columns: Sequence[str], rows: Iterable[Sequence[str]],
     """As `block`, for a study of `baatt analyze`: also what it was made on."""
     about = record["about"]
     made = f"`{about['model']}`, {about['tokens']} tokens of {about['text']}, weights in {about['dtype']}, all heads"
-    first = "the file comes from `baatt analyze capture --output needle-18m.safetensors`"
-    return block(record, columns, rows, f"{caption}\n\nOn {made}; {first}.")
+    command = about.get("command", NEEDLE_CAPTURE)
+    return block(record, columns, rows, f"{caption}\n\nOn {made}; the file comes from `{command}`.")
 
 
 def order_and_sparsity(one: Record) -> tuple[str, str]:

@@ -235,6 +235,12 @@ def test_study_tables(copy):
     assert "| 3 | 0.625 | 0.900 |" in text
     assert "12,345 block pairs" in text
     assert "On `needle`, 77 tokens of a text, weights in float32" in text
+    assert "the file comes from `baatt analyze capture --output needle-18m.safetensors`." in text
+    about["command"] = "baatt analyze capture --model m"
+    stored |= {"about": about, "records": kinds["bound"]}
+    (copy / "benchmarks/results/bound_needle-18m.json").write_text(json.dumps(stored))
+    assert render.main([], copy) == 0
+    assert "the file comes from `baatt analyze capture --model m`." in (copy / "README.md").read_text()
 
 
 def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):

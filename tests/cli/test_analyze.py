@@ -24,6 +24,7 @@ def test_capture_of_a_text(captured):
     found = load_capture(captured)
     assert list(found.layers) == [1, 5]
     assert found.about["model"] == "needle-18m"
+    assert found.about["command"].startswith("baatt analyze capture --prompt-file")
     assert found.layers[1].q.shape[2] == int(found.about["tokens"])
 
 

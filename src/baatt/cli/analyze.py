@@ -141,7 +141,9 @@ def run_capture(arguments: argparse.Namespace) -> None:
         handle.watch(recorder.keep)
         model(torch.tensor([ids], device=arguments.device))
     name = arguments.model.name if arguments.model else "needle-18m"
-    about = {"model": name, "text": source, "tokens": str(len(ids)), "dtype": arguments.dtype}
+    about = {
+        "model": name, "text": source, "tokens": str(len(ids)), "dtype": arguments.dtype, "command": arguments.command
+    }  # fmt: skip
     missing = sorted((recorder.wanted or set()) - recorder.found.keys())
     if missing or recorder.scale is None:
         raise UsageError(
