@@ -10,20 +10,12 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import paper
 from tables import RenderError, Text, block, crossed
 
 from baatt.lab.describe import layers_name, order_name
 from baatt.lab.statistics import wilson_interval
 from baatt.lab.tables import MISSING, Record, interval, percent
-
-#: RULER-4K column of the paper's Table 8, and its sorting ablation at 50, 70 and 90 % sparsity, in percent.
-PAPER_BETA = {0.0: 88.42, 0.1: 91.11, 0.5: 90.06, 1.0: 86.12, 2.0: 80.10}
-PAPER_SORT = {
-    "none": {0.5: 81.08, 0.7: 52.91, 0.9: 22.34},
-    "q": {0.5: 82.64, 0.7: 55.66, 0.9: 24.07},
-    "k": {0.5: 87.25, 0.7: 60.56, 0.9: 27.13},
-    "qk": {0.5: 88.27, 0.7: 61.66, 0.9: 26.98},
-}
 
 
 def task_name(one: Record) -> str:
@@ -176,12 +168,12 @@ def ablation(
     column: Text,
     *,
     by_task: bool = False,
-    paper: Callable[[Sequence[Record]], list[list[str]]] = lambda cells: [],
+    reported: Callable[[Sequence[Record]], list[list[str]]] = lambda cells: [],
 ) -> str:
     """A grid: rows by the values of `columns`, cells of the same place pooled over tasks, or task by task.
 
     Args:
-        paper: makes the rows of the paper from the sparse cells.
+        reported: makes the rows of the paper from the sparse cells.
     """
     tasks = finished_tasks(record)
     chosen = [one for one in record["records"] if by_task or one["task"] in tasks]
@@ -201,7 +193,7 @@ def ablation(
         f"{record['dtype']}, layers that stay dense: {layers_name(record['dense_layers'])}. Dense attention on the "
         f"same samples: {beside}. `-`: the run's time ended before."
     )
-    return block(record, header, [*rows, *paper(sparse)], caption)
+    return block(record, header, [*rows, *reported(sparse)], caption)
 
 
 def order(one: Record) -> str:
@@ -217,9 +209,9 @@ def sparsity(one: Record) -> str:
 def by_beta(record: Record, *, by_task: bool = False) -> str:
     """Table 8: a row per order and sparsity, a column per beta; the paper's row last."""
 
-    def paper(cells: Sequence[Record]) -> list[list[str]]:
+    def reported(cells: Sequence[Record]) -> list[list[str]]:
         betas = dict.fromkeys(one["config"]["beta"] for one in cells)
-        return [["paper, RULER-4K", "not stated", *(f"{PAPER_BETA[beta]:.2f}" for beta in betas)]]
+        return [["paper, RULER-4K", "not stated", *(f"{paper.BETA[beta]:.2f}" for beta in betas)]]
 
     def column(one: Record) -> str:
         return f"beta {one['config']['beta']:g}"
@@ -227,22 +219,22 @@ def by_beta(record: Record, *, by_task: bool = False) -> str:
     columns = {"order": order, "sparsity": sparsity}
     if by_task:
         return ablation(record, columns, column, by_task=True)
-    return ablation(record, columns, column, paper=paper)
+    return ablation(record, columns, column, reported=reported)
 
 
 def by_order(record: Record, *, by_task: bool = False) -> str:
     """The sorting ablation: a row per order, a column per sparsity; the paper's rows last."""
 
-    def paper(cells: Sequence[Record]) -> list[list[str]]:
+    def reported(cells: Sequence[Record]) -> list[list[str]]:
         sparsities = dict.fromkeys(one["config"]["sparsity"] for one in cells)
         return [
             [f"paper, RULER-4K, {sort}", *(f"{values[share]:.2f}" for share in sparsities)]
-            for sort, values in PAPER_SORT.items()
+            for sort, values in paper.SORT.items()
         ]
 
     if by_task:
         return ablation(record, {"order": order}, sparsity, by_task=True)
-    return ablation(record, {"order": order}, sparsity, paper=paper)
+    return ablation(record, {"order": order}, sparsity, reported=reported)
 
 
 def by_score(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""RULER's offline tasks on a model: dense attention, both presets, other orders and scores, ablations of clusters.
+"""RULER's offline tasks on a model: dense attention, both presets, other orders and scores, one option at a time.
 
 `python benchmarks/ruler_grid.py FOLDER --gpus 8` answers with dense attention on all GPUs together, then hands every
 GPU one setting at one length after the other, and joins what is complete in FOLDER/grid.json. All answers stay in
@@ -54,8 +54,24 @@ ABLATIONS = {
         "variance": ("--score", "clusters-variance", "--beta", "0.5"),
     }.items()
 }
+#: BA-Att with another order of the tokens, or another weight of its compensation (the paper's Table 8).
+ORDERS = {
+    "keys-1024": (*SETTINGS["paper"], "--sort", "k"),
+    "both-256": (*SETTINGS["paper"], "--segment", "256"),
+}
+BETAS = {
+    f"{name}-beta-{beta}": (*SETTINGS[name], "--beta", beta)
+    for name in ("paper", "unsorted")
+    for beta in ("0", "0.1", "1", "2")
+}
+KNOWN = SETTINGS | ABLATIONS | ORDERS | BETAS
 #: Names that stand for several settings.
-GROUPS = {"all": list(SETTINGS), "ablations": ["clusters", *ABLATIONS]}
+GROUPS = {
+    "all": list(SETTINGS),
+    "ablations": ["clusters", *ABLATIONS],
+    "orders": ["unsorted", "keys", *ORDERS, "paper"],
+    "betas": ["paper", "unsorted", *BETAS],
+}
 #: Blocks of eight tokens, filled from left to right: what the shipped model answers best with.
 SAMPLER = ("--block-length", "8", "--remasking", "left_to_right", "--cache", "dual")
 #: A length from which on the sparsities of a setting are jobs of their own: they take longest, and GPUs end together.
@@ -104,7 +120,7 @@ class Grid:
         return [
             "evaluate", "ruler", *model, "--device", given.device, "--dtype", given.dtype, "--tasks", given.tasks,
             "--count", str(given.count), "--batch-size", str(given.batch_size), "--workers", "10", *SAMPLER,
-            "--lengths", lengths, *(SETTINGS | ABLATIONS)[setting], "--sparsity", sparsity, "--store", str(store),
+            "--lengths", lengths, *KNOWN[setting], "--sparsity", sparsity, "--store", str(store),
             "--json", str(summary),
         ]  # fmt: skip
 
@@ -144,12 +160,16 @@ class Grid:
         return self.call("dense", self.command("dense", lengths, "0", store, summary))
 
     def run(self, job: Job, gpu: int) -> bool:
-        """One job; what it had answered before stays."""
+        """One job; what it had answered before stays, and what the setting was asked at other sparsities is not asked
+        again."""
         store = self.answers / job.name
         store.mkdir(exist_ok=True)
-        with (store / "rank1.jsonl").open("wb") as dense:  # read by the job, which writes into rank0.jsonl
-            for file in sorted((self.answers / "dense").glob("rank*.jsonl")):
-                dense.write(file.read_bytes())
+        others = self.answers.glob(f"{job.setting}-{job.length}-*/rank0.jsonl")
+        files = [*(self.answers / "dense").glob("rank*.jsonl"), *(one for one in others if one.parent != store)]
+        with (store / "rank1.jsonl").open("wb") as known:  # read by the job, which writes into rank0.jsonl
+            for file in sorted(files):
+                answers = file.read_bytes()
+                known.write(answers[: answers.rfind(b"\n") + 1])  # whole lines of one that is being written
         return self.call(job.name, self.command_of(job), gpu)
 
     def command_of(self, job: Job) -> list[str]:
@@ -221,9 +241,8 @@ def numbers(text: str) -> list[int]:
 def names(text: str) -> list[str]:
     """A type for argparse."""
     chosen = [name for part in text.split(",") for name in GROUPS.get(part, [part])]
-    known = SETTINGS | ABLATIONS
-    if unknown := [name for name in chosen if name not in known]:
-        raise argparse.ArgumentTypeError(f"must be of {','.join([*known, *GROUPS])}, got {','.join(unknown)}")
+    if unknown := [name for name in chosen if name not in KNOWN]:
+        raise argparse.ArgumentTypeError(f"must be of {','.join([*KNOWN, *GROUPS])}, got {','.join(unknown)}")
     return list(dict.fromkeys(chosen))
 
 
@@ -233,9 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="for answers, logs and summaries")
     parser.add_argument("--model", type=Path, help="checkpoint folder (default: the shipped model)")
     parser.add_argument("--lengths", type=numbers, default=[4096, 8192, 16384])
-    parser.add_argument(
-        "--settings", type=names, default=list(SETTINGS), help="by commas; ablations: of clusters (default: all)"
-    )
+    groups = f"by commas, or of the groups {', '.join(GROUPS)} (default: all)"
+    parser.add_argument("--settings", type=names, default=list(SETTINGS), help=groups)
     parser.add_argument("--sparsity", default="0.3,0.5,0.7,0.9")
     parser.add_argument("--tasks", default="all")
     parser.add_argument("--count", type=int, default=200, help="samples of every task (default: 200)")

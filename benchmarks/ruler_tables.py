@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import ruler_grid
 from tables import crossed, device_text, source, verdict
 
 from baatt.cli.ruler_report import difference, score, tasks_text
@@ -17,7 +18,8 @@ from baatt.lab.tables import MISSING, Record, Table, interval, percent, signed_i
 ORDER = (
     *("paper", "clusters", "keep-first-0", "budget-head", "safe", "keys", "unsorted", "unsorted-first", "mean"),
     *("antidiagonal", "antidiagonal-first", "finer", "oracle", "oracle-peak"),
-)
+    *ruler_grid.ORDERS, *ruler_grid.BETAS,
+)  # fmt: skip
 #: Results of all tasks; one file holds some settings at some lengths.
 GRIDS = (
     *("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_grid_finer_8192.json"),
@@ -124,12 +126,8 @@ def ablations(grid: Record) -> str:
     named += [(selection(one), [each for each in one["records"] if each["config"]]) for one in others]
     rows = []
     for name, records in named:
-        average = interval(
-            mean(one["accuracy"] for one in records),
-            *average_interval([(one["accuracy"], one["ci_low"], one["ci_high"]) for one in records]),
-        )
         beside = "" if records is base else f"; {beyond(records, base)}"
-        rows.append([name, *map(score, records), average + beside])
+        rows.append([name, *map(score, records), average(records) + beside])
     first = base[0]
     caption = (
         f"{first['length']} tokens, {percent(first['config']['sparsity'])} sparsity, every layer sparse. After the "
@@ -139,6 +137,12 @@ def ablations(grid: Record) -> str:
     header = ["selection", *(f"`{one['task']}`" for one in base), "average"]
     every = [one for setting in grid["settings"].values() for one in setting["records"]]
     return "\n\n".join([Table(header, rows, caption).markdown(), answers_source({**grid, "records": every})])
+
+
+def average(records: Sequence[Record]) -> str:
+    """`97.1 [96.5-97.4]`: of the means over samples, of one setting at one length and sparsity."""
+    limits = average_interval([(one["accuracy"], one["ci_low"], one["ci_high"]) for one in records])
+    return interval(mean(one["accuracy"] for one in records), *limits)
 
 
 def beyond(records: Sequence[Record], base: Sequence[Record]) -> str:

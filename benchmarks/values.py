@@ -4,7 +4,8 @@ A function here is given `read`, which returns a stored result by the name of it
 text between the marks. `render.py` fills them in and `render.py --check` compares them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ruler_tables import beyond
@@ -17,6 +18,8 @@ GRIDS = (
     *("ruler_clusters", "ruler_clusters_16384", "ruler_first_4096", "ruler_first_8192", "ruler_options_8192"),
     "ruler_ablations",
 )
+#: Of the model grown from SmolLM2.
+SMOLLM2_GRIDS = ("ruler_smollm2_4096", "ruler_smollm2_8192")
 #: Tasks of RULER that an average needs: all that need no data set, the needles among them, or the three of the
 #: ablations, which are asked nothing else; else the words name one task.
 TASK_COUNTS = {"all": 11, "needles": 8, "hard": 3}
@@ -31,15 +34,20 @@ NEEDLE_SETTINGS = {
 }
 
 
-def ruler_score(read: Read, setting: str, sparsity: str, lengths: str, tasks: str = "all") -> str:
+def ruler_score(
+    read: Read, setting: str, sparsity: str, lengths: str, tasks: str = "all", *, grids: Sequence[str] = GRIDS
+) -> str:
     """RULER's score in percent, averaged over tasks: `score safe 50% 4096,8192`, `score safe 50% 16384 needles`."""
-    return _joined(_average(read, setting, length, _share(sparsity), tasks) for length in _numbers(lengths))
+    return _joined(_average(read, setting, length, _share(sparsity), tasks, grids) for length in _numbers(lengths))
 
 
-def ruler_loss(read: Read, setting: str, sparsity: str, lengths: str, tasks: str = "all") -> str:
+def ruler_loss(
+    read: Read, setting: str, sparsity: str, lengths: str, tasks: str = "all", *, grids: Sequence[str] = GRIDS
+) -> str:
     """Points that a setting loses against dense attention on the same samples: `loss safe 50% 4096,8192`."""
     return _joined(
-        _average(read, setting, length, 0, tasks) - _average(read, setting, length, _share(sparsity), tasks)
+        _average(read, setting, length, 0, tasks, grids)
+        - _average(read, setting, length, _share(sparsity), tasks, grids)
         for length in _numbers(lengths)
     )
 
@@ -175,15 +183,17 @@ def _is_needle(one: Record) -> bool:
     return bool(one["task"].startswith("niah_"))
 
 
-def _average(read: Read, setting: str, length: int, sparsity: float, tasks: str) -> float:
+def _average(read: Read, setting: str, length: int, sparsity: float, tasks: str, grids: Sequence[str] = GRIDS) -> float:
     """In percent."""
-    found = _records(read, setting, length, sparsity, tasks)
+    found = _records(read, setting, length, sparsity, tasks, grids)
     return float(100 * sum(one["accuracy"] for one in found) / len(found))
 
 
-def _records(read: Read, setting: str, length: int, sparsity: float, tasks: str) -> list[Record]:
+def _records(
+    read: Read, setting: str, length: int, sparsity: float, tasks: str, grids: Sequence[str] = GRIDS
+) -> list[Record]:
     """Of the first grid in which the setting has all tasks."""
-    for grid in map(read, GRIDS):
+    for grid in map(read, grids):
         chosen = [each for name, each in grid["settings"].items() if setting in (name, "dense")]
         for each in chosen:
             found = [
@@ -242,6 +252,8 @@ VALUES: dict[str, Callable[..., str]] = {
     "score": ruler_score,
     "loss": ruler_loss,
     "beyond": ruler_beyond,
+    "smollm2_score": partial(ruler_score, grids=SMOLLM2_GRIDS),
+    "smollm2_loss": partial(ruler_loss, grids=SMOLLM2_GRIDS),
     "lowest": lowest_score,
     "word_for_word": word_for_word,
     "every_value": every_value,

@@ -94,7 +94,7 @@ def test_every_setting_is_told_with_options_that_the_command_knows(tmp_path, cal
     assert not any(several for _, _, several in jobs)
     assert {gpu for _, gpu, _ in jobs} <= {"0", "1"}
     assert len({options.store for options, _, _ in jobs}) == len(jobs)
-    assert all((options.store / "rank1.jsonl").read_text() == "an answer\n" for options, _, _ in jobs)
+    assert {*"".join((one.store / "rank1.jsonl").read_text() for one, _, _ in jobs).splitlines()} == {"an answer"}
     cells = [read_cells(options, Sources())[1] for options, _, _ in jobs]
     read = [(cell.config.sort, cell.config.score, cell.config.beta, cell.config.keep_first) for cell in cells]
     assert {(*one, cell.policy.dense_layers) for one, cell in zip(read, cells, strict=True)} == {
@@ -159,7 +159,7 @@ def test_an_unknown_setting_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ruler_grid.main([str(tmp_path), "--settings", "safe,xattention"])
     assert "must be of dense,safe," in (error := capsys.readouterr().err)
-    assert "variance,all,ablations, got xattention" in error
+    assert ",all,ablations,orders,betas, got xattention" in error
 
 
 def test_ablations_change_one_option_of_clusters_each(tmp_path, calls):
@@ -172,3 +172,25 @@ def test_ablations_change_one_option_of_clusters_each(tmp_path, calls):
         {"peak": False}, {"keep_first": 0}, {"keep_first": 2}, {"budget": "head"}, {"sort": "k", "segment": 256},
         {"score": "clusters-variance", "beta": 0.5},
     ]  # fmt: skip
+
+
+def test_orders_and_weights_change_one_option_of_the_papers_setting(tmp_path, calls):
+    ruler_grid.main([str(tmp_path), "--lengths", "4096", "--settings", "orders,betas", "--sparsity", "0.5"])
+    cells = [read_cells(options, Sources())[1].config for options, _, _ in calls.seen[1:]]
+    found = {(cell.sort, cell.segment, cell.beta) for cell in cells}
+    assert len(found) == len(cells)  # each of both groups once
+    assert found == {
+        ("none", None, 0.5), ("k", 256, 0.5), ("k", 1024, 0.5), ("qk", 256, 0.5), ("qk", 1024, 0.5),
+        *((*order, beta) for order in (("none", None), ("qk", 1024)) for beta in (0.0, 0.1, 1.0, 2.0)),
+    }  # fmt: skip
+    assert {(cell.score, cell.keep_first) for cell in cells} == {("covariance", 0)}
+
+
+def test_answers_at_other_sparsities_are_known_to_a_job(tmp_path, calls):
+    command = [str(tmp_path), "--lengths", "4096", "--settings", "paper,unsorted"]
+    ruler_grid.main([*command, "--sparsity", "0.5,0.9"])
+    before = tmp_path / "answers/paper-4096-0.5+0.9/rank0.jsonl"
+    before.write_text("paper's\nan answer that is being wri")
+    ruler_grid.main([*command, "--sparsity", "0.5"])
+    known = tmp_path / "answers/paper-4096-0.5/rank1.jsonl"
+    assert sorted(known.read_text().splitlines()) == ["an answer", "paper's"]

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# What sparse attention costs the diffusion model grown from SmolLM2, whose folder MODEL is, and what its attention is.
+#   benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS [OPTIONS of ruler_grid.py]
+#     on GPUs (GPUS, 2): RULER with several ways to choose blocks at 4096 tokens, with other orders and weights of BA-Att
+#     there, then at 8192, in this order for so many seconds. The same command goes on, on another machine too if RESULTS
+#     holds the answers.tar.xz of an earlier one. COUNT samples of every task (50).
+#   benchmarks/smollm2.sh studies MODEL WORK RESULTS
+#     on a processor, 25 minutes on two cores: bound (Fig. 2), maps (Fig. 5), norms and sinks, attention kept, by layer
+set -euo pipefail
+export PYTHONPATH=src PYTHONUNBUFFERED=1
+python=${PYTHON:-python3} model=$2 work=$3 results=$4 unfinished=0
+mkdir -p "$work" "$results"
+ln -sfn "$(realpath "$model")" "$work/smollm2-diffusion" # the name in the tables
+
+grid() { # NAME, then what ruler_grid.py is told
+  local left=$((limit - SECONDS)) name=$1
+  if ((left < 30)); then
+    echo "$name: no time left"
+    unfinished=1
+    return
+  fi
+  rm -f "$work/grid.json"
+  "$python" benchmarks/ruler_grid.py "$work" --model "$work/smollm2-diffusion" --gpus "${GPUS:-2}" \
+    --count "${COUNT:-50}" --seconds "$left" "${@:2}" "${options[@]}" || unfinished=1
+  if [ -e "$work/grid.json" ]; then cp "$work/grid.json" "$results/ruler_smollm2_$name.json"; fi
+}
+
+case $1 in
+grids)
+  limit=$5 options=("${@:6}")
+  if [ ! -d "$work/answers" ] && [ -e "$results/answers.tar.xz" ]; then
+    tar --extract --file "$results/answers.tar.xz" --directory "$work"
+  fi
+  settings=clusters,oracle,paper,unsorted,unsorted-first,antidiagonal-first
+  grid 4096 --lengths 4096 --sparsity 0.5,0.7,0.9 --settings "$settings"
+  grid orders --lengths 4096 --sparsity 0.5,0.7,0.9 --settings orders
+  grid betas --lengths 4096 --sparsity 0.5 --settings betas
+  grid 8192 --lengths 8192 --sparsity 0.5,0.7,0.9 --settings "$settings"
+  tar --create --xz --file "$results/answers.tar.xz" --directory "$work" answers
+  exit $unfinished
+  ;;
+studies)
+  study() { # ACTION NAME, then its options
+    "$python" -m baatt analyze "$1" "$work/smollm2.safetensors" --json "$results/$2_smollm2.json" "${@:3}"
+  }
+  paper=(--preset paper --sparsity 0.5,0.7,0.9 --no-outputs)
+  "$python" -m baatt analyze capture --model "$work/smollm2-diffusion" --output "$work/smollm2.safetensors"
+  study keys keys --plot "$results/keys_smollm2.png"
+  study bound bound --preset paper --sort none,q,k,qk
+  study layers layers --sort none,k,qk --segment 256,1024
+  study recall recall "${paper[@]}" --sort none,k,qk --segment 256,1024 \
+    --scores clusters,covariance,antidiagonal-8,oracle
+  study recall recall_beta "${paper[@]}" --sort none,qk --beta 0,0.1,0.5,1,2 --scores covariance
+  "$python" -m baatt analyze bound "$work/smollm2.safetensors" --preset paper --sort none,q,k,qk \
+    --layers "${LAYERS:-0,10,20,29}" --plot "$results/bound_smollm2.png"
+  "$python" -m baatt analyze maps "$work/smollm2.safetensors" --preset paper --sort none,qk \
+    --layers "${LAYER:-0}" --plot "$results/maps_smollm2.png"
+  ;;
+esac
