@@ -61,7 +61,7 @@ ORDERS = {
 }
 BETAS = {
     f"{name}-beta-{beta}": (*SETTINGS[name], "--beta", beta)
-    for name in ("paper", "unsorted")
+    for name in ("paper", "unsorted-first")
     for beta in ("0", "0.1", "1", "2")
 }
 KNOWN = SETTINGS | ABLATIONS | ORDERS | BETAS
@@ -70,10 +70,14 @@ GROUPS = {
     "all": list(SETTINGS),
     "ablations": ["clusters", *ABLATIONS],
     "orders": ["unsorted", "keys", *ORDERS, "paper"],
-    "betas": ["paper", "unsorted", *BETAS],
+    "betas": ["paper", "unsorted-first", *BETAS],
 }
-#: Blocks of eight tokens, filled from left to right: what the shipped model answers best with.
-SAMPLER = ("--block-length", "8", "--remasking", "left_to_right", "--cache", "dual")
+#: How answers are written. "cached": blocks of eight tokens from left to right, as needle-18m answers best; steps
+#: within a block are dense. "uncached": blocks of 32, at most eight steps each, every one of them sparse.
+SAMPLERS = {
+    "cached": ("--block-length", "8", "--remasking", "left_to_right", "--cache", "dual"),
+    "uncached": ("--steps", "32"),
+}
 #: A length from which on the sparsities of a setting are jobs of their own: they take longest, and GPUs end together.
 LONG = 8192
 PATIENCE = 10  # seconds for a run that was told to stop
@@ -119,7 +123,8 @@ class Grid:
         model = ("--model", str(given.model)) if given.model else ()
         return [
             "evaluate", "ruler", *model, "--device", given.device, "--dtype", given.dtype, "--tasks", given.tasks,
-            "--count", str(given.count), "--batch-size", str(given.batch_size), "--workers", "10", *SAMPLER,
+            "--count", str(given.count), "--batch-size", str(given.batch_size), "--workers", "10",
+            *SAMPLERS[given.sampler],
             "--lengths", lengths, *KNOWN[setting], "--sparsity", sparsity, "--store", str(store),
             "--json", str(summary),
         ]  # fmt: skip
@@ -258,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", default="all")
     parser.add_argument("--count", type=int, default=200, help="samples of every task (default: 200)")
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--sampler", choices=list(SAMPLERS), default="cached")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--dtype", default="bfloat16")

@@ -27,7 +27,7 @@ grid() { # NAME, then what ruler_grid.py is told
 
 case $1 in
 grids)
-  limit=$5 options=("${@:6}")
+  limit=$5 options=(--sampler uncached "${@:6}")
   if [ ! -d "$work/answers" ] && [ -e "$results/answers.tar.xz" ]; then
     tar --extract --file "$results/answers.tar.xz" --directory "$work"
   fi

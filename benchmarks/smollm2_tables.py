@@ -99,7 +99,8 @@ def grouped(grid: Record, field: str) -> Cells:
     sparse.sort(key=lambda one: place(one["config"]))
     cells: Cells = {}
     for one in sparse:
-        cells.setdefault((order_name(one["config"]), one["config"][field]), []).append(one)
+        kept = ", first block kept" if one["config"]["keep_first"] else ""
+        cells.setdefault((order_name(one["config"]) + kept, one["config"][field]), []).append(one)
     return cells
 
 
@@ -121,7 +122,7 @@ def caption(grid: Record, base: str, more: str = "") -> str:
     """What the cells are."""
     dense = dense_records(grid)
     return (
-        f"BA-Att's score, every layer sparse, no block kept whatever its score; {dense[0]['length']} tokens{more}. "
+        f"BA-Att's score, every layer sparse; {dense[0]['length']} tokens{more}. "
         f"Average over {len(dense)} tasks; after the semicolon the difference to {base} on the same samples [95 % "
         f"paired bootstrap interval]. Dense attention on them: {average(dense)}. {answers_text(settings_of(grid)[0])}"
     )

@@ -12,6 +12,7 @@ import pytest
 from baatt.assets import shipped_model
 from baatt.cli.evaluate import read_cells
 from baatt.cli.main import build_parser
+from baatt.lab.ruler.cells import RULER_SAMPLER
 from baatt.lab.ruler.model import RulerAnswer, checksums, weights_of
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.ruler.summary import make_averages, make_records
@@ -178,12 +179,23 @@ def test_orders_and_weights_change_one_option_of_the_papers_setting(tmp_path, ca
     ruler_grid.main([str(tmp_path), "--lengths", "4096", "--settings", "orders,betas", "--sparsity", "0.5"])
     cells = [read_cells(options, Sources())[1].config for options, _, _ in calls.seen[1:]]
     found = {(cell.sort, cell.segment, cell.beta) for cell in cells}
-    assert len(found) == len(cells)  # each of both groups once
+    assert len(found) == len(cells) - 1  # each of both groups once; unsorted without and with the first block
     assert found == {
         ("none", None, 0.5), ("k", 256, 0.5), ("k", 1024, 0.5), ("qk", 256, 0.5), ("qk", 1024, 0.5),
         *((*order, beta) for order in (("none", None), ("qk", 1024)) for beta in (0.0, 0.1, 1.0, 2.0)),
     }  # fmt: skip
-    assert {(cell.score, cell.keep_first) for cell in cells} == {("covariance", 0)}
+    assert {cell.score for cell in cells} == {"covariance"}
+    assert [cell.keep_first for cell in cells] == [0] * 5 + [1] + [0] * 4 + [1] * 4
+
+
+def test_answers_are_written_as_the_sampler_says(tmp_path, calls):
+    for name, expected in (("cached", (8, 128, "dual")), ("uncached", (32, 32, "none"))):
+        call = [str(tmp_path / name), "--lengths", "4096", "--settings", "mean", "--sampler", name]
+        ruler_grid.main(call)
+        cells = read_cells(calls.seen[-1][0], Sources())
+        (sampler,) = {cell.sampler for cell in cells}
+        assert (sampler.block_length, sampler.steps, sampler.cache) == expected
+    assert sampler == RULER_SAMPLER
 
 
 def test_answers_at_other_sparsities_are_known_to_a_job(tmp_path, calls):

@@ -46,20 +46,20 @@ def grid(**settings):
 
 
 def betas(sort, *weights):
-    segment = None if sort == "none" else 1024
-    return [sorted_config(sort=sort, segment=segment, beta=beta) for beta in weights]
+    segment, first = (None, 1) if sort == "none" else (1024, 0)
+    return [sorted_config(sort=sort, segment=segment, beta=beta, keep_first=first) for beta in weights]
 
 
 def test_weights_stand_beside_table_8():
     found = smollm2_tables.by_beta(grid(
-        paper=setting(betas("qk", 0.5), [ALL]), unsorted=setting(betas("none", 0.5), [HALF]),
-        unsorted_beta_0=setting(betas("none", 0.0), [NONE]), paper_beta_0=setting(betas("qk", 0.0), [ALL]),
+        paper=setting(betas("qk", 0.5), [ALL]), unsorted_first=setting(betas("none", 0.5), [HALF]),
+        unsorted_first_beta_0=setting(betas("none", 0.0), [NONE]), paper_beta_0=setting(betas("qk", 0.0), [ALL]),
         paper_beta_2=setting(betas("qk", 2.0), [HALF]),
     ))  # fmt: skip
     assert found.splitlines()[:5] == [
         "| order | beta 0 | beta 0.5 | beta 2 |",
         "| --- | ---: | ---: | ---: |",
-        "| unsorted | 0.0 [0.0-34.6] | 50.0 [25.3-74.7]; +50.0 [+0.0, +100.0] | - |",
+        "| unsorted, first block kept | 0.0 [0.0-34.6] | 50.0 [25.3-74.7]; +50.0 [+0.0, +100.0] | - |",
         "| qk in 1024 | 100.0 [65.4-100.0] | 100.0 [65.4-100.0]; +0.0 [+0.0, +0.0] | "
         "50.0 [25.3-74.7]; -50.0 [-100.0, +0.0] |",
         "| paper, RULER-4K | 88.42 | 90.06 | 80.10 |",
