@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from base_text import write
-from reading import ANSWER, SYSTEM, USER, document_with, draw_facts
+from reading import ANSWER, SYSTEM, USER
 from tokenizers import Tokenizer
 
 from baatt.assets import held_out_text
 from baatt.lab.likelihood import log_likelihood
 from baatt.lab.prompts import answer_text, pad_left
+from baatt.lab.reading import document_with, draw_facts
 from baatt.lab.records import provenance, write_json
 from baatt.lab.ruler.sources import load_words
 from baatt.lab.smollm2 import sha256_of, write_folder

@@ -8,14 +8,12 @@ import shutil
 import socket
 import sys
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
 import torch
 
 from baatt.assets import shipped_model
-from baatt.lab.ruler.sources import load_words
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.adapter import changes, merge, read_adapter
 from baatt.models.checkpoint import load_tokenizer
@@ -25,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))
 import adapt
 import base_text
 from mixture import CHAT, PROSE, READING, MixtureMaker, corrupt_free, prepare
-from reading import document_with, draw_facts
 from samples import CONTEXT, FIRST_ANSWER, TAIL
 
 from tests.processes import START
@@ -74,17 +71,6 @@ def test_free_batches(folders):
             assert (batch.regions[:, 10:31] == FIRST_ANSWER).all()
             assert (batch.regions[:, 31:] == TAIL).all()
             assert (batch.tokens[:, 30:] == maker.end).all()
-
-
-def test_facts_differ_in_their_subjects_and_their_answers_say_the_value():
-    random = Random(1)
-    for _ in range(50):
-        facts = draw_facts(random, load_words("heldout"), 10)
-        assert len({fact.question for fact in facts}) == len(facts)
-        text = document_with(facts, "One. Two. Three.", random)
-        for fact in facts:
-            assert fact.statement in text
-            assert fact.value in fact.answer
 
 
 def test_masking_of_free_text():
