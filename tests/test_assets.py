@@ -1,4 +1,4 @@
-"""Where the shipped model is looked for, and what is said where it is not."""
+"""Where the shipped models are looked for, and what is said where they are not."""
 
 import shutil
 import sys
@@ -34,24 +34,38 @@ def test_a_wheel_has_not_and_names_the_command(wheel):
         assets.shipped_model()
 
 
+def test_the_change_of_smollm2_is_looked_for_in_the_same_places(wheel, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"the change of SmolLM2 \(15 MB\) is not part of .* `pip install"):
+        assets.shipped_adapter()
+    for place in (wheel / "baatt_models", wheel / "baatt/assets"):
+        (place / assets.SMOLLM2).mkdir(parents=True)
+        (place / assets.SMOLLM2 / "adapter.safetensors").touch()
+        monkeypatch.setattr(sys, "path", [str(wheel), *sys.path])
+        assert assets.shipped_adapter() == place / assets.SMOLLM2 / "adapter.safetensors"
+
+
 @pytest.mark.parametrize("depth", ["", "docs", "benchmarks/results"])
 def test_a_wheel_finds_the_checkout_that_one_stands_in(wheel, monkeypatch, depth):
     monkeypatch.chdir(ROOT / depth)
     assert assets.shipped_model() == ROOT / "src/baatt/assets/needle-18m"
 
 
-def test_a_wheel_finds_the_package_of_the_model(wheel, monkeypatch):
+MODELS = [f"src/baatt/assets/{name}" for name in (assets.NEEDLE, assets.SMOLLM2)]
+
+
+def test_a_wheel_finds_the_package_of_the_models(wheel, monkeypatch):
     project = tomllib.loads((ROOT / "model/pyproject.toml").read_text())
-    (source, target), *none = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].items()
-    assert not none
-    (wheel / target).mkdir(parents=True)
-    shutil.copy(ROOT / "model" / source / "config.json", wheel / target)
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert list(included) == [f"../{folder}" for folder in MODELS]
+    for source, target in included.items():
+        (wheel / target).mkdir(parents=True)
+        assert (ROOT / "model" / source).is_dir()
+    target = wheel / included[f"../{MODELS[0]}"]
+    shutil.copy(ROOT / MODELS[0] / "config.json", target)
     monkeypatch.setattr(sys, "path", [str(wheel), *sys.path])
-    assert assets.shipped_model() == wheel / target
+    assert assets.shipped_model() == target
 
 
-def test_the_wheel_leaves_it_out():
+def test_the_wheel_leaves_them_out():
     targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
-    assert {kind: target["exclude"] for kind, target in targets.items()} == {
-        kind: ["src/baatt/assets/needle-18m"] for kind in ("wheel", "sdist")
-    }
+    assert {kind: target["exclude"] for kind, target in targets.items()} == dict.fromkeys(("wheel", "sdist"), MODELS)

@@ -1,30 +1,41 @@
-"""Held-out text and words that come with the package, and the needle model, which does not come with a wheel."""
+"""Held-out text and words that come with the package, and the models, which do not come with a wheel."""
 
 import importlib.util
 from pathlib import Path
 
-#: Folder of the model inside a checkout.
-_IN_CHECKOUT = Path("src/baatt/assets/needle-18m")
-#: The package that brings it: the folder `model` of the repository.
-_PACKAGE = "baatt_needle_18m"
+#: Folders of the models: the needle model, and the change that makes a diffusion model of SmolLM2.
+NEEDLE, SMOLLM2 = "needle-18m", "smollm2-diffusion"
+#: Where they are inside a checkout.
+_IN_CHECKOUT = Path("src/baatt/assets")
+#: The package that brings them: the folder `model` of the repository.
+_PACKAGE = "baatt_models"
 
 
 def shipped_model() -> Path:
-    """Folder of the 17.8M-parameter diffusion LM that the demo runs.
+    """Folder of the 17.8M-parameter diffusion LM that knows RULER's questions; a FileNotFoundError as of `_shipped`."""
+    return _shipped(f"{NEEDLE}/config.json", "the shipped model (36 MB)", "give another model").parent
 
-    Beside this file in a checkout, else in the installed package of the model, else in a checkout that one stands in.
+
+def shipped_adapter() -> Path:
+    """File with the change that makes a diffusion LM of SmolLM2-135M-Instruct; a FileNotFoundError as of `_shipped`."""
+    return _shipped(f"{SMOLLM2}/adapter.safetensors", "the change of SmolLM2 (15 MB)", "give a model of your own")
+
+
+def _shipped(name: str, what: str, instead: str) -> Path:
+    """A file of a model: beside this one in a checkout, else in the installed package of the models, else in a checkout
+    that one stands in.
 
     Raises:
         FileNotFoundError: it is in none of them, with the command that brings it.
     """
     package = importlib.util.find_spec(_PACKAGE)
-    installed = [Path(place) / "needle-18m" for place in (package.submodule_search_locations or ())] if package else []
-    for folder in (Path(__file__).parent / "needle-18m", *installed, *(x / _IN_CHECKOUT for x in _upwards())):
-        if (folder / "config.json").is_file():
-            return folder
+    installed = [Path(place) for place in (package.submodule_search_locations or ())] if package else []
+    for place in (Path(__file__).parent, *installed, *(x / _IN_CHECKOUT for x in _upwards())):
+        if (place / name).is_file():
+            return place / name
     raise FileNotFoundError(
-        "the shipped model (36 MB) is not part of the baatt wheel: run `pip install ./model` in a checkout of the "
-        "repository, or give another model"
+        f"{what} is not part of the baatt wheel: run `pip install ./model` in a checkout of the repository, or "
+        f"{instead}"
     )
 
 
