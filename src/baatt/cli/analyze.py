@@ -25,6 +25,7 @@ from baatt.cli.options import (
     layer_numbers,
     length,
     load_any_model,
+    model_folder,
     names_of,
     read_configs,
     read_device,
@@ -140,7 +141,7 @@ def run_capture(arguments: argparse.Namespace) -> None:
     with handle, torch.inference_mode():
         handle.watch(recorder.keep)
         model(torch.tensor([ids], device=arguments.device))
-    name = arguments.model.name if arguments.model else "needle-18m"
+    name = model_folder(arguments).name
     about = {
         "model": name, "text": source, "tokens": str(len(ids)), "dtype": arguments.dtype, "command": arguments.command
     }  # fmt: skip

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from baatt.assets import shipped_model
 from baatt.cli import fidelity, video, vision
 from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import (
@@ -25,6 +24,7 @@ from baatt.cli.options import (
     check_store,
     lengths,
     load_model,
+    model_folder,
     read_settings,
     seed,
 )
@@ -152,7 +152,7 @@ def open_model(
     arguments: argparse.Namespace, cells: Sequence[Cell], sources: Sources, made: Mapping[str, Any]
 ) -> RulerModel:
     """The model of --model on this process's device; `load_model` refuses dense layers of any cell."""
-    folder = arguments.model or shipped_model()
+    folder = model_folder(arguments)
     layers = dict.fromkeys(layer for cell in cells for layer in cell.dense_layers)
     model, tokenizer = load_model(arguments, Policy(dense_layers=tuple(layers)))
     own = {name: getattr(arguments, name) for name in ("dtype", "seed", "impl", "batch_size", "chat")}
@@ -178,7 +178,7 @@ def make_header(arguments: argparse.Namespace, model: RulerModel, cells: Sequenc
     setup = dataclasses.asdict(model.setup)
     sources = {name: str(one) if isinstance(one, Path) else one for name, one in setup.pop("sources").items()}
     return {
-        "study": STUDY, "model": arguments.model.name if arguments.model else "needle-18m",
+        "study": STUDY, "model": model_folder(arguments).name,
         "weights": weights_of(setup.pop("files")), "max_sequence_length": model.model.config.max_sequence_length,
         "count": arguments.count, **setup, "sampler": dataclasses.asdict(cells[0].sampler),
         "dense_layers": next((cell.dense_layers for cell in cells if cell.config is not None), []), "sources": sources,

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from baatt.assets import held_out_text, shipped_model
+from baatt.assets import held_out_text
 from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import (
     add_model_options,
@@ -25,6 +25,7 @@ from baatt.cli.options import (
     check_store,
     lengths,
     load_any_model,
+    model_folder,
     read_configs,
     read_place,
     read_preset,
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     text = held_out_text() if arguments.text is None else read_text(arguments.text)
     model, tokenizer = load_any_model(arguments, head=True, gguf=arguments.gguf)
     setup = Setup(
-        checksums(arguments.model or shipped_model()),
+        checksums(model_folder(arguments)),
         **{name: getattr(arguments, name) for name in Setup.__dataclass_fields__ if name != "files"},
     )
     reader = Reader(model, find_mask_token(model, tokenizer, arguments.model))
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
         layers = study.layer_cells(length, config, policy) if arguments.by_layer else []
         expect(study.open_documents([*cells, *layers]) + (setup.documents if layers else 0))
         header: dict[str, Any] = {
-            "study": "fidelity", **made, "model": arguments.model.name if arguments.model else "needle-18m",
+            "study": "fidelity", **made, "model": model_folder(arguments).name,
             "weights": weights_of(setup.files), "text": str(arguments.text or "heldout.txt"),
             "predicts": "masked tokens" if reader.sees_ahead else "the tokens of the second half",
             "shift": reader.shift, **{name: value for name, value in vars(setup).items() if name != "files"},

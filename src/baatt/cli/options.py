@@ -105,12 +105,22 @@ def read_settings(
 
 
 def add_model_options(
-    parser: argparse.ArgumentParser, *, any_kind: bool = False, folder: str = "in LLaDA's layout"
+    parser: argparse.ArgumentParser, *, any_kind: bool = False, usual: str = "needle", folder: str | None = None
 ) -> None:
-    """--model, --device, --dtype; --trust-remote-code where a model may be of any kind that `baatt.enable` knows."""
+    """--model, --device, --dtype; --trust-remote-code where a model may be of any kind that `baatt.enable` knows.
+
+    Args:
+        usual: the model that is taken where none is given, for the help.
+        folder: what else than a language model --model takes, which then has no name.
+    """
     group = parser.add_argument_group("model")
-    layout = f"{folder}, or of transformers" if any_kind else folder
-    group.add_argument("--model", type=Path, help=f"folder {layout} (default: the model shipped with baatt)")
+    layout = "in LLaDA's layout or of transformers" if any_kind else "in LLaDA's layout"
+    text = (
+        f"folder {layout}, or a name: needle, shipped with baatt; smollm2, of `baatt fetch smollm2` (default: {usual})"
+    )
+    if folder is not None:
+        text = f"folder {folder} (default: the model shipped with baatt)"
+    group.add_argument("--model", type=loading.find_model if folder is None else Path, help=text)
     if any_kind:
         text = "run the modelling code that a transformers folder brings"
         group.add_argument("--trust-remote-code", action="store_true", help=text)
@@ -138,6 +148,12 @@ def read_place(arguments: argparse.Namespace) -> torch.device:
     return device
 
 
+def model_folder(arguments: argparse.Namespace) -> Path:
+    """The folder of --model, of the needle model where none is given."""
+    folder: Path | None = arguments.model
+    return loading.find_model("needle") if folder is None else folder
+
+
 def load_model(arguments: argparse.Namespace, policy: Policy | None = None) -> "tuple[MaskedDiffusionLM, Tokenizer]":
     """Model and tokenizer of the chosen folder, on the chosen device.
 
@@ -145,7 +161,7 @@ def load_model(arguments: argparse.Namespace, policy: Policy | None = None) -> "
         UsageError: no such device, an implementation that does not run there, or dense layers that are not there.
     """
     device = read_place(arguments)
-    model, tokenizer = loading.load_model(arguments.model, dtype=loading.DTYPES[arguments.dtype], device=device)
+    model, tokenizer = loading.load_model(model_folder(arguments), dtype=loading.DTYPES[arguments.dtype], device=device)
     try:
         (policy or Policy()).check_layers(model.config.n_layers)
     except ValueError as error:
@@ -158,7 +174,7 @@ def load_any_model(
 ) -> "tuple[Any, Tokenizer]":
     """The model of --model: of LLaDA's layout by us, of every other by transformers; `head`, `gguf` as there."""
     try:
-        config = json.loads((arguments.model / "config.json").read_bytes()) if arguments.model else None
+        config = json.loads((model_folder(arguments) / "config.json").read_bytes())
     except (OSError, ValueError):
         config = None  # our loader says what is missing
     if gguf is None and (not isinstance(config, dict) or config.get("model_type") == "llada"):

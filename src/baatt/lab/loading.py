@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,14 +42,30 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(
-    folder: Path | None, *, dtype: torch.dtype | None, device: torch.device
-) -> tuple[MaskedDiffusionLM, Tokenizer]:
-    """Model and tokenizer of a folder in LLaDA's layout, None for the shipped one; dtype None keeps the stored one."""
+def _fetched() -> Path:
+    from baatt.lab.smollm2 import kept_merged
+
+    return kept_merged()
+
+
+#: Models by name, each with what finds its folder.
+MODELS: dict[str, Callable[[], Path]] = {"needle": shipped_model, "smollm2": _fetched}
+
+
+def find_model(name: str) -> Path:
+    """The folder of a name of `MODELS`; anything else is a folder itself, `./smollm2` one that has such a name.
+
+    Raises:
+        FileNotFoundError: the model of that name is not here, with the command that brings it.
+    """
+    return MODELS[name]() if name in MODELS else Path(name)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> tuple[MaskedDiffusionLM, Tokenizer]:
+    """Model and tokenizer of a folder in LLaDA's layout; dtype None keeps the stored one."""
     from baatt.models.checkpoint import load_tokenizer
     from baatt.models.llada import MaskedDiffusionLM
 
-    folder = folder or shipped_model()
     return MaskedDiffusionLM.from_pretrained(folder, dtype=dtype, device=device), load_tokenizer(folder)
 
 

@@ -68,7 +68,7 @@ class ModelArguments:
     """Checked model arguments; the fields of `sampling`, `sparse` and `policy` are arguments like the others.
 
     Args:
-        pretrained: folder in LLaDA's layout, with a tokenizer.json.
+        pretrained: folder in LLaDA's layout, with a tokenizer.json, or a name of `loading.MODELS`.
         dtype: of the weights, a name in `DTYPES`; "auto" keeps the stored one.
         device: such as "cpu" or "cuda:0"; None takes a GPU if there is one.
         batch_size: prompts generated together, or masks of a likelihood evaluated together.

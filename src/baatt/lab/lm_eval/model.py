@@ -20,7 +20,7 @@ from baatt.lab.answers import AnswerStore, folder_state, request_key
 from baatt.lab.chat import load_chat_templates
 from baatt.lab.likelihood import log_likelihood, rolling_windows
 from baatt.lab.lm_eval.arguments import Generation, ModelArguments, Sampling, read_generation
-from baatt.lab.loading import DTYPES, load_model
+from baatt.lab.loading import DTYPES, find_model, load_model
 from baatt.lab.options import read_options
 from baatt.lab.prompts import answer_text, end_tokens, fit_prompt, pad_left
 from baatt.lab.ranks import Ranks
@@ -61,7 +61,7 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         self._rank, self._world_size = self._ranks.rank, self._ranks.size
         self.all_gather, self.barrier = self._ranks.all_gather, self._ranks.barrier
         self._device = self._ranks.device(self.arguments.device)
-        folder = Path(self.arguments.pretrained).expanduser()
+        folder = find_model(self.arguments.pretrained).expanduser()
         dtype = DTYPES.get(self.arguments.dtype)  # None for "auto"
         self._model, self._tokenizer = load_model(folder, dtype=dtype, device=self._device)
         self._chat = load_chat_templates(folder)
