@@ -13,7 +13,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 setup: $(STAMP)
 
+# Without a network the needle model, which is here, answers in place of SmolLM2.
 demo: $(STAMP)
+	@$(BIN)/baatt fetch smollm2 || echo "SmolLM2 could not be fetched: the demo goes on with the model that is here."
 	$(BIN)/baatt demo
 
 # The default set: what needs no GPU and is not marked slow.

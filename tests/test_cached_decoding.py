@@ -461,7 +461,20 @@ def test_generate_says_how_fast_it_was(cache: str, ends: str, capsys: pytest.Cap
 
 def test_generate_stores_how_fast_it_was(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["generate", "--prompt", "Most SQL engines", "--cache", "prefix", "--threshold", "0", "--json", *SHORT])
+        main(
+            [
+                "generate",
+                "--prompt",
+                "Most SQL engines",
+                "--cache",
+                "prefix",
+                "--threshold",
+                "0",
+                "--no-stop-at-eos",
+                "--json",
+                *SHORT,
+            ]
+        )
         == 0
     )
     printed = capsys.readouterr()

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import runpy
-import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,7 +53,7 @@ def test_the_prompt_in_the_help_is_answered(capsys: pytest.CaptureFixture[str]) 
 def test_the_shipped_model_says_what_it_has_learnt(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
     for options in ([], ["--dense"]):
         message = refused(capsys, "generate", "--prompt", prompt, *options)
-        assert "must ask one of RULER's questions about a text, all that the shipped model has learnt" in message
+        assert "must ask one of RULER's questions about a text, all that the needle model has learnt" in message
         assert "--model DIR" in message
 
 
@@ -84,6 +83,18 @@ def test_generate_json_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert record["sparse"]["sort"] == "k"
     assert len(record["generated_tokens"]) == 8
     assert record["model_evaluations"] == 4
+
+
+def test_a_model_with_a_chat_template_is_asked_through_it(chatting: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(chatting)
+    for options, expected in (([], "user: the\n"), (["--chat"], "user: the\n"), (["--no-chat"], "the")):
+        call = ["generate", "--model", str(chatting), "--prompt", "the", "--dense", "--json", *options, *SHORT]
+        assert main(call) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["prompt_tokens"] == len(tokenizer.encode(expected).ids)
+        assert record["chat"] == (options != ["--no-chat"])
+    message = refused(capsys, "generate", "--prompt", EXAMPLE, "--chat")
+    assert "--chat needs a model whose folder has a chat template, needle-18m has none" in message
 
 
 def test_dense_and_sparsity_zero_agree(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,53 +199,6 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for expected in ("Versions", "torch", torch.__version__, "Devices", "Implementations", "reference", "present"):
         assert expected in printed
-
-
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "demo.png"
-    assert main(["demo", "--length", "640", "--seed", "3", "--output", str(picture)]) == 0
-    printed = capsys.readouterr().out
-    for expected in (
-        "One of the special magic numbers",
-        "Question",
-        "Setting",
-        "full attention",
-        "paper: BA-Att",
-        "default:",
-        "seconds per step",
-        "skipped",
-    ):
-        assert expected in printed
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_demo_of_the_paper_s_setting_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call = ["demo", "--length", "640", "--preset", "paper", "--output", str(tmp_path / "demo.png")]
-    assert main(call) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("Setting") == 1
-    assert "default:" not in printed
-
-
-@pytest.mark.parametrize(("before", "verdict"), [(" ", "yes"), ("1", "no")])
-def test_demo_calls_a_longer_number_wrong_and_warns_beyond_the_trained_length(
-    before: str, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    value = draw_samples("niah_single_2", 640, 1, load_tokenizer(shipped_model()), seed=1)[0].values[0]
-    monkeypatch.setattr("baatt.cli.demo.answer_text", lambda *_: f"{before}{value}.")
-    monkeypatch.setattr("baatt.cli.demo.draw", lambda *_: None)
-    shutil.copy(shipped_model() / "tokenizer.json", tmp_path)
-    config = ModelConfig(
-        d_model=64, n_heads=2, n_layers=3, mlp_hidden_size=64, vocab_size=4096, mask_token_id=1, max_sequence_length=512
-    )
-    MaskedDiffusionLM(config).save_pretrained(tmp_path)
-    call = ["demo", "--model", str(tmp_path), "--task", "niah_single_2", "--length", "640"]
-    assert main([*call, "--output", str(tmp_path / "demo.png")]) == 0
-    printed = capsys.readouterr().out
-    assert "trained up to 512 tokens" in printed
-    row = next(line for line in printed.splitlines() if re.search(r"\bright\b", line))
-    assert re.findall(r"\b(yes|no)\b", row) == [verdict] * 3
 
 
 def test_help_says_what_the_verbs_say(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from baatt.cli.errors import UsageError
 
 #: Verb, a file beside this one -> first line of its docstring.
 VERBS = {
-    "demo": "Answer from a fresh 4K-token document: full attention, the paper's setting and the default side by side.",
-    "generate": "Continue a prompt with a masked-diffusion language model, sparse or dense.",
+    "demo": "Answer a question about a document: full attention, the paper's setting and the default side by side.",
+    "generate": "Answer or continue a prompt with a masked-diffusion language model, sparse or dense.",
     "evaluate": "Score a model on a benchmark, sparse beside dense attention; a run that was cut goes on where it was.",
     "analyze": "Take the method apart on a real input: record a model's attention, or read yours, then measure it.",
     "bench": "Measure the operator or its attention kernel: verified first, then timed against baselines.",

@@ -60,6 +60,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, torch.arange(width, device="cpu") >= width - lengths[:, None]
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str, special_tokens: Mapping[str, str]) -> list[int]:
+    """The ids of a text; one that begins with the beginning-of-text token, as a chat template's may, gets no other."""
+    begins = special_tokens.get("bos_token")
+    return list(tokenizer.encode(text, add_special_tokens=not (begins and text.startswith(begins))).ids)
+
+
 def end_tokens(
     tokenizer: Tokenizer, end_of_text: int | tuple[int, ...] | None, special_tokens: Mapping[str, str]
 ) -> frozenset[int]:

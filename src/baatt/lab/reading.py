@@ -8,7 +8,15 @@ kind, whose subjects alone tell them apart.
 from random import Random
 from typing import NamedTuple
 
-from baatt.lab.ruler.sources import WordPool
+from tokenizers import Tokenizer
+
+from baatt.assets import held_out_text
+from baatt.lab.ruler.sources import WordPool, load_words
+
+#: A paragraph that a document may begin with has so many characters, headings have fewer.
+PARAGRAPH = 200
+#: No token of running text has more characters on average.
+CHARACTERS = 8
 
 FIRST_NAMES = ("Anna", "Ben", "Carla", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jack", "Karen", "Luis",
                "Maria", "Nora", "Oscar", "Paula", "Ravi", "Sofia", "Tom", "Ursula", "Victor", "Wendy", "Yusuf", "Zoe",
@@ -112,3 +120,36 @@ def document_with(facts: list[Fact], text: str, random: Random) -> str:
     for fact in facts:
         sentences.insert(random.randint(0, len(sentences)), fact.statement.removesuffix("."))
     return ". ".join(sentences) + "."
+
+
+def held_out_document(tokenizer: Tokenizer, tokens: int, seed: int, count: int = 8) -> tuple[str, list[Fact]]:
+    """Held-out text from the beginning of a paragraph on, with statements of held-out words between its sentences.
+
+    Args:
+        tokens: of text and statements together, at most; a sentence is not cut off.
+        seed: which text and statements.
+        count: of statements, at most.
+
+    Raises:
+        ValueError: fewer tokens than the statements and a sentence need, or more than the text has.
+    """
+    random, text = Random(seed), held_out_text()
+    facts = draw_facts(random, load_words("heldout"), count)
+    # Wherever a statement stands, a space and a full stop are added at most.
+    room = tokens - sum(len(tokenizer.encode(f" {fact.statement}").ids) + 2 for fact in facts)
+    starts, place = list[int](), 0
+    for paragraph in text.splitlines(keepends=True):
+        if len(paragraph) >= PARAGRAPH and place + CHARACTERS * room <= len(text):
+            starts.append(place)
+        place += len(paragraph)
+    if not starts:
+        raise ValueError(
+            f"tokens must be at most {len(text) // CHARACTERS} of the text shipped with baatt, got {tokens}"
+        )
+    start = random.choice(starts)
+    encoded = tokenizer.encode(text[start : start + CHARACTERS * max(room, 0)])
+    end = encoded.offsets[room - 1][1] if 0 < room <= len(encoded.offsets) else 0
+    sentences, found, _ = text[start : start + end].rpartition(". ")
+    if not found:
+        raise ValueError(f"tokens must hold {len(facts)} statements and a sentence at least, got {tokens}")
+    return document_with(facts, sentences, random), facts

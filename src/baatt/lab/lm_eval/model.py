@@ -22,7 +22,7 @@ from baatt.lab.likelihood import log_likelihood, rolling_windows
 from baatt.lab.lm_eval.arguments import Generation, ModelArguments, Sampling, read_generation
 from baatt.lab.loading import DTYPES, find_model, load_model
 from baatt.lab.options import read_options
-from baatt.lab.prompts import answer_text, end_tokens, fit_prompt, pad_left
+from baatt.lab.prompts import answer_text, encode_prompt, end_tokens, fit_prompt, pad_left
 from baatt.lab.ranks import Ranks
 from baatt.sampling import generate
 
@@ -152,10 +152,8 @@ class BAAttLLaDA(LM):  # type: ignore[misc]  # the harness carries no types
         return self.arguments.max_length or self._model.config.max_sequence_length
 
     def tok_encode(self, string: str) -> list[int]:
-        """Token ids; a text that begins with the beginning-of-text token does not get another."""
-        begins = self._chat.special_tokens.get("bos_token")
-        special = not (begins and string.startswith(begins))
-        return list(self._tokenizer.encode(string, add_special_tokens=special).ids)
+        """Token ids of a text."""
+        return encode_prompt(self._tokenizer, string, self._chat.special_tokens)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness stores beside the results: every setting, and how sparse attention was in this process."""

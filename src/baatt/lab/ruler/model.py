@@ -22,7 +22,7 @@ from baatt.lab.answers import request_key
 from baatt.lab.capture import Capture, Recorder
 from baatt.lab.chat import ChatTemplates
 from baatt.lab.loading import check_memory
-from baatt.lab.prompts import answer_text, end_tokens, pad_left
+from baatt.lab.prompts import answer_text, encode_prompt, end_tokens, pad_left
 from baatt.lab.recall import measure_recall
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.sample import RulerSample
@@ -142,13 +142,12 @@ class RulerModel:
         )  # fmt: skip
 
     def ids(self, prompt: str, prefix: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt and the beginning of its answer; a template that begins the text gets no second one."""
+        """Token ids of a prompt and the beginning of its answer."""
         text = prompt + prefix
         if chat:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": prefix}]
             text = self._templates.render(turns, continue_final_message=True)
-        begins = self._templates.special_tokens.get("bos_token")
-        return list(self.tokenizer.encode(text, add_special_tokens=not (begins and text.startswith(begins))).ids)
+        return encode_prompt(self.tokenizer, text, self._templates.special_tokens)
 
     def check(self, task: str, length: int) -> None:
         """Draw one sample, so that a length that is too small or too large for a task is refused at once.
