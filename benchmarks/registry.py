@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import archive_tables
 import busy_plan
+import card_tables
 import classes
 import clients
 import compatibility
@@ -64,6 +65,9 @@ RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.js
 RULER_PART = "ruler_grid_safe_16384.json"
 #: Libraries that take the same shapes.
 PEERS = ("gpu_peers_h200.json", "gpu_peers_64_h200.json")
+#: The runs of the model grown from SmolLM2, in order, and what it can do: bars.py first, then RULER's tasks.
+SMOLLM2_RUNS = ("training/smollm2_run1.json", "training/smollm2_run2.json")
+SMOLLM2_BARS = tuple(f"training/smollm2_{name}.json" for name in ("bars", "ruler", "ruler_8192"))
 CAPTURE = "needle-18m.safetensors"  # of `baatt analyze capture`
 #: How the needles and ablations of the first checkpoint are asked today; what ran then is stored in their results.
 ABLATION = (
@@ -378,9 +382,14 @@ CASES: dict[str, Case] = {
         {"ruler_8bit": ruler_tables.by_length},
     ),
     "training_smollm2": Case(
-        "a diffusion model grown from SmolLM2: history, text, questions, RULER's tasks",
+        "a diffusion model grown from SmolLM2: history, text, questions, documents, RULER's tasks",
         "bash training/session.sh",
-        tuple(f"training/smollm2_{name}.json" for name in ("run1", "run2", "bars", "ruler", "ruler_8192")),
+        (*SMOLLM2_RUNS, *SMOLLM2_BARS),
+        {
+            "smollm2_bars": Block(card_tables.bars, SMOLLM2_BARS, together=True),
+            "smollm2_runs": Block(card_tables.runs, SMOLLM2_RUNS, together=True),
+            "smollm2_texts": Block(card_tables.texts, SMOLLM2_BARS[:1]),
+        },
     ),
 }
 

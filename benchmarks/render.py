@@ -21,7 +21,7 @@ from baatt.lab.tables import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
-FILES = ("README.md", "benchmarks/README.md", "docs/**/*.md", "src/baatt/assets/needle-18m/README.md")
+FILES = ("README.md", "benchmarks/README.md", "docs/**/*.md", "src/baatt/assets/*/README.md")
 BEGIN, END = "<!-- render:{name} -->", "<!-- /render -->"
 MARKED = re.compile(r"<!-- render:(?P<name>[\w-]+) -->\n(?P<body>.*?)(?P<end><!-- /render -->)", re.DOTALL)
 BEGIN_OR_END = re.compile(r"<!-- render:[^>]*-->|<!-- /render -->")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import card_tables
 from ruler_tables import beyond
 
 Record = Mapping[str, Any]
@@ -165,6 +166,31 @@ def fidelity_divergence(read: Read, *words: str) -> str:
     return f"{_fidelity(read, *words)['kl']:.3f}"
 
 
+def smollm2_questions(read: Read) -> str:
+    """Of the simple questions, how many the model grown from SmolLM2 answers rightly: `40 of 50`."""
+    measured = read("training/smollm2_bars")
+    return f"{measured['questions_right']} of {len(measured['questions'])}"
+
+
+def smollm2_masked(read: Read, hidden: str) -> str:
+    """Hidden tokens of held-out prose that it tells rightly, in percent: `smollm2_masked 15%`."""
+    return f"{100 * read('training/smollm2_bars')['text'][f'accuracy_at_{_share(hidden):g}']:.0f}"
+
+
+def smollm2_bound(read: Read, whose: str) -> str:
+    """Nats a token of that prose: `smollm2_bound own`, its bound, or `smollm2_bound base`, the base's loss."""
+    names = {"own": "bound_per_token", "base": "base_loss_per_token"}
+    return f"{read('training/smollm2_bars')['text'][names[whose]]:.2f}"
+
+
+def smollm2_ruler(read: Read, length: str, tasks: str) -> str:
+    """Its dense RULER score in percent: `smollm2_ruler 4096 needles`, also `all` and `others`."""
+    found = card_tables.scores(read("training/smollm2_ruler"), int(length))
+    some = card_tables.needles(found)
+    chosen = {"needles": some, "all": found, "others": {task: x for task, x in found.items() if task not in some}}
+    return _joined([sum(chosen[tasks].values()) / len(chosen[tasks])])
+
+
 def _numbers(lengths: str) -> list[int]:
     return [int(length) for length in lengths.split(",")]
 
@@ -267,6 +293,10 @@ VALUES: dict[str, Callable[..., str]] = {
     "fidelity_kl": fidelity_divergence,
     "real_digits": real_digits,
     "real_kl": real_divergence,
+    "smollm2_questions": smollm2_questions,
+    "smollm2_masked": smollm2_masked,
+    "smollm2_bound": smollm2_bound,
+    "smollm2_ruler": smollm2_ruler,
     "decoding_rate": decoding_rate,
     "decoding_gain": decoding_gain,
 }

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CARD = "src/baatt/assets/needle-18m/README.md"
 DOCUMENTS = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "training/README.md", CARD),
+    "src/baatt/assets/smollm2-diffusion/README.md",
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 NAME = re.compile(r"`(baatt(?:\.\w+)+)`")
