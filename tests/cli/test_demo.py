@@ -111,8 +111,10 @@ def test_the_planted_value_says_what_is_right(
 
 
 def test_a_document_of_one_s_own_has_no_right_answer(
-    chatting: Path, picture: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    chatting: Path, picture: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("baatt.cli.demo.answer_text", lambda *_: "[/b] [red]trees")
     file = tmp_path / "letter.txt"
     file.write_text("The [bold]first[/bold] line.\nThe second line is about trees. " + 40 * "And so on it went. ")
     call = ["demo", "--model", str(chatting), "--document", str(file), "--question", "What is [it] about?"]
@@ -121,7 +123,7 @@ def test_a_document_of_one_s_own_has_no_right_answer(
     assert "Document letter.txt, " in printed
     assert "Question What is [it] about?" in printed
     assert "The [bold]first[/bold] line. The second line is about trees." in " ".join(printed.split())
-    assert "answer" in printed
+    assert printed.count("[/b] [red]trees") == 3
     assert not re.search(r"\bright\b|Expected", printed)
 
 

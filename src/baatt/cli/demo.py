@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -127,12 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_memory(model.config, tokens, torch.device(arguments.device))
     if note:
         console.print(f"[yellow]{note}[/yellow]", soft_wrap=True, highlight=False)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"[bold]Model[/bold]    {arguments.model.name}, {parameters / 1e6:.1f} million parameters")
-    console.print(f"[bold]Document[/bold] {asked.title}, {len(ids)} tokens, {len(asked.text.split())} words")
-    console.print(f"         {asked.excerpt}", highlight=False, markup=False)
-    console.print("[bold]Question[/bold] ", end="")
-    console.print(asked.question, highlight=False, markup=False)
+    introduce(console, arguments.model.name, model, asked, len(ids))
     settings: dict[str, Preset] = {"paper": Preset(paper_like(setting.config), Policy())}
     if setting != settings["paper"]:
         settings[arguments.preset if arguments.preset != "paper" else "paper, changed"] = setting
@@ -152,6 +148,18 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(table(asked, ["full attention", *names], texts, readings).rich())
     draw(*readings[0].drawn, setting.config, drawn, arguments.output)
     console.print(f"Attention map of layer {drawn}, skipped blocks dimmed: {arguments.output}", soft_wrap=True)
+
+
+def introduce(console: Console, name: str, model: MaskedDiffusionLM, asked: Asked, tokens: int) -> None:
+    """Who reads what, and is asked what."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    words = len(asked.text.split())
+    for title, text in (
+        ("Model", f"{name}, {parameters / 1e6:.1f} million parameters"),
+        ("Document", f"{asked.title}, {tokens} tokens, {words} words"), ("", asked.excerpt),
+        ("Question", asked.question),
+    ):  # fmt: skip
+        console.print(f"[bold]{title:8}[/bold] {escape(text)}", highlight=False)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -305,7 +313,7 @@ def table(asked: Asked, names: Sequence[str], texts: Sequence[str], readings: Se
     attention = [one.attention_seconds / one.full_steps for one in readings]
     right = [whole_share(text, asked.values) == 1 for text in texts] if asked.values else []
     rows = [
-        ("answer", *texts),
+        ("answer", *map(escape, texts)),
         *([("right", *("[green]yes[/green]" if one else "[red]no[/red]" for one in right))] if right else []),
         ("model evaluations", *evaluations),
         (f"seconds per {unit}", *(f"{one:.2f}" for one in seconds)),
