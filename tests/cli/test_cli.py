@@ -93,6 +93,9 @@ def test_a_model_with_a_chat_template_is_asked_through_it(chatting: Path, capsys
         record = json.loads(capsys.readouterr().out)
         assert record["prompt_tokens"] == len(tokenizer.encode(expected).ids)
         assert record["chat"] == (options != ["--no-chat"])
+        assert record["sampler"]["remasking"] == "left_to_right"  # its head tells the next token
+    assert main(["generate", "--model", str(chatting), "--prompt", "a", "--remasking", "low_confidence", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sampler"]["remasking"] == "low_confidence"
     message = refused(capsys, "generate", "--prompt", EXAMPLE, "--chat")
     assert "--chat needs a model whose folder has a chat template, needle-18m has none" in message
 

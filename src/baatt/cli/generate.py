@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f"{parser.description} The model shipped as needle answers RULER's questions about a text and nothing else, "
         f'such as --prompt "{EXAMPLE}"; --model smollm2 is asked in plain words, and --model DIR is a language model '
-        "of your own."
+        "of your own. A model grown from a causal one fills from left to right where --remasking says nothing else."
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue")
@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
     sampler = read_sampler(arguments)
     prompt = _read_prompt(arguments)
     model, tokenizer = load_model(arguments, policy)
+    if model.config.predicts == "next" and "remasking" not in given(arguments, SamplerConfig):
+        sampler = dataclasses.replace(sampler, remasking="left_to_right")  # as its base wrote, and as it was measured
     folder = model_folder(arguments)
     templates = load_chat_templates(folder)
     chat = bool(templates.templates) if arguments.chat is None else arguments.chat
