@@ -200,8 +200,10 @@ def test_model_without_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("Versions", "torch", torch.__version__, "Devices", "Implementations", "reference", "present"):
+    for expected in ("Versions", "torch", torch.__version__, "Devices", "Implementations", "reference"):
         assert expected in printed
+    assert f"--model needle: present at {shipped_model()}" in printed
+    assert "--model smollm2: MISSING: smollm2 is not here yet: run `baatt fetch smollm2`" in printed
 
 
 def test_help_says_what_the_verbs_say(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ import platform
 import torch
 from rich.console import Console
 
-from baatt.assets import shipped_model
 from baatt.backend import describe
+from baatt.lab.loading import MODELS, find_model
 from baatt.lab.records import installed_version, processor_name
 from baatt.lab.tables import Table
 
@@ -37,8 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(Table(("device", "properties"), devices, title="Devices", text=True).rich())
     impls = [(impl, "yes" if available else "no", reason) for impl, available, reason in describe()]
     console.print(Table(("impl", "runs here", "why"), impls, title="Implementations", text=True).rich())
-    try:
-        found = f"present at {shipped_model()}"
-    except FileNotFoundError as error:
-        found = f"MISSING: {error}"
-    console.print(f"Shipped model: {found}")
+    for name in MODELS:
+        try:
+            found = f"present at {find_model(name)}"
+        except FileNotFoundError as error:
+            found = f"MISSING: {error}"
+        console.print(f"--model {name}: {found}", markup=False)
