@@ -172,6 +172,12 @@ def smollm2_questions(read: Read) -> str:
     return f"{measured['questions_right']} of {len(measured['questions'])}"
 
 
+def smollm2_read(read: Read, tokens: str) -> str:
+    """Of statements in documents of so many tokens, how many it finds: `smollm2_read 3000` is `40 of 40`."""
+    found = read("training/smollm2_bars")[f"read_{tokens}"]
+    return f"{found['right']} of {len(found['answers'])}"
+
+
 def smollm2_masked(read: Read, hidden: str) -> str:
     """Hidden tokens of held-out prose that it tells rightly, in percent: `smollm2_masked 15%`."""
     return f"{100 * read('training/smollm2_bars')['text'][f'accuracy_at_{_share(hidden):g}']:.0f}"
@@ -294,6 +300,7 @@ VALUES: dict[str, Callable[..., str]] = {
     "real_digits": real_digits,
     "real_kl": real_divergence,
     "smollm2_questions": smollm2_questions,
+    "smollm2_read": smollm2_read,
     "smollm2_masked": smollm2_masked,
     "smollm2_bound": smollm2_bound,
     "smollm2_ruler": smollm2_ruler,
