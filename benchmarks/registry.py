@@ -377,7 +377,8 @@ CASES: dict[str, Case] = {
     ),
     "needle_8bit": Case(
         "RULER's tasks of needle-18m with weights of 8 bits, dense",
-        "bash training/session.sh needle 4096,8192",
+        "baatt evaluate ruler --device cuda --dtype bfloat16 --tasks all --count 200 --block-length 8 --remasking "
+        "left_to_right --cache dual --lengths 4096,8192 --sparsity 0 --json FILE",
         ("ruler_needle-18m_8bit.json",),
         {"ruler_8bit": ruler_tables.by_length},
     ),

@@ -6,7 +6,6 @@
 #   training/session.sh train [OPTIONS]  there: adapt.py, on GPUS of them (1); what must come back lies in $OUT
 #   training/session.sh bars [ADAPTER]   there: text, questions, continuations; leaves the model folder for
 #   training/session.sh ruler 4096 25    there: RULER's tasks at that length, so many samples of each, dense
-#   training/session.sh needle 4096,8192 there: needle-18m in 8 bits, on RULER as its model card has it in 16
 set -euo pipefail
 export PYTHONPATH=src PYTHONUNBUFFERED=1
 python=${PYTHON:-python3} work=training/runs/adapt base=training/data/smollm2.gguf
@@ -54,15 +53,5 @@ bars)
 ruler)
   "$python" training/evaluate.py --model "$work/model" --tasks all --lengths "$2" --count "$3" \
     --batch-tokens 131072 --workers 12 --json "$OUT/ruler_dense.json"
-  ;;
-needle)
-  mkdir -p "$work"
-  "$python" -c "import torch; from baatt.models import MaskedDiffusionLM as M
-M.from_pretrained('src/baatt/assets/needle-18m', dtype=torch.float32).save_pretrained('$work/needle-18m', dtype=torch.int8)"
-  cp src/baatt/assets/needle-18m/tokenizer.json "$work/needle-18m"
-  cp -r "$work/needle-18m" "$OUT"
-  "$python" -m baatt evaluate ruler --model "$work/needle-18m" --device cuda --dtype bfloat16 --tasks all --count 200 \
-    --batch-size 50 --workers 10 --block-length 8 --remasking left_to_right --cache dual --lengths "$2" --sparsity 0 \
-    --store "$work/needle_answers" --json "$OUT/ruler_needle_8bit.json"
   ;;
 esac

@@ -13,7 +13,7 @@ _PACKAGE = "baatt_models"
 
 def shipped_model() -> Path:
     """Folder of the 17.8M-parameter diffusion LM that knows RULER's questions; a FileNotFoundError as of `_shipped`."""
-    return _shipped(f"{NEEDLE}/config.json", "the shipped model (36 MB)", "give another model").parent
+    return _shipped(f"{NEEDLE}/config.json", "the shipped model (18 MB)", "give another model").parent
 
 
 def shipped_adapter() -> Path:
