@@ -62,7 +62,8 @@ def main() -> None:
         say(empty / "baatt", "doctor", cwd=place)
         say(empty / "pip", "install", "-q", ROOT / "model")
         say(empty / "baatt", "generate", "--prompt", "The", "--json", cwd=place)
-        print("The model is refused without its package, and found with it", flush=True)
+        say(empty / "python", "-c", "from baatt.assets import shipped_adapter as find; find().open('rb')", cwd=place)
+        print("The models are refused without their package, and found with it", flush=True)
 
 
 if __name__ == "__main__":
