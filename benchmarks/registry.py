@@ -382,6 +382,13 @@ CASES: dict[str, Case] = {
         ("ruler_needle-18m_8bit.json",),
         {"ruler_8bit": ruler_tables.by_length},
     ),
+    "ruler_smollm2_first": Case(
+        "RULER's tasks of the diffusion model grown from SmolLM2, densely, by default and as in the paper, 12 samples",
+        "python benchmarks/ruler_grid.py FOLDER --model ~/.cache/baatt/smollm2-diffusion --gpus 1 "
+        "--settings dense,clusters,paper --lengths 4096 --sparsity 0.5,0.7,0.9 --count 12",
+        ("ruler_smollm2_first.json",),
+        {"ruler_smollm2_first": Block(ruler_tables.grid_averages, ("ruler_smollm2_first.json",), together=True)},
+    ),
     "training_smollm2": Case(
         "a diffusion model grown from SmolLM2: history, text, questions, documents, RULER's tasks",
         "bash training/session.sh",

@@ -111,8 +111,10 @@ def score_interval(scores: Sequence[float]) -> Interval:
     return bounded_interval(scores, 0, 1)
 
 
-def average_interval(tasks: Sequence[tuple[float, float, float]]) -> Interval:
+def average_interval(tasks: Sequence[tuple[float, float, float]], least: float = 0.0) -> Interval:
     """95 % interval of the mean of several accuracies, from the limits of their own: (accuracy, low, high) of each.
+
+    Not below `least`, which of differences is -1.
 
     The distances from each accuracy to its limits are added as independent errors are (Zou and Donner's MOVER), so
     tasks that are all right or all wrong keep the width of their Wilson intervals, of which a bootstrap knows nothing.
@@ -120,7 +122,7 @@ def average_interval(tasks: Sequence[tuple[float, float, float]]) -> Interval:
     mean = sum(value for value, _, _ in tasks) / len(tasks)
     below = math.hypot(*(value - low for value, low, _ in tasks)) / len(tasks)
     above = math.hypot(*(high - value for value, _, high in tasks)) / len(tasks)
-    return Interval(max(0.0, mean - below), mean + above)
+    return Interval(max(least, mean - below), mean + above)
 
 
 def pearson(x: Tensor, y: Tensor) -> float:

@@ -394,8 +394,12 @@ def test_averages():
     assert (short["accuracy"], short["dense_accuracy"], short["difference"]) == (0.375, 0.875, -0.5)
     own = [(one["accuracy"], one["ci_low"], one["ci_high"]) for one in (records[1], records[3])]
     assert (short["ci_low"], short["ci_high"]) == average_interval(own)
-    assert (short["difference_low"], short["difference_high"]) == bounded_interval([-0.5, -0.5], -1, 1)
-    assert (long["difference_low"], long["difference_high"]) == bounded_interval([0, 0], -1, 1)
+    # Rows of equal averages tell a bootstrap nothing: each task's own limits do, added as independent errors are.
+    lost, other = ((-0.5, *bounded_interval(one, -1, 1)) for one in ([0.0, -1.0], [-1.0, 0.0]))
+    assert (short["difference_low"], short["difference_high"]) == average_interval([lost, other], least=-1)
+    same = (0.0, *bounded_interval([0.0, 0.0], -1, 1))
+    assert (long["difference_low"], long["difference_high"]) == average_interval([same, same], least=-1)
+    assert average_interval([same, same], least=-1).high < same[2]
     assert sparse["mean"] == (0.375 + 0.75) / 2
     assert sparse["rising"] == pytest.approx((0.375 + 2 * 0.75) / 3)
     assert sparse["falling"] == pytest.approx((2 * 0.375 + 0.75) / 3)

@@ -15,7 +15,16 @@ import numpy as np
 from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.scoring import averages
-from baatt.lab.statistics import average_interval, bounded_interval, is_right_or_wrong, mcnemar_p, score_interval
+from baatt.lab.statistics import (
+    FEW,
+    Interval,
+    average_interval,
+    bootstrap_interval,
+    bounded_interval,
+    is_right_or_wrong,
+    mcnemar_p,
+    score_interval,
+)
 
 STUDY = "ruler"
 Record = dict[str, Any]
@@ -102,15 +111,24 @@ def make_averages(records: Sequence[Record]) -> list[Record]:
 def _average_at(length: int, members: Sequence[Record], dense: Sequence[Record]) -> Record:
     here, beside = ([one for one in records if one["length"] == length] for records in (members, dense))
     mean, dense_mean = (float(np.mean([one["accuracy"] for one in records])) for records in (here, beside))
-    # Samples of different tasks are independent: the mean over tasks of their n-th samples is a sample of the average.
-    rows = np.mean([one["scores"] for one in here], axis=0) - np.mean([one["scores"] for one in beside], axis=0)
     low, high = average_interval([(one["accuracy"], one["ci_low"], one["ci_high"]) for one in here])
-    difference = bounded_interval(rows.tolist(), -1, 1)
+    difference = _difference_interval([one["scores"] for one in here], [one["scores"] for one in beside])
     return {
         "length": length, "accuracy": mean, "ci_low": low, "ci_high": high,
         "accuracy_whole": float(np.mean([one["accuracy_whole"] for one in here])), "dense_accuracy": dense_mean,
         "difference": mean - dense_mean, "difference_low": difference.low, "difference_high": difference.high,
     }  # fmt: skip
+
+
+def _difference_interval(scores: Sequence[Sequence[float]], dense: Sequence[Sequence[float]]) -> Interval:
+    """Of the average over tasks, sparse less dense, from the scores of each task sample by sample."""
+    differences = np.asarray(scores) - np.asarray(dense)
+    # Samples of different tasks are independent: the mean over tasks of their n-th samples is a sample of the average.
+    rows = differences.mean(axis=0)
+    if len(rows) >= FEW and rows.min() < rows.max():
+        return bootstrap_interval(rows.tolist())
+    tasks = [(sum(row) / len(row), *bounded_interval(row, -1, 1)) for row in differences.tolist()]
+    return average_interval(tasks, least=-1)  # a bootstrap knows nothing of what such rows have not seen
 
 
 def compare(dense: Sequence[float], sparse: Sequence[float]) -> Record:
