@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Gets SmolLM2-135M-Instruct (GGUF, Apache-2.0; `baatt fetch smollm2`) and the package with which transformers reads GGUF,
-# both pinned and checked, into a folder that git ignores. The weights are cut into parts of 19 MiB, which travel to
+# both pinned and checked, into a folder that git ignores. The weights are cut into parts of PART bytes, which travel to
 # another machine beside a checkout; there or here, `cat FOLDER/weights.* > smollm2.gguf` joins them.
 #   benchmarks/fetch_smollm2.sh [FOLDER]
 set -euo pipefail
@@ -13,6 +13,6 @@ echo "gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761
 "$python" -m baatt fetch smollm2 --cache "$work"
 rm -rf "$folder"
 mkdir -p "$folder"
-split --bytes=19M --numeric-suffixes "$work"/*.gguf "$folder/weights."
+split --bytes="${PART:-15000000}" --numeric-suffixes "$work"/*.gguf "$folder/weights."
 "$python" -m zipfile -e "$work"/gguf-*.whl "$folder/gguf"
 du -ah --max-depth=1 "$folder"

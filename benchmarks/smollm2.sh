@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
 # What sparse attention costs the diffusion model grown from SmolLM2, whose folder MODEL is, and what its attention is.
+#   benchmarks/smollm2.sh model PARTS ADAPTER MODEL
+#     where there is no network: writes MODEL from the parts that fetch_smollm2.sh left and the shipped change.
 #   benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS [OPTIONS of ruler_grid.py]
 #     on GPUs (GPUS, 2): RULER with several ways to choose blocks at 4096 tokens, with other orders and weights of BA-Att
 #     there, then at 8192, in this order for so many seconds. The same command goes on, on another machine too if RESULTS
-#     holds the answers.tar.xz of an earlier one. COUNT samples of every task (50).
+#     holds the answers.tar.xz of an earlier one. COUNT samples of every task (30), LONG_COUNT at 8192 (20).
 #   benchmarks/smollm2.sh studies MODEL WORK RESULTS
-#     on a processor, 25 minutes on two cores: bound (Fig. 2), maps (Fig. 5), norms and sinks, attention kept, by layer
+#     on a processor: bound (Fig. 2), maps (Fig. 5), norms and sinks, attention kept, by layer.
 set -euo pipefail
 export PYTHONPATH=src PYTHONUNBUFFERED=1
-python=${PYTHON:-python3} model=$2 work=$3 results=$4 unfinished=0
+python=${PYTHON:-python3}
+if [ "$1" = model ]; then
+  mkdir -p "$4/base"
+  cat "$2"/weights.* >"$4/base/smollm2-135m-instruct.gguf"
+  exec "$python" -m baatt fetch smollm2 --cache "$4/base" --adapter "$3" --out "$4"
+fi
+model=$2 work=$3 results=$4 unfinished=0
 mkdir -p "$work" "$results"
 ln -sfn "$(realpath "$model")" "$work/smollm2-diffusion" # the name in the tables
 
-grid() { # NAME, then what ruler_grid.py is told
+grid() { # NAME COUNT, then what ruler_grid.py is told
   local left=$((limit - SECONDS)) name=$1
   if ((left < 30)); then
     echo "$name: no time left"
@@ -21,7 +29,7 @@ grid() { # NAME, then what ruler_grid.py is told
   fi
   rm -f "$work/grid.json"
   "$python" benchmarks/ruler_grid.py "$work" --model "$work/smollm2-diffusion" --gpus "${GPUS:-2}" \
-    --count "${COUNT:-50}" --seconds "$left" "${@:2}" "${options[@]}" || unfinished=1
+    --count "$2" --seconds "$left" "${@:3}" "${options[@]}" || unfinished=1
   if [ -e "$work/grid.json" ]; then cp "$work/grid.json" "$results/ruler_smollm2_$name.json"; fi
 }
 
@@ -32,10 +40,10 @@ grids)
     tar --extract --file "$results/answers.tar.xz" --directory "$work"
   fi
   settings=clusters,oracle,paper,unsorted,unsorted-first,antidiagonal-first
-  grid 4096 --lengths 4096 --sparsity 0.5,0.7,0.9 --settings "$settings"
-  grid orders --lengths 4096 --sparsity 0.5,0.7,0.9 --settings orders
-  grid betas --lengths 4096 --sparsity 0.5 --settings betas
-  grid 8192 --lengths 8192 --sparsity 0.5,0.7,0.9 --settings "$settings"
+  grid 4096 "${COUNT:-30}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings "$settings"
+  grid orders "${COUNT:-30}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings orders
+  grid betas "${COUNT:-30}" --lengths 4096 --sparsity 0.5 --settings betas
+  grid 8192 "${LONG_COUNT:-20}" --lengths 8192 --sparsity 0.5,0.7,0.9 --settings "$settings"
   tar --create --xz --file "$results/answers.tar.xz" --directory "$work" answers
   exit $unfinished
   ;;

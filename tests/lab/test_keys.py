@@ -29,7 +29,6 @@ def test_uniform_attention_has_no_sink():
     q, k = torch.zeros(1, 4, TOKENS, CHANNELS), torch.ones(1, 2, TOKENS, CHANNELS)
     found = measure(q, k)
     assert (found["layer"], found["block_size"]) == (3, 64)
-    assert found["on_first_token"] == pytest.approx(1 / TOKENS)
     assert found["on_heaviest"] == pytest.approx(1 / TOKENS)
     assert found["on_first_block"] == pytest.approx(64 / TOKENS)
     assert found["on_few"] == pytest.approx(7 / TOKENS)
@@ -37,18 +36,20 @@ def test_uniform_attention_has_no_sink():
     assert found["norm_correlation"] == 0
 
 
-def test_a_short_first_key_that_all_look_at_is_a_sink_of_its_heads():
+def test_a_short_key_that_all_look_at_is_a_sink_of_its_heads():
     generator = torch.Generator().manual_seed(1)
     k = torch.randn(1, 2, TOKENS, CHANNELS, generator=generator)
     k[..., 0] = 0
     k = torch.nn.functional.normalize(k, dim=-1)
-    k[:, :1, 0] = 0.5 * torch.eye(CHANNELS)[0]  # of the first group alone
+    k[:, :1, 7] = 0.5 * torch.eye(CHANNELS)[0]  # of the first group alone
     q = 80 * torch.eye(CHANNELS)[0].expand(1, 4, TOKENS, CHANNELS)
     found = measure(q, k)
-    assert found["heads_on_first"] == 0.5
-    assert found["on_first_token"] > 0.4
-    assert found["first_key_norm"] == pytest.approx(0.75, abs=0.01)
-    assert found["norm_correlation"] < -0.4  # -1 in the heads of the sink, near 0 in the others
+    assert found["heaviest_key"] == 7
+    assert found["heads_on_heaviest"] == 0.5
+    assert found["on_heaviest"] > 0.4
+    assert found["on_first_block"] > 0.4
+    assert found["heaviest_norm"] == pytest.approx(0.75, abs=0.01)
+    assert found["norm_correlation"] < -0.4  # -1 in the heads of the sink, 0 in the others
 
 
 def test_correlation_is_that_of_numpy_and_0_of_a_constant():

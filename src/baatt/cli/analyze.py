@@ -210,24 +210,22 @@ def layer_tables(records: Sequence[Record], columns: Mapping[str, str], caption:
 
 def key_tables(records: Sequence[Record]) -> list[Table]:
     """A row per layer."""
-    shares = {
-        "first key": "on_first_token", "first block": "on_first_block", "heaviest key": "on_heaviest",
-        "heaviest 1 %": "on_few", "heads": "heads_on_first",
-    }  # fmt: skip
     rows = [
         [
-            str(one["layer"]), *(percent(one[field], 1) for field in shares.values()),
-            *(f"{one[field]:.2f}" for field in ("key_norm_variation", "first_key_norm", "norm_correlation")),
+            str(one["layer"]), *(percent(one[share], 1) for share in ("on_first_block", "on_few", "on_heaviest")),
+            str(one["heaviest_key"]), percent(one["heads_on_heaviest"], 0),
+            *(f"{one[field]:.2f}" for field in ("heaviest_norm", "key_norm_variation", "norm_correlation")),
         ]
         for one in records
     ]  # fmt: skip
+    header = ("layer", "first block", "1 % of keys", "one key", "which", "in heads", "its norm", "norms vary", "R")
     caption = (
-        "Share of the attention of all queries that goes to the first key, to the first block of keys, to the key that "
-        "gets most, to the hundredth of the keys that get most. Heads: share of those whose heaviest key is the first. "
-        "Norms vary: standard deviation over mean; norm of the first key, over the mean. R: Pearson's, of a key's norm "
-        "with the logarithm of what the key gets."
+        "Share of the attention of all queries that goes to the first block of keys, to the hundredth of the keys that "
+        "get most, to the one key that gets most. Which: the place of that key over all heads, from 0; in how many "
+        "heads no other gets more; its norm over the mean norm. Norms vary: standard deviation over mean. R: "
+        "Pearson's, of a key's norm with the logarithm of what the key gets."
     )
-    return [Table(("layer", *shares, "norms of k vary", "norm of the first", "R"), rows, caption)]
+    return [Table(header, rows, caption)]
 
 
 def run_maps(arguments: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """What single keys get: how far their norms differ, and which share of the attention goes to a few of them.
 
-In: a `Capture` and configs, of which only the block size is read. Out: a record per layer, ready for JSON: the first
-token as a sink, the keys that get most, and whether a key's norm says how much it gets, which sorting by norm lives on.
-Knows nothing of orders and scores.
+In: a `Capture` and configs, of which only the block size is read. Out: a record per layer, ready for JSON: the key that
+gets most, which is a sink where most heads share it, the few keys behind it, and whether a key's norm says how much it
+gets, which sorting by norm lives on. Knows nothing of orders and scores.
 """
 
 import itertools
@@ -31,10 +31,11 @@ def measure_keys(
 
     Returns:
         Records: layer and block size; key_norm_variation: standard deviation of the norms over their mean;
-        first_key_norm: norm of the first key over the mean; on_first_token, on_first_block, on_heaviest, on_few: share
-        of the attention, mean over queries, that goes to the first key, to the first block of keys, to the key that
-        gets most, and to the hundredth of the keys that get most; heads_on_first: share of the heads whose heaviest key
-        is the first; norm_correlation: Pearson's R of a key's norm with the logarithm of what it gets.
+        on_first_block, on_heaviest, on_few: share of the attention, mean over queries, that goes to the first block of
+        keys, to the key that gets most in a head, and to the hundredth of the keys that get most; heaviest_key: place
+        of the key that gets most over all heads; heads_on_heaviest: share of the heads in which no other gets more;
+        heaviest_norm: its norm over the mean norm; norm_correlation: Pearson's R of a key's norm with the logarithm of
+        what it gets.
     """
     records = []
     for (layer, heads), config in itertools.product(capture.layers.items(), configs):
@@ -43,17 +44,17 @@ def measure_keys(
         mean = norms.mean(dim=-1)
         few = max(1, round(FEW * k.shape[2]))
         of_heads = repeat(norms, "B G M -> B (G r) M", r=q.shape[1] // k.shape[1])
+        heaviest = received.mean(dim=(0, 1)).argmax()
         numbers = {
             "key_norm_variation": (norms.std(dim=-1) / mean).mean(),
-            "first_key_norm": (norms[..., 0] / mean).mean(),
-            "on_first_token": received[..., 0].mean(),
             "on_first_block": received[..., : config.block_size].sum(dim=-1).mean(),
             "on_heaviest": received.amax(dim=-1).mean(),
             "on_few": received.topk(few, dim=-1).values.sum(dim=-1).mean(),
-            "heads_on_first": (received.argmax(dim=-1) == 0).float().mean(),
+            "heads_on_heaviest": (received.argmax(dim=-1) == heaviest).float().mean(),
+            "heaviest_norm": (norms[..., heaviest] / mean).mean(),
             "norm_correlation": correlation(of_heads, received.clamp(min=torch.finfo(q.dtype).tiny).log()).mean(),
         }
-        about = {"layer": layer, "block_size": config.block_size}
+        about = {"layer": layer, "block_size": config.block_size, "heaviest_key": int(heaviest)}
         records.append(about | {name: float(value) for name, value in numbers.items()})
         progress()
     return records

@@ -80,11 +80,12 @@ def draw_bound(records: Records, caption: str, path: Path) -> None:
 def draw_keys(records: Records, caption: str, path: Path) -> None:
     """Over the layers: the share of the attention that goes to few keys, and what their norms say."""
     few = {
-        "on_first_token": "the first key", "on_first_block": "the first block of keys",
-        "on_heaviest": "the key that gets most", "on_few": "the 1 % of the keys that get most",
+        "on_first_block": "the first block of keys", "on_heaviest": "the key that gets most",
+        "on_few": "the 1 % of the keys that get most",
     }  # fmt: skip
     norms = {
-        "key_norm_variation": "norms of k: standard deviation over mean",
+        "heaviest_norm": "norm of the key that gets most, over the mean",
+        "key_norm_variation": "norms of all keys: standard deviation over mean",
         "norm_correlation": "R of a key's norm with the logarithm of what it gets",
     }
     layers = [one["layer"] for one in records]
