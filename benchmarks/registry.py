@@ -4,9 +4,7 @@ A new benchmark is one file here, which measures and makes its table, and one en
 blocks `<!-- render:NAME -->` of the Markdown files and the table of benchmarks/README.md from these entries.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import archive_tables
 import busy_plan
@@ -30,34 +28,7 @@ import scaling_model
 import short_queries
 import tables
 import ulysses
-
-
-class Block(NamedTuple):
-    """A rendered block: the function that makes it, and of which results.
-
-    Args:
-        results: of the case's; none means all of them.
-        together: the function takes all results in one call; else it is called for each, and the texts are stacked.
-    """
-
-    render: Callable[..., str]
-    results: tuple[str, ...] = ()
-    together: bool = False
-
-
-class Case(NamedTuple):
-    """One benchmark.
-
-    Args:
-        measures: a phrase. command: in today's words; what ran is stored in the result. results: files under
-            benchmarks/results/. blocks: by name; a function alone is a block of all results.
-    """
-
-    measures: str
-    command: str
-    results: tuple[str, ...]
-    blocks: dict[str, Callable[..., str] | Block] = {}  # noqa: RUF012 (never changed)
-
+from case import Block, Case, block_of
 
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
@@ -284,6 +255,26 @@ CASES: dict[str, Case] = {
         ("layers_needle-18m.json",),
         {"layers": tables.sorting_by_layer},
     ),
+    "keys": Case(
+        "what single keys get: sinks, and what norms say",
+        f"baatt analyze keys {CAPTURE} --json FILE",
+        ("keys_needle-18m.json",),
+        {"keys": tables.keys_by_layer},
+    ),
+    "smollm2_studies": Case(
+        "attention of the diffusion model grown from SmolLM2, layer by layer: sinks and norms, the error bound, "
+        "what sorting does, attention mass kept",
+        "bash benchmarks/smollm2.sh studies MODEL WORK RESULTS",
+        tuple(f"{name}_smollm2.json" for name in ("keys", "bound", "layers", "recall", "recall_first", "recall_beta")),
+        {
+            "smollm2_keys": Block(tables.keys_by_layer, ("keys_smollm2.json",)),
+            "smollm2_bound": Block(tables.bound_by_layer, ("bound_smollm2.json",)),
+            "smollm2_layers": Block(tables.sorting_by_layer, ("layers_smollm2.json",)),
+            "smollm2_recall": Block(tables.recall_by_score, ("recall_smollm2.json",)),
+            "smollm2_recall_first": Block(tables.recall_by_score, ("recall_first_smollm2.json",)),
+            "smollm2_recall_beta": Block(tables.recall_by_beta, ("recall_beta_smollm2.json",)),
+        },
+    ),
     "ruler": Case(
         "RULER's eleven offline tasks with dense attention",
         "baatt evaluate ruler --device cuda --tasks all --count 200 --block-length 8 --remasking left_to_right "
@@ -400,12 +391,6 @@ CASES: dict[str, Case] = {
         },
     ),
 }
-
-
-def block_of(case: Case, block: Callable[..., str] | Block) -> Block:
-    """A block with the results that it is made from."""
-    whole = block if isinstance(block, Block) else Block(block)
-    return whole._replace(results=whole.results or case.results)
 
 
 def list_cases(cases: dict[str, Case]) -> str:

@@ -5,7 +5,8 @@
 #   benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS [OPTIONS of ruler_grid.py]
 #     on GPUs (GPUS, 2): RULER with several ways to choose blocks at 4096 tokens, with other orders and weights of BA-Att
 #     there, then at 8192, in this order for so many seconds. The same command goes on, on another machine too if RESULTS
-#     holds the answers.tar.xz of an earlier one. COUNT samples of every task (30), LONG_COUNT at 8192 (20).
+#     holds the answers.tar.xz of an earlier one. COUNT samples of every task (30), LONG_COUNT at 8192 (20): by an estimate
+#     1000 s on two H200.
 #   benchmarks/smollm2.sh studies MODEL WORK RESULTS
 #     on a processor: bound (Fig. 2), maps (Fig. 5), norms and sinks, attention kept, by layer.
 set -euo pipefail
@@ -58,10 +59,12 @@ studies)
   study layers layers --sort none,k,qk --segment 256,1024
   study recall recall "${paper[@]}" --sort none,k,qk --segment 256,1024 \
     --scores clusters,covariance,antidiagonal-8,oracle
+  study recall recall_first "${paper[@]}" --keep-first 1 --sort none,k --segment 256 \
+    --scores clusters,covariance,antidiagonal-8,oracle
   study recall recall_beta "${paper[@]}" --sort none,qk --beta 0,0.1,0.5,1,2 --scores covariance
   "$python" -m baatt analyze bound "$work/smollm2.safetensors" --preset paper --sort none,q,k,qk \
     --layers "${LAYERS:-0,10,20,29}" --plot "$results/bound_smollm2.png"
   "$python" -m baatt analyze maps "$work/smollm2.safetensors" --preset paper --sort none,qk \
-    --layers "${LAYER:-0}" --plot "$results/maps_smollm2.png"
+    --layers "${LAYER:-4}" --plot "$results/maps_smollm2.png"
   ;;
 esac

@@ -7,6 +7,7 @@ own has its table there; RULER's tables are in ruler_tables.py, those of the fir
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from baatt.cli.analyze import key_tables
 from baatt.lab.describe import order_name, selection_name
 from baatt.lab.records import short_commit
 from baatt.lab.tables import MISSING, Record, Table, error_of, figures, percent, pivot, short_length, times
@@ -172,6 +173,12 @@ def bound_by_layer(record: Record) -> str:
         f"{record['records'][0]['pairs']:,} block pairs a cell."
     )
     return study(record, *by_layer(record, lambda one: f"{one['correlation_largest']:.3f}"), caption)
+
+
+def keys_by_layer(record: Record) -> str:
+    """What single keys get, a row per layer."""
+    (table,) = key_tables(record["records"])
+    return study(record, table.columns, table.rows, table.caption)
 
 
 def sorting_by_layer(record: Record) -> str:

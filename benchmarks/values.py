@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import card_tables
+import study_values
 from ruler_tables import beyond
 
 Record = Mapping[str, Any]
@@ -306,4 +307,5 @@ VALUES: dict[str, Callable[..., str]] = {
     "smollm2_ruler": smollm2_ruler,
     "decoding_rate": decoding_rate,
     "decoding_gain": decoding_gain,
+    **study_values.VALUES,
 }

@@ -207,6 +207,13 @@ def test_gpu_tables(copy):
     assert "The peak is 1000 TFLOP/s" in text
 
 
+#: Of `baatt analyze keys`.
+KEYS = {
+    "layer": 5, "heaviest_key": 7, "on_first_block": 0.25, "on_heaviest": 0.2, "on_few": 0.5, "heads_on_heaviest": 1.0,
+    "heaviest_norm": 0.125, "key_norm_variation": 0.1, "norm_correlation": -0.5,
+}  # fmt: skip
+
+
 def study_record(**changes):
     """A made-up record of `baatt analyze`."""
     record = {
@@ -223,6 +230,7 @@ def test_study_tables(copy):
         "recall": [study_record(), study_record(score="oracle", recall_mean=1), study_record(layer=0)],
         "recall_beta": [study_record(), study_record(beta=2.0, recall_mean=0.5)],
         "bound": [study_record(layer=3, sort="none"), study_record(layer=3, segment=1024, correlation_largest=0.9)],
+        "keys": [KEYS],
     }
     for name, records in kinds.items():
         (copy / f"benchmarks/results/{name}_needle-18m.json").write_text(json.dumps(stored | {"records": records}))
@@ -234,6 +242,7 @@ def test_study_tables(copy):
     assert "| layer | unsorted | qk in 1024 |" in text
     assert "| 3 | 0.625 | 0.900 |" in text
     assert "12,345 block pairs" in text
+    assert "| 5 | 25.0 % | 50.0 % | 20.0 % | 7 | 100 % | 0.12 | 0.10 | -0.50 |" in text
     assert "On `needle`, 77 tokens of a text, weights in float32" in text
     assert "the file comes from `baatt analyze capture --output needle-18m.safetensors`." in text
     about["command"] = "baatt analyze capture --model m"
