@@ -5,8 +5,11 @@
 #   benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS [OPTIONS of ruler_grid.py]
 #     on GPUs (GPUS, 2): RULER with several ways to choose blocks at 4096 tokens, with other orders and weights of BA-Att
 #     there, then at 8192, in this order for so many seconds. The same command goes on, on another machine too if RESULTS
-#     holds the answers.tar.xz of an earlier one. COUNT samples of every task (30), LONG_COUNT at 8192 (20): by an estimate
+#     holds the answers.tar.gz of an earlier one. COUNT samples of every task (30), LONG_COUNT at 8192 (20): by an estimate
 #     1000 s on two H200.
+#     On a machine without a network, after the parts have travelled, for example:
+#       bash benchmarks/smollm2.sh model .carry/smollm2 src/baatt/assets/smollm2-diffusion/adapter.safetensors /tmp/smollm2
+#       bash benchmarks/smollm2.sh grids /tmp/smollm2 /tmp/grids RESULTS 560     # again until nothing is open
 #   benchmarks/smollm2.sh studies MODEL WORK RESULTS
 #     on a processor: bound (Fig. 2), maps (Fig. 5), norms and sinks, attention kept, by layer.
 set -euo pipefail
@@ -37,15 +40,15 @@ grid() { # NAME COUNT, then what ruler_grid.py is told
 case $1 in
 grids)
   limit=$5 options=(--sampler uncached "${@:6}")
-  if [ ! -d "$work/answers" ] && [ -e "$results/answers.tar.xz" ]; then
-    tar --extract --file "$results/answers.tar.xz" --directory "$work"
+  if [ ! -d "$work/answers" ] && [ -e "$results/answers.tar.gz" ]; then
+    tar --extract --file "$results/answers.tar.gz" --directory "$work"
   fi
   settings=clusters,oracle,paper,unsorted,unsorted-first,antidiagonal-first
   grid 4096 "${COUNT:-30}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings "$settings"
   grid orders "${COUNT:-30}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings orders
   grid betas "${COUNT:-30}" --lengths 4096 --sparsity 0.5 --settings betas
   grid 8192 "${LONG_COUNT:-20}" --lengths 8192 --sparsity 0.5,0.7,0.9 --settings "$settings"
-  tar --create --xz --file "$results/answers.tar.xz" --directory "$work" answers
+  tar --create --gzip --file "$results/answers.tar.gz" --directory "$work" answers
   exit $unfinished
   ;;
 studies)
