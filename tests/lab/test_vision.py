@@ -6,23 +6,28 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from baatt import BAAttConfig, make_plan
 from baatt.lab.ruler.cells import Cell
-from baatt.lab.vision import media, study
+from baatt.lab.vision import media, patches, study
 from baatt.lab.vision.model import Seen, VisionConfig, VisionModel
-from baatt.lab.vision.planting import paint, sprite
+from baatt.lab.vision.planting import paint, place, sprite
 from baatt.lab.vision.scenes import (
     ANSWER_WORDS,
     CELLS,
     CLIP_TASKS,
     COLOURS,
     END,
+    FRAME_CELLS,
+    PHOTO,
     PHOTO_TASKS,
     SHAPES,
     TASKS,
     WORDS,
+    Window,
     ask,
     plant_clip,
     plant_photo,
+    whole_clip,
 )
 from baatt.models.small_folder import WEIGHTS
 from baatt.sampling import SampleResult
@@ -31,7 +36,7 @@ CONFIG = VisionConfig(photo=(48, 72), frame=(16, 24), frames=12, tower=16, width
 
 
 def scene(task, random):
-    return plant_photo(random) if task in PHOTO_TASKS else plant_clip(random, random.randint(4, 72))
+    return plant_photo(random) if task in PHOTO_TASKS else plant_clip(random, whole_clip(random.randint(4, 72)))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -74,7 +79,7 @@ def test_photos_and_clips_are_planted_without_doubt():
         for values in ([one.number for one in signs], [one.cell for one in signs]):
             assert len({*values}) == len(signs)
         frames = random.randint(4, 72)
-        shown = plant_clip(random, frames)
+        shown = plant_clip(random, whole_clip(frames))
         assert len({one.frame for one in shown}) == len(shown)
         assert all(0 <= one.frame < frames for one in shown)
         for some in (signs, shown):
@@ -87,26 +92,51 @@ def test_signs_lie_in_their_cells_and_do_not_touch():
     random = Random(3)
     signs = plant_photo(random)
     before = torch.full((1, 1, 3, 96, 144), 0.4)
-    together = paint(before.clone(), [signs], Random(4))
-    alone, draw = before.clone(), Random(4)
-    for sign in signs:
-        paint(alone, [[sign]], draw)
+    placed = place([signs], [PHOTO], (96, 144), random)
+    together, alone = paint(before.clone(), placed), before.clone()
+    for one in placed:
+        paint(alone, [one])
     assert torch.equal(together, alone)
     changed = (together != before)[0, 0].any(dim=0)
     cells = changed.unflatten(0, (CELLS[0], 16)).unflatten(2, (CELLS[1], 16)).any(dim=3).any(dim=1)
-    assert {tuple(place) for place in cells.nonzero().tolist()} == {one.cell for one in signs}
-    with pytest.raises(ValueError, match="scenes must be one for each of 1, got 2"):
-        paint(before, [signs, signs], random)
+    assert {tuple(cell) for cell in cells.nonzero().tolist()} == {one.cell for one in signs}
+    assert [(row // 16, column // 16) for row, column in (one.middle for one in placed)] == [one.cell for one in signs]
 
 
 def test_signs_of_a_clip_are_in_their_frames_and_have_their_colour():
-    signs = plant_clip(Random(5), 12)
-    painted = paint(torch.zeros(1, 12, 3, 96, 144), [signs], Random(6))[0]
+    signs = plant_clip(Random(5), whole_clip(12))
+    painted = paint(torch.zeros(1, 12, 3, 96, 144), place([signs], [whole_clip(12)], (96, 144), Random(6)))[0]
     assert {*painted.flatten(1).any(dim=1).nonzero().flatten().tolist()} == {one.frame for one in signs}
     for sign in signs:
         colour = torch.tensor(COLOURS[sign.colour]) / 255
         same = (painted[sign.frame] - colour[:, None, None]).abs().amax(dim=0) < 1e-3
         assert same.sum() > 100
+
+
+def test_a_window_shows_what_the_whole_has_there():
+    random = Random(8)
+    for _ in range(50):
+        photo = Window(cell=(random.randint(0, 4), random.randint(0, 6)), size=(2, 3))
+        clip = Window(random.randint(0, 60), 8, (1, 1), (1, 2))
+        for window, plant in ((photo, plant_photo), (clip, plant_clip)):
+            signs = plant(random, window, 3, (0, 3))
+            for one in place([signs], [window], (16 * window.size[0], 16 * window.size[1]), random):
+                cell = tuple(at // 16 + first for at, first in zip(one.middle, window.cell, strict=True))
+                assert (cell, one.frame + window.frame) == (one.sign.cell, one.sign.frame)
+            assert any([one.colour for one in signs].count(sign.colour) == 1 for sign in signs)
+    torch.manual_seed(0)
+    model, whole = VisionModel(CONFIG), torch.rand(1, 12, 3, 16, 24)
+    part = Window(7, 4, (1, 0), (1, 2))
+    assert FRAME_CELLS == (2, 3)
+    told = model.tell(model.look(whole), [whole_clip(12)]).unflatten(1, (12, 2, 3))
+    assert torch.equal(told.flatten(1, 3), model.see(whole))
+    # The tower sees beyond the edges of a token, so the same found by it stands at another place.
+    found = model.look(whole)[:, 7:11, 1:, :2]
+    assert torch.allclose(
+        model.tell(found.expand(2, -1, -1, -1, -1), [part, part._replace(frame=2)])[:1],
+        told[:, 7:11, 1:, :2].flatten(1, 3),
+        atol=1e-6,
+    )
 
 
 def test_numbers_and_shapes_differ():
@@ -162,6 +192,27 @@ def test_what_is_seen_stands_in_front_of_the_words():
     assert torch.equal(seen.embed(seen.ids.flip(1)), visual.flip(1))
 
 
+@pytest.mark.parametrize("sort", ["none", "qk"])
+def test_a_token_reads_the_blocks_that_its_block_keeps(sort):
+    torch.manual_seed(0)
+    model, pixels = VisionModel(CONFIG).eval(), torch.rand(1, 3, 48, 72)
+    captured = patches.capture_answer(model, pixels, ("where", "is", "the", "red", "sign", "?"), [1])
+    heads, tokens = captured.layers[1], 54 + 6 + ANSWER_WORDS
+    assert heads.q.shape == (1, 2, tokens, 16)
+    dense = torch.softmax(captured.scale * heads.q @ heads.k.mT, dim=-1)[0, :, 60]
+    assert torch.allclose(patches.attention_of(heads, captured.scale, 60), dense, atol=1e-6)
+    config = BAAttConfig(block_size=16, sparsity=0.6, score="covariance", sort=sort, segment=32)
+    plan = make_plan(heads.q, heads.k, config, scale=captured.scale, impl="reference")
+    for head in (0, 1):
+        block = plan.query_order.index[0, head].tolist().index(60) // 16
+        kept = plan.selection.index[0, head, block, : plan.selection.count[0, head, block]].tolist()
+        places = [place for one in kept for place in range(16 * one, min(16 * one + 16, tokens))]
+        expected = {int(plan.key_order.index[0, head, place]) for place in places}
+        assert {*patches.tokens_read(plan, head, 60).nonzero().flatten().tolist()} == expected
+    with pytest.raises(ValueError, match=r"layers must be from 0 to 1, got \[2\]"):
+        patches.capture_answer(model, pixels, ("?",), [2])
+
+
 def test_folders_of_the_model(tmp_path):
     model = VisionModel(CONFIG)
     model.save(tmp_path / "kept")
@@ -174,8 +225,10 @@ def test_folders_of_the_model(tmp_path):
     (tmp_path / "kept" / WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(ValueError, match="must hold a model that sees, got"):
         VisionModel.load(tmp_path / "kept")
-    with pytest.raises(ValueError, match=r"photo must be multiples of 8, got \(25, 36\)"):
-        VisionConfig(photo=(25, 36))
+    with pytest.raises(ValueError, match=r"photo must be multiples of 48 and 72, got \(48, 36\)"):
+        VisionConfig(photo=(48, 36))
+    with pytest.raises(ValueError, match=r"frame must be multiples of 16 and 24, got \(24, 24\)"):
+        VisionConfig(frame=(24, 24))
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from baatt.cli.main import main
+from baatt.lab.capture import load_capture
 
 pytest.importorskip("PIL")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training" / "vision"))
 
+import running
 import understanding as training
+from curriculum import CURRICULUM, Progress
 
 from baatt.lab.vision import media
 from baatt.lab.vision.model import VisionConfig, VisionModel
-from baatt.lab.vision.scenes import END
+from baatt.lab.vision.scenes import COLOURS, END
 
 CONFIG = {
     "photo": [48, 72], "frame": [16, 24], "frames": 8, "tower": 16, "width": 32, "heads": 2, "layers": 2, "hidden": 32,
@@ -49,51 +52,133 @@ def test_a_run_goes_on(trained):
     assert {"clip_when 4", "clip_number 8", "clip_often 8"} <= told["held_out"].keys()
     assert told["history"][0]["loss"] > 1
     assert (trained / "run/model/heldout.safetensors").is_file()
+    assert VisionModel.load(trained / "run/model").config.frames == 8  # without what only training has
+    assert told["finished"]
+    assert told["stage"] == 0
 
 
 def pictures(trained):
     clips = media.read(trained / "media.safetensors")
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in CONFIG.items()}
-    return training.Pictures(clips, VisionModel(VisionConfig(**sizes)), 200, 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    pupil = training.Pupil(VisionConfig(**sizes))
+    return pupil, training.Pictures(clips, pupil.model, 200, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("frames", [0, 8])
-def test_batches_end_with_answers(trained, frames):
-    drawn = pictures(trained)
+@pytest.mark.parametrize("stage", range(len(CURRICULUM)))
+def test_batches_end_with_answers_and_fit(trained, stage):
+    pupil, drawn = pictures(trained)
+    words = pupil.model.config.words
     for _ in range(8):
-        batch, words = drawn.batch(frames), drawn.model.config.words
+        batch = drawn.lesson(CURRICULUM[stage])
         for row in batch.ids:
             assert words[row[-3]] == "?"
-            assert (words[row[-1]] == END) == (batch.task not in ("photo_position", "clip_when"))
+            assert (words[row[-1]] == END) == (batch.name not in ("photo_position", "clip_when"))
+        rows, columns = (side // 8 for side in batch.pixels.shape[-2:])
+        assert len(batch.ids) == max(1, 200 // (batch.windows[0].frames * rows * columns))
+        assert pupil.model.tell(pupil.model.look(batch.pixels), batch.windows).isfinite().all()
+        assert all(one.frame + one.frames <= 8 for one in batch.windows)
+        assert len(batch.windows) == len(batch.pixels)
+
+
+def test_backgrounds_are_drawn_anew_bit_by_bit(trained):
+    _, drawn = pictures(trained)
+    first = drawn.background(1, (8, 8), 16, is_photo=True)
+    kept = drawn.backgrounds[1, 8, 8]
+    assert len(kept) == 16
+    drawn.background(1, (8, 8), 16, is_photo=True)
+    assert len(kept) == 18
+    for _ in range(40):
+        drawn.background(1, (8, 8), 16, is_photo=True)
+    assert len(kept) == 32
+    assert not any(torch.equal(one, old) for one in kept for old in first)
 
 
 def test_a_model_that_knows_is_right_and_is_told_nothing(trained, monkeypatch):
-    drawn = pictures(trained)
-    batch, seen = drawn.batch(0), []
+    pupil, drawn = pictures(trained)
+    batch, seen = drawn.whole("photo_position", 0, 6), []
 
-    def knows(pixels, ids):
+    def knows(visual, ids):
         seen.append(ids)
-        return torch.nn.functional.one_hot(batch.ids, len(drawn.model.config.words)).float() * 50
+        return torch.nn.functional.one_hot(batch.ids, len(pupil.model.config.words)).float() * 50
 
-    monkeypatch.setattr(drawn.model, "forward", knows)
-    loss, right = training.measure(drawn.model, batch, 0)
-    assert loss < 1e-6
-    assert right[batch.task] == 1
-    assert (seen[0][:, -2:] == drawn.model.config.language.mask_token_id).all()
+    monkeypatch.setattr(pupil.model, "read", knows)
+    _, told = training.measure(pupil, batch, 0)
+    assert told["words"] < 1e-6
+    assert told[batch.name] == 1
+    assert (seen[0][:, -2:] == pupil.model.config.language.mask_token_id).all()
     assert torch.equal(seen[0][:, :-2], batch.ids[:, :-2])
 
 
+def test_the_tower_is_taught_what_stands_in_the_middle_of_signs(trained):
+    _, drawn = pictures(trained)
+    batch = drawn.whole("clip_when", 8, 4)
+    logits = torch.zeros(4, 8, 2, 3, 19)
+    logits[..., 0] = 50  # nothing, unless
+    for one in batch.placed:
+        row, column = (at // 8 for at in one.middle)
+        here = logits[one.picture, one.frame, row, column]
+        here[:9] = 0
+        here[1 + list(COLOURS).index(one.sign.colour)] = here[9 + one.sign.number] = 50
+    loss, read = training.taught(logits, batch.placed)
+    assert loss < 1e-4
+    assert read == 1
+    loss, read = training.taught(logits.roll(1, 3), batch.placed)
+    assert loss > 20
+    assert read < 0.5
+
+
 def test_the_loss_falls_on_a_batch_that_is_learnt_by_heart(trained):
-    drawn = pictures(trained)
-    batch, optimizer = drawn.batch(0), torch.optim.Adam(drawn.model.parameters(), 1e-2)
-    first, _ = training.measure(drawn.model, batch, 0)
+    pupil, drawn = pictures(trained)
+    batch, optimizer = drawn.whole("photo_number", 0, 4), torch.optim.Adam(pupil.parameters(), 1e-2)
+    first, _ = training.measure(pupil, batch, 0)
     for _ in range(150):
-        loss, right = training.measure(drawn.model, batch, 0)
+        loss, told = training.measure(pupil, batch, 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < first / 4
-    assert sum(right.values()) / len(right) > 0.6
+    assert told["photo_number"] > 0.6
+
+
+def test_stages_follow_one_another():
+    kept = {}
+    progress = Progress(kept, 1000)
+    for seconds, share, stage in (
+        (10, 0.95, 0),
+        (20, 0.8, 0),
+        (30, 0.95, 0),
+        (40, 0.95, 1),
+        (100, 0.1, 1),
+        (189, 0.1, 1),
+    ):
+        row = {"seconds": float(seconds), "step": seconds, "clip_when": share, "photo_count": 1.0}
+        progress.look(row, ["clip_when", "photo_count", "clip_often"])
+        assert progress.stage == stage
+    resumed = Progress(kept, 1000)
+    resumed.look({"seconds": 191.0, "step": 9, "clip_when": 0.1}, ["clip_when"])
+    assert kept["stage"] == 2
+    assert [(one["ended"], one["worst"]) for one in kept["stages"]] == [(40, 0.95), (191, 0.1)]
+    for seconds in (500, 900, 1500):
+        resumed.look(row := {"seconds": float(seconds), "step": 9}, [])
+    assert (kept["stage"], row["stage"]) == (5, 4)
+
+
+def test_a_log_says_whether_learning_has_begun(capsys):
+    row = {"clip_number": 0.11, "clip_colour": 0.12, "signs_read": 0.0}
+    assert "clip_number 0.11, a guess 0.10" in training.has_begun(row)
+    assert training.has_begun(row | {"clip_number": 0.5}) is None
+    kept = {}
+    for seconds, missing in ((90, "x"), (101, "x"), (120, None), (150, "x")):
+        running.tell_beginning(kept, {"seconds": seconds}, missing)
+    assert capsys.readouterr().out == "LEARNING HAS NOT BEGUN after 101 s: x\nLEARNING HAS BEGUN after 120 s\n"
+
+
+def test_a_loss_that_is_no_number_ends_a_run(trained):
+    options = ["--media", str(trained), "--out", str(trained / "broken"), "--config", json.dumps(CONFIG), "--seconds",
+               "9", "--batch-tokens", "200", "--report-every", "1", "--device", "cpu", "--no-compile"]  # fmt: skip
+    with pytest.raises(ArithmeticError, match="the loss is nan at step 2: go on from"):
+        training.main([*options, "--learning-rate", "nan"])
 
 
 def test_the_command(trained, monkeypatch, capsys):
@@ -114,6 +199,29 @@ def test_the_command(trained, monkeypatch, capsys):
     lines = len(Path("vision.answers/rank0.jsonl").read_text().splitlines())
     assert main([*command, "--batch-size", "1"]) == 0
     assert len(Path("vision.answers/rank0.jsonl").read_text().splitlines()) == lines
+
+
+def test_the_picture_of_what_is_read(trained, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(trained)
+    for task in ("photo_colour", "clip_when"):
+        command = ["analyze", "patches", "--model", "run/model", "--task", task, "--block-size", "16", "--plot",
+                   f"{task}.png", "--capture", "seen.safetensors"]  # fmt: skip
+        assert main(command) == 0
+        assert "Question: " in capsys.readouterr().out
+        assert Path(f"{task}.png").stat().st_size > 10_000
+    recorded = load_capture(Path("seen.safetensors"))
+    assert list(recorded.layers) == [1]
+    assert recorded.layers[1].q.shape[2] == int(recorded.about["tokens"])
+    assert main(["analyze", "maps", "seen.safetensors", "--block-size", "16", "--preset", "paper", "--sort", "none,qk",
+                 "--plot", "maps.png"]) == 0  # fmt: skip
+    for options, told in (
+        (["--layer", "2"], "--layer must be from 0 to 1, got 2"),
+        (["--head", "2"], "--head must be from 0 to 1, got 2"),
+        (["--task", "clip_when", "--frames", "9"], "frames must be from 4 to the model's 8, got 9"),
+    ):
+        assert main(["analyze", "patches", "--model", "run/model", *options]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said_in_a_line(trained, capsys, monkeypatch):

@@ -1,8 +1,9 @@
 """A training run in pieces of at most ten minutes, on one GPU: what `video.py` and `understanding.py` have in common.
 
-In: a model with `save`, and what makes a loss. Out: in `--out` the exact state for `--resume`, the model folder (moving
-average, 8 bits) and `training.json`; in `--copy` the same model folder and the average in bf16, from which another
-machine goes on. The learning rate falls with the time of all pieces, so a slower machine takes fewer steps.
+In: a model with `save`, and what makes a loss. Out, every minute: in `--out` the exact state for `--resume`, the model
+folder (moving average, 8 bits) and `training.json`; in `--copy` the same model folder and the average in bf16, from
+which another machine goes on. The learning rate falls with the time of all pieces, so a slower machine takes fewer
+steps.
 """
 
 import argparse
@@ -24,8 +25,12 @@ from torch import Tensor
 from baatt.lab.records import provenance, write_json
 
 STATE, AVERAGE = "state.pt", "average.safetensors"
+#: Seconds between two states on disk, and those after which a run must tell whether learning has begun.
+SAVED_EVERY, BEGUN_BY = 60, 100
 #: A loss, and what else is reported of a step, by name; all still on the device.
 Losses = tuple[Tensor, dict[str, Tensor]]
+#: Of the history: step, seconds, and means by name.
+Row = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -56,6 +61,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace, model: Any, device: torch.device) -> None:
         self.arguments, self.device, self.model = arguments, device, model.to(device)
         self.progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "history": []}
+        self.parameters = sum(one.numel() for one in self.model.parameters())
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -118,11 +124,22 @@ class Run:
             yield model
 
 
-def go_on(run: Run, began: float, losses: Callable[[], Losses], held_out: Callable[[], Any]) -> None:
+def go_on(
+    run: Run,
+    began: float,
+    losses: Callable[[], Losses],
+    held_out: Callable[[], Any],
+    has_begun: Callable[[Row], str | None],
+    look: Callable[[Row], None] = lambda _: None,
+) -> None:
     """A piece of the run: steps until --seconds since `began` are over, its start and compilation counted in.
 
     Args:
-        held_out: measures the moving average at the end.
+        held_out: measures the moving average at the end. has_begun: what a row of the history lacks to say that
+            learning has begun; None if nothing. look: is given every row, and may add to it.
+
+    Raises:
+        ArithmeticError: a loss that is not finite; the state of the last minute is there.
     """
     arguments, progress = run.arguments, run.progress
     before, start, lately = progress["seconds"], time.monotonic(), list[dict[str, Tensor]]()
@@ -132,26 +149,49 @@ def go_on(run: Run, began: float, losses: Callable[[], Losses], held_out: Callab
         lately.append(run.step(losses))
         progress["seconds"] = before + time.monotonic() - start
         if progress["step"] % arguments.report_every == 0:
-            report(run, lately, time.monotonic() - start)
+            row = report(run, lately, time.monotonic() - start)
             lately.clear()
-        if time.monotonic() - saved > 120:
-            run.save()
-            saved = time.monotonic()
+            look(row)
+            print(json.dumps(row), flush=True)
+            if not math.isfinite(row["loss"]):
+                raise ArithmeticError(f"the loss is {row['loss']} at step {row['step']}: go on from {arguments.out}")
+            tell_beginning(progress, row, has_begun(row))
+            if time.monotonic() - saved > SAVED_EVERY:  # here, where the weights are known to be numbers
+                run.save()
+                write_training(run, finished=False)
+                saved = time.monotonic()
     progress["held_out"] = held_out()
     print(json.dumps({name: progress[name] for name in ("step", "seconds", "held_out")}), flush=True)
     run.save()
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    write_training(run, finished=True)
+
+
+def write_training(run: Run, *, finished: bool) -> None:
+    """What was done, and whether this piece has come to its end."""
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run.arguments).items()}
     found = provenance(shlex.join(["python", *sys.argv]), run.device)
-    write_json({"arguments": values, **progress, **found}, (arguments.copy or arguments.out) / "training.json")
+    told = {"arguments": values, "finished": finished, "parameters": run.parameters, **run.progress, **found}
+    write_json(told, (run.arguments.copy or run.arguments.out) / "training.json")
 
 
-def report(run: Run, lately: list[dict[str, Tensor]], elapsed: float) -> None:
-    """A line of the history: means over the steps that have each number."""
-    row: dict[str, Any] = {"step": run.progress["step"], "seconds": round(run.progress["seconds"], 1)}
+def tell_beginning(progress: dict[str, Any], row: Row, missing: str | None) -> None:
+    """Say once that learning has begun, or again and again, in capitals, that it has not."""
+    if "begun" in progress:
+        return
+    if missing is None:
+        progress["begun"] = row["seconds"]
+        print(f"LEARNING HAS BEGUN after {row['seconds']:.0f} s", flush=True)
+    elif row["seconds"] >= BEGUN_BY:
+        print(f"LEARNING HAS NOT BEGUN after {row['seconds']:.0f} s: {missing}", flush=True)
+
+
+def report(run: Run, lately: list[dict[str, Tensor]], elapsed: float) -> Row:
+    """A row of the history: means over the steps that have each number."""
+    row: Row = {"step": run.progress["step"], "seconds": round(run.progress["seconds"], 1)}
     row["elapsed"] = round(elapsed, 1)
     for name in sorted({name for told in lately for name in told}, key=lambda name: (name != "loss", name)):
         row[name] = round(float(torch.stack([told[name] for told in lately if name in told]).mean()), 5)
     if run.device.type == "cuda":
         row["gibibytes"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     run.progress["history"].append(row)
-    print(json.dumps(row), flush=True)
+    return row

@@ -9,6 +9,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from baatt.lab.vision.media import Clip, read
 HELD_OUT = 0.9
 #: Columns that a camera turns by in a frame of a panorama, at most and at least, to either side.
 SLOWEST, FASTEST = 0.5, 2.0
+#: Learning has begun when the loss has fallen to this share of the first row's.
+BEGUN = 0.5
 
 
 def cut(clip: Clip, size: tuple[int, int, int], start: float, random: torch.Generator) -> Tensor:
@@ -88,6 +91,12 @@ def loss_of(model: VideoModel, latents: Tensor, clips: Tensor) -> Tensor:
     return (error / share.clamp(min=LEAST_NOISE) ** 2).mean()
 
 
+def has_begun(run: Run, row: dict[str, Any]) -> str | None:
+    """None if the loss has fallen far from that of the first row, else what it is."""
+    first = run.progress["history"][0]["loss"]
+    return None if row["loss"] < BEGUN * first else f"loss {row['loss']}, in the beginning {first}"
+
+
 def train(arguments: argparse.Namespace) -> None:
     """A piece of the run."""
     began, device = time.monotonic(), torch.device(arguments.device)
@@ -111,7 +120,7 @@ def train(arguments: argparse.Namespace) -> None:
         with run.averaged() as model:
             return sum(float(loss_of(model, *same.batch(held_out=True))) for _ in range(4)) / 4
 
-    go_on(run, began, lambda: (loss_of(run.model, *pieces.batch()), {}), held_out)
+    go_on(run, began, lambda: (loss_of(run.model, *pieces.batch()), {}), held_out, lambda row: has_begun(run, row))
 
 
 def main(argv: list[str] | None = None) -> None:

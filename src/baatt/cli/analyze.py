@@ -1,7 +1,8 @@
 """Take the method apart on a real input: record a model's attention, or read yours, then measure it.
 
 `capture` writes q, k and v of chosen layers to a safetensors file; the other actions read such a file, or one with q, k
-and v of your own. `recall`, `bound`, `layers` and `keys` print a table and can store JSON, `maps` draws.
+and v of your own. `recall`, `bound`, `layers` and `keys` print a table and can store JSON, `maps` draws; `patches`
+draws what the small model that sees reads of a photo.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from baatt.attention import make_plan
+from baatt.cli import patches
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
     add_model_options,
@@ -106,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     maps = _add_action(actions, "maps", summary, run_maps)
     _add_study_options(maps, {}, [])
     maps.description = f"{summary} Orders, as in the other studies, where --sort or --score is given."
+    patches.add_arguments(_add_action(actions, "patches", patches.SUMMARY, patches.run))
     maps.add_argument("--head", type=int, help="query head of --plot (default: the one with most structure)")
     maps.add_argument("--html", type=Path, help="page of all layers and heads, one file for any browser")
 

@@ -34,14 +34,12 @@ from baatt.lab.ruler.model import checksums, weights_of
 from baatt.lab.ruler.run import Run
 from baatt.lab.ruler.summary import make_averages, make_records, setting_of
 from baatt.lab.tables import Table, percent
-from baatt.lab.vision.media import read
+from baatt.lab.vision.media import PIXELS, read
 from baatt.lab.vision.model import VisionModel
 from baatt.lab.vision.scenes import CLIP_TASKS, PHOTO_TASKS, TASKS
 from baatt.lab.vision.study import VISION_SAMPLER, VisionReader, VisionSetup, lengths_of
 
 SUMMARY = "Questions about real photos and clips with signs planted in them: accuracy beside dense attention."
-#: The pixels that questions are about, beside the weights of a model.
-PIXELS = "heldout.safetensors"
 KINDS = {"photos": [*PHOTO_TASKS], "clips": [*CLIP_TASKS]}
 Record = dict[str, Any]
 

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 QUALITY = 92
+#: The pixels that a model is asked about, beside its weights.
+PIXELS = "heldout.safetensors"
 #: Of the largest piece that fits, the smallest share of a side that a view shows.
 CLOSEST = 0.6
 #: Columns of a panorama that a camera turns by from frame to frame, at most.

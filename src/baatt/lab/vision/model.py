@@ -2,8 +2,8 @@
 
 In: pixels [B, F, 3, rows, columns] of a photo (F = 1) or of the frames of a clip, and the ids of words. Out: logits of
 the words; or what the sampler calls. A SigLIP would be larger than the rest: the tower is four convolutions, of which
-three halve the picture, and learned embeddings tell a token its row, column and frame. The vocabulary is that of
-`scenes.py`.
+three halve the picture, and learned embeddings tell a token its row, its column and the two digits of its frame. The
+vocabulary is that of `scenes.py`.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from baatt.lab.vision.scenes import MASK, WORDS
+from baatt.lab.vision.scenes import CELLS, FRAME_CELLS, MASK, WORDS, Window
 from baatt.models.config import ModelConfig
 from baatt.models.llada import MaskedDiffusionLM
 from baatt.models.small_folder import read_model, write_model
@@ -48,9 +48,10 @@ class VisionConfig:
     words: tuple[str, ...] = WORDS
 
     def __post_init__(self) -> None:
-        for name in ("photo", "frame"):
-            if any(size < PATCH or size % PATCH for size in getattr(self, name)):
-                raise ValueError(f"{name} must be multiples of {PATCH}, got {getattr(self, name)}")
+        for name, grid in (("photo", CELLS), ("frame", FRAME_CELLS)):
+            if any(size < 1 or size % (PATCH * cells) for size, cells in zip(getattr(self, name), grid, strict=True)):
+                wanted = " and ".join(str(PATCH * cells) for cells in grid)
+                raise ValueError(f"{name} must be multiples of {wanted}, got {getattr(self, name)}")
         if self.tower < 4 or self.tower % 4:
             raise ValueError(f"tower must be a multiple of 4, got {self.tower}")
 
@@ -89,23 +90,52 @@ class VisionModel(nn.Module):
         )
         rows, columns = (max(sizes) // PATCH for sizes in zip(config.photo, config.frame, strict=True))
         self.rows, self.columns = nn.Embedding(rows, width), nn.Embedding(columns, width)
-        self.frames = nn.Embedding(config.frames, width)
-        for table in (self.rows, self.columns, self.frames):  # where a patch lies must not drown what it shows
+        self.tens, self.ones = nn.Embedding(-(-config.frames // 10), width), nn.Embedding(10, width)
+        for table in (self.rows, self.columns, self.tens, self.ones):  # where a patch lies must not drown what it shows
             nn.init.normal_(table.weight, std=PLACE)
         nn.init.normal_(self.language.transformer.wte.weight, std=WORD)
 
-    def see(self, pixels: Tensor) -> Tensor:
-        """Visual tokens [B, K, width], frame by frame, row by row."""
-        batch = len(pixels)
+    def look(self, pixels: Tensor) -> Tensor:
+        """What the tower finds in every patch of pixels [B, F, 3, rows, columns]: [B, F, h, w, tower]."""
         seen = self.tower(rearrange((pixels - MIDDLE) / SIZE, "B F c y x -> (B F) c y x"))
-        found = self.projector(rearrange(seen, "(B F) c h w -> B F h w c", B=batch))
-        frames, rows, columns = found.shape[1:4]
-        found = found + self.frames.weight[:frames, None, None] + self.rows.weight[:rows, None]
-        return cast(Tensor, rearrange(found + self.columns.weight[:columns], "B F h w d -> B (F h w) d"))
+        return cast(Tensor, rearrange(seen, "(B F) c h w -> B F h w c", B=len(pixels)))
+
+    def tell(self, found: Tensor, windows: Sequence[Window] | None = None) -> Tensor:
+        """Visual tokens [B, K, width], frame by frame, row by row, of what `look` found.
+
+        Args:
+            windows: of each, the part of a photo or clip that was looked at, all of one size; None = from the beginning
+                of each on.
+        """
+        (frames, rows, columns), device = found.shape[1:4], found.device
+        first = torch.zeros(len(found), 3, dtype=torch.long, device="cpu")
+        if windows is not None:
+            per_cell = rows // windows[0].size[0], columns // windows[0].size[1]
+            first = torch.tensor(
+                [(one.frame, one.cell[0] * per_cell[0], one.cell[1] * per_cell[1]) for one in windows], device="cpu"
+            )
+        frame, row, column = (
+            begins[:, None] + torch.arange(count, device=device)
+            for begins, count in zip(first.to(device).unbind(1), (frames, rows, columns), strict=True)
+        )
+        moment = rearrange(self.tens(frame // 10) + self.ones(frame % 10), "B F d -> B F 1 1 d")
+        down, across = (
+            rearrange(self.rows(row), "B h d -> B 1 h 1 d"),
+            rearrange(self.columns(column), "B w d -> B 1 1 w d"),
+        )
+        return cast(Tensor, rearrange(self.projector(found) + moment + down + across, "B F h w d -> B (F h w) d"))
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Visual tokens [B, K, width] of whole photos or clips."""
+        return self.tell(self.look(pixels))
 
     def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """Logits [B, n, V] of words [B, n] behind what is seen."""
-        seen = Seen(self.language, self.see(pixels))
+        return self.read(self.see(pixels), ids)
+
+    def read(self, visual: Tensor, ids: Tensor) -> Tensor:
+        """The same of visual tokens [B, K, width]."""
+        seen = Seen(self.language, visual)
         return seen(torch.cat((seen.ids, ids), dim=1), logits_from=seen.ids.shape[1])
 
     def encode(self, words: Sequence[str]) -> list[int]:

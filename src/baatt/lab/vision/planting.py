@@ -1,19 +1,21 @@
 """Signs on pixels: a shape in a colour with a white rim and a number, painted over a photo or the frames of a clip.
 
-In: pixels [B, F, 3, rows, columns] in [0, 1] and the signs of each. Out: the same with the signs on them, all painted
-at once. Numbers are of 5 x 7 dots, enlarged, so that no font is needed and every machine paints the same.
+In: pixels [B, F, 3, rows, columns] in [0, 1] and the signs of each. Out: where each sign is, and the same pixels with
+the signs on them, all painted at once. Numbers are of 5 x 7 dots, enlarged, so that no font is needed and every machine
+paints the same.
 """
 
 import functools
 from collections.abc import Sequence
 from random import Random
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from baatt.lab.vision.scenes import CELLS, COLOURS, Sign
+from baatt.lab.vision.scenes import COLOURS, Sign, Window
 
 #: Rows of dots of each number, from the top, each as a binary number of five digits.
 DOTS = (
@@ -21,7 +23,7 @@ DOTS = (
     (2, 6, 10, 18, 31, 2, 2), (31, 16, 30, 1, 1, 17, 14), (6, 8, 16, 30, 17, 17, 14), (31, 1, 2, 4, 8, 8, 8),
     (14, 17, 17, 14, 17, 17, 14), (14, 17, 17, 15, 1, 2, 12),
 )  # fmt: skip
-#: Sizes of a sign, as shares of a cell of a photo, or of half the height of a frame.
+#: Sizes of a sign, as shares of a cell.
 SMALLEST, LARGEST = 0.5, 0.72
 #: Of a sign, the height of its number and the width of its rim.
 NUMBER, RIM = 0.55, 0.1
@@ -47,42 +49,69 @@ def sprite(shape: str, number: int, size: int) -> Tensor:
     return torch.stack((whole, inner, F.pad(glyph, (left, size - wide - left, top, size - high - top))))
 
 
-def paint(pixels: Tensor, scenes: Sequence[Sequence[Sign]], random: Random) -> Tensor:
-    """The pixels, in place, with the signs of each scene; where in its cell or frame and how large each is, is drawn.
+class Placed(NamedTuple):
+    """A sign on pixels [B, F, 3, rows, columns]: of which picture and frame, its first row and column, its side."""
+
+    picture: int
+    frame: int
+    top: int
+    left: int
+    size: int
+    sign: Sign
+
+    @property
+    def middle(self) -> tuple[int, int]:
+        """Row and column of the pixel in its middle."""
+        return self.top + self.size // 2, self.left + self.size // 2
+
+
+def place(
+    scenes: Sequence[Sequence[Sign]], windows: Sequence[Window], pixels: tuple[int, int], random: Random
+) -> list[Placed]:
+    """Where in its cell each sign of each scene is, and how large: drawn.
+
+    Args:
+        windows: of each scene, all of one size. pixels: rows and columns of a window.
 
     Raises:
-        ValueError: not a scene for each.
+        ValueError: not a window for each scene.
     """
-    if len(scenes) != len(pixels):
-        raise ValueError(f"scenes must be one for each of {len(pixels)}, got {len(scenes)}")
-    frames, _, rows, columns = pixels.shape[1:]
-    cell = (rows // CELLS[0], columns // CELLS[1]) if frames == 1 else (rows, columns)
-    reach = min(cell) / (1 if frames == 1 else 2)
-    canvas = max(1, round(LARGEST * reach))
-    sprites, colours, first = [], [], []
-    for number, signs in enumerate(scenes):
+    cell = (pixels[0] // windows[0].size[0], pixels[1] // windows[0].size[1])
+    placed = []
+    for picture, (signs, window) in enumerate(zip(scenes, windows, strict=True)):
         for sign in signs:
-            size = max(1, round(random.uniform(SMALLEST, LARGEST) * reach))
-            top, left = (sign.cell[axis] * cell[axis] + random.randint(0, cell[axis] - size) for axis in (0, 1))
-            sprites.append(F.pad(sprite(sign.shape, sign.number, size), (0, canvas - size, 0, canvas - size)))
-            colours.append(COLOURS[sign.colour])
-            first.append((3 * (number * frames + sign.frame) * rows + top) * columns + left)
-    if not sprites:
+            size = max(1, round(random.uniform(SMALLEST, LARGEST) * min(cell)))
+            top, left = (
+                (at - first) * side + random.randint(0, side - size)
+                for at, first, side in zip(sign.cell, window.cell, cell, strict=True)
+            )
+            placed.append(Placed(picture, sign.frame - window.frame, top, left, size, sign))
+    return placed
+
+
+def paint(pixels: Tensor, placed: Sequence[Placed]) -> Tensor:
+    """The pixels [B, F, 3, rows, columns], in place, with signs on them."""
+    if not placed:
         return pixels
-    return _paint(pixels, torch.stack(sprites), *(torch.tensor(one, device="cpu") for one in (colours, first)))
-
-
-def _paint(pixels: Tensor, sprites: Tensor, colours: Tensor, first: Tensor) -> Tensor:
-    """Sprites [S, 3, n, n] in colours [S, 3], from the pixels whose red is at `first` [S] on."""
-    device, (rows, columns) = pixels.device, pixels.shape[-2:]
-    whole, inner, glyph = rearrange(sprites.to(device), "S part y x -> part S 1 y x")
-    colour = rearrange(colours.to(device) / 255, "S c -> S c 1 1")
+    device, (frames, _, rows, columns) = pixels.device, pixels.shape[1:]
+    canvas = max(one.size for one in placed)
+    sprites = torch.stack([_on_canvas(one.sign.shape, one.sign.number, one.size, canvas, device) for one in placed])
+    first = [(3 * (one.picture * frames + one.frame) * rows + one.top) * columns + one.left for one in placed]
+    colours = torch.tensor([COLOURS[one.sign.colour] for one in placed], device="cpu").to(device) / 255
+    whole, inner, glyph = rearrange(sprites, "S part y x -> part S 1 y x")
+    colour = rearrange(colours, "S c -> S c 1 1")
     dark = colour.mean(dim=1, keepdim=True) < LIGHT
     painted = torch.lerp(torch.lerp(torch.ones_like(colour), colour, inner), dark.float(), glyph)
-    steps = torch.arange(sprites.shape[-1], device=device)
+    steps = torch.arange(canvas, device=device)
     offset = rows * columns * torch.arange(3, device=device)[:, None, None] + columns * steps[:, None] + steps
     flat = pixels.view(-1)
     # A canvas may end outside, or on another sign: nothing is added there.
-    index = (first.to(device)[:, None, None, None] + offset).clamp(max=flat.numel() - 1)
+    index = (rearrange(torch.tensor(first, device="cpu").to(device), "S -> S 1 1 1") + offset).clamp(max=len(flat) - 1)
     flat.index_add_(0, index.flatten(), (whole * (painted - flat[index])).flatten())
     return pixels
+
+
+@functools.cache
+def _on_canvas(shape: str, number: int, size: int, canvas: int, device: torch.device) -> Tensor:
+    """A sprite [3, canvas, canvas] in the corner of a canvas, on a device. Kept: thousands are painted a second."""
+    return F.pad(sprite(shape, number, size), (0, canvas - size, 0, canvas - size)).to(device)

@@ -15,8 +15,9 @@ COLOURS = {
     "blue": (30, 80, 205), "purple": (125, 45, 160), "pink": (250, 150, 190), "black": (20, 20, 20),
 }  # fmt: skip
 SHAPES = ("disc", "square", "octagon")
-#: A photo has a grid of cells, each wide enough for a sign, and of thirds, whose names answer where a sign is.
-CELLS = (6, 9)
+#: A photo and a frame have a grid of cells, each wide enough for a sign; a photo also one of thirds, whose names answer
+#: where a sign is.
+CELLS, FRAME_CELLS = (6, 9), (2, 3)
 THIRDS = (("top", "middle", "bottom"), ("left", "centre", "right"))
 #: Signs of the colour that is counted, and other colours, at most.
 MOST, OTHERS = 5, 5
@@ -25,8 +26,26 @@ END, MASK = ".", "[mask]"
 ANSWER_WORDS = 2
 
 
+class Window(NamedTuple):
+    """What is seen of a scene: `size` rows and columns of cells from `cell` on, in `frames` frames from `frame` on. A
+    model learns from small ones first; one that is asked sees everything."""
+
+    frame: int = 0
+    frames: int = 1
+    cell: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = CELLS
+
+
+PHOTO = Window()
+
+
+def whole_clip(frames: int) -> Window:
+    """All of a clip."""
+    return Window(0, frames, size=FRAME_CELLS)
+
+
 class Sign(NamedTuple):
-    """A sign in a cell (row, column) of a photo, or in a frame of a clip, where the cell is (0, 0)."""
+    """A sign in a cell (row, column) of a photo or of a frame of a clip, wherever the window begins."""
 
     colour: str
     shape: str
@@ -43,32 +62,44 @@ class Question(NamedTuple):
     answer: tuple[str, ...]
 
 
-def plant_photo(random: Random, *, easy: bool = False) -> list[Sign]:
-    """One to five signs of one colour, then two to five others that have their colours alone; no number comes twice.
-    easy: one or two signs, from which a model begins to learn."""
-    painted = _colours(random, 1 if easy else MOST, (0, 1) if easy else (2, OTHERS))
-    numbers, cells = random.sample(range(10), len(painted)), random.sample(range(CELLS[0] * CELLS[1]), len(painted))
+def plant_photo(
+    random: Random, window: Window = PHOTO, most: int = MOST, others: tuple[int, int] = (2, OTHERS)
+) -> list[Sign]:
+    """One to five signs of one colour, then two to five others that have their colours alone; no number comes twice,
+    no cell has two.
+
+    Args:
+        most, others: other bounds of both, for a model that begins to learn. Where cells run out, the last signs are
+            left out.
+    """
+    rows, columns = window.size
+    places = [divmod(place, columns) for place in random.sample(range(rows * columns), rows * columns)]
+    painted = _colours(random, len(places), most, others)
     return [
-        Sign(colour, random.choice(SHAPES), number, divmod(cell, CELLS[1]))
-        for colour, number, cell in zip(painted, numbers, cells, strict=True)
+        Sign(colour, random.choice(SHAPES), number, (window.cell[0] + row, window.cell[1] + column))
+        for colour, number, (row, column) in zip(painted, random.sample(range(10), len(painted)), places, strict=False)
     ]
 
 
-def plant_clip(random: Random, frames: int, *, easy: bool = False) -> list[Sign]:
+def plant_clip(
+    random: Random, window: Window, most: int = MOST, others: tuple[int, int] = (2, OTHERS - 1)
+) -> list[Sign]:
     """One colour that is shown up to five times, then two to four that are shown once; no frame has two signs. A clip
-    of few frames has fewer. easy: as in a photo."""
-    painted = _colours(random, 1 if easy else min(MOST, frames - 2), (0, 1) if easy else (2, min(OTHERS - 1, frames)))
-    painted = painted[:frames]
-    return [
-        Sign(colour, random.choice(SHAPES), random.randrange(10), frame=frame)
-        for colour, frame in zip(painted, random.sample(range(frames), len(painted)), strict=True)
-    ]
+    of few frames has fewer; arguments as `plant_photo`."""
+    frames = range(window.frame, window.frame + window.frames)
+    painted = _colours(random, len(frames), most, others)
+    found = []
+    for colour, frame in zip(painted, random.sample(frames, len(painted)), strict=True):
+        cell = tuple(first + random.randrange(size) for first, size in zip(window.cell, window.size, strict=True))
+        found.append(Sign(colour, random.choice(SHAPES), random.randrange(10), (cell[0], cell[1]), frame))
+    return found
 
 
-def _colours(random: Random, most: int, others: tuple[int, int]) -> list[str]:
-    """A colour up to so many times, then between so many others once."""
+def _colours(random: Random, room: int, most: int, others: tuple[int, int]) -> list[str]:
+    """A colour up to so many times, then between so many others once, for `room` places. One colour is always alone."""
     colours = random.sample(list(COLOURS), 1 + random.randint(*others))
-    return colours[:1] * random.randint(1, most) + colours[1:]
+    repeated = min(random.randint(1, most), room - 1) if len(colours) > 1 and room > 1 else 1
+    return (colours[:1] * repeated + colours[1:])[:room]
 
 
 def ask(task: str, signs: Sequence[Sign], random: Random) -> Question:

@@ -21,8 +21,19 @@ from baatt.lab.ruler.cells import Cell
 from baatt.lab.ruler.model import RulerAnswer, kept_mass
 from baatt.lab.vision.media import Clip, view
 from baatt.lab.vision.model import Seen, VisionModel
-from baatt.lab.vision.planting import paint
-from baatt.lab.vision.scenes import ANSWER_WORDS, CLIP_TASKS, END, TASKS, Question, ask, plant_clip, plant_photo
+from baatt.lab.vision.planting import paint, place
+from baatt.lab.vision.scenes import (
+    ANSWER_WORDS,
+    CLIP_TASKS,
+    END,
+    PHOTO,
+    TASKS,
+    Question,
+    ask,
+    plant_clip,
+    plant_photo,
+    whole_clip,
+)
 from baatt.sampling import SamplerConfig, SampleResult, generate
 
 #: Two words in two steps, as LLaDA-V answers a multiple choice.
@@ -120,10 +131,11 @@ class VisionReader:
         for number in range(first, first + count):
             random = Random(f"{task} {length} {self.setup.seed} {number}")
             frames, size = (length // of_one, config.frame) if is_clip else (1, config.photo)
+            window = whole_clip(frames) if is_clip else PHOTO
             pixels = view(random.choice(moving if is_clip else self.clips), frames, size, random)
-            signs = plant_clip(random, frames) if is_clip else plant_photo(random)
-            pixels = (255 * paint(pixels[None], [signs], random)[0]).round().to(torch.uint8)
-            found.append(VisionSample(pixels, ask(task, signs, random)))
+            signs = plant_clip(random, window) if is_clip else plant_photo(random)
+            painted = paint(pixels[None], place([signs], [window], size, random))[0]
+            found.append(VisionSample((255 * painted).round().to(torch.uint8), ask(task, signs, random)))
         return found
 
     @torch.inference_mode()
