@@ -28,6 +28,7 @@ import scaling_model
 import short_queries
 import tables
 import ulysses
+import vision_tables
 from case import Block, Case, block_of
 
 #: Settings of one table in README.
@@ -390,6 +391,7 @@ CASES: dict[str, Case] = {
             "smollm2_texts": Block(card_tables.texts, SMOLLM2_BARS[:1]),
         },
     ),
+    **vision_tables.CASES,
 }
 
 

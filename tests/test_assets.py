@@ -44,13 +44,23 @@ def test_the_change_of_smollm2_is_looked_for_in_the_same_places(wheel, monkeypat
         assert assets.shipped_adapter() == place / assets.SMOLLM2 / "adapter.safetensors"
 
 
+@pytest.mark.parametrize("name", [assets.VISION, assets.VIDEO])
+def test_the_models_on_pixels_are_looked_for_in_the_same_places(wheel, monkeypatch, name):
+    with pytest.raises(FileNotFoundError, match=rf"{name} \(training/README.md says how it is trained\) is not part"):
+        assets.shipped_vision_model(name)
+    (wheel / "baatt_models" / name).mkdir(parents=True)
+    (wheel / "baatt_models" / name / "config.json").touch()
+    monkeypatch.setattr(sys, "path", [str(wheel), *sys.path])
+    assert assets.shipped_vision_model(name) == wheel / "baatt_models" / name
+
+
 @pytest.mark.parametrize("depth", ["", "docs", "benchmarks/results"])
 def test_a_wheel_finds_the_checkout_that_one_stands_in(wheel, monkeypatch, depth):
     monkeypatch.chdir(ROOT / depth)
     assert assets.shipped_model() == ROOT / "src/baatt/assets/needle-18m"
 
 
-MODELS = [f"src/baatt/assets/{name}" for name in (assets.NEEDLE, assets.SMOLLM2)]
+MODELS = [f"src/baatt/assets/{name}" for name in (assets.NEEDLE, assets.SMOLLM2, assets.VISION, assets.VIDEO)]
 
 
 def test_a_wheel_finds_the_package_of_the_models(wheel, monkeypatch):

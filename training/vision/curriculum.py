@@ -35,7 +35,7 @@ class Stage:
 WHOLE = FRAME_CELLS
 CURRICULUM = (
     Stage(((1, 1),), ((2, (1, 1)),), most=1, others=(0, 0)),
-    Stage(((1, 2),), ((2, (1, 1)), (4, (1, 1))), most=1, others=(0, 1)),
+    Stage(((1, 2),), ((2, (1, 1)), (4, (1, 1))), most=1, others=(1, 1)),
     Stage(((2, 3),), ((8, (1, 1)), (4, WHOLE)), most=3, others=(1, 3)),
     Stage(((3, 3), (4, 6)), ((16, (1, 2)), (24, (1, 1)), (8, WHOLE))),
     Stage(((4, 6), CELLS), ((72, (1, 1)), (48, (1, 2)), (16, WHOLE), (24, WHOLE)), target=0.95),

@@ -3,8 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-#: Folders of the models: the needle model, and the change that makes a diffusion model of SmolLM2.
+#: Folders of the models: the needle model, the change that makes a diffusion model of SmolLM2, and two on real pixels.
 NEEDLE, SMOLLM2 = "needle-18m", "smollm2-diffusion"
+VISION, VIDEO = "vision-3m", "video-6m"
 #: Where they are inside a checkout.
 _IN_CHECKOUT = Path("src/baatt/assets")
 #: The package that brings them: the folder `model` of the repository.
@@ -40,19 +41,17 @@ def _shipped(name: str, what: str, instead: str) -> Path:
 
 
 def shipped_vision_model(name: str) -> Path:
-    """Folder of a small model as `training/vision/session.sh` makes it: "video-6m", which draws clips, or "vision-6m",
-    which answers questions about photos and clips.
+    """Folder of one of the small models on real pixels.
+
+    Args:
+        name: `VIDEO`, which draws clips, or `VISION`, which answers questions about photos and clips.
 
     Raises:
-        FileNotFoundError: nobody has trained it here.
+        FileNotFoundError: it is nowhere.
     """
-    folder = Path(__file__).parent / name
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{name} is not shipped yet: train it as training/vision/session.sh says (25 minutes of a GPU) and give "
-            "its folder as --model"
-        )
-    return folder
+    return _shipped(
+        f"{name}/config.json", f"{name} (training/README.md says how it is trained)", "give its folder as --model"
+    ).parent
 
 
 def _upwards() -> list[Path]:

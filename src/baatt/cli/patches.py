@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from baatt.assets import shipped_vision_model
+from baatt.assets import VISION, shipped_vision_model
 from baatt.attention import make_plan
 from baatt.cli.errors import UsageError
 from baatt.cli.options import (
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.impl = "auto"
     device = read_place(arguments)
     configs = compared(read_configs(arguments)[0])
-    source = arguments.model or shipped_vision_model("vision-6m")
+    source = arguments.model or shipped_vision_model(VISION)
     model = VisionModel.load(source).to(device, loading.DTYPES[arguments.dtype])
     heads_there, layers_there = model.config.heads, model.config.layers
     for name, most in (("layer", layers_there), ("head", heads_there)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from baatt.assets import shipped_vision_model
+from baatt.assets import VIDEO, shipped_vision_model
 from baatt.backend import IMPLS
 from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import at_least, check_files, check_store, names_of, read_place, read_preset, seed
@@ -145,7 +145,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def open_model(arguments: argparse.Namespace) -> tuple[VideoModel, Setup, Path]:
     """The model on its device, what measurements depend on, and its folder."""
-    folder = arguments.model or shipped_vision_model("video-6m")
+    folder = arguments.model or shipped_vision_model(VIDEO)
     device = read_place(arguments)
     try:
         model = VideoModel.load(folder)

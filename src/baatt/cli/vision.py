@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from baatt.assets import shipped_vision_model
+from baatt.assets import VISION, shipped_vision_model
 from baatt.cli.errors import UsageError, resumable
 from baatt.cli.options import (
     add_model_options,
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_store(folder)
     device = read_place(arguments)
     made = provenance(arguments.command, device)
-    source = arguments.model or shipped_vision_model("vision-6m")
+    source = arguments.model or shipped_vision_model(VISION)
     model = VisionModel.load(source).to(device, loading.DTYPES[arguments.dtype])
     try:
         clips = read(source / PIXELS)

@@ -39,11 +39,11 @@ class VisionConfig:
     photo: tuple[int, int] = (384, 576)
     frame: tuple[int, int] = (96, 144)
     frames: int = 72
-    tower: int = 128
-    width: int = 256
-    heads: int = 4
+    tower: int = 96
+    width: int = 192
+    heads: int = 3
     layers: int = 6
-    hidden: int = 768
+    hidden: int = 576
     rope_theta: float = 10_000.0
     words: tuple[str, ...] = WORDS
 

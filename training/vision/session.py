@@ -1,0 +1,259 @@
+"""Both small models, from pixels to tables, on a GPU machine without a network, in commands of at most ten minutes.
+
+`pack` and `keep` run here, `unpack`, `start` and `watch` there. `start` begins a queue of steps for each model, one on
+each GPU, in sessions of their own that go on when the command returns: training, samples to look at, measurements.
+Every step has a limit and a log; what is left of the time ends it sooner, and the next one begins. `watch` shows the
+logs and leaves in a folder what is to come back, as parts of a tar archive. What each step runs is in `steps.py`.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from steps import DATA, QUEUES, Place, Step, training_of
+
+WORK = Path("training/runs/session")
+CARRIED = Path(".carry/vision")
+DIFFUSERS = "diffusers==0.42.1"
+#: Bytes of a part that travels to the machine and of one that comes back; how many may come back from one command.
+THERE, BACK, PARTS = 14_500_000, 15_500_000, 8
+#: Left on the machine: exact states, answers and captures.
+LEFT = ("state.pt", "state.pt.partial", ".answers", ".capture")
+#: Seconds that a step has at least, that one told to stop has, and between two looks at a queue.
+LEAST, PATIENCE, LOOK = 5, 10, 2
+RETRIES = 3
+#: Films come back to be looked at, and are too large for the repository.
+FILM = ".gif"
+#: Where what came back belongs: in the archive, in the repository.
+PLACES = {
+    "video/model": "src/baatt/assets/video-6m", "understanding/model": "src/baatt/assets/vision-3m",
+    "video/training.json": "benchmarks/results/training/video.json",
+    "understanding/training.json": "benchmarks/results/training/understanding.json",
+    "results": "benchmarks/results", "pictures": "docs/figures",
+}  # fmt: skip
+
+
+class Queue:
+    """The steps of one model, one after the other, until its time is over."""
+
+    def __init__(self, name: str, place: Place, work: Path = WORK) -> None:
+        self.name, self.place, self.work, self.began = name, place, work, time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds since the queue began."""
+        return time.monotonic() - self.began
+
+    def say(self, text: str) -> None:
+        """A line of the queue's log."""
+        print(f"{self.elapsed():5.0f} s  {text}", flush=True)
+
+    def step(self, step: Step) -> bool:
+        """Run a step; whether it ended well. One that is told to stop by its limit is interrupted, then killed."""
+        limit = min(step.limit, self.place.seconds - self.elapsed())
+        if limit < LEAST:
+            self.say(f"{step.name} LEFT OUT: no time")
+            return False
+        self.say(f"{step.name} begins, at most {limit:.0f} s")
+        began = self.elapsed()
+        with (self.work / "logs" / f"{self.name}-{step.name}.log").open("a") as log:
+            process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                try:
+                    status = process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    status = process.wait()
+        self.say(f"{step.name} {'done' if status == 0 else f'FAILED with {status}'} in {self.elapsed() - began:.0f} s")
+        return status == 0
+
+    def learn(self) -> None:
+        """Train until the time for it is over: a run that breaks goes on from its last minute, uncompiled."""
+        place = self.place
+        for _ in range(3):
+            seconds = place.training - self.elapsed()
+            if self.step(training_of(self.name, replace(place, training=seconds), self.work)):
+                return
+            place = replace(place, compiled=False)
+            if place.training - self.elapsed() < 4 * LEAST:
+                return
+
+    def run(self) -> None:
+        """Everything."""
+        self.learn()
+        for step in QUEUES[self.name](self.place, self.work):
+            self.step(step)
+        self.say("END")
+
+
+def pack(arguments: argparse.Namespace) -> None:
+    """Pixels, diffusers and the copies of earlier runs, in parts that travel."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, "training/vision/media.py"], check=True)
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(DATA / "site"), DIFFUSERS]
+    subprocess.run([sys.executable, *install], check=True)
+    files = ["media.safetensors", "photos.safetensors", "heldout.safetensors", "site"]
+    for earlier in arguments.earlier:
+        name, _, folder = earlier.partition("=")
+        for kind in ("safetensors", "json"):
+            shutil.copy(Path(folder) / f"average.{kind}", DATA / f"{name}.{kind}")
+            files.append(f"{name}.{kind}")
+    shutil.rmtree(CARRIED, ignore_errors=True)
+    CARRIED.mkdir(parents=True)
+    write_parts(DATA, files, CARRIED / "part", THERE, "xz")
+    for part in sorted(CARRIED.iterdir()):
+        print(f"{part} {part.stat().st_size / 2**20:.1f} MiB")
+
+
+def unpack(_: argparse.Namespace) -> None:
+    """Join the parts that have arrived."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    read_parts(CARRIED, DATA)
+
+
+def start(arguments: argparse.Namespace) -> None:
+    """Begin the queues; returns at once."""
+    for folder in ("logs", "results", "pictures"):
+        (WORK / folder).mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(arguments.only or QUEUES):
+        own = {"OMP_NUM_THREADS": "1"}
+        if arguments.device == "cuda":
+            own = {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": str(number % arguments.gpus)}
+        path = os.pathsep.join(filter(None, ("src", str(DATA / "site"), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | own | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        total = arguments.total or arguments.training
+        given = ["--seconds", str(arguments.seconds), "--training", str(arguments.training), "--total", str(total),
+                 "--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]  # fmt: skip
+        with (WORK / "logs" / f"{name}.log").open("a") as log:
+            subprocess.Popen([sys.executable, __file__, "queue", name, *given], stdin=subprocess.DEVNULL, stdout=log,
+                             stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # fmt: skip
+        print(f"{name} begins, {arguments.seconds:.0f} s, {arguments.training:.0f} of them training")
+
+
+def queue(arguments: argparse.Namespace) -> None:
+    """What `start` begins."""
+    device = arguments.device
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    place = Place(device, dtype, arguments.seconds, arguments.training, arguments.total, arguments.tiny)
+    Queue(arguments.name, place).run()
+
+
+def watch(arguments: argparse.Namespace, work: Path = WORK) -> None:
+    """Wait until the queues have ended or the time is over, show their logs, leave what is to come back."""
+    until = time.monotonic() + arguments.seconds
+    logs = [work / "logs" / f"{name}.log" for name in QUEUES]
+    begun = [log for log in logs if log.exists()]
+    while time.monotonic() < until and not all(log.read_text().endswith("END\n") for log in begun):
+        time.sleep(LOOK)
+    for log in sorted((work / "logs").glob("*.log")):
+        lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+        print(f"--- {log.name}, {len(lines)} lines", *(line[:700] for line in lines[-arguments.lines :]), sep="\n")
+    names = [str(path.relative_to(work)) for path in sorted(work.iterdir()) if not path.name.endswith(LEFT)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for attempt in range(RETRIES):  # a file may be written at this moment
+        try:
+            parts = write_parts(work, names, arguments.out / "session", BACK, "gz")
+            break
+        except OSError:
+            if attempt + 1 == RETRIES:
+                raise
+            time.sleep(LOOK)
+    if len(parts) > PARTS:
+        raise OSError(f"what comes back must be at most {PARTS} parts, got {len(parts)}")
+    print(f"in {arguments.out}: {len(parts)} parts, {sum(part.stat().st_size for part in parts) / 2**20:.1f} MiB")
+
+
+def keep(arguments: argparse.Namespace) -> None:
+    """Put what came back to its places in the repository, and render the docs."""
+    came = Path("training/runs/came")
+    shutil.rmtree(came, ignore_errors=True)
+    came.mkdir(parents=True)
+    read_parts(arguments.folder, came)
+    for source, target in PLACES.items():
+        found = came / source
+        files = sorted(found.iterdir()) if found.is_dir() else [found] if found.exists() else []
+        for file in (one for one in files if one.suffix != FILM):
+            place = Path(target) / file.name if found.is_dir() else Path(target)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+            print(f"{place} {place.stat().st_size / 2**20:.2f} MiB")
+    subprocess.run([sys.executable, "benchmarks/render.py"], check=True)
+
+
+def write_parts(folder: Path, names: Sequence[str], stem: Path, size: int, kind: str) -> list[Path]:
+    """An archive of files of a folder, cut into parts `stem.00`, `stem.01` and so on of at most `size` bytes."""
+    whole = stem.with_suffix(".tar")
+    with tarfile.open(whole, f"w:{kind}") as tar:
+        for name in names:
+            tar.add(folder / name, name, filter=lambda one: None if one.name.endswith((*LEFT, "__pycache__")) else one)
+    parts = []
+    with whole.open("rb") as stream:
+        while content := stream.read(size):
+            parts.append(stem.with_suffix(f".{len(parts):02}"))
+            parts[-1].write_bytes(content)
+    whole.unlink()
+    return parts
+
+
+def read_parts(folder: Path, target: Path) -> None:
+    """Unpack an archive that `write_parts` has cut."""
+    whole = target / "joined.tar"
+    with whole.open("wb") as stream:
+        for part in sorted(folder.glob("*.[0-9][0-9]")):
+            stream.write(part.read_bytes())
+    with tarfile.open(whole) as tar:
+        tar.extractall(target, filter="data")
+    whole.unlink()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A verb a function."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(required=True)
+
+    def verb(function: object) -> argparse.ArgumentParser:
+        text = str(function.__doc__)
+        added = verbs.add_parser(function.__name__, help=text, description=text)
+        added.set_defaults(act=function)
+        return added
+
+    verb(pack).add_argument("earlier", nargs="*", metavar="NAME=FOLDER", help="average.* of a run that is to go on")
+    verb(unpack)
+    for function in (start, queue):
+        added = verb(function)
+        added.add_argument("--seconds", type=float, required=True, help="until everything ends")
+        added.add_argument("--training", type=float, required=True, help="seconds of them for training")
+        added.add_argument("--total", type=float, help="of training in all sessions (default: in this one)")
+        added.add_argument("--device", default="cuda")
+        added.add_argument("--tiny", action="store_true", help="everything at a size for a processor, to try it")
+        if function is start:
+            added.add_argument("--gpus", type=int, default=2)
+            added.add_argument("--only", nargs="+", choices=list(QUEUES), help="one of the models")
+        else:
+            added.add_argument("name", choices=list(QUEUES))
+    watching = verb(watch)
+    watching.add_argument("seconds", type=float)
+    watching.add_argument("out", type=Path, help="folder for what is to come back")
+    watching.add_argument("--lines", type=int, default=4, help="of each log (default: 4)")
+    verb(keep).add_argument("folder", type=Path, help="the parts that came back")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    arguments = build_parser().parse_args(argv)
+    arguments.act(arguments)
+
+
+if __name__ == "__main__":
+    main()
