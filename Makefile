@@ -20,7 +20,7 @@ demo: $(STAMP)
 
 # The default set: what needs no GPU and is not marked slow.
 test:
-	@echo "Installs what is missing, then format, lint, types, tests and docs: 5 to 9 minutes on two idle cores, 10 with the set-up."
+	@echo "Installs what is missing, then format, lint, types, tests and docs: 3 to 10 minutes on two idle cores, by their speed."
 	$(MAKE) setup
 	$(MAKE) -j 2 check
 

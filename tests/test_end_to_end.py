@@ -63,7 +63,8 @@ def test_every_layer_is_dense_and_then_sparse(bench, name, tokens, layers):
     assert record["calls"]["0.5"]["sparse"] == layers
     assert record["calls"]["0.5"]["dense"] == {}
     assert 0.3 < record["skipped"]["0.5"] < 0.6
-    assert 0 < record["attention_share"]["flash"] < 1.5  # tiny: overhead is most of it
+    share = record["attention_share"][record["fastest"]]  # of a tiny model, timed at another moment than the whole
+    assert record["bound"]["0.5"] == 1 / (1 - 0.5 * share) != 1
     assert record["error"] <= record["error_limit"] < 1e-4
     assert json.loads(json.dumps(record))["seconds"] == record["seconds"]
 
