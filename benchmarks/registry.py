@@ -8,7 +8,6 @@ from functools import partial
 
 import archive_tables
 import busy_plan
-import card_tables
 import classes
 import clients
 import compatibility
@@ -26,6 +25,7 @@ import reliability
 import ruler_tables
 import scaling_model
 import short_queries
+import smollm2_tables
 import tables
 import ulysses
 import vision_tables
@@ -37,9 +37,6 @@ RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.js
 RULER_PART = "ruler_grid_safe_16384.json"
 #: Libraries that take the same shapes.
 PEERS = ("gpu_peers_h200.json", "gpu_peers_64_h200.json")
-#: The runs of the model grown from SmolLM2, in order, and what it can do: bars.py first, then RULER's tasks.
-SMOLLM2_RUNS = ("training/smollm2_run1.json", "training/smollm2_run2.json")
-SMOLLM2_BARS = tuple(f"training/smollm2_{name}.json" for name in ("bars", "ruler", "ruler_8192"))
 CAPTURE = "needle-18m.safetensors"  # of `baatt analyze capture`
 #: How the needles and ablations of the first checkpoint are asked today; what ran then is stored in their results.
 ABLATION = (
@@ -374,23 +371,7 @@ CASES: dict[str, Case] = {
         ("ruler_needle-18m_8bit.json",),
         {"ruler_8bit": ruler_tables.by_length},
     ),
-    "ruler_smollm2_first": Case(
-        "RULER's tasks of the diffusion model grown from SmolLM2, densely, by default and as in the paper, 12 samples",
-        "python benchmarks/ruler_grid.py FOLDER --model ~/.cache/baatt/smollm2-diffusion --gpus 1 "
-        "--settings dense,clusters,paper --lengths 4096 --sparsity 0.5,0.7,0.9 --count 12",
-        ("ruler_smollm2_first.json",),
-        {"ruler_smollm2_first": Block(ruler_tables.grid_averages, ("ruler_smollm2_first.json",), together=True)},
-    ),
-    "training_smollm2": Case(
-        "a diffusion model grown from SmolLM2: history, text, questions, documents, RULER's tasks",
-        "bash training/session.sh",
-        (*SMOLLM2_RUNS, *SMOLLM2_BARS),
-        {
-            "smollm2_bars": Block(card_tables.bars, SMOLLM2_BARS, together=True),
-            "smollm2_runs": Block(card_tables.runs, SMOLLM2_RUNS, together=True),
-            "smollm2_texts": Block(card_tables.texts, SMOLLM2_BARS[:1]),
-        },
-    ),
+    **smollm2_tables.CASES,
     **vision_tables.CASES,
 }
 

@@ -7,7 +7,10 @@ settings and sparsities are `ruler_tables.grid_averages`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import card_tables
 import paper
+import ruler_tables
+from case import Block, Case
 from ruler_tables import answers_text, average, beyond, grid_source, selection, settings_of
 from tables import crossed, verdict
 
@@ -20,6 +23,11 @@ BARS = (("needle tasks", "niah_", 4096, 95), ("needle tasks", "niah_", 8192, 90)
 #: The sparsity of the table task by task.
 HALF = 0.5
 
+#: The runs of the model grown from SmolLM2, in order, and what it can do: bars.py first, then RULER's tasks.
+SMOLLM2_RUNS = ("training/smollm2_run1.json", "training/smollm2_run2.json")
+SMOLLM2_BARS = tuple(f"training/smollm2_{name}.json" for name in ("bars", "ruler", "ruler_8192"))
+#: RULER on it with the same settings at two lengths.
+SMOLLM2_GRIDS = ("ruler_smollm2_4096.json", "ruler_smollm2_8192.json")
 #: Records of all tasks by order and by what differs within it.
 Cells = dict[tuple[str, float], list[Record]]
 
@@ -131,3 +139,38 @@ def caption(grid: Record, base: str, more: str = "") -> str:
 def with_source(grid: Record, header: Sequence[str], rows: list[list[str]], text: str) -> str:
     """A table, what its cells are, and how to repeat it."""
     return "\n\n".join([Table(header, rows, text).markdown(), grid_source(grid)])
+
+
+#: Entries of registry.py.
+CASES: dict[str, Case] = {
+    "ruler_smollm2_first": Case(
+        "RULER's tasks of the diffusion model grown from SmolLM2, densely, by default and as in the paper, 12 samples",
+        "python benchmarks/ruler_grid.py FOLDER --model ~/.cache/baatt/smollm2-diffusion --gpus 1 "
+        "--settings dense,clusters,paper --lengths 4096 --sparsity 0.5,0.7,0.9 --count 12",
+        ("ruler_smollm2_first.json",),
+        {"ruler_smollm2_first": Block(ruler_tables.grid_averages, ("ruler_smollm2_first.json",), together=True)},
+    ),
+    "smollm2_grids": Case(
+        "RULER's tasks of the diffusion model grown from SmolLM2 with several ways to choose blocks, beside the paper",
+        "bash benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS",
+        (*SMOLLM2_GRIDS, "ruler_smollm2_orders.json", "ruler_smollm2_betas.json"),
+        {
+            "smollm2_averages": Block(ruler_tables.grid_averages, SMOLLM2_GRIDS, together=True),
+            "smollm2_dense": Block(dense_bars, SMOLLM2_GRIDS, together=True),
+            "smollm2_tasks": Block(by_task, SMOLLM2_GRIDS),
+            "smollm2_orders": Block(by_order, ("ruler_smollm2_orders.json",)),
+            "smollm2_betas": Block(by_beta, ("ruler_smollm2_betas.json",)),
+        },
+        awaited=True,
+    ),
+    "training_smollm2": Case(
+        "a diffusion model grown from SmolLM2: history, text, questions, documents, RULER's tasks",
+        "bash training/session.sh",
+        (*SMOLLM2_RUNS, *SMOLLM2_BARS),
+        {
+            "smollm2_bars": Block(card_tables.bars, SMOLLM2_BARS, together=True),
+            "smollm2_runs": Block(card_tables.runs, SMOLLM2_RUNS, together=True),
+            "smollm2_texts": Block(card_tables.texts, SMOLLM2_BARS[:1]),
+        },
+    ),
+}
