@@ -24,7 +24,7 @@ WORK = Path("training/runs/session")
 CARRIED = Path(".carry/vision")
 DIFFUSERS = "diffusers==0.42.1"
 #: Bytes of a part that travels to the machine and of one that comes back; how many may come back from one command.
-THERE, BACK, PARTS = 14_500_000, 15_500_000, 8
+THERE, BACK, PARTS = 10_800_000, 15_500_000, 8
 #: Left on the machine: exact states, answers and captures.
 LEFT = ("state.pt", "state.pt.partial", ".answers", ".capture")
 #: Seconds that a step has at least, that one told to stop has, and between two looks at a queue.
