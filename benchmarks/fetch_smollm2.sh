@@ -13,6 +13,6 @@ echo "gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761
 "$python" -m baatt fetch smollm2 --cache "$work"
 rm -rf "$folder"
 mkdir -p "$folder"
-split --bytes="${PART:-15000000}" --numeric-suffixes "$work"/*.gguf "$folder/weights."
+split --bytes="${PART:-14000000}" --numeric-suffixes "$work"/*.gguf "$folder/weights."
 "$python" -m zipfile -e "$work"/gguf-*.whl "$folder/gguf"
 du -ah --max-depth=1 "$folder"

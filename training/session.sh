@@ -27,7 +27,7 @@ pack)
     fi
   fi
   rm -f .carry/adapt/part.*
-  tar --create --directory training/data "${files[@]}" | split --bytes="${PART:-15000000}" --numeric-suffixes - .carry/adapt/part.
+  tar --create --directory training/data "${files[@]}" | split --bytes="${PART:-14000000}" --numeric-suffixes - .carry/adapt/part.
   ls -l .carry/adapt
   ;;
 unpack)
