@@ -285,7 +285,6 @@ VALUES: dict[str, Callable[..., str]] = {
     "score": ruler_score,
     "loss": ruler_loss,
     "beyond": ruler_beyond,
-    "smollm2_score": partial(ruler_score, grids=SMOLLM2_GRIDS),
     "smollm2_loss": partial(ruler_loss, grids=SMOLLM2_GRIDS),
     "lowest": lowest_score,
     "word_for_word": word_for_word,
