@@ -14,6 +14,7 @@ from baatt.config import Policy
 from baatt.integrations.enable import enable
 from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.sampling import REMASKING, SamplerConfig, SampleResult, StepInfo, generate
+from baatt.sampling.filling import penalise
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]
@@ -261,6 +262,59 @@ def test_confidence_ignores_the_noise() -> None:
         assert result.unmasked_at.tolist() == [[3, 0, 2, 1]]
 
 
+def penalised(logits: Tensor, written: list[list[int]], ends: list[int], penalty: float) -> Tensor:
+    """Element by element."""
+    found = logits.clone()
+    for row, ids in enumerate(written):
+        for token in set(ids) - {MASK, *ends}:
+            if token >= logits.shape[-1]:
+                continue
+            for place in range(logits.shape[1]):
+                value = float(logits[row, place, token])
+                found[row, place, token] = value / penalty if value > 0 else value * penalty
+    return found
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.5])
+def test_penalty_is_for_tokens_of_the_text(penalty: float) -> None:
+    logits = torch.randn(2, 5, CONFIG.logit_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    written = [[3, 7, 7, MASK, 5], [1, 1, 5, MASK, CONFIG.logit_size + 2]]
+    model = dataclasses.replace(CONFIG, eos_token_id=5)
+    found = penalise(logits, torch.tensor(written), model, penalty)
+    assert torch.equal(found, penalised(logits, written, [5], penalty))
+
+
+def test_penalty_equals_that_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(2, CONFIG.logit_size, generator=torch.Generator().manual_seed(1))
+    written = torch.tensor([[3, 7, 7], [1, 2, 1]])
+    expected = transformers.RepetitionPenaltyLogitsProcessor(1.2)(written, logits.clone())
+    assert torch.equal(penalise(logits[:, None], written, CONFIG, 1.2)[:, 0], expected)
+
+
+def test_penalty_keeps_a_model_from_repeating_itself() -> None:
+    model, _, tokens = known([[0.5] * 8])
+    prompt = torch.tensor([[10, 11]])
+    model.table[:, :, :VOCABULARY] = -5.0
+    model.table.scatter_(-1, tokens[..., None], 1.9)
+    model.table[..., 3] = 2.0  # surer than every position's own token, by less than the penalty
+    model.table[..., MASK] = 50.0
+    config = SamplerConfig(steps=8, gen_length=8, block_length=8, remasking="left_to_right")
+    assert generate(model, prompt, config=config).tokens.tolist() == [[3] * 8]
+    penalised_once = dataclasses.replace(config, repetition_penalty=1.1)
+    assert generate(model, prompt, config=penalised_once).tokens.tolist() == [[3, 1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_padding_is_not_penalised() -> None:
+    model, prompt = make_model(), make_prompt(1, 6)
+    config = SamplerConfig(steps=8, gen_length=8, block_length=4, repetition_penalty=1.5)
+    alone = generate(model, prompt, config=config).tokens
+    padded = torch.cat((torch.full((1, 3), int(alone[0, 0])), prompt), dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    found = generate(model, padded, mask, config).tokens
+    assert torch.equal(found, alone)
+
+
 def test_low_confidence_is_the_probability_of_the_guess() -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     guesses = torch.tensor([[0, 1, 2], [4, 3, 2]])
@@ -480,6 +534,7 @@ def test_defaults_are_lladas() -> None:
     config = SamplerConfig()
     assert (config.steps, config.gen_length, config.block_length) == (128, 128, 128)
     assert (config.temperature, config.cfg_scale, config.remasking) == (0.0, 0.0, "low_confidence")
+    assert config.repetition_penalty == 1
     assert (config.threshold, config.seed, config.cache) == (None, 0, "none")
 
 
@@ -495,6 +550,8 @@ def test_defaults_are_lladas() -> None:
         ({"temperature": -0.1}, ValueError, "temperature must be finite and at least 0, got -0.1"),
         ({"temperature": math.nan}, ValueError, "temperature must be finite"),
         ({"temperature": None}, TypeError, "temperature must be a number, got None"),
+        ({"repetition_penalty": 0}, ValueError, "repetition_penalty must be above 0, got 0"),
+        ({"repetition_penalty": "1"}, TypeError, "repetition_penalty must be a number, got '1'"),
         ({"cfg_scale": math.inf}, ValueError, "cfg_scale must be finite"),
         ({"cfg_scale": "1"}, TypeError, "cfg_scale must be a number, got '1'"),
         (

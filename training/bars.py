@@ -42,10 +42,10 @@ CONTINUED = (
 )
 ANSWER_TOKENS, CONTINUATION_TOKENS = 32, 96
 READ_TOKENS, FACTS = (1000, 3000), 8  # tokens of a document, statements in it
-#: A token is filled only where it is sure, from the left, as the base wrote; the most probable one in answers, while
-#: a text that always takes that one repeats itself.
+#: A token is filled only where it is sure, from the left, as the base wrote.
 SAMPLER = SamplerConfig(steps=32, gen_length=32, block_length=32, remasking="left_to_right", threshold=0.9)
-TEMPERATURE = 0.8  # of continuations
+#: Of continuations, which repeat themselves otherwise: what the model takes off for repetition, what the base draws at.
+PENALTY, TEMPERATURE = 1.2, 0.8
 LENGTH, RATES = 512, (0.15, 0.5, 0.9)  # tokens of a piece of held-out prose; shares that are hidden
 
 
@@ -91,34 +91,39 @@ def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /, *, key_mask: to
 
 
 def continuations(
-    model: MaskedDiffusionLM, tokenizer: Tokenizer, prompts: list[str], tokens: int, is_causal: bool, temperature: float
+    model: MaskedDiffusionLM, tokenizer: Tokenizer, prompts: list[str], tokens: int, penalty: float = 1.0
 ) -> list[str]:
-    """What a model writes after each prompt, by diffusion or, as its base, left to right."""
+    """What a model writes after each prompt by diffusion, most probable tokens."""
     device = model.transformer.wte.weight.device
     rows = [tokenizer.encode(prompt).ids for prompt in prompts]
     ends = model.config.end_tokens
-    if is_causal:
-        width = max(map(len, rows)) + tokens
-        forced = torch.full((len(rows), width), -1)
-        for row, ids in zip(forced, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        written = write(model, forced.to(device), None, ends[-1], temperature, 0.0)[0].tolist()
-        answers = [row[len(ids) : len(ids) + tokens] for row, ids in zip(written, rows, strict=True)]
-    else:
-        ids, mask = pad_left(rows, model.config.pad_token_id or 0)
-        blocks = tokens // SAMPLER.block_length
-        sampler = dataclasses.replace(
-            SAMPLER, gen_length=tokens, steps=SAMPLER.steps * blocks, temperature=temperature, stop_at_eos=True
-        )
-        answers = generate(model, ids.to(device), mask.to(device), sampler).tokens.tolist()
+    ids, mask = pad_left(rows, model.config.pad_token_id or 0)
+    sampler = dataclasses.replace(
+        SAMPLER, gen_length=tokens, steps=tokens, repetition_penalty=penalty, stop_at_eos=True
+    )
+    answers = generate(model, ids.to(device), mask.to(device), sampler).tokens.tolist()
     return [answer_text(tokenizer, answer, ends) for answer in answers]
+
+
+def causal_continuations(
+    model: MaskedDiffusionLM, tokenizer: Tokenizer, prompts: list[str], tokens: int, temperature: float = 0.0
+) -> list[str]:
+    """What the base writes after each prompt, left to right."""
+    rows, end = [tokenizer.encode(prompt).ids for prompt in prompts], model.config.end_tokens[-1]
+    forced = torch.full((len(rows), max(map(len, rows)) + tokens), -1)
+    for row, ids in zip(forced, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    written = write(model, forced.to(model.transformer.wte.weight.device), None, end, temperature, 0.0)[0].tolist()
+    answers = [row[len(ids) : len(ids) + tokens] for row, ids in zip(written, rows, strict=True)]
+    return [answer_text(tokenizer, answer, model.config.end_tokens) for answer in answers]
 
 
 def ask(model: MaskedDiffusionLM, tokenizer: Tokenizer, is_causal: bool) -> list[dict[str, Any]]:
     """Every question with its answer and whether that is right."""
     questions = json.loads(QUESTIONS.read_text())
     prompts = [f"{SYSTEM}{USER}{one['question']}<|im_end|>{ANSWER}" for one in questions]
-    answers = continuations(model, tokenizer, prompts, ANSWER_TOKENS, is_causal, 0.0)
+    write_after = causal_continuations if is_causal else continuations
+    answers = write_after(model, tokenizer, prompts, ANSWER_TOKENS)
     return [
         one | {"answer": answer, "right": is_right(answer, one["right"])}
         for one, answer in zip(questions, answers, strict=True)
@@ -135,7 +140,7 @@ def read(model: MaskedDiffusionLM, tokenizer: Tokenizer, documents: int, tokens:
         document = document_with(facts, text[start : start + 4 * tokens].partition(" ")[2], generator)
         asked = facts[0]
         prompt = f"{SYSTEM}{USER}{document}\n\n{asked.question}<|im_end|>{ANSWER}"
-        (answer,) = continuations(model, tokenizer, [prompt], ANSWER_TOKENS, False, 0.0)
+        (answer,) = continuations(model, tokenizer, [prompt], ANSWER_TOKENS)
         right = is_right(answer, re.escape(asked.value))
         found.append({"question": asked.question, "answer": answer, "value": asked.value, "right": right})
     return found
@@ -169,7 +174,10 @@ def main(argv: list[str] | None = None) -> None:
     for tokens in () if arguments.causal else READ_TOKENS:
         answers = read(model, tokenizer, arguments.documents, tokens)
         found[f"read_{tokens}"] = {"right": sum(one["right"] for one in answers), "answers": answers}
-    texts = continuations(model, tokenizer, list(CONTINUED), CONTINUATION_TOKENS, arguments.causal, TEMPERATURE)
+    if arguments.causal:
+        texts = causal_continuations(model, tokenizer, list(CONTINUED), CONTINUATION_TOKENS, TEMPERATURE)
+    else:
+        texts = continuations(model, tokenizer, list(CONTINUED), CONTINUATION_TOKENS, PENALTY)
     found["continuations"] = dict(zip(CONTINUED, texts, strict=True))
     print(json.dumps(found, indent=1))
     made = provenance(shlex.join(["python", *sys.argv]), torch.device(arguments.device))

@@ -124,6 +124,8 @@ def sampler_text(sampler: Config) -> str:
     sure = "no threshold" if sampler["threshold"] is None else f"threshold {sampler['threshold']:g}"
     order = sampler.get("remasking", "low_confidence")
     filled = "" if order == "low_confidence" else f"{order.replace('_', ' ')}, "
+    penalty = sampler.get("repetition_penalty", 1)
+    filled += "" if penalty == 1 else f"repetition penalty {penalty:g}, "
     blocks = f"{sampler['gen_length']} tokens in blocks of {sampler['block_length']}"
     return f"{sampler['steps']} steps for {blocks}, {filled}{sure}, cache {sampler['cache']}"
 

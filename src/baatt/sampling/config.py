@@ -36,6 +36,8 @@ class SamplerConfig:
         gen_length: tokens to generate.
         block_length: tokens denoised together, left to right; divides `gen_length`.
         temperature: of Gumbel noise added to the logits; 0 takes the most probable token.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that the text so far holds,
+            prompt included, end-of-text tokens excepted (CTRL, arXiv 1909.05858, and transformers); 1 leaves it out.
         cfg_scale: weight of classifier-free guidance, un + (cfg_scale + 1) * (cond - un); 0 leaves it out.
         remasking: confidence that orders the positions of a block, a name in `REMASKING`.
         threshold: None fills equally many positions per step. A probability fills every position surer than it, and
@@ -56,6 +58,7 @@ class SamplerConfig:
     gen_length: int = 128
     block_length: int = 128
     temperature: float = 0.0
+    repetition_penalty: float = 1.0
     cfg_scale: float = 0.0
     remasking: str = field(default="low_confidence", metadata={"choices": REMASKING})
     threshold: float | None = None
@@ -72,7 +75,7 @@ class SamplerConfig:
             raise ValueError(f"seed must be a number of 64 bits, got {self.seed}")
         if not isinstance(self.stop_at_eos, bool):
             raise TypeError(f"stop_at_eos must be a bool, got {self.stop_at_eos!r}")
-        for name in ("temperature", "cfg_scale", "threshold"):
+        for name in ("temperature", "repetition_penalty", "cfg_scale", "threshold"):
             value = getattr(self, name)
             if value is None and name == "threshold":
                 continue
@@ -80,6 +83,8 @@ class SamplerConfig:
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty must be above 0, got 0")
         if self.gen_length % self.block_length:
             raise ValueError(f"block_length must divide gen_length={self.gen_length}, got {self.block_length}")
         if self.steps % self.blocks:

@@ -51,6 +51,19 @@ def guess(logits: Tensor, model: ModelConfig, temperature: float, generator: tor
     return (logits - temperature * torch.log(-torch.log(uniform))).argmax(dim=-1), logits
 
 
+def penalise(logits: Tensor, written: Tensor, model: ModelConfig, penalty: float) -> Tensor:
+    """Logits [B, L, V] with less for tokens of the text so far, `written` [B, N], whose other places are mask tokens.
+
+    A positive one is divided by the penalty, a negative one multiplied, as transformers does. An end-of-text
+    token of the prompt is no repetition: a text that has one may still end.
+    """
+    excepted = torch.tensor([model.mask_token_id, *model.end_tokens], device=written.device)
+    size = logits.shape[-1]
+    ids = written.masked_fill(torch.isin(written, excepted) | (written >= size), size)  # one column more, cut again
+    seen = torch.zeros(len(ids), size + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)[:, None, :size]
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def choose(confidence: Tensor, masked: Tensor, step: int, steps: int, threshold: float | None) -> Tensor:
     """Positions [B, L] bool to fill at a step of a block: the surest of the masked ones, ties to the left."""
     if threshold is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from baatt.models.cache import KeyValueCache
 from baatt.models.config import ModelConfig
 from baatt.sampling.config import CACHES, SamplerConfig, Span
-from baatt.sampling.filling import REMASKING, choose, guess
+from baatt.sampling.filling import REMASKING, choose, guess, penalise
 from baatt.types import widest
 
 
@@ -211,7 +211,13 @@ def _denoise(run: Run, step: int, span: Span, cache: KeyValueCache | None) -> No
     config = run.config
     block, inner = divmod(step, config.steps_per_block)
     masked, place = run.masked(block), run.span(block)
-    guesses, logits = guess(_predict(run, block, span, cache), run.model.config, config.temperature, run.generator)
+    logits = _predict(run, block, span, cache)
+    if config.repetition_penalty != 1:
+        written = run.tokens
+        if run.padding is not None:
+            written = written.masked_fill(~run.padding, run.model.config.mask_token_id)
+        logits = penalise(logits, written, run.model.config, config.repetition_penalty)
+    guesses, logits = guess(logits, run.model.config, config.temperature, run.generator)
     confidence = REMASKING[config.remasking](logits, guesses, masked, run.generator)
     chosen = choose(confidence, masked, inner, config.steps_per_block, config.threshold)
     current = run.tokens[:, slice(*place)]

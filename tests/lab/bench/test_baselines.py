@@ -1,5 +1,7 @@
 """Baselines compute what they say, or refuse with the reason."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,3 +75,15 @@ def test_gpu_baselines_are_refused_on_the_cpu(example, name):
         prepare_baseline(name, *example)
     assert BASELINES[name].refusal("cuda", torch.bfloat16) is None
     assert BASELINES[name].refusal("cuda", torch.float32) == "it needs bfloat16 or float16, got float32"
+
+
+def test_budgets_of_rows_stand_beside_those_of_heads(example):
+    inputs, plan = example
+    with pytest.raises(RefusedError, match="the budget of the operator is that of a row here"):
+        prepare_baseline("budget-row", inputs, plan)
+    of_heads = dataclasses.replace(plan.config, budget="head")
+    out = prepare_baseline("budget-row", inputs, make_plan(inputs.q, inputs.k, of_heads))()
+    torch.testing.assert_close(out, attend(*inputs, plan))
+    unsorted = dataclasses.replace(of_heads, sort="none")
+    with pytest.raises(RefusedError, match="without a causal mask alone"):
+        prepare_baseline("budget-row", inputs, make_plan(inputs.q, inputs.k, unsorted, causal=1))

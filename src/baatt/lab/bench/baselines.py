@@ -1,4 +1,4 @@
-"""What the operator is compared with: dense attention in three ways, FlexAttention with our own plan, plain causality.
+"""What the operator is compared with: dense attention in three ways, FlexAttention with our own plan, and itself.
 
 In: q, k, v and the plan. Out: a function to be timed, or `RefusedError` with the reason. FlexAttention gets q, k and v
 that are sorted already and a block mask that is ready: neither its sorting nor its selection is counted, which favours
@@ -75,6 +75,14 @@ def _prepare_plain_causal(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
     if plan.sight is None:
         raise RefusedError("the operator is not causal here")
     return functools.partial(ba_attention, *inputs, plan.config, causal=1, scale=plan.scale)
+
+
+def _prepare_row_budget(inputs: Inputs, plan: Plan) -> Callable[[], Tensor]:
+    if plan.config.budget == "row":
+        raise RefusedError("the budget of the operator is that of a row here")
+    if plan.sight is not None:
+        raise RefusedError("it stands beside the operator without a causal mask alone")
+    return functools.partial(ba_attention, *inputs, dataclasses.replace(plan.config, budget="row"), scale=plan.scale)
 
 
 def sort_tokens(x: Tensor, order: TokenOrder) -> Tensor:
@@ -179,8 +187,8 @@ def block_mask(plan: Plan, keys: int) -> Any:
 
 
 #: name -> dense attention by one of PyTorch's backends, block-sparse attention by its compiler or another library,
-#: XAttention's choice and attention over it, or the operator itself with the causal mask of single tokens, for what
-#: blocks of several cost.
+#: XAttention's choice and attention over it, or the operator itself with the causal mask of single tokens or with
+#: budgets of rows, for what causal blocks of several tokens and budgets of heads cost.
 BASELINES: dict[str, Baseline] = {
     "cudnn": Baseline(functools.partial(_prepare_with, "CUDNN_ATTENTION"), only_half=True),
     "flash": Baseline(functools.partial(_prepare_with, "FLASH_ATTENTION"), only_half=True),
@@ -194,4 +202,5 @@ BASELINES: dict[str, Baseline] = {
         if name != "fa4-dense"
     },
     "causal-1": Baseline(_prepare_plain_causal),
+    "budget-row": Baseline(_prepare_row_budget),
 }

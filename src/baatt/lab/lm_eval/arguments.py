@@ -32,13 +32,14 @@ class Sampling:
         block_length: tokens denoised together; the length of an answer is rounded up to a multiple, and cut afterwards.
         steps: denoising steps per `gen_length` tokens; answers of another length take their share. None is one step per
             token.
-        threshold, cfg_scale, remasking, cache, seed: as `SamplerConfig`.
+        threshold, repetition_penalty, cfg_scale, remasking, cache, seed: as `SamplerConfig`.
     """
 
     gen_length: int = 256
     block_length: int = 32
     steps: int | None = None
     threshold: float | None = None
+    repetition_penalty: float = 1.0
     cfg_scale: float = 0.0
     remasking: str = field(default="low_confidence", metadata={"choices": REMASKING})
     cache: str = field(default="none", metadata={"choices": CACHES})
@@ -58,8 +59,9 @@ class Sampling:
         steps = length if self.steps is None else min(length, self.steps * length / self.gen_length)
         return SamplerConfig(
             steps=max(1, math.ceil(steps / blocks)) * blocks, gen_length=length, block_length=self.block_length,
-            temperature=temperature, cfg_scale=self.cfg_scale, remasking=self.remasking, threshold=self.threshold,
-            seed=self.seed + repeat, stop_at_eos=stop_at_eos, cache=self.cache,
+            temperature=temperature, repetition_penalty=self.repetition_penalty, cfg_scale=self.cfg_scale,
+            remasking=self.remasking, threshold=self.threshold, seed=self.seed + repeat, stop_at_eos=stop_at_eos,
+            cache=self.cache,
         )  # fmt: skip
 
 
