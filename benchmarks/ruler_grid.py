@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +135,7 @@ class Grid:
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if gpu is not None and self.arguments.device == "cuda":
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = visible_devices(os.environ)[gpu]
         done = False
         if started < self.deadline:
             program = [sys.executable, *(several if gpu is None and gpus > 1 else []), "-m", "baatt", *arguments]
@@ -189,6 +189,11 @@ class Grid:
         stored: dict[str, Any] = json.loads(path.read_text())
         same = without_paths(shlex.split(stored["command"])[1:]) == without_paths(self.command_of(job))
         return stored if same and stored["weights"] == self.weights else None
+
+
+def visible_devices(environment: Mapping[str, str]) -> list[str]:
+    """Names of the GPUs that a process may use, in order; all of them have numbers where nothing is said."""
+    return environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
 
 
 def without_paths(arguments: Sequence[str]) -> list[str]:

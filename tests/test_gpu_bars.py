@@ -37,6 +37,7 @@ def test_the_cases_are_those_of_the_table(bars):
             for chosen in ("clusters-16", "clusters-8", "clusters-16-head")
             for place in ("4K-0.5", "16K-0.5", "32K-0.9", "128K-0.9", "256K-0.9")
         ),
+        *(f"clusters-16-{place}" for place in ("32K-0.5", "32K-0.7", "128K-0.5", "128K-0.7")),
         *(
             f"causal-{tokens}-{place}"
             for place in ("4K-0.5", "16K-0.5", "32K-0.9", "128K-0.9", "256K-0.9")

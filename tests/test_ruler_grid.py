@@ -106,6 +106,12 @@ def test_every_setting_is_told_with_options_that_the_command_knows(tmp_path, cal
     }  # fmt: skip
 
 
+def test_of_the_gpus_those_that_a_program_may_see_are_used(tmp_path, calls, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    ruler_grid.main([str(tmp_path), "--lengths", "4096", "--gpus", "2", "--settings", "safe,mean", "--sparsity", "0.5"])
+    assert {gpu for _, gpu, _ in calls.seen[1:]} <= {"3", "5"}
+
+
 def test_the_file_of_the_grid_joins_lengths_and_sparsities(tmp_path, calls):
     command = [str(tmp_path), "--lengths", "4096,16384", "--settings", "safe,oracle", "--sparsity", "0.3,0.5"]
     ruler_grid.main(command)
