@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import gc
 import math
+import os
 import shlex
 import statistics
 import sys
@@ -57,9 +58,9 @@ CASES: dict[str, Case] = {
 #: case -> sparsity, least speed-up over the fastest dense
 BARS = {"llada-8b-32K": (0.9, 1.8), "wan-14b-720p": (0.75, 1.7)}
 #: Rounds are taken until this many seconds of a case are over.
-ENOUGH, MOST_ROUNDS = 10.0, 5
+ENOUGH, MOST_ROUNDS = 10.0, 7
 #: An answer is many short steps, which wait for the processor, and its times scatter.
-LEAST_ROUNDS_OF_ANSWERS = 3
+LEAST_ROUNDS_OF_ANSWERS, ENOUGH_OF_ANSWERS = 3, 40.0
 #: A self-attention of fewer queries is none that could be sparse.
 FEW = 256
 
@@ -154,12 +155,12 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, A
     candidates = {name: one for name, one in make_candidates(client, case).items() if name not in small.refused}
     found: dict[str, list[Evaluation]] = {name: [] for name in candidates}
     started, shuffle = time.perf_counter(), Random(0)
-    least = LEAST_ROUNDS_OF_ANSWERS if case.answer else 1
+    least, enough = (LEAST_ROUNDS_OF_ANSWERS, ENOUGH_OF_ANSWERS) if case.answer else (1, ENOUGH)
     for number in range(MOST_ROUNDS):
         for name in shuffle.sample(list(candidates), len(candidates)):
             found[name].append(evaluate(client, candidates[name], device))
         # A pass that takes long needs no second round.
-        if number + 1 >= least and time.perf_counter() - started > (ENOUGH if number else 2 * ENOUGH):
+        if number + 1 >= least and time.perf_counter() - started > (enough if number else 2 * enough):
             break
     about = {"parameters": parameters(client), "dtype": str(dtype).removeprefix("torch.")}
     return record_of(case, small, found) | about
@@ -337,10 +338,13 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(CASES), help="some of the cases below, by commas")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after these")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--cores", type=int, help="stay on so many of the cores that it may use (default: on all)")
     arguments = parser.parse_args(argv)
     arguments.cases = arguments.cases.split(",")
     if unknown := [name for name in arguments.cases if name not in CASES]:
         parser.error(f"--cases must be of {', '.join(CASES)}, got {', '.join(unknown)}")
+    if arguments.cores is not None and arguments.cores < 1:
+        parser.error(f"--cores must be at least 1, got {arguments.cores}")
     if not arguments.json.parent.is_dir():
         parser.error(f"--json must lie in an existing folder, {arguments.json.parent} is none")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -351,6 +355,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 1 if a case failed or was left out, the others are kept."""
     arguments = read_arguments(argv)
+    if arguments.cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     command = shlex.join(["python", "benchmarks/end_to_end.py", *(sys.argv[1:] if argv is None else argv)])

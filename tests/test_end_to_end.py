@@ -38,6 +38,7 @@ def bench(monkeypatch):
     monkeypatch.setitem(sys.modules, "end_to_end", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ENOUGH", 0.0)
+    monkeypatch.setattr(module, "ENOUGH_OF_ANSWERS", 0.0)
     case, cpu = module.Case, {"against": ("flash", "math")}
     tiny = {
         "llada": case("llada", LLADA, {"n_layers": 2}, (600,), (0.5, 0.9), **cpu),
@@ -191,3 +192,14 @@ def test_wrong_calls(bench, tmp_path, capsys):
         with pytest.raises(SystemExit):
             bench.main(["--json", str(tmp_path / "record.json"), *options])
         assert message in capsys.readouterr().err
+
+
+def test_it_stays_on_so_many_cores(bench, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: {7, 3, 5})
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda _, cores: chosen.append(cores))
+    options = ["--device", "cpu", "--json", str(tmp_path / "found.json"), "--cases", "llada", "--seconds", "-1"]
+    assert bench.main([*options, "--cores", "2"]) == 1  # the case is left out
+    assert chosen == [[3, 5]]
+    with pytest.raises(SystemExit):
+        bench.main([*options, "--cores", "0"])
