@@ -12,7 +12,7 @@ from baatt import BAAttConfig, Policy
 from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import Handle, NoSparseAttentionWarning
 from baatt.integrations.masks import WINDOW
-from baatt.integrations.reasons import ADVICE, ALL_KEPT, FEW_QUERIES, ONE_QUERY, UNEQUAL, worthwhile_queries
+from baatt.integrations.reasons import ADVICE, ALL_KEPT, FEW_QUERIES, ONE_QUERY, UNEQUAL, fewest_queries
 from baatt.integrations.sdpa import sparse_sdpa
 from baatt.models import MaskedDiffusionLM
 from baatt.models.config import ModelConfig
@@ -109,10 +109,10 @@ def test_rows_over_a_cache_are_sparse_from_where_it_pays(rows):
     q, k = torch.randn(1, 2, rows, 8), torch.randn(1, 2, 600, 8)
     handle.start_forward()
     handle.attention(q, k, k, layer=0)
-    pays = rows >= worthwhile_queries("cpu")
+    pays = rows >= fewest_queries(None, "cpu")
     assert handle.reasons == ({} if pays else {FEW_QUERIES: 1})
     assert handle.unasked() == (None if pays else {FEW_QUERIES})
-    assert worthwhile_queries("cuda") == worthwhile_queries("mps") == 1024
+    assert fewest_queries(None, "cuda") == fewest_queries(None, "mps") == 1024
     asked = Handle(HALF, Policy(min_queries=rows + 1))
     asked.start_forward()
     asked.attention(q, k, k, layer=0)
@@ -215,3 +215,40 @@ def test_loops_that_call_forward_past_the_hooks_are_watched(model, directly):
     with baatt.enable(model, HALF), pytest.warns(NoSparseAttentionWarning, match=ALL_KEPT), torch.no_grad():
         getattr(model.model, "forward" if directly else "__call__")(tokens)
     assert "forward" not in vars(model.model)
+
+
+POLICIES = {
+    "none": None,
+    "dense layer": Policy(dense_layers=(1,)),
+    "first steps": Policy(dense_steps=0.5),
+    "length": Policy(min_length=601),
+    "queries": Policy(min_queries=64),
+    "sparsity of a layer": Policy(layer_sparsity=((1, 0.0),)),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("rows", [1, 32, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_short_step_is_counted_as_if_it_were_looked_at_closely(name, rows, dtype, monkeypatch):
+    q, k, v = torch.randn(1, 2, rows, 8), torch.randn(1, 2, 600, 8), torch.randn(1, 2, 600, 8).to(dtype)
+    found = []
+    for is_short in (True, False):
+        handle = Handle(HALF, POLICIES[name])
+        handle.set_layers(2)
+        if not is_short:
+            monkeypatch.setattr(Handle, "_short_step", lambda *_: None)
+        outs = []
+        for step in (0, 3):
+            handle.at_step(step, 4)
+            outs += [handle.attention(q, k, v, layer=layer, dense=lambda: q) for layer in (0, 1)]
+        found.append((handle.reasons, handle.layers, handle.tally(), outs))
+    assert found[0][:3] == found[1][:3]
+    assert all(map(torch.equal, found[0][3], found[1][3]))
+
+
+def test_a_short_step_that_wants_gradients_says_so():
+    handle = Handle(HALF)
+    q, k = torch.randn(1, 2, 32, 8, requires_grad=True), torch.randn(1, 2, 600, 8)
+    assert handle.attention(q, k, k, layer=0).requires_grad
+    assert list(handle.reasons) == ["gradients are asked for: call the model under torch.no_grad()"]

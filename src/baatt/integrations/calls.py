@@ -5,6 +5,7 @@ there and nothing is compiled again for them. Knows no library and no policy: it
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, Sequence  # noqa: UP035 - torch 2.6 infers no schema from that of collections.abc
 
 import torch
@@ -14,6 +15,12 @@ from baatt.integrations.masks import Structure
 
 #: Handles by number, as long as they live.
 HANDLES: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
+
+#: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
+TokenPermutation = Callable[[int, torch.device], Tensor | None]
+
+#: Is shown every call: layer, q [B, H, N, D], k and v [B, G, M, D], key mask, factor on q.k, tokens per causal block.
+Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float, int | None], None]
 
 
 class SdpaCall(NamedTuple):
@@ -67,6 +74,11 @@ class SdpaCall(NamedTuple):
             if mask is not None and mask.dtype not in (torch.bool, torch.float64):
                 mask = mask.to(dtype)
         return self.changed(q, k, v, mask, self.scale)
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    """Whether a result is to be differentiated, which the sparse operator cannot."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 # A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them;

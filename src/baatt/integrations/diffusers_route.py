@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import _pop_mode_temporarily
 
-from baatt.integrations.calls import SdpaCall
+from baatt.integrations.calls import SdpaCall, needs_gradients
 from baatt.integrations.diffusers_dispatch import find_dispatch, watcher
-from baatt.integrations.handle import Handle, needs_gradients
+from baatt.integrations.handle import Handle
 from baatt.integrations.progress import TRAINING_TIMESTEPS, by_name
 from baatt.integrations.reasons import BY_POLICY, GRADIENTS
 from baatt.integrations.sdpa import Current, SparseSDPA

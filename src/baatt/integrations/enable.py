@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.handle import Handle, TokenPermutation
+from baatt.integrations.calls import TokenPermutation
+from baatt.integrations.handle import Handle
 from baatt.integrations.reasons import NOTHING_SEEN, warn_dense
 from baatt.integrations.stand_in import refuse_copy
 

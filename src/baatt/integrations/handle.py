@@ -22,7 +22,7 @@ from baatt.attention import ba_attention
 from baatt.backend import IMPLS, Workload, choose_backend
 from baatt.checks import as_number, check_structure
 from baatt.config import BAAttConfig, Policy
-from baatt.integrations.calls import HANDLES, SdpaCall, routed_attention
+from baatt.integrations.calls import HANDLES, SdpaCall, TokenPermutation, Watcher, needs_gradients, routed_attention
 from baatt.integrations.counts import Counts, block_pairs
 from baatt.integrations.masks import NO_MASK, MaskReader, Structure
 from baatt.integrations.progress import DenoisingProgress
@@ -30,21 +30,15 @@ from baatt.integrations.reasons import (
     ALL_KEPT,
     BY_POLICY,
     CROSS,
-    FEW_QUERIES,
     GRADIENTS,
     ONE_QUERY,
     UNEQUAL,
-    worthwhile_queries,
-)
+    fewest_queries,
+    too_few,
+)  # fmt: skip
 from baatt.integrations.reasons import NoSparseAttentionWarning as NoSparseAttentionWarning  # for those who filter it
 from baatt.integrations.stand_in import StandIn
 from baatt.stages.dense import dense_attention
-
-#: Length N of a sequence -> permutation [N] int64 that puts its tokens in the order they are cut into blocks, or None.
-TokenPermutation = Callable[[int, torch.device], Tensor | None]
-
-#: Is shown every call: layer, q [B, H, N, D], k and v [B, G, M, D], key mask, factor on q.k, tokens per causal block.
-Watcher = Callable[[int | None, Tensor, Tensor, Tensor, Tensor | None, float, int | None], None]
 
 _numbers = itertools.count()
 
@@ -215,6 +209,10 @@ class Handle(Counts):
             [B, H, N, D].
         """
         known = Structure(causal, query_start, key_mask, query_mask, refusal)
+        is_plain = causal is None and key_mask is None and query_mask is None and scale is None and refusal is None
+        if is_plain and is_cross is False and (reason := self._short_step(q, k, v)) is not None:
+            self.count_dense(layer, reason, q, k)
+            return dense_attention(q, k, v) if dense is None else dense()
         return self._attend(SdpaCall(q, k, v, scale=scale), known, dense, layer, is_cross)
 
     def sdpa(
@@ -286,7 +284,9 @@ class Handle(Counts):
         if dense is None:
             dense = functools.partial(dense_attention, q, k, v, key_mask=known.key_mask, **options)
         # A decoding step stays dense anyway, and there every node that is opaque costs time.
-        if refusal is not None or (is_traced and q.shape[2] == 1 and self._fewest_queries(q.device) > 1):
+        if refusal is not None or (
+            is_traced and q.shape[2] == 1 and fewest_queries(self.policy.min_queries, q.device.type) > 1
+        ):
             self.count_dense(layer, refusal or ONE_QUERY, q, k, known)
             return dense()
         if is_traced:
@@ -339,10 +339,19 @@ class Handle(Counts):
         out = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
         return torch.empty_like(out).index_copy(2, permutation, out)
 
-    def _fewest_queries(self, device: torch.device) -> int:
-        """Of a call over more keys."""
-        fewest = self.policy.min_queries
-        return worthwhile_queries(device.type) if fewest is None else fewest
+    def _short_step(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why a call without any mask has too few queries, or None where that must be looked at more closely.
+
+        A short step waits for the processor, and what `_decide` asks besides takes three times as long as this.
+        """
+        policy = self.policy
+        if policy.dense_layers or policy.layer_sparsity or policy.dense_steps or policy.min_length:
+            return None  # which may be the reason
+        if not self._is_sparse or self._watcher is not None or self.is_timed or torch.compiler.is_compiling():
+            return None
+        if k.shape != v.shape or not q.dtype == k.dtype == v.dtype or needs_gradients(q, k, v):
+            return None
+        return too_few(policy.min_queries, q.shape[2], k.shape[2], q.device.type)
 
     def _refusal(
         self,
@@ -374,10 +383,8 @@ class Handle(Counts):
             return f"a scale that is not finite and positive, {scale}"
         if keys < policy.min_length:
             return f"{BY_POLICY}fewer keys than min_length={policy.min_length}"
-        if queries < min(keys, self._fewest_queries(q.device)):
-            if policy.min_queries is not None:
-                return f"{BY_POLICY}fewer queries than min_queries={policy.min_queries}, of more keys"
-            return ONE_QUERY if queries == 1 else FEW_QUERIES
+        if (few := too_few(policy.min_queries, queries, keys, q.device.type)) is not None:
+            return few
         # Asking for the backend takes longer than all above, and a step of a few queries has no time to spare.
         if not q.is_cpu and self.impl == "auto":
             backend = choose_backend("auto", q.device, Workload(q.dtype, q.shape[3], self.config.block_size, scale))
@@ -390,8 +397,3 @@ class Handle(Counts):
         except ValueError as error:
             return str(error)
         return None
-
-
-def needs_gradients(*tensors: Tensor) -> bool:
-    """Whether a result is to be differentiated, which the sparse operator cannot."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

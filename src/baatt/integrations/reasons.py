@@ -60,9 +60,18 @@ def is_asked(reason: str) -> bool:
     return reason.startswith(ASKED)
 
 
-def worthwhile_queries(device: str) -> int:
-    """Fewest queries over more keys that are made sparse on a type of device where the policy names no number."""
-    return WORTHWHILE.get(device, WORTHWHILE_ELSEWHERE)
+def fewest_queries(wanted: int | None, device: str) -> int:
+    """Of a call over more keys that is made sparse on a type of device, where a policy does not want another number."""
+    return WORTHWHILE.get(device, WORTHWHILE_ELSEWHERE) if wanted is None else wanted
+
+
+def too_few(wanted: int | None, queries: int, keys: int, device: str) -> str | None:
+    """Why a call has too few queries over more keys, or None; arguments as `fewest_queries`."""
+    if queries >= keys or queries >= fewest_queries(wanted, device):
+        return None
+    if wanted is not None:
+        return f"{BY_POLICY}fewer queries than min_queries={wanted}, of more keys"
+    return ONE_QUERY if queries == 1 else FEW_QUERIES
 
 
 def explained(reason: str) -> str:
