@@ -147,11 +147,18 @@ def operator_table(record: Record) -> str:
     return block(record, [*header, "error (limit)"], rows, caption)
 
 
-def clusters_table(record: Record) -> str:
-    """The operator with the paper's setting and with blocks chosen by clusters, beside its floor; row by length."""
-    chosen = records_of(record, "operator")
-    settings = list(dict.fromkeys(map(setting_of, chosen)))
-    chosen.sort(key=lambda one: (one["shape"][2], one["sparsity"], settings.index(setting_of(one))))
+def clusters_table(records: list[Record]) -> str:
+    """The operator with the paper's setting and with blocks chosen by clusters, beside its floor; row by length.
+
+    Of a length, sparsity and setting that several records have, the last is shown.
+    """
+    found = {
+        (one["shape"][2], one["sparsity"], setting_of(one)): (one, record)
+        for record in records
+        for one in records_of(record, "operator")
+    }
+    settings = list(dict.fromkeys(setting for _, _, setting in found))
+    chosen = [found[key] for key in sorted(found, key=lambda key: (*key[:2], settings.index(key[2])))]
     rows = [
         [
             length_text(one),
@@ -166,22 +173,23 @@ def clusters_table(record: Record) -> str:
             gibibytes(one["peak_memory_bytes"]),
             error_of(one["error"], one["error_limit"]),
         ]
-        for one in chosen
+        for one, record in chosen
     ]
     header = (
         *("length", "sparsity", "setting", "ms", "not attention", "cudnn, ms", "over cudnn", "over flash"),
         *("over budgets of rows", "floor, ms", "over the floor", "extra memory", "error (limit)"),
     )
+    peaks = " and ".join(f"{record['matrix_peak_tflops']:.0f}" for record in records)
+    widths = " and ".join(f"{record['memory_bandwidth'] / 1e12:.2f}" for record in records)
     caption = (
-        f"{sizes_text(chosen[0])}. Time of the whole call, selection included. The floor: products of the kept pairs "
-        "and of all pairs of clusters (C3), or of block statistics (E5), at the "
-        f"{record['matrix_peak_tflops']:.0f} TFLOP/s of a large {record['matrix_peak_dtype']} matrix product in the "
-        f"same run, or q, k, v and output moved once at its {record['memory_bandwidth'] / 1e12:.2f} TB/s, whichever "
-        "is longer; finding the clusters and sorting are not counted. Each row has its own time of cuDNN, which moves "
-        "with the clock of the machine: rows compare by what they are over it. Budgets of a head took turns "
-        "with the same call with budgets of rows."
+        f"{sizes_text(chosen[0][0])}. Time of the whole call, selection included. The floor: products of the kept "
+        "pairs and of all pairs of clusters (C3), or of block statistics (E5), at the TFLOP/s of a large "
+        f"{records[0]['matrix_peak_dtype']} matrix product in the same run ({peaks}), or q, k, v and output moved once "
+        f"at its TB/s ({widths}), whichever is longer; finding the clusters and sorting are not counted. Each row has "
+        "its own time of cuDNN, which moves with the clock of the machine: rows compare by what they are over it. "
+        "Budgets of a head took turns with the same call with budgets of rows."
     )
-    return block(record, header, rows, caption)
+    return block(records, header, rows, caption)
 
 
 def setting_of(one: Record) -> str:

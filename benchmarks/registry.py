@@ -70,11 +70,8 @@ CASES: dict[str, Case] = {
     "gpu_clusters": Case(
         "the operator with blocks chosen by clusters beside the paper's setting, cuDNN and FlashAttention on a GPU",
         "python benchmarks/gpu_bars.py --no-flex --cases NAMES --json FILE",
-        ("gpu_clusters_h200.json", "gpu_clusters_since_h200.json"),
-        {
-            "gpu_clusters": Block(gpu_bars.clusters_table, ("gpu_clusters_h200.json",)),
-            "gpu_clusters_since": Block(gpu_bars.clusters_table, ("gpu_clusters_since_h200.json",)),
-        },
+        ("gpu_clusters_first_h200.json", "gpu_clusters_h200.json"),  # the latest row of a case is shown
+        {"gpu_clusters": Block(gpu_bars.clusters_table, together=True)},
     ),
     "gpu_causal": Case(
         "causal and block-causal attention beside causal cuDNN and FlashAttention on a GPU",
@@ -85,7 +82,9 @@ CASES: dict[str, Case] = {
     "end_to_end": Case(
         "whole models in their published sizes on a GPU, dense and sparse: passes, prompts, answers, denoising steps",
         "python benchmarks/end_to_end.py --json FILE",
-        ("end_to_end_h200.json", "end_to_end_more_h200.json", "end_to_end_rest_h200.json"),
+        tuple(
+            f"end_to_end{part}_h200.json" for part in ("", "_more", "_rest", "_wan", "_again", "_answer_8K")
+        ),  # the latest row of a case is shown
         {"end_to_end": Block(end_to_end.table, together=True)},
     ),
     "gpu_sweep": Case(
@@ -144,7 +143,10 @@ CASES: dict[str, Case] = {
             "frontier": Block(frontier.table, ("frontier_h200.json", *ruler_tables.GRIDS), together=True),
             "which_sparsity": Block(
                 frontier.which,
-                ("frontier_h200.json", "gpu_clusters_h200.json", "fidelity_smollm2.json", *ruler_tables.GRIDS),
+                (
+                    *("frontier_h200.json", "gpu_clusters_first_h200.json", "gpu_clusters_h200.json"),
+                    *("fidelity_smollm2.json", *ruler_tables.GRIDS),
+                ),
                 together=True,
             ),
         },

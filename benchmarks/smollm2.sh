@@ -5,8 +5,8 @@
 #   benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS [OPTIONS of ruler_grid.py]
 #     on GPUs (GPUS, 2): RULER with several ways to choose blocks at 4096 tokens, with other orders and weights of BA-Att
 #     there, then at 8192, in this order for so many seconds. The same command goes on, on another machine too if RESULTS
-#     holds the answers.tar.gz of an earlier one. COUNT samples of every task (30), LONG_COUNT at 8192 (20): by an estimate
-#     1000 s on two H200.
+#     holds the answers.tar.gz of an earlier one. COUNT samples of every task (20), LONG_COUNT at 8192 (10): 960 seconds of
+#     an H200, on one or shared by several.
 #     On a machine without a network, after the parts have travelled, for example:
 #       bash benchmarks/smollm2.sh model .carry/smollm2 src/baatt/assets/smollm2-diffusion/adapter.safetensors /tmp/smollm2
 #       bash benchmarks/smollm2.sh grids /tmp/smollm2 /tmp/grids RESULTS 560     # again until nothing is open
@@ -44,10 +44,10 @@ grids)
     tar --extract --file "$results/answers.tar.gz" --directory "$work"
   fi
   settings=clusters,oracle,paper,unsorted,unsorted-first,antidiagonal-first
-  grid 4096 "${COUNT:-30}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings "$settings"
-  grid orders "${COUNT:-30}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings orders
-  grid betas "${COUNT:-30}" --lengths 4096 --sparsity 0.5 --settings betas
-  grid 8192 "${LONG_COUNT:-20}" --lengths 8192 --sparsity 0.5,0.7,0.9 --settings "$settings"
+  grid 4096 "${COUNT:-20}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings "$settings"
+  grid orders "${COUNT:-20}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings orders
+  grid betas "${COUNT:-20}" --lengths 4096 --sparsity 0.5 --settings betas
+  grid 8192 "${LONG_COUNT:-10}" --lengths 8192 --sparsity 0.5,0.7,0.9 --settings "$settings"
   tar --create --gzip --file "$results/answers.tar.gz" --directory "$work" answers
   exit $unfinished
   ;;

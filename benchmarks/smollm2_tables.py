@@ -143,13 +143,6 @@ def with_source(grid: Record, header: Sequence[str], rows: list[list[str]], text
 
 #: Entries of registry.py.
 CASES: dict[str, Case] = {
-    "ruler_smollm2_first": Case(
-        "RULER's tasks of the diffusion model grown from SmolLM2, densely, by default and as in the paper, 12 samples",
-        "python benchmarks/ruler_grid.py FOLDER --model ~/.cache/baatt/smollm2-diffusion --gpus 1 "
-        "--settings dense,clusters,paper --lengths 4096 --sparsity 0.5,0.7,0.9 --count 12",
-        ("ruler_smollm2_first.json",),
-        {"ruler_smollm2_first": Block(ruler_tables.grid_averages, ("ruler_smollm2_first.json",), together=True)},
-    ),
     "smollm2_grids": Case(
         "RULER's tasks of the diffusion model grown from SmolLM2 with several ways to choose blocks, beside the paper",
         "bash benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS",
@@ -161,7 +154,6 @@ CASES: dict[str, Case] = {
             "smollm2_orders": Block(by_order, ("ruler_smollm2_orders.json",)),
             "smollm2_betas": Block(by_beta, ("ruler_smollm2_betas.json",)),
         },
-        awaited=True,
     ),
     "training_smollm2": Case(
         "a diffusion model grown from SmolLM2: history, text, questions, documents, RULER's tasks",

@@ -62,7 +62,7 @@ def test_which_sparsity_has_a_place_for_every_length_that_was_timed(length, shar
         {"length": 8192, "config": asdict(BAAttConfig(sparsity=one)) if one else {}, "recalled": 0.9 - one / 2}
         for one in (0.0, *frontier.SPARSITIES)
     ]
-    lines = frontier.which([timed, report([]), real, grid([8192])]).splitlines()
+    lines = frontier.which([timed, report([]), report([]), real, grid([8192])]).splitlines()
     assert lines[0].startswith(f"| sparsity | speed-up, {name} | RULER, 8K | RULER, 16K | SmolLM2")
     row = next(line for line in lines if line.startswith(f"| {100 * share:g} % |"))
     assert "| 2.50x |" in row

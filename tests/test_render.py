@@ -187,6 +187,8 @@ def test_gpu_tables(copy):
         "memory_bandwidth": 4e12, "records": records,
     }  # fmt: skip
     (copy / "benchmarks/results/gpu_operator_h200.json").write_text(json.dumps(stored))
+    slower = uneven | {"total_ms": 99.0}
+    (copy / "benchmarks/results/gpu_clusters_first_h200.json").write_text(json.dumps(stored | {"records": [slower]}))
     (copy / "benchmarks/results/gpu_clusters_h200.json").write_text(json.dumps(stored | {"records": [uneven]}))
     blocks = [
         f"<!-- render:{name} -->\n<!-- /render -->"
@@ -206,6 +208,7 @@ def test_gpu_tables(copy):
         "| 32K | 90 % | 8 clusters, budget of a head | 12.3 | 12 % | 18.5 | 1.50x | 2.25x | 0.95x | 2.03 | 6.07x |"
         in text
     )
+    assert "| 99 |" not in text
     assert "Commit 0123456789-dirty, device NVIDIA H200" in text
     assert "The peak is 1000 TFLOP/s" in text
 
