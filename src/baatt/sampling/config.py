@@ -81,10 +81,10 @@ class SamplerConfig:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+            if name == "repetition_penalty" and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and above 0, got {value}")
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be finite and at least 0, got {value}")
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty must be above 0, got 0")
         if self.gen_length % self.block_length:
             raise ValueError(f"block_length must divide gen_length={self.gen_length}, got {self.block_length}")
         if self.steps % self.blocks:
