@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from baatt.models import MaskedDiffusionLM, ModelConfig
 from baatt.models.checkpoint import load_tokenizer
 from baatt.sampling import CACHES, SamplerConfig, SampleResult, generate
 from baatt.sampling.config import Span
+from baatt.stages.dense import dense_attention
 
 MASK, VOCABULARY = 17, 19  # the mask token lies inside the vocabulary, as LLaDA's does
 ALLOWED = [token for token in range(VOCABULARY) if token != MASK]
@@ -441,6 +443,33 @@ def test_an_enabled_model_is_sparse_in_full_passes_and_dense_in_short_cached_one
         generate(model, *padded(prompts), SamplerConfig(**case, cache="dual"))
     assert handle.sparse_calls == 2 * 3
     assert handle.reasons == {reason: 4 * 3}
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("policy", [None, Policy(min_queries=9), Policy(dense_layers=(1,)), Policy(dense_steps=0.5)])
+@pytest.mark.parametrize("own", [(), (0,), (0, 1, 2)])
+@pytest.mark.filterwarnings("ignore::baatt.integrations.handle.NoSparseAttentionWarning")
+def test_short_steps_that_are_counted_together_are_counted_as_if_one_by_one(
+    cache: str, policy: Policy | None, own: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where some layers have an attention of their own, which is not counted."""
+    model, found = make_model(), []
+    functions = [
+        (lambda *x, key_mask: dense_attention(*x, key_mask=key_mask)) if layer in own else dense_attention
+        for layer in range(3)
+    ]
+    given = {"attention": functions} if own else {}
+    caller = Mock(side_effect=lambda *x, **options: model(*x, **given, **options), config=model.config)
+    config = SamplerConfig(steps=6, gen_length=12, block_length=6, cache=cache)
+    inputs = padded([make_prompt(length, seed=length) for length in LENGTHS])
+    for is_one_by_one in (False, True):
+        if is_one_by_one:
+            monkeypatch.setattr(Handle, "short_step", lambda *_: None)
+        with baatt.enable(model, SPARSE, policy) as handle:
+            tokens = generate(caller, *inputs, config, on_step=handle.at_step).tokens
+        assert not {*own} & handle.layers.keys()
+        found.append((handle.reasons, handle.layers, handle.tally(), handle.report(), tokens.tolist()))
+    assert found[0] == found[1]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

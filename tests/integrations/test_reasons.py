@@ -237,7 +237,7 @@ def test_a_short_step_is_counted_as_if_it_were_looked_at_closely(name, rows, dty
         handle = Handle(HALF, POLICIES[name])
         handle.set_layers(2)
         if not is_short:
-            monkeypatch.setattr(Handle, "_short_step", lambda *_: None)
+            monkeypatch.setattr(Handle, "short_step", lambda *_: None)
         outs = []
         for step in (0, 3):
             handle.at_step(step, 4)

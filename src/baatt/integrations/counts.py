@@ -79,6 +79,16 @@ class Counts:
             )  # fmt: skip
         self._forward.reasons.add(reason)
 
+    def count_short_step(self, layers: Iterable[int], reason: str, pairs: int) -> None:
+        """One dense call of each layer, of so many block pairs: for a step that has no time to count one by one."""
+        with self._lock:
+            for layer in layers:
+                before = self._tallies.get((layer, reason), _NOTHING)
+                self._tallies[layer, reason] = Tally(
+                    before.calls + 1, before.pairs + pairs, before.kept + pairs, before.asked + pairs, before.unsized
+                )
+        self._forward.reasons.add(reason)
+
     def start_forward(self) -> None:
         """A forward of the model begins in this thread."""
         self._forward.reasons = set()

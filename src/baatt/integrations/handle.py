@@ -210,7 +210,9 @@ class Handle(Counts):
         """
         known = Structure(causal, query_start, key_mask, query_mask, refusal)
         is_plain = causal is None and key_mask is None and query_mask is None and scale is None and refusal is None
-        if is_plain and is_cross is False and (reason := self._short_step(q, k, v)) is not None:
+        is_plain = is_plain and is_cross is False and k.shape == v.shape and q.dtype == k.dtype == v.dtype
+        reason = self.short_step(q.shape[2], k.shape[2], q.device) if is_plain else None
+        if reason is not None and not needs_gradients(q, k, v):
             self.count_dense(layer, reason, q, k)
             return dense_attention(q, k, v) if dense is None else dense()
         return self._attend(SdpaCall(q, k, v, scale=scale), known, dense, layer, is_cross)
@@ -339,7 +341,7 @@ class Handle(Counts):
         out = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
         return torch.empty_like(out).index_copy(2, permutation, out)
 
-    def _short_step(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    def short_step(self, queries: int, keys: int, device: torch.device) -> str | None:
         """Why a call without any mask has too few queries, or None where that must be looked at more closely.
 
         A short step waits for the processor, and what `_decide` asks besides takes three times as long as this.
@@ -349,9 +351,7 @@ class Handle(Counts):
             return None  # which may be the reason
         if not self._is_sparse or self._watcher is not None or self.is_timed or torch.compiler.is_compiling():
             return None
-        if k.shape != v.shape or not q.dtype == k.dtype == v.dtype or needs_gradients(q, k, v):
-            return None
-        return too_few(policy.min_queries, q.shape[2], k.shape[2], q.device.type)
+        return too_few(policy.min_queries, queries, keys, device.type)
 
     def _refusal(
         self,
