@@ -958,3 +958,29 @@ def test_without_the_library_register_names_the_extra(monkeypatch):
     monkeypatch.setattr(adapter.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"transformers is not installed: pip install 'baatt\[transformers\]'"):
         adapter.register()
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.filterwarnings("ignore::baatt.integrations.handle.NoSparseAttentionWarning")
+def test_decoding_steps_are_counted_and_computed_as_if_they_were_looked_at_closely(cache, is_padded, monkeypatch):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (2, 200))
+    mask = torch.ones_like(ids)
+    mask[0, :37] = not is_padded
+    found = []
+    for is_looked_at in (False, True):
+        if is_looked_at:
+            monkeypatch.setattr(core.Handle, "short_step", lambda *_: None)
+        with baatt.enable(model, BAAttConfig(block_size=16, sparsity=0.5)) as handle:
+            given = {"cache_implementation": cache} if cache else {}
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0, **given)
+        found.append((handle.reasons, handle.layers, handle.tally().calls, out.tolist()))
+    assert found[0] == found[1]
+    assert found[0][0] == {"a decoding step of one query": 4 * 2}
+    assert handle.sparse_calls == 2

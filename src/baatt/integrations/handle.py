@@ -210,9 +210,8 @@ class Handle(Counts):
         """
         known = Structure(causal, query_start, key_mask, query_mask, refusal)
         is_plain = causal is None and key_mask is None and query_mask is None and scale is None and refusal is None
-        is_plain = is_plain and is_cross is False and k.shape == v.shape and q.dtype == k.dtype == v.dtype
-        reason = self.short_step(q.shape[2], k.shape[2], q.device) if is_plain else None
-        if reason is not None and not needs_gradients(q, k, v):
+        reason = self.short_call(q, k, v) if is_plain and is_cross is False else None
+        if reason is not None:
             self.count_dense(layer, reason, q, k)
             return dense_attention(q, k, v) if dense is None else dense()
         return self._attend(SdpaCall(q, k, v, scale=scale), known, dense, layer, is_cross)
@@ -341,6 +340,11 @@ class Handle(Counts):
         out = ba_attention(q, k, v, config, **masks, scale=call.scale, impl=self.impl)
         return torch.empty_like(out).index_copy(2, permutation, out)
 
+    def short_call(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """As `short_step`, of one call of self-attention."""
+        is_usual = k.shape == v.shape and q.dtype == k.dtype == v.dtype and not needs_gradients(q, k, v)
+        return self.short_step(q.shape[2], k.shape[2], q.device) if is_usual else None
+
     def short_step(self, queries: int, keys: int, device: torch.device) -> str | None:
         """Why a call without any mask has too few queries, or None where that must be looked at more closely.
 
@@ -354,15 +358,9 @@ class Handle(Counts):
         return too_few(policy.min_queries, queries, keys, device.type)
 
     def _refusal(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        layer: int | None,
-        cross: str | None,
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, layer: int | None, cross: str | None,
         structure: dict[str, Any],
-    ) -> str | None:
+    ) -> str | None:  # fmt: skip
         """Why the policy, the config or the device has a call stay dense, or None."""
         policy, queries, keys = self.policy, q.shape[2], k.shape[2]
         if not self._is_sparse:

@@ -198,12 +198,18 @@ class _Pair:
         if found is None:
             return self.dense(call), None
         handle, place = found
+        refusal = _refusal(call)
+        # A decoding step waits for the processor, and needs no mask to be looked at.
+        is_lone = query.shape[2] == 1 and refusal is None and not place.is_cross
+        if is_lone and (reason := handle.short_call(query, key, value)) is not None:
+            handle.count_dense(place.layer, reason, query, key)
+            return self.dense(call), None
         # As transformers has it: a mask says all, and without one a lone query sees all.
         is_causal = call.is_causal and attention_mask is None and query.shape[2] > 1
         asked = SdpaCall(query, key, value, attention_mask, 0.0, is_causal, options.get("scaling"), enable_gqa=True)
         out = handle.sdpa(
             asked, lambda: self.dense(call).transpose(1, 2), layer=place.layer, is_cross=place.is_cross,
-            refusal=_refusal(call),
+            refusal=refusal,
         )  # fmt: skip
         return rearrange(out, "b h n d -> b n h d").contiguous(), None
 
