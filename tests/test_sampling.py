@@ -267,7 +267,7 @@ def penalised(logits: Tensor, written: list[list[int]], ends: list[int], penalty
     found = logits.clone()
     for row, ids in enumerate(written):
         for token in set(ids) - {MASK, *ends}:
-            if token >= logits.shape[-1]:
+            if not 0 <= token < logits.shape[-1]:
                 continue
             for place in range(logits.shape[1]):
                 value = float(logits[row, place, token])
@@ -278,7 +278,7 @@ def penalised(logits: Tensor, written: list[list[int]], ends: list[int], penalty
 @pytest.mark.parametrize("penalty", [1.3, 0.5])
 def test_penalty_is_for_tokens_of_the_text(penalty: float) -> None:
     logits = torch.randn(2, 5, CONFIG.logit_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    written = [[3, 7, 7, MASK, 5], [1, 1, 5, MASK, CONFIG.logit_size + 2]]
+    written = [[3, 7, 7, MASK, 5], [1, -1, 5, MASK, CONFIG.logit_size + 2]]
     model = dataclasses.replace(CONFIG, eos_token_id=5)
     found = penalise(logits, torch.tensor(written), model, penalty)
     assert torch.equal(found, penalised(logits, written, [5], penalty))

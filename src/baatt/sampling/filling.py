@@ -59,7 +59,8 @@ def penalise(logits: Tensor, written: Tensor, model: ModelConfig, penalty: float
     """
     excepted = torch.tensor([model.mask_token_id, *model.end_tokens], device=written.device)
     size = logits.shape[-1]
-    ids = written.masked_fill(torch.isin(written, excepted) | (written >= size), size)  # one column more, cut again
+    is_other = torch.isin(written, excepted) | (written < 0) | (written >= size)
+    ids = written.masked_fill(is_other, size)  # a column more, cut again
     seen = torch.zeros(len(ids), size + 1, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)[:, None, :size]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
