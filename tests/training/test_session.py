@@ -2,13 +2,18 @@
 
 import argparse
 import dataclasses
+import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from baatt import assets
 from baatt.cli.main import build_parser
+from baatt.lab.records import commit_here
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training" / "vision"))
 
@@ -37,6 +42,7 @@ def test_every_command_is_understood(name, tiny, tmp_path):
     add_arguments(parser, name)
     told = parser.parse_args(command[2:])
     assert (told.seconds, told.total_seconds, told.resume) == (20, 40, None)
+    assert f"{name}/{told.name}" in session.PLACES
     (tmp_path / name).mkdir()
     (tmp_path / name / "state.pt").touch()
     again = steps.training_of(name, dataclasses.replace(place, compiled=False), tmp_path).command
@@ -46,6 +52,7 @@ def test_every_command_is_understood(name, tiny, tmp_path):
 
 def test_the_scripts_of_the_queues_are_those_that_train():
     assert {*steps.QUEUES} == {Path(script.__file__).stem for script in (understanding, video)} == {*steps.TINY}
+    assert steps.NAMES == {"video": assets.VIDEO, "understanding": assets.VISION}
 
 
 def queue(tmp_path, **changes):
@@ -102,10 +109,102 @@ def test_a_queue_runs_in_a_process_of_its_own_and_what_it_left_comes_back(tmp_pa
     session.main(["start", "--seconds", "30", "--training", "10", "--device", "cpu", "--only", "video"])
     session.main(["watch", "30", "back"])
     assert "video.log, 1 lines\nEND" in capsys.readouterr().out
+    assert not (tmp_path / "training/runs/session/logs/understanding.log").exists()
     came = tmp_path / "came"
     came.mkdir()
     session.read_parts(tmp_path / "back", came)
     assert (came / "results/x.json").read_text() == "{}"
+
+
+def test_each_model_has_a_gpu_of_its_own_whichever_begin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begun = []
+    monkeypatch.setattr(session.subprocess, "Popen", lambda command, **options: begun.append((command[3], options)))
+    for only, own in ([], {"video": "0", "understanding": "1"}), (["--only", "understanding"], {"understanding": "1"}):
+        begun.clear()
+        session.main(["start", "--seconds", "30", "--training", "10", *only])
+        assert {name: options["env"]["CUDA_VISIBLE_DEVICES"] for name, options in begun} == own
+        assert all(options["start_new_session"] for _, options in begun)
+
+
+def test_a_queue_that_breaks_says_its_end(tmp_path, monkeypatch, capsys):
+    def breaks(self):
+        raise OSError("no room")
+
+    monkeypatch.setattr(session.Queue, "learn", breaks)
+    with pytest.raises(OSError, match="no room"):
+        queue(tmp_path).run()
+    assert capsys.readouterr().out.endswith(session.END)
+
+
+def watched(work):
+    """A queue's log that goes on, a log of before, and one that grows."""
+    for name in ("logs", "results"):
+        (work / name).mkdir(parents=True)
+    (work / "logs/video.log").write_text("0 s  train FAILED with 1 in 3 s\n")
+    (work / "logs/video-old.log").write_text("old\n")
+    os.utime(work / "logs/video-old.log", (0, 0))
+    (work / "logs/video-train.log").write_text("a\nb\nc\nd\n" + 900 * "x")
+    return argparse.Namespace(seconds=60, out=work / "out", lines=3)
+
+
+def test_what_is_to_come_back_is_left_again_and_again_until_a_step_fails(tmp_path, monkeypatch, capsys):
+    told, looks = watched(tmp_path / "work"), []
+    monkeypatch.setattr(session, "EVERY", 0)
+
+    def sleep(seconds):
+        looks.append(sorted(path.name for path in told.out.iterdir()))
+        if len(looks) == 3:
+            (tmp_path / "work/results/x.json").write_text("{}")
+            os.utime(tmp_path / "work/logs/video-train.log")
+            with (tmp_path / "work/logs/video.log").open("a") as log:
+                log.write("9 s  table FAILED with -9 in 5 s\n")
+
+    monkeypatch.setattr(session.time, "sleep", sleep)
+    told.out = tmp_path / "out"
+    told.out.mkdir()
+    (told.out / "session.01").touch()  # of an earlier copy, which was larger
+    session.watch(told, tmp_path / "work")
+    assert looks == [["session.00"]] * 3
+    (tmp_path / "came").mkdir()
+    session.read_parts(told.out, tmp_path / "came")
+    assert (tmp_path / "came/results/x.json").read_text() == "{}"
+    shown = capsys.readouterr().out
+    assert "video-train.log, 5 lines\nc\nd\n" + session.SHOWN * "x" + "\n" in shown
+    assert "video-old.log" not in shown
+    assert "1 parts" in shown
+
+
+def test_more_than_can_come_back_is_told(tmp_path, monkeypatch):
+    told = watched(tmp_path)
+    told.seconds, told.out = 0, tmp_path / "out"
+    monkeypatch.setattr(session, "BACK", 40)
+    with pytest.raises(OSError, match="must be at most 4 parts, got"):
+        session.watch(told, tmp_path)
+
+
+def test_a_part_has_what_the_tree_leaves_and_brings_the_commit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    (tmp_path / ".gitignore").write_text(".carry\ntraining/data\n")
+    (tmp_path / "tree").write_bytes(bytes(10**7))
+    real = subprocess.run  # without what fetches pixels and packages
+    monkeypatch.setattr(
+        session.subprocess, "run", lambda command, **options: command[0] == "git" and real(command, **options)
+    )
+    for name in ("media", "photos", "heldout"):
+        (tmp_path / "training/data").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"training/data/{name}.safetensors").write_text(name)
+    (tmp_path / "training/data/site").mkdir()
+    session.main(["pack"])
+    assert session.room_beside_the_tree() == session.TRAVELS - session.SPARED - 10**7 - 21
+    shutil.rmtree(tmp_path / "training/data")
+    session.main(["unpack"])
+    assert (tmp_path / ".commit").read_text() == f"{commit_here()}\n"
+    assert (tmp_path / "training/data/media.safetensors").read_text() == "media"
+    monkeypatch.setattr(session, "TRAVELS", 10**7)
+    with pytest.raises(OSError, match="the tree must leave"):
+        session.room_beside_the_tree()
 
 
 def test_parts_are_small_and_join_to_the_same(tmp_path):
@@ -113,7 +212,14 @@ def test_parts_are_small_and_join_to_the_same(tmp_path):
     for folder in (work / "video/model", work / "video/__pycache__", work / "vision.answers", back, came):
         folder.mkdir(parents=True)
     content = bytes(range(256)) * 400
-    for name in ("video/model/weights", "video/state.pt", "video/__pycache__/x", "vision.answers/rank0.jsonl", "log"):
+    for name in (
+        "video/model/weights",
+        "video/x.json.partial",
+        "video/state.pt",
+        "video/__pycache__/x",
+        "vision.answers/rank0.jsonl",
+        "log",
+    ):
         (work / name).write_bytes(content)
     parts = session.write_parts(work, ["video", "log"], back / "session", 1000, "gz")
     assert [part.name for part in parts] == [f"session.{number:02}" for number in range(len(parts))]
@@ -129,8 +235,8 @@ def test_parts_are_small_and_join_to_the_same(tmp_path):
 def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     work = tmp_path / "work"
-    for name in ("video/model/config.json", "video/training.json", "results/video_h200.json", "pictures/video_12.png",
-                 "pictures/video_12.gif"):  # fmt: skip
+    for name in ("video/video-6m/config.json", "video/training.json", "results/video_h200.json",
+                 "pictures/video_12.png", "pictures/video_12.gif"):  # fmt: skip
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text(name)
     (tmp_path / "back").mkdir()
@@ -139,7 +245,7 @@ def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
     monkeypatch.setattr(session.subprocess, "run", lambda command, check: called.append(command))
     session.main(["keep", "back"])
     for place, name in (
-        ("src/baatt/assets/video-6m/config.json", "video/model/config.json"),
+        ("src/baatt/assets/video-6m/config.json", "video/video-6m/config.json"),
         ("benchmarks/results/training/video.json", "video/training.json"),
         ("benchmarks/results/video_h200.json", "results/video_h200.json"),
         ("docs/figures/video_12.png", "pictures/video_12.png"),

@@ -66,7 +66,12 @@ def test_a_run_goes_on(trained):
     options = ["--media", str(trained / "media.safetensors"), "--out", str(trained / "other"), "--seconds", "0",
                "--config", json.dumps(CONFIG), "--batch-tokens", "1400", "--device", "cpu", "--no-compile"]  # fmt: skip
     training.main([*options, "--resume", str(trained / "run" / AVERAGE)])
-    assert json.loads((trained / "other/training.json").read_text())["step"] == 3
+    told = json.loads((trained / "other/training.json").read_text())
+    assert (told["step"], told["fresh"]) == (3, 2)
+    # A fresh optimizer is warmed up again; one that is resumed goes on.
+    rates = [torch.load(trained / folder / STATE, weights_only=True)["optimizer"]["param_groups"][0]["lr"]
+             for folder in ("run", "other")]  # fmt: skip
+    assert rates[1] == pytest.approx(rates[0] / 2, rel=0.05)
 
 
 def test_eight_bits_come_near(trained):

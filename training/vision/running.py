@@ -1,8 +1,8 @@
 """A training run in pieces of at most ten minutes, on one GPU: what `video.py` and `understanding.py` have in common.
 
-In: a model with `save`, and what makes a loss. Out, every minute: in `--out` the exact state for `--resume`, the model
-folder (moving average, 8 bits) and `training.json`; in `--copy` the same model folder and the average in bf16, from
-which another machine goes on. The learning rate falls with the time of all pieces, so a slower machine takes fewer
+In: a model with `save`, and what makes a loss. Out, every half minute: in `--out` the exact state for `--resume`, the
+model folder (moving average, 8 bits) and `training.json`; in `--copy` the same model folder and the average in bf16,
+from which another machine goes on. The learning rate falls with the time of all pieces, so a slower machine takes fewer
 steps.
 """
 
@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from baatt.lab.records import provenance, write_json
+from baatt.lab.records import provenance, write_json, written_at_once
 
 STATE, AVERAGE = "state.pt", "average.safetensors"
 #: Seconds between two states on disk, and those after which a run must tell whether learning has begun.
-SAVED_EVERY, BEGUN_BY = 60, 100
+SAVED_EVERY, BEGUN_BY = 30, 100
 #: A loss, and what else is reported of a step, by name; all still on the device.
 Losses = tuple[Tensor, dict[str, Tensor]]
 #: Of the history: step, seconds, and means by name.
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("training/runs") / name)
     add("--copy", type=Path, metavar="FOLDER", help="for the model and the average in bf16 (default: --out)")
+    add("--name", default="model", help="of the model's folder, which tables and pictures show (default: model)")
     add("--resume", type=Path, help=f"folder of an earlier run, or its {AVERAGE}")
     add("--seconds", type=float, default=540, help="of this piece; 20 s more go by until it has saved")
     add("--total-seconds", type=float, default=1400, help="of all pieces: how the learning rate falls")
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def learning_rate(most: float, seconds: float, total: float, step: int) -> float:
-    """A warm-up of 200 steps, then half a cosine over the time of all pieces, down to 2 %."""
+    """A warm-up of 200 steps of the optimizer, then half a cosine over the time of all pieces, down to 2 %."""
     fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, seconds / total))
     return most * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * fall)
 
@@ -83,11 +84,14 @@ class Run:
         self.model.load_state_dict(weights)
         self.average = weights
         self.progress = json.loads(place.with_suffix(".json").read_text())
+        # An optimizer that has seen no gradients takes its largest steps first: it is warmed up again.
+        self.progress["fresh"] = self.progress["step"]
 
     def step(self, losses: Callable[[], Losses]) -> dict[str, Tensor]:
         """One update; the loss and what else is reported."""
         progress, total = self.progress, self.arguments.total_seconds
-        rate = learning_rate(self.arguments.learning_rate, progress["seconds"], total, progress["step"])
+        warm = progress["step"] - progress.get("fresh", 0)
+        rate = learning_rate(self.arguments.learning_rate, progress["seconds"], total, warm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, told = losses()
@@ -108,10 +112,11 @@ class Run:
         state |= {"average": self.average, "progress": self.progress}
         torch.save(state, out / f"{STATE}.partial")
         (out / f"{STATE}.partial").replace(out / STATE)
-        for folder in {out / "model", travels / "model"}:
-            self.model.save(folder, self.average)
+        for folder in {out, travels}:
+            self.model.save(folder / self.arguments.name, self.average)
         halves = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in self.average.items()}
-        save_file(halves, travels / AVERAGE)
+        with written_at_once(travels / AVERAGE) as partial:
+            save_file(halves, partial)
         write_json(self.progress, (travels / AVERAGE).with_suffix(".json"))
 
     @contextmanager

@@ -2,8 +2,9 @@
 
 `pack` and `keep` run here, `unpack`, `start` and `watch` there. `start` begins a queue of steps for each model, one on
 each GPU, in sessions of their own that go on when the command returns: training, samples to look at, measurements.
-Every step has a limit and a log; what is left of the time ends it sooner, and the next one begins. `watch` shows the
-logs and leaves in a folder what is to come back, as parts of a tar archive. What each step runs is in `steps.py`.
+Every step has a limit and a log; what is left of the time ends it sooner, and the next one begins. `watch` leaves in a
+folder what is to come back, anew every minute, as parts of a tar archive, and shows the logs that have grown; when a
+step has failed it returns at once. What each step runs is in `steps.py`.
 """
 
 import argparse
@@ -13,28 +14,37 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from steps import DATA, QUEUES, Place, Step, training_of
+from steps import DATA, NAMES, QUEUES, Place, Step, training_of
 
 WORK = Path("training/runs/session")
 CARRIED = Path(".carry/vision")
 DIFFUSERS = "diffusers==0.42.1"
-#: Bytes of a part that travels to the machine and of one that comes back; how many may come back from one command.
-THERE, BACK, PARTS = 10_800_000, 15_500_000, 8
-#: Left on the machine: exact states, answers and captures.
-LEFT = ("state.pt", "state.pt.partial", ".answers", ".capture")
-#: Seconds that a step has at least, that one told to stop has, and between two looks at a queue.
-LEAST, PATIENCE, LOOK = 5, 10, 2
+#: Bytes that travel with a call, the tree among them, of which some are spared; those of a part that comes back, and
+#: how many parts a command may bring back: 64 MiB in all.
+TRAVELS, SPARED, BACK, PARTS = 64 * 2**20, 3 * 2**19, 15_500_000, 4
+#: The commit of the tree that travels without its history: in the archive, and where `baatt.lab.records` looks for it.
+COMMIT, NOTE = "commit", Path(".commit")
+#: Left on the machine: exact states, answers, captures, and files that are being written.
+LEFT = ("state.pt", ".partial", ".answers", ".capture")
+#: Seconds that a step has at least, that one told to stop has, between two looks at a queue, and two copies of what is
+#: to come back.
+LEAST, PATIENCE, LOOK, EVERY = 5, 10, 2, 60
 RETRIES = 3
+#: What a queue says of a step that broke or ran into its limit, and at its own end.
+FAILED, END = " FAILED with ", "END\n"
+#: Of a line that is shown, the characters.
+SHOWN = 450
 #: Films come back to be looked at, and are too large for the repository.
 FILM = ".gif"
 #: Where what came back belongs: in the archive, in the repository.
 PLACES = {
-    "video/model": "src/baatt/assets/video-6m", "understanding/model": "src/baatt/assets/vision-3m",
+    **{f"{model}/{name}": f"src/baatt/assets/{name}" for model, name in NAMES.items()},
     "video/training.json": "benchmarks/results/training/video.json",
     "understanding/training.json": "benchmarks/results/training/understanding.json",
     "results": "benchmarks/results", "pictures": "docs/figures",
@@ -74,7 +84,9 @@ class Queue:
                 except subprocess.TimeoutExpired:
                     process.kill()
                     status = process.wait()
-        self.say(f"{step.name} {'done' if status == 0 else f'FAILED with {status}'} in {self.elapsed() - began:.0f} s")
+        self.say(
+            f"{step.name} {'done' if status == 0 else f'{FAILED.strip()} {status}'} in {self.elapsed() - began:.0f} s"
+        )
         return status == 0
 
     def learn(self) -> None:
@@ -89,20 +101,25 @@ class Queue:
                 return
 
     def run(self) -> None:
-        """Everything."""
-        self.learn()
-        for step in QUEUES[self.name](self.place, self.work):
-            self.step(step)
-        self.say("END")
+        """Everything; that it has ended is said even if it breaks, as `watch` waits for it."""
+        try:
+            self.learn()
+            for step in QUEUES[self.name](self.place, self.work):
+                self.step(step)
+        finally:
+            self.say(END.strip())
 
 
 def pack(arguments: argparse.Namespace) -> None:
-    """Pixels, diffusers and the copies of earlier runs, in parts that travel."""
+    """Pixels, diffusers, the commit and the copies of earlier runs, in parts that travel."""
+    from baatt.lab.records import commit_here
+
     DATA.mkdir(parents=True, exist_ok=True)
+    (DATA / COMMIT).write_text(f"{commit_here()}\n")
     subprocess.run([sys.executable, "training/vision/media.py"], check=True)
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(DATA / "site"), DIFFUSERS]
     subprocess.run([sys.executable, *install], check=True)
-    files = ["media.safetensors", "photos.safetensors", "heldout.safetensors", "site"]
+    files = [COMMIT, "media.safetensors", "photos.safetensors", "heldout.safetensors", "site"]
     for earlier in arguments.earlier:
         name, _, folder = earlier.partition("=")
         for kind in ("safetensors", "json"):
@@ -110,24 +127,42 @@ def pack(arguments: argparse.Namespace) -> None:
             files.append(f"{name}.{kind}")
     shutil.rmtree(CARRIED, ignore_errors=True)
     CARRIED.mkdir(parents=True)
-    write_parts(DATA, files, CARRIED / "part", THERE, "xz")
+    write_parts(DATA, files, CARRIED / "part", room_beside_the_tree(), "xz")
     for part in sorted(CARRIED.iterdir()):
         print(f"{part} {part.stat().st_size / 2**20:.1f} MiB")
+
+
+def room_beside_the_tree() -> int:
+    """Bytes that a part may have: what the tree, files included that git neither tracks nor ignores, leaves of a call.
+
+    Raises:
+        OSError: less than one part in sixteen is left.
+    """
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    tree = sum(Path(name).stat().st_size for name in set(names) - {""} if Path(name).is_file())
+    room = TRAVELS - SPARED - tree
+    if room < TRAVELS // 16:
+        raise OSError(f"the tree must leave {TRAVELS // 16 + SPARED:,} of {TRAVELS:,} bytes to a part, got {tree:,}")
+    return room
 
 
 def unpack(_: argparse.Namespace) -> None:
     """Join the parts that have arrived."""
     DATA.mkdir(parents=True, exist_ok=True)
     read_parts(CARRIED, DATA)
+    shutil.copy(DATA / COMMIT, NOTE)
 
 
 def start(arguments: argparse.Namespace) -> None:
     """Begin the queues; returns at once."""
     for folder in ("logs", "results", "pictures"):
         (WORK / folder).mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(arguments.only or QUEUES):
+    for number, name in enumerate(QUEUES):
+        if name not in (arguments.only or QUEUES):
+            continue
         own = {"OMP_NUM_THREADS": "1"}
-        if arguments.device == "cuda":
+        if arguments.device == "cuda":  # each its own, whether the other one begins now or runs already
             own = {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": str(number % arguments.gpus)}
         path = os.pathsep.join(filter(None, ("src", str(DATA / "site"), os.environ.get("PYTHONPATH"))))
         environment = os.environ | own | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
@@ -149,28 +184,44 @@ def queue(arguments: argparse.Namespace) -> None:
 
 
 def watch(arguments: argparse.Namespace, work: Path = WORK) -> None:
-    """Wait until the queues have ended or the time is over, show their logs, leave what is to come back."""
-    until = time.monotonic() + arguments.seconds
-    logs = [work / "logs" / f"{name}.log" for name in QUEUES]
-    begun = [log for log in logs if log.exists()]
-    while time.monotonic() < until and not all(log.read_text().endswith("END\n") for log in begun):
-        time.sleep(LOOK)
+    """Until the queues have ended, a step has failed or the time is over; leave what is to come back, show logs."""
+    until, left = time.monotonic() + arguments.seconds, -float("inf")
+    since = time.time() - EVERY  # what ended between two calls is shown too
+    logs = [log for log in (work / "logs" / f"{name}.log" for name in QUEUES) if log.exists()]
+    before = sum(log.read_text().count(FAILED) for log in logs)
+    waits = True
+    while waits:
+        said = [log.read_text() for log in logs]
+        has_ended = all(text.endswith(END) for text in said) or sum(text.count(FAILED) for text in said) > before
+        waits = not has_ended and time.monotonic() < until
+        if not waits or time.monotonic() - left >= EVERY:
+            left, parts = time.monotonic(), leave(work, arguments.out)
+        if waits:
+            time.sleep(LOOK)
     for log in sorted((work / "logs").glob("*.log")):
-        lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        print(f"--- {log.name}, {len(lines)} lines", *(line[:700] for line in lines[-arguments.lines :]), sep="\n")
-    names = [str(path.relative_to(work)) for path in sorted(work.iterdir()) if not path.name.endswith(LEFT)]
-    arguments.out.mkdir(parents=True, exist_ok=True)
+        if log in logs or log.stat().st_mtime >= since:
+            lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+            print(f"--- {log.name}, {len(lines)} lines", *(one[:SHOWN] for one in lines[-arguments.lines :]), sep="\n")
+    print(f"in {arguments.out}: {len(parts)} parts, {sum(part.stat().st_size for part in parts) / 2**20:.1f} MiB")
+    if len(parts) > PARTS:
+        raise OSError(f"what comes back must be at most {PARTS} parts, got {len(parts)}")
+
+
+def leave(work: Path, out: Path) -> list[Path]:
+    """Parts of what is to come back, in a folder, in place of those that were left there before."""
+    out.mkdir(parents=True, exist_ok=True)
     for attempt in range(RETRIES):  # a file may be written at this moment
         try:
-            parts = write_parts(work, names, arguments.out / "session", BACK, "gz")
+            names = [path.name for path in sorted(work.iterdir()) if not path.name.endswith(LEFT)]
+            parts = write_parts(work, names, out / "session", BACK, "gz")
             break
         except OSError:
             if attempt + 1 == RETRIES:
                 raise
             time.sleep(LOOK)
-    if len(parts) > PARTS:
-        raise OSError(f"what comes back must be at most {PARTS} parts, got {len(parts)}")
-    print(f"in {arguments.out}: {len(parts)} parts, {sum(part.stat().st_size for part in parts) / 2**20:.1f} MiB")
+    for stale in {*out.glob("session.[0-9][0-9]")} - {*parts}:
+        stale.unlink()
+    return parts
 
 
 def keep(arguments: argparse.Namespace) -> None:
@@ -192,16 +243,17 @@ def keep(arguments: argparse.Namespace) -> None:
 
 def write_parts(folder: Path, names: Sequence[str], stem: Path, size: int, kind: str) -> list[Path]:
     """An archive of files of a folder, cut into parts `stem.00`, `stem.01` and so on of at most `size` bytes."""
-    whole = stem.with_suffix(".tar")
-    with tarfile.open(whole, f"w:{kind}") as tar:
-        for name in names:
-            tar.add(folder / name, name, filter=lambda one: None if one.name.endswith((*LEFT, "__pycache__")) else one)
     parts = []
-    with whole.open("rb") as stream:
+    with tempfile.TemporaryFile() as stream:  # whole before the first part is written: earlier ones stay until then
+        with tarfile.open(fileobj=stream, mode=f"w:{kind}") as tar:
+            for name in names:
+                tar.add(
+                    folder / name, name, filter=lambda one: None if one.name.endswith((*LEFT, "__pycache__")) else one
+                )
+        stream.seek(0)
         while content := stream.read(size):
             parts.append(stem.with_suffix(f".{len(parts):02}"))
             parts[-1].write_bytes(content)
-    whole.unlink()
     return parts
 
 
@@ -244,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
     watching = verb(watch)
     watching.add_argument("seconds", type=float)
     watching.add_argument("out", type=Path, help="folder for what is to come back")
-    watching.add_argument("--lines", type=int, default=4, help="of each log (default: 4)")
+    watching.add_argument("--lines", type=int, default=3, help="of each log (default: 3)")
     verb(keep).add_argument("folder", type=Path, help="the parts that came back")
     return parser
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 DATA = Path("training/data")
+#: What each model is called once it is shipped, and from the start: its folder's name stands in tables and pictures.
+NAMES = {"video": "video-6m", "understanding": "vision-3m"}
 #: Seconds after training that a run has to measure and to write.
 AFTER = 90
 #: Which clips are looked at, a shot of the film and a panorama: their noise and number.
@@ -70,8 +72,8 @@ def training_of(name: str, place: Place, work: Path) -> Step:
     out, copied = work / name, DATA / f"{name}.safetensors"
     earlier = out if (out / "state.pt").exists() else copied if copied.exists() else None
     command = [
-        sys.executable, f"training/vision/{name}.py", "--out", str(out), "--device", place.device,
-        "--seconds", f"{place.training:.0f}", "--total-seconds", f"{place.total:.0f}",
+        sys.executable, f"training/vision/{name}.py", "--out", str(out), "--name", NAMES[name], "--device",
+        place.device, "--seconds", f"{place.training:.0f}", "--total-seconds", f"{place.total:.0f}",
     ]  # fmt: skip
     if earlier is not None:
         command += ["--resume", str(earlier)]
@@ -85,7 +87,7 @@ def training_of(name: str, place: Place, work: Path) -> Step:
 def video_steps(place: Place, work: Path) -> list[Step]:
     """Two clips to look at, then the table: without dense steps first, as the second command keeps what the first one
     has measured."""
-    model, steps = ["--model", str(work / "video/model")], ["--steps", "2" if place.tiny else "24"]
+    model, steps = ["--model", str(work / "video" / NAMES["video"])], ["--steps", "2" if place.tiny else "24"]
     looks = [
         baatt("look", 60, "demo", "--video", *model, "--seed", str(seed), *steps, *place.options, "--output",
               str(work / f"pictures/video_{seed}.png"))
@@ -100,7 +102,7 @@ def video_steps(place: Place, work: Path) -> list[Step]:
 
 def understanding_steps(place: Place, work: Path) -> list[Step]:
     """Fig. 5 on pixels; then Table 8 in three columns: questions about clips, about photos, and RULER."""
-    model, results = ["--model", str(work / "understanding/model")], work / "results"
+    model, results = ["--model", str(work / "understanding" / NAMES["understanding"])], work / "results"
     capture = work / "vision.capture"
     small = ["--block-size", "16"] if place.tiny else []
     figures = [

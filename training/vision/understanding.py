@@ -227,8 +227,8 @@ def train(arguments: argparse.Namespace) -> None:
     began, device = time.monotonic(), torch.device(arguments.device)
     torch.set_float32_matmul_precision("high")
     for folder in {arguments.out, arguments.copy or arguments.out}:
-        (folder / "model").mkdir(parents=True, exist_ok=True)
-        shutil.copy(arguments.media / "heldout.safetensors", folder / "model")
+        (folder / arguments.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(arguments.media / "heldout.safetensors", folder / arguments.name)
     asked = read(arguments.media / "heldout.safetensors")
     names = {clip.name for clip in asked}
     clips = [clip for part in ("media", "photos") for clip in read(arguments.media / f"{part}.safetensors")]

@@ -21,7 +21,9 @@ def write_model(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> Non
     """A folder with a config, which is a dataclass, and weights in 8 bits."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
-    save_file(to_eight_bits(tensors), folder / WEIGHTS)
+    partial = folder / f"{WEIGHTS}.partial"  # a run writes its model again and again while others may read it
+    save_file(to_eight_bits(tensors), partial)
+    partial.replace(folder / WEIGHTS)
 
 
 def read_model(folder: Path, kind: str, make: Callable[[dict[str, Any]], Model]) -> Model:
