@@ -200,7 +200,7 @@ def test_a_part_has_what_the_tree_leaves_and_brings_the_commit(tmp_path, monkeyp
     assert session.room_beside_the_tree() == session.TRAVELS - session.SPARED - 10**7 - 21
     shutil.rmtree(tmp_path / "training/data")
     session.main(["unpack"])
-    assert (tmp_path / ".commit").read_text() == f"{commit_here()}\n"
+    assert (tmp_path / ".commit").read_text() == f"{commit_here(Path(session.__file__))}\n"
     assert (tmp_path / "training/data/media.safetensors").read_text() == "media"
     monkeypatch.setattr(session, "TRAVELS", 10**7)
     with pytest.raises(OSError, match="the tree must leave"):

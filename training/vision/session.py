@@ -115,7 +115,7 @@ def pack(arguments: argparse.Namespace) -> None:
     from baatt.lab.records import commit_here
 
     DATA.mkdir(parents=True, exist_ok=True)
-    (DATA / COMMIT).write_text(f"{commit_here()}\n")
+    (DATA / COMMIT).write_text(f"{commit_here(Path(__file__).resolve())}\n")
     subprocess.run([sys.executable, "training/vision/media.py"], check=True)
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(DATA / "site"), DIFFUSERS]
     subprocess.run([sys.executable, *install], check=True)
