@@ -186,7 +186,7 @@ def test_more_than_can_come_back_is_told(tmp_path, monkeypatch):
 def test_a_part_has_what_the_tree_leaves_and_brings_the_commit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True)
-    (tmp_path / ".gitignore").write_text(".carry\ntraining/data\n")
+    (tmp_path / ".gitignore").write_text(".carry\ntraining/data\ntraining/runs\nout\n")
     (tmp_path / "tree").write_bytes(bytes(10**7))
     real = subprocess.run  # without what fetches pixels and packages
     monkeypatch.setattr(
@@ -197,9 +197,18 @@ def test_a_part_has_what_the_tree_leaves_and_brings_the_commit(tmp_path, monkeyp
         (tmp_path / f"training/data/{name}.safetensors").write_text(name)
     (tmp_path / "training/data/site").mkdir()
     session.main(["pack"])
-    assert session.room_beside_the_tree() == session.TRAVELS - session.SPARED - 10**7 - 21
+    assert session.room_beside_the_tree() == session.TRAVELS - session.SPARED - 10**7 - 39
+    for name in ("average.safetensors", "average.json", "state.pt"):
+        (tmp_path / "training/runs/session/video").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "training/runs/session/video" / name).write_text(name)
+    session.leave(session.WORK, tmp_path / "out")
+    session.main(["pack", "out"])
     shutil.rmtree(tmp_path / "training/data")
     session.main(["unpack"])
+    assert (tmp_path / "training/data/video.safetensors").read_text() == "average.safetensors"
+    assert (tmp_path / "training/data/video.json").read_text() == "average.json"
+    assert not (tmp_path / "training/data/understanding.json").exists()
+    assert "--resume" in steps.training_of("video", PLACE, session.WORK.with_name("new")).command
     assert (tmp_path / ".commit").read_text() == f"{commit_here(Path(session.__file__))}\n"
     assert (tmp_path / "training/data/media.safetensors").read_text() == "media"
     monkeypatch.setattr(session, "TRAVELS", 10**7)

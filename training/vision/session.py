@@ -111,7 +111,7 @@ class Queue:
 
 
 def pack(arguments: argparse.Namespace) -> None:
-    """Pixels, diffusers, the commit and the copies of earlier runs, in parts that travel."""
+    """Pixels, diffusers, the commit and what both models go on from, in parts that travel."""
     from baatt.lab.records import commit_here
 
     DATA.mkdir(parents=True, exist_ok=True)
@@ -120,11 +120,15 @@ def pack(arguments: argparse.Namespace) -> None:
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(DATA / "site"), DIFFUSERS]
     subprocess.run([sys.executable, *install], check=True)
     files = [COMMIT, "media.safetensors", "photos.safetensors", "heldout.safetensors", "site"]
-    for earlier in arguments.earlier:
-        name, _, folder = earlier.partition("=")
+    came = None if arguments.folder is None else open_parts(arguments.folder)
+    for name in NAMES:
         for kind in ("safetensors", "json"):
-            shutil.copy(Path(folder) / f"average.{kind}", DATA / f"{name}.{kind}")
-            files.append(f"{name}.{kind}")
+            copied = DATA / f"{name}.{kind}"
+            copied.unlink(missing_ok=True)
+            if came is not None and (average := came / name / f"average.{kind}").exists():
+                shutil.copy(average, copied)
+                files.append(copied.name)
+                print(f"{name} goes on from {average}")
     shutil.rmtree(CARRIED, ignore_errors=True)
     CARRIED.mkdir(parents=True)
     write_parts(DATA, files, CARRIED / "part", room_beside_the_tree(), "xz")
@@ -226,10 +230,7 @@ def leave(work: Path, out: Path) -> list[Path]:
 
 def keep(arguments: argparse.Namespace) -> None:
     """Put what came back to its places in the repository, and render the docs."""
-    came = Path("training/runs/came")
-    shutil.rmtree(came, ignore_errors=True)
-    came.mkdir(parents=True)
-    read_parts(arguments.folder, came)
+    came = open_parts(arguments.folder)
     for source, target in PLACES.items():
         found = came / source
         files = sorted(found.iterdir()) if found.is_dir() else [found] if found.exists() else []
@@ -239,6 +240,15 @@ def keep(arguments: argparse.Namespace) -> None:
             shutil.copy(file, place)
             print(f"{place} {place.stat().st_size / 2**20:.2f} MiB")
     subprocess.run([sys.executable, "benchmarks/render.py"], check=True)
+
+
+def open_parts(folder: Path) -> Path:
+    """The folder with what came back, unpacked."""
+    came = Path("training/runs/came")
+    shutil.rmtree(came, ignore_errors=True)
+    came.mkdir(parents=True)
+    read_parts(folder, came)
+    return came
 
 
 def write_parts(folder: Path, names: Sequence[str], stem: Path, size: int, kind: str) -> list[Path]:
@@ -279,7 +289,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(act=function)
         return added
 
-    verb(pack).add_argument("earlier", nargs="*", metavar="NAME=FOLDER", help="average.* of a run that is to go on")
+    verb(pack).add_argument("folder", type=Path, nargs="?", help="the parts that came back, to go on from them")
     verb(unpack)
     for function in (start, queue):
         added = verb(function)
