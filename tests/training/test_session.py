@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from baatt import assets
 from baatt.cli.main import build_parser
 from baatt.lab.records import commit_here
 
+pytest.importorskip("PIL")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training" / "vision"))
 
 import session
@@ -29,7 +32,8 @@ PLACE = steps.Place("cpu", "float32", seconds=60, training=20, total=40)
 
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("name", steps.QUEUES)
-def test_every_command_is_understood(name, tiny, tmp_path):
+def test_every_command_is_understood(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "DATA", tmp_path / "data")  # a checkout may hold copies of earlier runs
     place = dataclasses.replace(PLACE, tiny=tiny)
     for step in steps.QUEUES[name](place, tmp_path):
         program, words = step.command[:3], step.command[3:]
@@ -85,6 +89,7 @@ def test_a_step_ends_at_its_limit_and_says_how(tmp_path, capsys, monkeypatch):
 
 
 def test_training_that_breaks_goes_on_without_compilation(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "DATA", tmp_path / "data")
     tried = []
 
     def run(self, step):
@@ -248,6 +253,10 @@ def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
                  "pictures/video_12.png", "pictures/video_12.gif"):  # fmt: skip
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text(name)
+    from PIL import Image
+
+    noise = torch.randint(0, 255, (300, 700, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(work / "pictures/large.png")
     (tmp_path / "back").mkdir()
     session.write_parts(work, [path.name for path in work.iterdir()], tmp_path / "back/session", 10**6, "gz")
     called = []
@@ -261,4 +270,9 @@ def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
     ):
         assert (tmp_path / place).read_text() == name
     assert not (tmp_path / "docs/figures/video_12.gif").exists()
+    small = tmp_path / "docs/figures/large.png"
+    assert small.stat().st_size < (work / "pictures/large.png").stat().st_size / 2
+    with Image.open(small) as opened:
+        found = torch.from_numpy(np.array(opened.convert("RGB")))
+    assert (found.float() - noise.float()).abs().mean() < 30
     assert called == [[sys.executable, "benchmarks/render.py"]]

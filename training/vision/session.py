@@ -42,6 +42,8 @@ FAILED, END = " FAILED with ", "END\n"
 SHOWN = 450
 #: Films come back to be looked at, and are too large for the repository.
 FILM = ".gif"
+#: Bytes above which a picture is put into the repository with 256 colours, in a third of them.
+PICTURE = 500_000
 #: Where what came back belongs: in the archive, in the repository.
 PLACES = {
     **{f"{model}/{name}": f"src/baatt/assets/{name}" for model, name in NAMES.items()},
@@ -147,7 +149,10 @@ def room_beside_the_tree() -> int:
     tree = sum(Path(name).stat().st_size for name in set(names) - {""} if Path(name).is_file())
     room = TRAVELS - SPARED - tree
     if room < TRAVELS // 16:
-        raise OSError(f"the tree must leave {TRAVELS // 16 + SPARED:,} of {TRAVELS:,} bytes to a part, got {tree:,}")
+        raise OSError(
+            f"the tree must leave {TRAVELS // 16 + SPARED:,} of {TRAVELS:,} bytes to a part, got {tree:,}: move models "
+            "that this session does not need out of it for so long"
+        )
     return room
 
 
@@ -238,8 +243,19 @@ def keep(arguments: argparse.Namespace) -> None:
             place = Path(target) / file.name if found.is_dir() else Path(target)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, place)
+            if place.suffix == ".png" and place.stat().st_size > PICTURE:
+                make_small(place)
             print(f"{place} {place.stat().st_size / 2**20:.2f} MiB")
     subprocess.run([sys.executable, "benchmarks/render.py"], check=True)
+
+
+def make_small(picture: Path) -> None:
+    """Store a picture with 256 colours: the tree must leave room for parts, see `room_beside_the_tree`."""
+    from PIL import Image
+
+    with Image.open(picture) as opened:
+        small = opened.convert("RGB").quantize(256)
+    small.save(picture, optimize=True)
 
 
 def open_parts(folder: Path) -> Path:
