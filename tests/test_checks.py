@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 from baatt import BAAttConfig, Policy, attend, ba_attention, make_plan
 from baatt.config import PRESETS
@@ -266,3 +268,23 @@ def test_tensors_without_values_in_memory():
         ba_attention(*(x.to("meta") for x in inputs().values()), CONFIG)
     with pytest.raises(TypeError, match=r"^query must have the layout torch.strided, got torch.sparse_coo$"):
         ba_attention(*(x.to_sparse() for x in inputs().values()), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_tensors_of_which_a_kernel_would_read_foreign_memory(name):
+    given = dict(zip(("query", "key", "value"), inputs().values(), strict=True))
+    fake = {name: FakeTensorMode().from_tensor(given[name])}
+    with pytest.raises(TypeError, match=rf"^{name} must hold its values itself, got a FakeTensor$"):
+        ba_attention(*{**given, **fake}.values(), CONFIG)
+    with pytest.raises(TypeError, match=rf"^{name} must hold its values itself, got one under vmap$"):
+        torch.func.vmap(lambda x: ba_attention(*{**given, name: x}.values(), CONFIG))(given[name][None])
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_derivative_forward_is_refused_as_one_backward(name):
+    given = dict(zip(("query", "key", "value"), inputs().values(), strict=True))
+    with forward_ad.dual_level():
+        ba_attention(*given.values(), CONFIG)
+        given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(ValueError, match=rf"^{name} must not require gradients, got a tangent of torch\.autograd"):
+            ba_attention(*given.values(), CONFIG)

@@ -551,6 +551,7 @@ def test_defaults_are_lladas() -> None:
         ({"temperature": math.nan}, ValueError, "temperature must be finite"),
         ({"temperature": None}, TypeError, "temperature must be a number, got None"),
         ({"repetition_penalty": 0}, ValueError, "repetition_penalty must be finite and above 0, got 0"),
+        ({"repetition_penalty": 10**400}, ValueError, "repetition_penalty must be finite and above 0, got 1000"),
         ({"repetition_penalty": "1"}, TypeError, "repetition_penalty must be a number, got '1'"),
         ({"cfg_scale": math.inf}, ValueError, "cfg_scale must be finite"),
         ({"cfg_scale": "1"}, TypeError, "cfg_scale must be a number, got '1'"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
@@ -110,6 +111,7 @@ def check_value(q: Tensor, k: Tensor, v: Tensor) -> None:
     if v.shape != k.shape:
         raise ValueError(f"value must have the shape of key {tuple(k.shape)}, got {tuple(v.shape)}")
     _check_like_query("value", v, q)
+    _check_values("value", v)
 
 
 def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
@@ -156,8 +158,8 @@ def check_query_and_key(q: Tensor, k: Tensor) -> None:
     if heads % k.shape[1]:
         raise ValueError(f"key must have shape [B, G, M, D] with G dividing H={heads}, got {tuple(k.shape)}")
     _check_like_query("key", k, q)
-    if q.device.type == "meta":
-        raise ValueError("query must be on a device that holds values, got meta")
+    _check_values("query", q)
+    _check_values("key", k)
 
 
 def _check_tensor(name: str, x: object) -> None:
@@ -167,11 +169,35 @@ def _check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must have a dtype of {[str(dtype) for dtype in DTYPES]}, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must have the layout torch.strided, got {x.layout}")
-    if x.requires_grad and torch.is_grad_enabled():
+    if is_differentiated(x):
+        received = "requires_grad=True" if x.requires_grad else "a tangent of torch.autograd.forward_ad"
         raise ValueError(
-            f"{name} must not require gradients, got requires_grad=True: baatt is inference only; "
+            f"{name} must not require gradients, got {received}: baatt is inference only; "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
+
+
+def is_differentiated(x: Tensor) -> bool:
+    """Whether a derivative of what is computed from a tensor is asked for, backward or forward: kernels have none."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    unpack: Any = forward_ad.unpack_dual  # which has no types
+    return forward_ad._current_level >= 0 and unpack(x).tangent is not None
+
+
+def holds_values(x: Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory of its own, which kernels read: not in a FakeTensor or under vmap."""
+    is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return x.device.type != "meta" and is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _check_values(name: str, x: Tensor) -> None:
+    """Refuse a tensor that has no memory of its own, for which a kernel would read that of others."""
+    if x.device.type == "meta":
+        raise ValueError(f"{name} must be on a device that holds values, got meta")
+    if not holds_values(x):
+        received = "one under vmap" if type(x) is Tensor else f"a {type(x).__name__}"
+        raise TypeError(f"{name} must hold its values itself, got {received}")
 
 
 def _check_like_query(name: str, x: Tensor, q: Tensor) -> None:

@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import baatt
 from baatt import BAAttConfig, Policy
 from baatt.integrations.calls import SdpaCall
 from baatt.integrations.handle import Handle, NoSparseAttentionWarning
 from baatt.integrations.masks import WINDOW
-from baatt.integrations.reasons import ADVICE, ALL_KEPT, FEW_QUERIES, ONE_QUERY, UNEQUAL, fewest_queries
+from baatt.integrations.reasons import ADVICE, ALL_KEPT, FEW_QUERIES, GRADIENTS, ONE_QUERY, UNEQUAL, fewest_queries
 from baatt.integrations.sdpa import sparse_sdpa
 from baatt.models import MaskedDiffusionLM
 from baatt.models.config import ModelConfig
@@ -127,6 +129,31 @@ def test_a_short_step_on_another_device_does_not_ask_for_a_kernel(monkeypatch):
     q, k = torch.empty(1, 2, 32, 16, device="meta"), torch.empty(1, 2, 4096, 16, device="meta")
     handle.attention(q, k, k, layer=0, dense=lambda: q)
     assert handle.reasons == {FEW_QUERIES: 1}
+
+
+def test_tensors_that_hold_no_values_stay_dense():
+    """As when memory is estimated, or a model evaluated under vmap: a kernel would read foreign memory."""
+    handle = Handle(HALF)
+    q, mask = torch.randn(2, 2, 70, 8), torch.ones(2, 1, 70, 70, dtype=torch.bool).tril()
+    dense = F.scaled_dot_product_attention(q, q, q)
+    vmapped = torch.func.vmap(lambda x: handle.attention(x[None], x[None], x[None], layer=0)[0])(q)
+    torch.testing.assert_close(vmapped, dense)
+    with FakeTensorMode() as mode:
+        fake, hidden = mode.from_tensor(q), mode.from_tensor(mask)
+        assert handle.attention(fake, fake, fake, layer=0).shape == q.shape
+        call = SdpaCall(fake, fake, fake, hidden)
+        assert handle.sdpa(call, lambda: F.scaled_dot_product_attention(*call[:4])).shape == q.shape
+    without = "tensors that hold no values themselves, as of FakeTensorMode or under vmap"
+    assert handle.reasons == {without: 2, "a mask that holds no values itself": 1}
+
+
+def test_a_derivative_forward_stays_dense():
+    handle, q = Handle(HALF), torch.randn(1, 2, 70, 8)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        handle.attention(dual, q, q, layer=0, dense=lambda: dual)
+        handle.attention(q, q, q, layer=0)
+    assert (handle.sparse_calls, handle.reasons) == (1, {GRADIENTS: 1})
 
 
 def test_decoding_after_a_sparse_prompt_is_no_surprise_and_without_one_is():

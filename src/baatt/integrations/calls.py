@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Sequence  # noqa: UP035 - torch 2.6 infers n
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from baatt.checks import holds_values, is_differentiated
 from baatt.integrations.masks import Structure
 
 #: Handles by number, as long as they live.
@@ -56,6 +58,12 @@ class SdpaCall(NamedTuple):
                 return f"a mask of shape {tuple(mask.shape)}"
         return None
 
+    def without_values(self) -> str | None:
+        """That there is nothing to choose blocks by, or None; in a compiled graph there is when it runs."""
+        if all(map(holds_values, (self.query, self.key, self.value))):
+            return None
+        return "tensors that hold no values themselves, as of FakeTensorMode or under vmap"
+
     def changed(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: Any
     ) -> "SdpaCall":  # `_replace`, which torch 2.6 does not compile
@@ -78,7 +86,8 @@ class SdpaCall(NamedTuple):
 
 def needs_gradients(*tensors: Tensor) -> bool:
     """Whether a result is to be differentiated, which the sparse operator cannot."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    is_recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0  # else there is nothing to ask of each
+    return is_recorded and any(map(is_differentiated, tensors))
 
 
 # A CUDA graph would replay the decision of the call that was captured, so the compiler leaves this node out of them;

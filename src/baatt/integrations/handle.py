@@ -322,7 +322,7 @@ class Handle(Counts):
         query_mask = known.wanted(q.shape[2]) if known.causal is not None or (is_square and not cross) else None
         masks: dict[str, Any] = {"key_mask": key_mask, "query_mask": query_mask}
         structure: dict[str, Any] = {"causal": known.causal, "query_start": known.query_start, **masks}
-        refusal = self._refusal(q, k, v, scale, layer, cross, structure)
+        refusal = self._refusal(q, k, v, scale, layer, cross, structure) or call.without_values()
         pairs, kept = block_pairs(config, q.shape[2], k.shape[2], known.causal, known.query_start or 0)
         if (
             refusal is None and pairs == kept and self.config.sparsity > 0

@@ -17,6 +17,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from baatt.checks import holds_values
+
 #: An additive value of at most this bars a key: exp of it is 0 next to any score that is less than 9000 lower.
 BARRED = -1e4
 
@@ -108,6 +110,8 @@ class MaskReader:
             return Structure(key_mask=mask[:, 0, 0].expand(batch, keys))
         if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
             return Structure(refusal="a mask whose values cannot be looked at in a graph")
+        if not holds_values(mask):
+            return Structure(refusal="a mask that holds no values itself")
         found = self._remembered(mask)
         key_mask, query_mask = (x if x is None else x.expand(batch, -1) for x in (found.key_mask, found.query_mask))
         return found._replace(key_mask=key_mask, query_mask=query_mask)
