@@ -163,6 +163,16 @@ def test_causal_masks(qkv, real, causal, queries, pad):
     assert torch.equal(out[wanted], half[wanted])
 
 
+def test_more_queries_than_keys_have_no_padding():
+    """They are no one sequence, so a query at the place of a hidden key is wanted."""
+    q, k = torch.randn(2, 2, 70, 8), torch.randn(2, 2, 50, 8)
+    mask = torch.ones(70, 50, dtype=torch.bool).tril() & (torch.arange(50) != torch.tensor([[[7]], [[33]]]))
+    with sparse_sdpa(BAAttConfig(block_size=16, sparsity=0.0)) as handle:
+        out = F.scaled_dot_product_attention(q, k, k, mask[:, None])
+    assert handle.sparse_calls == 1
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, k, mask[:, None]))
+
+
 def test_an_order_and_a_causal_mask_stay_dense(qkv):
     handle = Handle(HALF, order=lambda length, device: torch.arange(length, device=device).flip(0))
     with SparseSDPA(handle.sdpa):

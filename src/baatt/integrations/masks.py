@@ -53,12 +53,13 @@ class Structure(NamedTuple):
     refusal: str | None = None
 
     def wanted(self, queries: int) -> Tensor | None:
-        """[B, N] bool, False for rows of padding: those whose own key is hidden. None where no key is."""
+        """[B, N] bool, False for rows of padding: those whose own key is hidden. None where no key is, or where queries
+        stand behind the last one and so belong to another sequence."""
         if self.key_mask is None or self.query_mask is not None:
             return self.query_mask
         start = self.query_start or 0
         own = self.key_mask[:, start : start + queries]
-        return own if own.shape[1] == queries else F.pad(own, (0, queries - own.shape[1]), value=True)
+        return own if own.shape[1] == queries else None
 
     def cut(self, q: Tensor, k: Tensor, v: Tensor) -> tuple["Structure", Tensor, Tensor]:
         """Without keys behind the last that a query sees, as a static cache has them; k, v: [B, G, M, D]."""
