@@ -276,6 +276,9 @@ def test_tensors_of_which_a_kernel_would_read_foreign_memory(name):
     fake = {name: FakeTensorMode().from_tensor(given[name])}
     with pytest.raises(TypeError, match=rf"^{name} must hold its values itself, got a FakeTensor$"):
         ba_attention(*{**given, **fake}.values(), CONFIG)
+    negated = {name: torch._neg_view(given[name])}
+    with pytest.raises(TypeError, match=rf"^{name} must hold .*, got a view that negates them: call resolve_neg\(\)$"):
+        ba_attention(*{**given, **negated}.values(), CONFIG)
     with pytest.raises(TypeError, match=rf"^{name} must hold its values itself, got one under vmap$"):
         torch.func.vmap(lambda x: ba_attention(*{**given, name: x}.values(), CONFIG))(given[name][None])
 

@@ -186,8 +186,9 @@ def is_differentiated(x: Tensor) -> bool:
 
 
 def holds_values(x: Tensor) -> bool:
-    """Whether a tensor's numbers lie in memory of its own, which kernels read: not in a FakeTensor or under vmap."""
-    is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    """Whether a tensor's numbers lie in memory as they are, for kernels to read: not those of a FakeTensor, under vmap,
+    or of a view that negates them, as the imaginary part of a conjugate is one."""
+    is_plain = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ and not x.is_neg()
     return x.device.type != "meta" and is_plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
@@ -195,6 +196,8 @@ def _check_values(name: str, x: Tensor) -> None:
     """Refuse a tensor that has no memory of its own, for which a kernel would read that of others."""
     if x.device.type == "meta":
         raise ValueError(f"{name} must be on a device that holds values, got meta")
+    if x.is_neg():
+        raise TypeError(f"{name} must hold its values itself, got a view that negates them: call resolve_neg()")
     if not holds_values(x):
         received = "one under vmap" if type(x) is Tensor else f"a {type(x).__name__}"
         raise TypeError(f"{name} must hold its values itself, got {received}")

@@ -138,13 +138,14 @@ def test_tensors_that_hold_no_values_stay_dense():
     dense = F.scaled_dot_product_attention(q, q, q)
     vmapped = torch.func.vmap(lambda x: handle.attention(x[None], x[None], x[None], layer=0)[0])(q)
     torch.testing.assert_close(vmapped, dense)
+    torch.testing.assert_close(handle.attention(torch._neg_view(-q), q, q, layer=0), dense)
     with FakeTensorMode() as mode:
         fake, hidden = mode.from_tensor(q), mode.from_tensor(mask)
         assert handle.attention(fake, fake, fake, layer=0).shape == q.shape
         call = SdpaCall(fake, fake, fake, hidden)
         assert handle.sdpa(call, lambda: F.scaled_dot_product_attention(*call[:4])).shape == q.shape
-    without = "tensors that hold no values themselves, as of FakeTensorMode or under vmap"
-    assert handle.reasons == {without: 2, "a mask that holds no values itself": 1}
+    without = "tensors that hold no values themselves: of FakeTensorMode, under vmap, or views that negate"
+    assert handle.reasons == {without: 3, "a mask that holds no values itself": 1}
 
 
 def test_a_derivative_forward_stays_dense():

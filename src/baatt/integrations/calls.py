@@ -62,7 +62,7 @@ class SdpaCall(NamedTuple):
         """That there is nothing to choose blocks by, or None; in a compiled graph there is when it runs."""
         if all(map(holds_values, (self.query, self.key, self.value))):
             return None
-        return "tensors that hold no values themselves, as of FakeTensorMode or under vmap"
+        return "tensors that hold no values themselves: of FakeTensorMode, under vmap, or views that negate"
 
     def changed(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: Any
