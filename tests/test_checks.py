@@ -291,3 +291,10 @@ def test_a_derivative_forward_is_refused_as_one_backward(name):
         given[name] = forward_ad.make_dual(given[name], torch.ones_like(given[name]))
         with pytest.raises(ValueError, match=rf"^{name} must not require gradients, got a tangent of torch\.autograd"):
             ba_attention(*given.values(), CONFIG)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), math.nan, math.inf])
+@pytest.mark.parametrize(("kind", "name"), [(BAAttConfig, "sparsity"), (BAAttConfig, "beta"), (Policy, "dense_steps")])
+def test_options_are_numbers_that_a_float_holds(kind, name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a finite number, got"):
+        kind(**{name: value})
