@@ -23,11 +23,15 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+#: What a float can hold. A name, because the compiler of torch 2.6 does not trace `sys.float_info`.
+LARGEST = sys.float_info.max
+
+
 def _is_number(value: object) -> bool:
     """Whether it is one that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return abs(value) <= sys.float_info.max  # nan is not, and no int overflows in a comparison
+    return -LARGEST <= value <= LARGEST  # nan is not, and no int overflows in a comparison
 
 
 @dataclass(frozen=True)
