@@ -27,7 +27,7 @@ from baatt.config import BAAttConfig
 from baatt.lab.bench.benchmarks import start_report
 from baatt.lab.bench.case import Case, Shape
 from baatt.lab.plots import legend_below, picture
-from baatt.lab.records import load_records, short_commit
+from baatt.lab.records import load_records, short_commit, stored_text
 from baatt.lab.ruler.sources import Sources
 from baatt.lab.tables import MISSING, Record, Table, percent, short_length, times
 
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--json FILE, or --draw FILE --plot PNG, must be given")
     if arguments.draw is not None:
         report = load_records(arguments.draw, ("records",), "benchmarks/frontier.py --json")
-        grids = [json.loads((RESULTS / name).read_text()) for name in GRIDS if (RESULTS / name).exists()]
+        grids = [json.loads(stored_text(RESULTS / name)) for name in GRIDS]
         draw(points(report, grids), f"{report['device']}, commit {report['commit'][:10]}", arguments.plot)
         return 0
     cases = make_cases(arguments.lengths, arguments.heads, arguments.device)

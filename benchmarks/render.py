@@ -17,6 +17,7 @@ from registry import BLOCKS
 from tables import RenderError
 from values import VALUES
 
+from baatt.lab.records import stored_text
 from baatt.lab.tables import Record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,12 @@ VALUE_BEGIN_OR_END = re.compile(r"<!--=|<!--/-->")
 @functools.cache
 def load(path: Path) -> Record:
     """A stored result; the same few are asked for again and again."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return dict(json.loads(stored_text(path)))
+
+
+def is_stored(path: Path) -> bool:
+    """Whether there is a result, as it is or packed."""
+    return path.exists() or Path(f"{path}.gz").exists()
 
 
 def render_block(name: str, root: Path) -> str:
@@ -46,7 +52,7 @@ def render_block(name: str, root: Path) -> str:
     block = BLOCKS[name]
     if not block.results:
         return block.render()
-    if missing := [str(RESULTS / result) for result in block.results if not (root / RESULTS / result).exists()]:
+    if missing := [str(RESULTS / result) for result in block.results if not is_stored(root / RESULTS / result)]:
         if block.awaited:
             return f"Not measured yet: {', '.join(f'`{Path(path).name}`' for path in missing)}."
         raise RenderError(f"render:{name} needs {', '.join(missing)}")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from baatt.lab.records import stored_text
+
 ROOT = Path(__file__).resolve().parents[1]
 CARD = "src/baatt/assets/needle-18m/README.md"
 DOCUMENTS = [
@@ -38,7 +40,7 @@ PAPER = "sort=qk,segment=1024"
 
 
 def read(document: str) -> str:
-    return (ROOT / document).read_text(encoding="utf-8")
+    return stored_text(ROOT / document)
 
 
 def resolve(name: str) -> object:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from baatt.config import Policy
+from baatt.lab.records import stored_text
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -81,7 +82,7 @@ def test_profiles(tables):
 
 
 def test_the_stored_profile_is_that_of_the_layers():
-    stored = json.loads((BENCHMARKS / "results/fidelity_layers.json").read_text())["profile"]
+    stored = json.loads(stored_text(BENCHMARKS / "results/fidelity_layers.json"))["profile"]
     policy = Policy.load(BENCHMARKS / "results/fidelity_profile.policy.json")
     assert json.loads(json.dumps(dataclasses.asdict(policy))) == stored
 

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from baatt.lab.records import stored_text
+
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "needles_dense_h200"
 BLOCK = f"<!-- render:{NAME} -->\n<!-- /render -->"
@@ -259,8 +261,8 @@ def test_study_tables(copy):
 
 
 def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):
-    shutil.copy(ROOT / "benchmarks/results/ruler_grid_4096.json", copy / "benchmarks/results")
-    records = json.loads((copy / "benchmarks/results/ruler_grid_4096.json").read_text())["settings"]["safe"]["records"]
+    shutil.copy(ROOT / "benchmarks/results/ruler_grid_4096.json.gz", copy / "benchmarks/results")
+    records = json.loads(stored_text(copy / "benchmarks/results/ruler_grid_4096.json"))["settings"]["safe"]["records"]
     share = {key: [one["accuracy"] for one in records if one["config"].get("sparsity", 0) == key] for key in (0, 0.5)}
     dense, safe = (100 * sum(found) / 11 for found in share.values())
     path = copy / "README.md"
@@ -276,7 +278,7 @@ def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):
 
 
 def test_differences_are_of_the_samples_that_both_answered():
-    read = functools.cache(lambda name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
+    read = functools.cache(lambda name: json.loads(stored_text(ROOT / f"benchmarks/results/{name}.json")))
     found = sys.modules["values"].VALUES["beyond"](read, "keep-first-0", "clusters", "90%", "8192", "vt")
     both = [
         next(
@@ -301,7 +303,7 @@ def test_numbers_of_real_weights_are_of_the_run_that_is_named():
 
 
 def test_numbers_of_fidelity_are_of_the_run_that_is_named():
-    read = functools.cache(lambda name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()))
+    read = functools.cache(lambda name: json.loads(stored_text(ROOT / f"benchmarks/results/{name}.json")))
     values = sys.modules["values"].VALUES
     dense, uniform, profile = read("fidelity_profile")["records"]
     for words, one in ((["dense"], dense), (["clusters", "90%"], uniform), (["profile", "90%"], profile)):
@@ -344,7 +346,8 @@ def test_numbers_of_causal_attention():
 )
 def test_broken_numbers_are_named(copy, capsys, text, message):
     for name in sys.modules["values"].GRIDS:
-        shutil.copy(ROOT / f"benchmarks/results/{name}.json", copy / "benchmarks/results")
+        text_of_grid = stored_text(ROOT / f"benchmarks/results/{name}.json")
+        (copy / f"benchmarks/results/{name}.json").write_text(text_of_grid)
     (copy / "README.md").write_text(text)
     assert render.main(["--check"], copy) == 1
     assert message in capsys.readouterr().err
@@ -353,7 +356,11 @@ def test_broken_numbers_are_named(copy, capsys, text, message):
 
 def stored_files():
     folder = ROOT / "benchmarks/results"
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    return sorted(str(path.relative_to(folder)).removesuffix(".gz") for path in folder.rglob("*.*"))
+
+
+def test_large_results_are_packed():
+    assert not [path for path in (ROOT / "benchmarks/results").rglob("*.json") if path.stat().st_size > 100_000]
 
 
 def test_every_stored_result_belongs_to_one_case():

@@ -14,6 +14,7 @@ from baatt.lab import loading
 from baatt.lab.answers import AnswerStore
 from baatt.lab.describe import settings_text
 from baatt.lab.options import variants
+from baatt.lab.records import stored_text
 from baatt.lab.ruler.cells import Cell, make_cells
 from baatt.lab.ruler.model import RulerAnswer
 from baatt.lab.ruler.summary import make_averages, make_records
@@ -249,7 +250,7 @@ def test_a_grid_of_samplers_and_dense_layers(model, here, capsys):
 
 @pytest.mark.parametrize("name", ["ablation_beta_h200", "ablation_score_h200", "ruler_needle-18m"])
 def test_files_of_earlier_versions_are_drawn(name, here):
-    stored = json.loads((Path(__file__).resolve().parents[2] / f"benchmarks/results/{name}.json").read_text())
+    stored = json.loads(stored_text(Path(__file__).resolve().parents[2] / f"benchmarks/results/{name}.json"))
     place = stored["records"][0]["task"], stored["records"][0]["length"]
     stored["records"] = [one for one in stored["records"] if (one["task"], one["length"]) == place]
     (here / "old.json").write_text(json.dumps(stored))

@@ -1,5 +1,6 @@
 """Files of records are never half written, and name the commit that ran: marked where tracked files differ from it."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baatt.lab.records import RecordFile, commit_here, load_records, provenance, short_commit, write_json
+from baatt.lab.records import RecordFile, commit_here, load_records, provenance, short_commit, stored_text, write_json
 
 NEEDS_GIT = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -126,3 +127,18 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json({"new": object()}, path)
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_a_packed_file_is_read_by_its_own_name_and_by_that_of_what_is_in_it(tmp_path):
+    path, packed = tmp_path / "found.json", tmp_path / "found.json.gz"
+    packed.write_bytes(gzip.compress(b'{"records": [1]}'))
+    for name in (path, packed):
+        assert stored_text(name) == '{"records": [1]}'
+        assert load_records(name, ("records",), "a command") == {"records": [1]}
+    path.write_text('{"records": [2]}')  # a newer one beside it
+    assert load_records(path, ("records",), "a command") == {"records": [2]}
+    packed.write_bytes(packed.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"found.json.gz must hold the JSON of a command, got"):
+        load_records(packed, ("records",), "a command")
+    with pytest.raises(FileNotFoundError):
+        stored_text(tmp_path / "other.json")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from baatt import assets
 from baatt.cli.main import build_parser
-from baatt.lab.records import commit_here
+from baatt.lab.records import commit_here, stored_text
 
 pytest.importorskip("PIL")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training" / "vision"))
@@ -257,6 +258,7 @@ def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
 
     noise = torch.randint(0, 255, (300, 700, 3), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(work / "pictures/large.png")
+    (work / "results/answers.json").write_text(json.dumps([0.5] * 50_000))
     (tmp_path / "back").mkdir()
     session.write_parts(work, [path.name for path in work.iterdir()], tmp_path / "back/session", 10**6, "gz")
     called = []
@@ -270,6 +272,9 @@ def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
     ):
         assert (tmp_path / place).read_text() == name
     assert not (tmp_path / "docs/figures/video_12.gif").exists()
+    answers = tmp_path / "benchmarks/results/answers.json"
+    assert not answers.exists()
+    assert json.loads(stored_text(answers)) == [0.5] * 50_000
     small = tmp_path / "docs/figures/large.png"
     assert small.stat().st_size < (work / "pictures/large.png").stat().st_size / 2
     with Image.open(small) as opened:

@@ -8,6 +8,7 @@ step has failed it returns at once. What each step runs is in `steps.py`.
 """
 
 import argparse
+import gzip
 import os
 import shutil
 import signal
@@ -44,6 +45,8 @@ SHOWN = 450
 FILM = ".gif"
 #: Bytes above which a picture is put into the repository with 256 colours, in a third of them.
 PICTURE = 500_000
+#: Bytes above which a result is packed.
+RESULT = 100_000
 #: Where what came back belongs: in the archive, in the repository.
 PLACES = {
     **{f"{model}/{name}": f"src/baatt/assets/{name}" for model, name in NAMES.items()},
@@ -245,8 +248,18 @@ def keep(arguments: argparse.Namespace) -> None:
             shutil.copy(file, place)
             if place.suffix == ".png" and place.stat().st_size > PICTURE:
                 make_small(place)
+            if place.is_relative_to("benchmarks/results") and place.stat().st_size > RESULT:
+                place = packed(place)
             print(f"{place} {place.stat().st_size / 2**20:.2f} MiB")
     subprocess.run([sys.executable, "benchmarks/render.py"], check=True)
+
+
+def packed(result: Path) -> Path:
+    """A large result with `.gz` behind its name in place of itself, as CONTRIBUTING has it."""
+    found = Path(f"{result}.gz")
+    found.write_bytes(gzip.compress(result.read_bytes(), mtime=0))
+    result.unlink()
+    return found
 
 
 def make_small(picture: Path) -> None:

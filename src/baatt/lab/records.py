@@ -4,11 +4,13 @@ In: a command line, a device, records. Out: JSON. A file is written again after 
 keeps what it has. Knows nothing of what a record holds.
 """
 
+import gzip
 import importlib.metadata
 import json
 import platform
 import re
 import subprocess
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,14 @@ class RecordFile:
             write_json(self.content, self.path)
 
 
+def stored_text(path: Path) -> str:
+    """The text of a file, or of one beside it with `.gz` behind its name, as large results are kept."""
+    packed = Path(f"{path}.gz")
+    if path.suffix == ".gz" or (packed.exists() and not path.exists()):
+        return gzip.decompress((path if path.suffix == ".gz" else packed).read_bytes()).decode()
+    return path.read_text(encoding="utf-8")
+
+
 def load_records(path: Path, fields: Collection[str], made_by: str) -> dict[str, Any]:
     """A stored file.
 
@@ -60,8 +70,8 @@ def load_records(path: Path, fields: Collection[str], made_by: str) -> dict[str,
         ValueError: it holds something else.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        stored = json.loads(stored_text(path))
+    except (ValueError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} must hold the JSON of {made_by}, got {error}") from None
     if not isinstance(stored, dict) or not set(fields) <= stored.keys():
         raise ValueError(f"{path} must hold the fields {', '.join(fields)} of {made_by}")
