@@ -6,7 +6,7 @@ other properties of a kernel are not options of the method and live in `baatt.ke
 
 import dataclasses
 import json
-import sys
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from baatt.scores import SCORES
 from baatt.stages.selection import BUDGETS
 from baatt.stages.sorting import ORDERS
-from baatt.types import kept_blocks
+from baatt.types import as_float, kept_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -23,15 +23,8 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-#: What a float can hold. A name, because the compiler of torch 2.6 does not trace `sys.float_info`.
-LARGEST = sys.float_info.max
-
-
 def _is_number(value: object) -> bool:
-    """Whether it is one that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return -LARGEST <= value <= LARGEST  # nan is not, and no int overflows in a comparison
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(as_float(value))
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,14 @@ def kept_blocks(sparsity: float, key_blocks: int) -> int:
     return max(1, math.ceil((1 - sparsity) * key_blocks))
 
 
+def as_float(value: float) -> float:
+    """The number as a float; infinite where it is an int that no float holds."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def widest(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that may be without it, such as MPS and XPU."""
     return torch.float64 if device.type in FLOAT64_DEVICES else torch.float32

@@ -72,22 +72,23 @@ class Counts:
         if reason is not None:
             kept, asked = pairs, float(pairs)
         with self._lock:
-            before = self._tallies.get((layer, reason), _NOTHING)
-            self._tallies[layer, reason] = Tally(  # field by field, as this runs at every call of a short step
-                before.calls + 1, before.pairs + pairs, before.kept + kept, before.asked + asked,
-                before.unsized + (not pairs),
-            )  # fmt: skip
+            self._add(layer, reason, pairs, kept, asked)
         self._forward.reasons.add(reason)
 
     def count_short_step(self, layers: Iterable[int], reason: str, pairs: int) -> None:
         """One dense call of each layer, of so many block pairs: for a step that has no time to count one by one."""
         with self._lock:
             for layer in layers:
-                before = self._tallies.get((layer, reason), _NOTHING)
-                self._tallies[layer, reason] = Tally(
-                    before.calls + 1, before.pairs + pairs, before.kept + pairs, before.asked + pairs, before.unsized
-                )
+                self._add(layer, reason, pairs, pairs, float(pairs))
         self._forward.reasons.add(reason)
+
+    def _add(self, layer: int | None, reason: str | None, pairs: int, kept: int, asked: float) -> None:
+        """A call to its tally, which is locked."""
+        before = self._tallies.get((layer, reason), _NOTHING)
+        self._tallies[layer, reason] = Tally(  # field by field, as this runs at every call of a short step
+            before.calls + 1, before.pairs + pairs, before.kept + kept, before.asked + asked,
+            before.unsized + (not pairs),
+        )  # fmt: skip
 
     def start_forward(self) -> None:
         """A forward of the model begins in this thread."""

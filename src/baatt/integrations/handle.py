@@ -208,12 +208,12 @@ class Handle(Counts):
         Returns:
             [B, H, N, D].
         """
-        known = Structure(causal, query_start, key_mask, query_mask, refusal)
         is_plain = causal is None and key_mask is None and query_mask is None and scale is None and refusal is None
         reason = self.short_call(q, k, v) if is_plain and is_cross is False else None
         if reason is not None:
             self.count_dense(layer, reason, q, k)
             return dense_attention(q, k, v) if dense is None else dense()
+        known = Structure(causal, query_start, key_mask, query_mask, refusal)
         return self._attend(SdpaCall(q, k, v, scale=scale), known, dense, layer, is_cross)
 
     def sdpa(
@@ -348,7 +348,7 @@ class Handle(Counts):
     def short_step(self, queries: int, keys: int, device: torch.device) -> str | None:
         """Why a call without any mask has too few queries, or None where that must be looked at more closely.
 
-        A short step waits for the processor, and what `_decide` asks besides takes three times as long as this.
+        A short step waits for the processor, and what `_decide` asks besides takes as long again as all of this.
         """
         policy = self.policy
         if policy.dense_layers or policy.layer_sparsity or policy.dense_steps or policy.min_length:

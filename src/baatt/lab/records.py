@@ -53,9 +53,9 @@ class RecordFile:
 
 def stored_text(path: Path) -> str:
     """The text of a file, or of one beside it with `.gz` behind its name, as large results are kept."""
-    packed = Path(f"{path}.gz")
-    if path.suffix == ".gz" or (packed.exists() and not path.exists()):
-        return gzip.decompress((path if path.suffix == ".gz" else packed).read_bytes()).decode()
+    packed = path if path.suffix == ".gz" else Path(f"{path}.gz")
+    if packed == path or (packed.exists() and not path.exists()):
+        return gzip.decompress(packed.read_bytes()).decode()
     return path.read_text(encoding="utf-8")
 
 

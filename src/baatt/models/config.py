@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baatt.models.rope import resolve_rope_scaling
+from baatt.types import as_float
 
 #: No size reaches this, and a product of two still fits what PyTorch counts with.
 LARGEST = 2**30
@@ -176,14 +177,6 @@ def check_positive_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(as_float(value)) and value > 0):
         raise ValueError(f"{name} must be positive, got {as_float(value)}")
-
-
-def as_float(value: float) -> float:
-    """The number as a float; infinite where it is an int that no float holds."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
 
 
 def check_token(name: str, value: object, rows: int) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from baatt.models.config import as_float, check_positive_integer
+from baatt.models.config import check_positive_integer
 from baatt.sampling.filling import REMASKING
+from baatt.types import as_float
 
 
 class Span(NamedTuple):
@@ -81,10 +82,9 @@ class SamplerConfig:
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            if name == "repetition_penalty" and not (math.isfinite(as_float(value)) and value > 0):
-                raise ValueError(f"{name} must be finite and above 0, got {value}")
-            if not (math.isfinite(as_float(value)) and value >= 0):
-                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+            may_be_zero = name != "repetition_penalty"
+            if not math.isfinite(as_float(value)) or value < 0 or (value == 0 and not may_be_zero):
+                raise ValueError(f"{name} must be finite and {'at least' if may_be_zero else 'above'} 0, got {value}")
         if self.gen_length % self.block_length:
             raise ValueError(f"block_length must divide gen_length={self.gen_length}, got {self.block_length}")
         if self.steps % self.blocks:
