@@ -94,13 +94,14 @@ def test_signs_lie_in_their_cells_and_do_not_touch():
     before = torch.full((1, 1, 3, 96, 144), 0.4)
     placed = place([signs], [PHOTO], (96, 144), random)
     together, alone = paint(before.clone(), placed), before.clone()
-    for one in placed:
-        paint(alone, [one])
+    for sign in placed.table:
+        paint(alone, placed._replace(table=sign[None]))
     assert torch.equal(together, alone)
     changed = (together != before)[0, 0].any(dim=0)
     cells = changed.unflatten(0, (CELLS[0], 16)).unflatten(2, (CELLS[1], 16)).any(dim=3).any(dim=1)
     assert {tuple(cell) for cell in cells.nonzero().tolist()} == {one.cell for one in signs}
-    assert [(row // 16, column // 16) for row, column in (one.middle for one in placed)] == [one.cell for one in signs]
+    _, _, row, column = placed.middles
+    assert torch.stack((row // 16, column // 16), dim=1).tolist() == [[*one.cell] for one in signs]
 
 
 def test_signs_of_a_clip_are_in_their_frames_and_have_their_colour():
@@ -120,9 +121,13 @@ def test_a_window_shows_what_the_whole_has_there():
         clip = Window(random.randint(0, 60), 8, (1, 1), (1, 2))
         for window, plant in ((photo, plant_photo), (clip, plant_clip)):
             signs = plant(random, window, 3, (0, 3))
-            for one in place([signs], [window], (16 * window.size[0], 16 * window.size[1]), random):
-                cell = tuple(at // 16 + first for at, first in zip(one.middle, window.cell, strict=True))
-                assert (cell, one.frame + window.frame) == (one.sign.cell, one.sign.frame)
+            placed = place([signs], [window], (16 * window.size[0], 16 * window.size[1]), random)
+            _, frame, row, column = placed.middles
+            found = torch.stack(
+                (frame + window.frame, row // 16 + window.cell[0], column // 16 + window.cell[1]), dim=1
+            )
+            assert found.tolist() == [[one.frame, *one.cell] for one in signs]
+            assert placed.table[:, 6].tolist() == [one.number for one in signs]
             assert any([one.colour for one in signs].count(sign.colour) == 1 for sign in signs)
     torch.manual_seed(0)
     model, whole = VisionModel(CONFIG), torch.rand(1, 12, 3, 16, 24)

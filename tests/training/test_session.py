@@ -25,7 +25,6 @@ import session
 import steps
 import understanding
 import video
-from running import add_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = steps.Place("cpu", "float32", seconds=60, training=20, total=40)
@@ -42,12 +41,11 @@ def test_every_command_is_understood(name, tiny, tmp_path, monkeypatch):
         assert build_parser(words[0]).parse_args(words)
     command = steps.training_of(name, place, tmp_path).command
     assert (ROOT / command[1]).is_file()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config")
-    add_arguments(parser, name)
-    told = parser.parse_args(command[2:])
+    told = {"video": video, "understanding": understanding}[name].build_parser().parse_args(command[2:])
     assert (told.seconds, told.total_seconds, told.resume) == (20, 40, None)
     assert f"{name}/{told.name}" in session.PLACES
+    if name == "video":
+        assert told.scenes.split(",") == [*steps.SCENES]
     (tmp_path / name).mkdir()
     (tmp_path / name / "state.pt").touch()
     again = steps.training_of(name, dataclasses.replace(place, compiled=False), tmp_path).command

@@ -13,13 +13,14 @@ from baatt.lab.capture import load_capture
 pytest.importorskip("PIL")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training" / "vision"))
 
+import lessons
 import running
 import understanding as training
 from curriculum import CURRICULUM, Progress
 
 from baatt.lab.vision import media
 from baatt.lab.vision.model import VisionConfig, VisionModel
-from baatt.lab.vision.scenes import COLOURS, END
+from baatt.lab.vision.scenes import END
 
 CONFIG = {
     "photo": [48, 72], "frame": [16, 24], "frames": 8, "tower": 16, "width": 32, "heads": 2, "layers": 2, "hidden": 32,
@@ -38,7 +39,7 @@ def trained(tmp_path_factory):
     media.write([held_out], folder / "heldout.safetensors")
     options = [
         "--media", str(folder), "--out", str(folder / "run"), "--config", json.dumps(CONFIG), "--batch-tokens", "200",
-        "--seconds", "0", "--report-every", "1", "--device", "cpu", "--no-compile",
+        "--seconds", "0", "--report-every", "1", "--device", "cpu", "--no-compile", "--workers", "0",
     ]  # fmt: skip
     training.main(options)
     training.main([*options, "--resume", str(folder / "run")])
@@ -62,15 +63,19 @@ def pictures(trained):
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in CONFIG.items()}
     torch.manual_seed(0)
     pupil = training.Pupil(VisionConfig(**sizes))
-    return pupil, training.Pictures(clips, pupil.model, 200, 1, torch.device("cpu"))
+    return pupil, training.Pictures(clips, pupil.model.config, 1, torch.device("cpu"))
+
+
+def whole(drawn, *what):
+    return drawn.show(lessons.whole(drawn.config, *what, random=drawn.draw))
 
 
 @pytest.mark.parametrize("stage", range(len(CURRICULUM)))
 def test_batches_end_with_answers_and_fit(trained, stage):
     pupil, drawn = pictures(trained)
-    words = pupil.model.config.words
+    words, asked = pupil.model.config.words, lessons.Lessons(pupil.model.config, 200, 1)
     for _ in range(8):
-        batch = drawn.lesson(CURRICULUM[stage])
+        batch = drawn.show(asked.of_stage(CURRICULUM[stage], drawn.draw), recoloured=True)
         for row in batch.ids:
             assert words[row[-3]] == "?"
             assert (words[row[-1]] == END) == (batch.name not in ("photo_position", "clip_when"))
@@ -81,22 +86,46 @@ def test_batches_end_with_answers_and_fit(trained, stage):
         assert len(batch.windows) == len(batch.pixels)
 
 
+def test_workers_draw_other_lessons_than_each_other_and_hear_of_the_stage(trained):
+    pupil, _ = pictures(trained)
+    asked = lessons.Lessons(pupil.model.config, 200, 1)
+    drawn = lessons.drawn_by(asked, 2)
+    first, second, third = (next(drawn) for _ in range(3))
+    assert (first.name, *first.windows) != (second.name, *second.windows)
+    assert {len(one.windows) for one in (first, second, third)} <= {100, 200}  # the first stage
+    asked.practise(5, {})
+    later = [next(drawn) for _ in range(60)][-30:]
+    assert {one.name for one in later} >= {lessons.EARLIER, "photo_position"}
+    assert {3, 4} <= {len(one.windows) for one in later}
+
+
+def test_what_is_known_is_asked_less_often(trained):
+    pupil, drawn = pictures(trained)
+    asked = lessons.Lessons(pupil.model.config, 200, 1)
+    asked.practise(0, {"photo_number": 1.0, "photo_colour": 0.1, "loss": 3.0})
+    names = [asked.draw(drawn.draw).name for _ in range(400)]
+    assert 0 < names.count("photo_number") < names.count("photo_colour") / 2
+    assert names.count("photo_count") > names.count("photo_number")
+    asked.practise(1, {"photo_number": 1.0})  # a new stage: nothing is known of it yet
+    assert [*asked.weights] == [1.0] * 8
+
+
 def test_backgrounds_are_drawn_anew_bit_by_bit(trained):
     _, drawn = pictures(trained)
-    first = drawn.background(1, (8, 8), 16, is_photo=True)
-    kept = drawn.backgrounds[1, 8, 8]
-    assert len(kept) == 16
+    assert len(drawn.background(1, (8, 8), 16, is_photo=True)) == 16
+    first = drawn.backgrounds[1, 8, 8].clone()
+    assert len(first) == 32
     drawn.background(1, (8, 8), 16, is_photo=True)
-    assert len(kept) == 18
-    for _ in range(40):
+    same = (drawn.backgrounds[1, 8, 8] == first).flatten(1).all(dim=1)
+    assert same.sum() == 32 - training.FRESH
+    for _ in range(60):
         drawn.background(1, (8, 8), 16, is_photo=True)
-    assert len(kept) == 32
-    assert not any(torch.equal(one, old) for one in kept for old in first)
+    assert not (drawn.backgrounds[1, 8, 8] == first).flatten(1).all(dim=1).any()
 
 
 def test_a_model_that_knows_is_right_and_is_told_nothing(trained, monkeypatch):
     pupil, drawn = pictures(trained)
-    batch, seen = drawn.whole("photo_position", 0, 6), []
+    batch, seen = whole(drawn, "photo_position", 0, 6), []
 
     def knows(visual, ids):
         seen.append(ids)
@@ -112,14 +141,14 @@ def test_a_model_that_knows_is_right_and_is_told_nothing(trained, monkeypatch):
 
 def test_the_tower_is_taught_what_stands_in_the_middle_of_signs(trained):
     _, drawn = pictures(trained)
-    batch = drawn.whole("clip_when", 8, 4)
+    batch = whole(drawn, "clip_when", 8, 4)
     logits = torch.zeros(4, 8, 2, 3, 19)
     logits[..., 0] = 50  # nothing, unless
-    for one in batch.placed:
-        row, column = (at // 8 for at in one.middle)
-        here = logits[one.picture, one.frame, row, column]
+    signs = zip(*(one.tolist() for one in (*batch.placed.middles, *batch.placed.table.unbind(1)[6:])), strict=True)
+    for picture, frame, row, column, number, colour in signs:
+        here = logits[picture, frame, row // 8, column // 8]
         here[:9] = 0
-        here[1 + list(COLOURS).index(one.sign.colour)] = here[9 + one.sign.number] = 50
+        here[1 + colour] = here[9 + number] = 50
     loss, read = training.taught(logits, batch.placed)
     assert loss < 1e-4
     assert read == 1
@@ -130,7 +159,7 @@ def test_the_tower_is_taught_what_stands_in_the_middle_of_signs(trained):
 
 def test_the_loss_falls_on_a_batch_that_is_learnt_by_heart(trained):
     pupil, drawn = pictures(trained)
-    batch, optimizer = drawn.whole("photo_number", 0, 4), torch.optim.Adam(pupil.parameters(), 1e-2)
+    batch, optimizer = whole(drawn, "photo_number", 0, 4), torch.optim.Adam(pupil.parameters(), 1e-2)
     first, _ = training.measure(pupil, batch, 0)
     for _ in range(150):
         loss, told = training.measure(pupil, batch, 0)
@@ -176,7 +205,8 @@ def test_a_log_says_whether_learning_has_begun(capsys):
 
 def test_a_loss_that_is_no_number_ends_a_run(trained):
     options = ["--media", str(trained), "--out", str(trained / "broken"), "--config", json.dumps(CONFIG), "--seconds",
-               "9", "--batch-tokens", "200", "--report-every", "1", "--device", "cpu", "--no-compile"]  # fmt: skip
+               "9", "--batch-tokens", "200", "--report-every", "1", "--device", "cpu", "--no-compile", "--workers",
+               "0"]  # fmt: skip
     with pytest.raises(ArithmeticError, match="the loss is nan at step 2: go on from"):
         training.main([*options, "--learning-rate", "nan"])
 

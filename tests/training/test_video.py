@@ -49,6 +49,15 @@ def test_media_comes_back(trained):
     assert (turn.frames[0, 0, :, 0].float() - torch.linspace(0, 255, 256)).abs().max() < 6
 
 
+def test_scenes_are_chosen_by_name(trained):
+    clips = media.read(trained / "media.safetensors")
+    names = [one.name for one in clips]
+    assert [one.name for one in training.chosen(clips, None)] == names
+    assert [one.name for one in training.chosen(clips, names[-1])] == names[-1:]
+    with pytest.raises(ValueError, match=f"--scenes must be of {','.join(names)}, got moon"):
+        training.chosen(clips, f"{names[0]},moon")
+
+
 def test_pieces_of_a_panorama_turn():
     ramp = torch.linspace(0, 250, 256).to(torch.uint8)[None, None, :, None].expand(1, 128, 256, 3)
     piece = training.cut(media.Clip("turn", ramp, True), (4, 96, 64), 0.1, torch.Generator().manual_seed(3))

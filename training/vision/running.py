@@ -71,6 +71,8 @@ class Run:
             self.resume(arguments.resume)
         else:
             self.average = copy.deepcopy(self.model.state_dict())
+        state = self.model.state_dict()  # tensors that are changed in place, listed once
+        self.followed = [self.average[name] for name in state], list(state.values())
 
     def resume(self, place: Path) -> None:
         """Go on from the folder of a run, or from the copy of its average with a fresh optimizer."""
@@ -100,8 +102,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         weight = min(0.999, (1 + progress["step"]) / (10 + progress["step"]))
-        state = self.model.state_dict()
-        torch._foreach_lerp_([self.average[name] for name in state], list(state.values()), 1 - weight)
+        torch._foreach_lerp_(*self.followed, 1 - weight)
         progress["step"] += 1
         return {"loss": loss.detach(), **told}
 

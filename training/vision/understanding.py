@@ -1,9 +1,7 @@
 """Trains the small model of `baatt.lab.vision` to answer questions about photos and clips with signs planted in them.
 
 In: the files of `media.py`; what it holds out is only measured on. Out: as `running.py` writes it, and the held-out
-pixels beside the model. A batch has photos or clips of one size with questions of one task, so that nothing is padded,
-one question a sequence: with several, tiny models did not learn which words belong to which answer. What is learnt when
-is in `curriculum.py`. One GPU.
+pixels beside the model. What is learnt when is in `curriculum.py`, what is asked in `lessons.py`. One GPU.
 """
 
 import argparse
@@ -11,43 +9,29 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from curriculum import CURRICULUM, Progress, Stage, anywhere, draw_size
+from curriculum import Progress
 from einops import rearrange
+from lessons import Lesson, Lessons, drawn_by, pixels_of, whole
 from running import Losses, Run, add_arguments, go_on
 from torch import Tensor, nn
 
 from baatt.lab.vision.media import Clip, read, view
 from baatt.lab.vision.model import PATCH, VisionConfig, VisionModel
-from baatt.lab.vision.planting import Placed, paint, place
-from baatt.lab.vision.scenes import (
-    ANSWER_WORDS,
-    CLIP_TASKS,
-    COLOURS,
-    PHOTO,
-    PHOTO_TASKS,
-    Window,
-    ask,
-    plant_clip,
-    plant_photo,
-    whole_clip,
-)
+from baatt.lab.vision.planting import Placed, paint
+from baatt.lab.vision.scenes import ANSWER_WORDS, CLIP_TASKS, COLOURS, PHOTO_TASKS, TASKS, Window
 
-#: How often a batch has photos, and how often it is of an earlier stage, which is not to be forgotten.
-PHOTOS, REPLAY = 0.5, 0.15
-#: Sequences of a batch at most: of small windows so many would fit that steps would be few.
-SEQUENCES = 256
 #: The share of answers of which one word is given, as when the sampler has filled it.
 TOLD = 0.2
 #: Weight of what the tower is taught, and how sure a fresh head is that a patch is not the middle of a sign.
 TOWER, NOTHING = 0.3, 4.0
-#: One of so many backgrounds of a batch is new; the others were drawn before and get other colours and signs.
-FRESH = 8
+#: So many backgrounds of a batch are new; the others were drawn before and get other colours and signs.
+FRESH = 6
 #: Of held-out pixels: numbers of frames, sequences of a batch, and how many batches of each task and length.
 LENGTHS, MEASURED, BATCHES = (4, 8, 16, 24, 48, 72), 8, 4
 #: Right answers of a guess, for the tasks that tell whether learning has begun, and how many times as many do.
@@ -56,14 +40,13 @@ BEGUN = 2.0
 
 
 class Batch(NamedTuple):
-    """pixels [B, F, 3, rows, columns] of windows of one size; ids [B, n] of questions of one task, each with its answer
-    at the end; placed: the signs. name: the task, and what else tells batches apart that are counted apart."""
+    """A lesson and the pixels [B, F, 3, rows, columns] of its windows, with the signs on them, on the device."""
 
     name: str
     windows: list[Window]
     pixels: Tensor
     ids: Tensor
-    placed: list[Placed]
+    placed: Placed
 
 
 class Pupil(nn.Module):
@@ -88,60 +71,36 @@ class Pupil(nn.Module):
 
 
 class Pictures:
-    """Draws batches from clips, panoramas and photos on the device."""
+    """Brings pixels of clips, panoramas and photos to lessons, on the device."""
 
-    def __init__(self, clips: Sequence[Clip], model: VisionModel, tokens: int, seed: int, device: torch.device) -> None:
-        self.model, self.tokens, self.device = model, tokens, device
+    def __init__(self, clips: Sequence[Clip], config: VisionConfig, seed: int, device: torch.device) -> None:
+        self.config, self.device = config, device
         self.clips = [clip._replace(frames=clip.frames.to(device)) for clip in clips]
         self.moving = [clip for clip in self.clips if clip.is_panorama or len(clip.frames) > 1]
         self.draw = random.Random(seed)
-        self.backgrounds: dict[tuple[int, int, int], list[Tensor]] = {}
+        self.backgrounds: dict[tuple[int, int, int], Tensor] = {}
 
-    def lesson(self, stage: Stage) -> Batch:
-        """A batch of a stage, its pictures lighter or darker and in other colours."""
-        draw, config = self.draw, self.model.config
-        is_photo = draw.random() < PHOTOS
-        window = draw_size(stage, config.frames, draw, is_photo=is_photo)
-        size = self.pixels_of(window, is_photo=is_photo)
-        tokens = window.frames * (size[0] // PATCH) * (size[1] // PATCH)
-        count = min(SEQUENCES, max(1, self.tokens // tokens))
-        pixels = self.recoloured(self.background(window.frames, size, count, is_photo=is_photo))
-        plant = plant_photo if is_photo else plant_clip
-        windows = [anywhere(window, config.frames, draw, is_photo=is_photo) for _ in range(count)]
-        scenes = [plant(draw, one, stage.most, stage.others) for one in windows]
-        return self.asked(draw.choice([*(PHOTO_TASKS if is_photo else CLIP_TASKS)]), windows, pixels, scenes)
-
-    def whole(self, task: str, frames: int, count: int) -> Batch:
-        """A batch of whole photos (0 frames) or clips as they are."""
-        window, draw = whole_clip(frames) if frames else PHOTO, self.draw
-        size = self.pixels_of(window, is_photo=not frames)
-        pixels = self.background(window.frames, size, count, is_photo=not frames)
-        scenes = [plant_clip(draw, window) if frames else plant_photo(draw) for _ in range(count)]
-        batch = self.asked(task, [window] * count, pixels, scenes)
-        return batch._replace(name=f"{task} {frames}" if frames else task)
-
-    def asked(self, task: str, windows: list[Window], pixels: Tensor, scenes: list[Any]) -> Batch:
-        """Signs planted, a question to each."""
-        asked = [ask(task, signs, self.draw) for signs in scenes]
-        ids = torch.tensor([self.model.encode((*one.words, *one.answer)) for one in asked])
-        placed = place(scenes, windows, (pixels.shape[-2], pixels.shape[-1]), self.draw)
-        return Batch(task, windows, paint(pixels, placed), ids.to(self.device), placed)
-
-    def pixels_of(self, window: Window, *, is_photo: bool) -> tuple[int, int]:
-        """Rows and columns of a window."""
-        whole = PHOTO if is_photo else whole_clip(1)
-        rows, columns = self.model.config.photo if is_photo else self.model.config.frame
-        return rows // whole.size[0] * window.size[0], columns // whole.size[1] * window.size[1]
+    def show(self, lesson: Lesson, *, recoloured: bool = False) -> Batch:
+        """A lesson with its pixels; recoloured: lighter or darker, and in other colours."""
+        size = pixels_of(self.config, lesson.windows[0], is_photo=lesson.is_photo)
+        pixels = self.background(lesson.windows[0].frames, size, len(lesson.windows), is_photo=lesson.is_photo)
+        if recoloured:
+            pixels = self.recoloured(pixels)
+        placed = lesson.placed.to(self.device)
+        return Batch(lesson.name, lesson.windows, paint(pixels, placed), lesson.ids.to(self.device), placed)
 
     def background(self, frames: int, size: tuple[int, int], count: int, *, is_photo: bool) -> Tensor:
-        """Pixels [count, frames, 3, rows, columns] without signs. Most were drawn for earlier batches: a view is dozens
-        of small kernels, and a GPU would wait for them."""
-        kept = self.backgrounds.setdefault((frames, *size), [])
-        new = count if len(kept) < count else -(-count // FRESH)
-        clips = self.clips if is_photo else self.moving
-        kept += [view(self.draw.choice(clips), frames, size, self.draw) for _ in range(new)]
-        del kept[: -2 * count]
-        return torch.stack(self.draw.sample(kept, count))
+        """Pixels [count, frames, 3, rows, columns] without signs, of twice as many that are kept. In each batch some of
+        these are drawn anew: a view is a dozen small kernels, and a GPU would wait for them."""
+        clips, kept = self.clips if is_photo else self.moving, self.backgrounds.get((frames, *size))
+        if kept is None:
+            kept = torch.stack([view(self.draw.choice(clips), frames, size, self.draw) for _ in range(2 * count)])
+            self.backgrounds[frames, *size] = kept
+        else:
+            for place in self.draw.sample(range(len(kept)), min(FRESH, count)):
+                kept[place] = view(self.draw.choice(clips), frames, size, self.draw)
+        chosen = self.draw.sample(range(len(kept)), count)
+        return kept[torch.tensor(chosen, device="cpu").to(self.device)]
 
     def recoloured(self, pixels: Tensor) -> Tensor:
         """Every picture lighter or darker, each of its colours by itself, and some with colours exchanged."""
@@ -177,38 +136,33 @@ def measure(pupil: Pupil, batch: Batch, told: float) -> Losses:
     return words + TOWER * tower, {**parts, batch.name: share}
 
 
-def taught(seen: Tensor, placed: Sequence[Placed]) -> tuple[Tensor, Tensor]:
+def taught(seen: Tensor, placed: Placed) -> tuple[Tensor, Tensor]:
     """The loss of the tower's head for each sign, and the share of signs whose colour and number it tells.
 
     Args:
         seen: [B, F, h, w, 1 + colours + 10]: logits of nothing or a colour for every patch, and of a number, which
             count in the middle of signs only.
     """
-    names, device = [*COLOURS], seen.device
-    places = torch.tensor(
-        [(one.picture, one.frame, *(at // PATCH for at in one.middle)) for one in placed], device="cpu"
-    ).to(device)
-    told = torch.tensor([(1 + names.index(one.sign.colour), one.sign.number) for one in placed], device="cpu").to(
-        device
-    )
-    kinds = torch.zeros(seen.shape[:-1], dtype=torch.long, device=device)
-    kinds[tuple(places.T)] = told[:, 0]
-    colours, numbers = seen.split((1 + len(names), 10), dim=-1)
-    there = numbers[tuple(places.T)]
-    loss = F.cross_entropy(rearrange(colours, "... k -> (...) k"), kinds.flatten(), reduction="sum") / len(placed)
-    right = (colours[tuple(places.T)].argmax(-1) == told[:, 0]) & (there.argmax(-1) == told[:, 1])
-    return loss + F.cross_entropy(there, told[:, 1]), right.float().mean()
+    picture, frame, row, column = placed.middles
+    places, (number, colour) = (picture, frame, row // PATCH, column // PATCH), placed.table.unbind(1)[6:]
+    kinds = torch.zeros(seen.shape[:-1], dtype=torch.long, device=seen.device)
+    kinds[places] = 1 + colour
+    colours, numbers = seen.split((1 + len(COLOURS), 10), dim=-1)
+    there = numbers[places]
+    loss = F.cross_entropy(rearrange(colours, "... k -> (...) k"), kinds.flatten(), reduction="sum") / len(number)
+    right = (colours[places].argmax(-1) == 1 + colour) & (there.argmax(-1) == number)
+    return loss + F.cross_entropy(there, number), right.float().mean()
 
 
 def held_out(run: Run, clips: Sequence[Clip], device: torch.device) -> dict[str, float]:
     """The share of questions answered right by the moving average, on the same ones every time."""
     found: dict[str, list[float]] = {}
     with run.averaged() as pupil:
-        others = Pictures(clips, pupil.model, 0, 0, device)
-        lengths = [0, *(frames for frames in LENGTHS if frames <= pupil.model.config.frames)]
-        for frames in lengths:
+        config = pupil.model.config
+        others = Pictures(clips, config, 0, device)
+        for frames in [0, *(frames for frames in LENGTHS if frames <= config.frames)]:
             for task in [*(CLIP_TASKS if frames else PHOTO_TASKS)] * BATCHES:
-                batch = others.whole(task, frames, MEASURED)
+                batch = others.show(whole(config, task, frames, MEASURED, others.draw))
                 found.setdefault(batch.name, []).append(float(measure(pupil, batch, 0)[1][batch.name]))
     return {task: sum(shares) / len(shares) for task, shares in found.items()}
 
@@ -238,31 +192,39 @@ def train(arguments: argparse.Namespace) -> None:
     run = Run(arguments, Pupil(config), device)
     seed = arguments.seed + run.progress["step"]
     torch.manual_seed(seed)
-    pictures = Pictures([one for one in clips if one.name not in names], run.model.model, arguments.batch_tokens, seed,
-                        device)  # fmt: skip
+    lessons = Lessons(config, arguments.batch_tokens, seed)
+    pictures = Pictures([one for one in clips if one.name not in names], config, seed, device)
     progress = Progress(run.progress, arguments.total_seconds)
+    lessons.practise(progress.stage, {})
+    ready = drawn_by(lessons, arguments.workers)
     if arguments.compile:
         for block in run.model.model.language.transformer.blocks:
             block.compile(dynamic=True)
 
     def losses() -> Losses:
-        earlier = progress.stage > 0 and pictures.draw.random() < REPLAY
-        stage = pictures.draw.randrange(progress.stage) if earlier else progress.stage
-        batch = pictures.lesson(CURRICULUM[stage])
-        return measure(run.model, batch._replace(name="earlier") if earlier else batch, TOLD)
+        return measure(run.model, pictures.show(next(ready), recoloured=True), TOLD)
 
-    look: Callable[[dict[str, Any]], None] = lambda row: progress.look(row, [*PHOTO_TASKS, *CLIP_TASKS])  # noqa: E731
+    def look(row: dict[str, Any]) -> None:
+        progress.look(row, [*TASKS])
+        lessons.practise(progress.stage, row)
+
     go_on(run, began, losses, lambda: held_out(run, asked, device), has_begun, look)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Its options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--media", type=Path, default=Path("training/data"), help="folder of the files of media.py")
+    parser.add_argument("--config", default="{}", help="fields of VisionConfig as JSON, for another size")
+    parser.add_argument("--workers", type=int, default=6, help="processes that draw questions (default: 6)")
+    add_arguments(parser, "understanding")
+    parser.set_defaults(learning_rate=1e-3, report_every=200)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--media", type=Path, default=Path("training/data"), help="folder of the files of media.py")
-    parser.add_argument("--config", default="{}", help="fields of VisionConfig as JSON, for another size")
-    add_arguments(parser, "understanding")
-    parser.set_defaults(learning_rate=1e-3)
-    train(parser.parse_args(argv))
+    train(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -97,14 +97,28 @@ def has_begun(run: Run, row: dict[str, Any]) -> str | None:
     return None if row["loss"] < BEGUN * first else f"loss {row['loss']}, in the beginning {first}"
 
 
+def chosen(clips: list[Clip], names: str | None) -> list[Clip]:
+    """The clips of these names, by commas, in their order; None = all.
+
+    Raises:
+        ValueError: a name that no clip has.
+    """
+    if names is None:
+        return clips
+    by_name = {clip.name: clip for clip in clips}
+    if unknown := [name for name in names.split(",") if name not in by_name]:
+        raise ValueError(f"--scenes must be of {','.join(by_name)}, got {unknown[0]}")
+    return [by_name[name] for name in names.split(",")]
+
+
 def train(arguments: argparse.Namespace) -> None:
     """A piece of the run."""
     began, device = time.monotonic(), torch.device(arguments.device)
     torch.set_float32_matmul_precision("high")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    clips = read(arguments.media)
+    clips = chosen(read(arguments.media), arguments.scenes)
     names = tuple(clip.name for clip in clips)
-    config = VideoConfig(names, **json.loads(arguments.config)) if arguments.config else VideoConfig(names)
+    config = VideoConfig(names, **json.loads(arguments.config))
     torch.manual_seed(arguments.seed)
     run = Run(arguments, VideoModel(config), device)
     seed = arguments.seed + run.progress["step"]
@@ -123,13 +137,19 @@ def train(arguments: argparse.Namespace) -> None:
     go_on(run, began, lambda: (loss_of(run.model, *pieces.batch()), {}), held_out, lambda row: has_begun(run, row))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--media", type=Path, default=Path("training/data/media.safetensors"))
-    parser.add_argument("--config", help="fields of VideoConfig as JSON, for another size")
+    parser.add_argument("--scenes", metavar="NAME,NAME", help="what is learnt, of the file's clips (default: all)")
+    parser.add_argument("--config", default="{}", help="fields of VideoConfig as JSON, for another size")
     add_arguments(parser, "video")
-    train(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    train(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

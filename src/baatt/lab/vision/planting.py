@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from baatt.lab.vision.scenes import COLOURS, Sign, Window
+from baatt.lab.vision.scenes import COLOURS, SHAPES, Sign, Window
 
 #: Rows of dots of each number, from the top, each as a binary number of five digits.
 DOTS = (
@@ -31,7 +31,6 @@ NUMBER, RIM = 0.55, 0.1
 LIGHT = 0.55
 
 
-@functools.cache
 def sprite(shape: str, number: int, size: int) -> Tensor:
     """Of each pixel [3, size, size] in [0, 1]: how much of it is sign, sign without the rim, and number."""
     place = ((torch.arange(size, device="cpu") + 0.5) * 2 / size - 1).abs()
@@ -50,24 +49,29 @@ def sprite(shape: str, number: int, size: int) -> Tensor:
 
 
 class Placed(NamedTuple):
-    """A sign on pixels [B, F, 3, rows, columns]: of which picture and frame, its first row and column, its side."""
+    """Signs on pixels [B, F, 3, rows, columns].
 
-    picture: int
-    frame: int
-    top: int
-    left: int
-    size: int
-    sign: Sign
+    table: int64 [S, 8]: of each sign its picture, its frame, its first row and column, the pixels of its side, and the
+    numbers of its shape, its number and its colour. side: pixels of the shorter side of a cell.
+    """
+
+    table: Tensor
+    side: int
 
     @property
-    def middle(self) -> tuple[int, int]:
-        """Row and column of the pixel in its middle."""
-        return self.top + self.size // 2, self.left + self.size // 2
+    def middles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Picture, frame, row and column [S] of the pixel in the middle of each."""
+        picture, frame, top, left, size = self.table.unbind(1)[:5]
+        return picture, frame, top + size // 2, left + size // 2
+
+    def to(self, device: torch.device) -> "Placed":
+        """The same on a device."""
+        return self._replace(table=self.table.to(device))
 
 
 def place(
     scenes: Sequence[Sequence[Sign]], windows: Sequence[Window], pixels: tuple[int, int], random: Random
-) -> list[Placed]:
+) -> Placed:
     """Where in its cell each sign of each scene is, and how large: drawn.
 
     Args:
@@ -77,7 +81,7 @@ def place(
         ValueError: not a window for each scene.
     """
     cell = (pixels[0] // windows[0].size[0], pixels[1] // windows[0].size[1])
-    placed = []
+    table, colours = [], [*COLOURS]
     for picture, (signs, window) in enumerate(zip(scenes, windows, strict=True)):
         for sign in signs:
             size = max(1, round(random.uniform(SMALLEST, LARGEST) * min(cell)))
@@ -85,33 +89,48 @@ def place(
                 (at - first) * side + random.randint(0, side - size)
                 for at, first, side in zip(sign.cell, window.cell, cell, strict=True)
             )
-            placed.append(Placed(picture, sign.frame - window.frame, top, left, size, sign))
-    return placed
+            kind = (SHAPES.index(sign.shape), sign.number, colours.index(sign.colour))
+            table.append((picture, sign.frame - window.frame, top, left, size, *kind))
+    return Placed(torch.tensor(table, dtype=torch.long, device="cpu").view(-1, 8), min(cell))
 
 
-def paint(pixels: Tensor, placed: Sequence[Placed]) -> Tensor:
+def paint(pixels: Tensor, placed: Placed) -> Tensor:
     """The pixels [B, F, 3, rows, columns], in place, with signs on them."""
-    if not placed:
-        return pixels
     device, (frames, _, rows, columns) = pixels.device, pixels.shape[1:]
-    canvas = max(one.size for one in placed)
-    sprites = torch.stack([_on_canvas(one.sign.shape, one.sign.number, one.size, canvas, device) for one in placed])
-    first = [(3 * (one.picture * frames + one.frame) * rows + one.top) * columns + one.left for one in placed]
-    colours = torch.tensor([COLOURS[one.sign.colour] for one in placed], device="cpu").to(device) / 255
-    whole, inner, glyph = rearrange(sprites, "S part y x -> part S 1 y x")
-    colour = rearrange(colours, "S c -> S c 1 1")
+    picture, frame, top, left, size, shape, number, kind = placed.table.to(device).unbind(1)
+    sizes, sprites = _sprites(placed.side, device)
+    whole, inner, glyph = rearrange(sprites[shape, number, size - sizes.start], "S part y x -> part S 1 y x")
+    colour = rearrange(_colours(device)[kind], "S c -> S c 1 1")
     dark = colour.mean(dim=1, keepdim=True) < LIGHT
     painted = torch.lerp(torch.lerp(torch.ones_like(colour), colour, inner), dark.float(), glyph)
-    steps = torch.arange(canvas, device=device)
+    steps = torch.arange(sprites.shape[-1], device=device)
     offset = rows * columns * torch.arange(3, device=device)[:, None, None] + columns * steps[:, None] + steps
+    first = (3 * (picture * frames + frame) * rows + top) * columns + left
     flat = pixels.view(-1)
     # A canvas may end outside, or on another sign: nothing is added there.
-    index = (rearrange(torch.tensor(first, device="cpu").to(device), "S -> S 1 1 1") + offset).clamp(max=len(flat) - 1)
+    index = (rearrange(first, "S -> S 1 1 1") + offset).clamp(max=len(flat) - 1)
     flat.index_add_(0, index.flatten(), (whole * (painted - flat[index])).flatten())
     return pixels
 
 
 @functools.cache
-def _on_canvas(shape: str, number: int, size: int, canvas: int, device: torch.device) -> Tensor:
-    """A sprite [3, canvas, canvas] in the corner of a canvas, on a device. Kept: thousands are painted a second."""
-    return F.pad(sprite(shape, number, size), (0, canvas - size, 0, canvas - size)).to(device)
+def _sprites(side: int, device: torch.device) -> tuple[range, Tensor]:
+    """Sizes of signs in cells of so many pixels, and every sign [shape, number, size, part, y, x] in the corner of a
+    canvas. Kept: thousands are painted a second."""
+    sizes = range(max(1, round(SMALLEST * side)), max(1, round(LARGEST * side)) + 1)
+
+    def on_canvas(shape: str, number: int, size: int) -> Tensor:
+        return F.pad(sprite(shape, number, size), (0, sizes[-1] - size, 0, sizes[-1] - size))
+
+    found = [
+        torch.stack([on_canvas(shape, number, size) for size in sizes])
+        for shape in SHAPES
+        for number in range(len(DOTS))
+    ]
+    return sizes, rearrange(torch.stack(found), "(shape number) ... -> shape number ...", shape=len(SHAPES)).to(device)
+
+
+@functools.cache
+def _colours(device: torch.device) -> Tensor:
+    """Red, green and blue [colours, 3] in [0, 1] of what signs are painted in."""
+    return torch.tensor([*COLOURS.values()], device="cpu").to(device) / 255
