@@ -362,6 +362,7 @@ CASES: dict[str, Case] = {
         (
             "training/run1.jsonl",
             *(f"training/run{number}.json" for number in range(2, 9)),
+            *(f"training/{trial}.json" for trial in ("understanding_evenly", "video_32_scenes")),
             "training/sources.json",
             "training/trial_all_tasks.txt",
         ),

@@ -46,7 +46,7 @@ def test_the_change_of_smollm2_is_looked_for_in_the_same_places(wheel, monkeypat
 
 @pytest.mark.parametrize("name", [assets.VISION, assets.VIDEO])
 def test_the_models_on_pixels_are_looked_for_in_the_same_places(wheel, monkeypatch, name):
-    with pytest.raises(FileNotFoundError, match=f"{name} is not shipped yet: training/README.md"):
+    with pytest.raises(FileNotFoundError, match=f"the model {name} is not part of the baatt wheel: run `pip"):
         assets.shipped_vision_model(name)
     (wheel / "baatt_models" / name).mkdir(parents=True)
     (wheel / "baatt_models" / name / "config.json").touch()

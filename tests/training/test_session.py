@@ -46,8 +46,13 @@ def test_every_command_is_understood(name, tiny, tmp_path, monkeypatch):
     assert f"{name}/{told.name}" in session.PLACES
     if name == "video":
         assert told.scenes.split(",") == [*steps.SCENES]
+    shipped = dataclasses.replace(place, shipped=True)
+    further = steps.training_of(name, shipped, tmp_path).command
+    for option in ("--resume", "--progress"):
+        assert (ROOT / further[further.index(option) + 1]).exists()
     (tmp_path / name).mkdir()
     (tmp_path / name / "state.pt").touch()
+    assert steps.training_of(name, shipped, tmp_path).command == steps.training_of(name, place, tmp_path).command
     again = steps.training_of(name, dataclasses.replace(place, compiled=False), tmp_path).command
     assert again[again.index("--resume") + 1] == str(tmp_path / name)
     assert again[-1] == "--no-compile"

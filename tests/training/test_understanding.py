@@ -58,6 +58,21 @@ def test_a_run_goes_on(trained):
     assert told["stage"] == 0
 
 
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_run_goes_on_from_a_model_in_8_bits(trained, tmp_path, progress):
+    options = ["--media", str(trained), "--out", str(tmp_path), "--config", json.dumps(CONFIG), "--batch-tokens", "200",
+               "--seconds", "0", "--learning-rate", "0", "--device", "cpu", "--no-compile", "--workers", "0",
+               "--resume", str(trained / "run/model")]  # fmt: skip
+    training.main([*options, *(["--progress", str(trained / "run/training.json")] if progress else [])])
+    before, told = (json.loads((place / "training.json").read_text()) for place in (trained / "run", tmp_path))
+    assert told["step"] == 1 + 2 * progress
+    assert told["history"] == before["history"] * progress
+    assert told["fresh"] == 2 * progress
+    assert told["arguments"]["resume"] == str(trained / "run/model")  # its own, not that of the earlier piece
+    for name, one in VisionModel.load(tmp_path / "model").state_dict().items():
+        assert torch.allclose(one, VisionModel.load(trained / "run/model").state_dict()[name], atol=2e-2)
+
+
 def pictures(trained):
     clips = media.read(trained / "media.safetensors")
     sizes = {name: tuple(value) if isinstance(value, list) else value for name, value in CONFIG.items()}

@@ -39,7 +39,8 @@ CURRICULUM = (
     Stage(((2, 3),), ((8, (1, 1)), (4, WHOLE)), most=3, others=(1, 3)),
     Stage(((3, 3), (4, 6)), ((16, (1, 2)), (24, (1, 1)), (8, WHOLE))),
     Stage(((4, 6), CELLS), ((72, (1, 1)), (48, (1, 2)), (16, WHOLE), (24, WHOLE)), target=0.95),
-    Stage(((4, 6), CELLS, CELLS, CELLS), ((8, WHOLE), (24, WHOLE), (48, WHOLE), (72, WHOLE))),
+    # Long clips more often: a batch has few of them, and shorter ones come back from earlier stages.
+    Stage(((4, 6), CELLS, CELLS, CELLS), ((24, WHOLE), (48, WHOLE), (48, WHOLE), (72, WHOLE), (72, WHOLE))),
 )
 
 

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from baatt.lab.vision.model import PATCH, VisionConfig
 from baatt.lab.vision.planting import Placed, place
 from baatt.lab.vision.scenes import (
-    CLIP_TASKS,
     PHOTO,
     PHOTO_TASKS,
     TASKS,
@@ -31,12 +30,12 @@ from baatt.lab.vision.scenes import (
     whole_clip,
 )
 
-#: How often a batch has photos, and how often it is of an earlier stage, which is not to be forgotten.
-PHOTOS, REPLAY = 0.5, 0.15
+#: How often a batch is of an earlier stage, which is not to be forgotten.
+REPLAY = 0.15
 #: Sequences of a batch at most: of small windows so many would fit that steps would be few.
 SEQUENCES = 256
 #: How often a task is asked that is always answered right, of one that never is.
-KNOWN = 0.2
+KNOWN = 0.1
 #: Lessons that each worker has ready: a run that goes to another stage has these few of the last one still.
 READY = 4
 EARLIER = "earlier"
@@ -118,7 +117,8 @@ class Lessons(IterableDataset[Lesson]):
 
     def of_stage(self, stage: Stage, random: Random) -> Lesson:
         """One of a stage."""
-        config, is_photo = self.config, random.random() < PHOTOS
+        config, task = self.config, random.choices([*TASKS], self.weights)[0]
+        is_photo = task in PHOTO_TASKS
         window = draw_size(stage, config.frames, random, is_photo=is_photo)
         rows, columns = pixels_of(config, window, is_photo=is_photo)
         tokens = window.frames * (rows // PATCH) * (columns // PATCH)
@@ -126,9 +126,7 @@ class Lessons(IterableDataset[Lesson]):
         plant = plant_photo if is_photo else plant_clip
         windows = [anywhere(window, config.frames, random, is_photo=is_photo) for _ in range(count)]
         scenes = [plant(random, one, stage.most, stage.others) for one in windows]
-        weights = dict(zip(TASKS, self.weights, strict=True))
-        tasks = [*(PHOTO_TASKS if is_photo else CLIP_TASKS)]
-        return asked(config, random.choices(tasks, [weights[one] for one in tasks])[0], windows, scenes, random)
+        return asked(config, task, windows, scenes, random)
 
 
 def drawn_by(lessons: Lessons, workers: int) -> Iterator[Lesson]:

@@ -25,6 +25,8 @@ from torch import Tensor
 from baatt.lab.records import provenance, write_json, written_at_once
 
 STATE, AVERAGE = "state.pt", "average.safetensors"
+#: What `training.json` has beside the progress of all pieces.
+OF_A_PIECE = ("arguments", "finished", "parameters", "command", "commit", "device", "versions", "held_out")
 #: Seconds between two states on disk, and those after which a run must tell whether learning has begun.
 SAVED_EVERY, BEGUN_BY = 30, 100
 #: A loss, and what else is reported of a step, by name; all still on the device.
@@ -39,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--out", type=Path, default=Path("training/runs") / name)
     add("--copy", type=Path, metavar="FOLDER", help="for the model and the average in bf16 (default: --out)")
     add("--name", default="model", help="of the model's folder, which tables and pictures show (default: model)")
-    add("--resume", type=Path, help=f"folder of an earlier run, or its {AVERAGE}")
+    add("--resume", type=Path, help=f"folder of an earlier run, its {AVERAGE}, or the folder of a model in 8 bits")
+    add("--progress", type=Path, help="training.json of such a model: how far it had come (default: nowhere)")
     add("--seconds", type=float, default=540, help="of this piece; 20 s more go by until it has saved")
     add("--total-seconds", type=float, default=1400, help="of all pieces: how the learning rate falls")
     add("--learning-rate", type=float, default=1.5e-3)
@@ -75,17 +78,21 @@ class Run:
         self.followed = [self.average[name] for name in state], list(state.values())
 
     def resume(self, place: Path) -> None:
-        """Go on from the folder of a run, or from the copy of its average with a fresh optimizer."""
-        if place.is_dir():
+        """Go on from the folder of a run; or with a fresh optimizer from the copy of its average, or from a model."""
+        if (place / STATE).exists():
             state = torch.load(place / STATE, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.progress = state["average"], state["progress"]
             return
-        weights = {name: tensor.float().to(self.device) for name, tensor in load_file(place).items()}
-        self.model.load_state_dict(weights)
-        self.average = weights
-        self.progress = json.loads(place.with_suffix(".json").read_text())
+        if place.is_dir():
+            weights, told = type(self.model).load(place).state_dict(), self.arguments.progress
+        else:
+            weights, told = load_file(place), place.with_suffix(".json")
+        self.average = {name: tensor.float().to(self.device) for name, tensor in weights.items()}
+        self.model.load_state_dict(self.average)
+        if told is not None:
+            self.progress = {name: one for name, one in json.loads(told.read_text()).items() if name not in OF_A_PIECE}
         # An optimizer that has seen no gradients takes its largest steps first: it is warmed up again.
         self.progress["fresh"] = self.progress["step"]
 

@@ -39,6 +39,8 @@ LEAST, PATIENCE, LOOK, EVERY = 5, 10, 2, 60
 RETRIES = 3
 #: What a queue says of a step that broke or ran into its limit, and at its own end.
 FAILED, END = " FAILED with ", "END\n"
+#: Fields of a `Place` that `start` hands on.
+FLAGS = ("tiny", "shipped")
 #: Of a line that is shown, the characters.
 SHOWN = 450
 #: Films come back to be looked at, and are too large for the repository.
@@ -180,7 +182,8 @@ def start(arguments: argparse.Namespace) -> None:
         environment = os.environ | own | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         total = arguments.total or arguments.training
         given = ["--seconds", str(arguments.seconds), "--training", str(arguments.training), "--total", str(total),
-                 "--device", arguments.device, *(["--tiny"] if arguments.tiny else [])]  # fmt: skip
+                 "--device", arguments.device,
+                 *(f"--{name}" for name in FLAGS if getattr(arguments, name))]  # fmt: skip
         with (WORK / "logs" / f"{name}.log").open("a") as log:
             subprocess.Popen([sys.executable, __file__, "queue", name, *given], stdin=subprocess.DEVNULL, stdout=log,
                              stderr=subprocess.STDOUT, env=environment, start_new_session=True)  # fmt: skip
@@ -191,7 +194,8 @@ def queue(arguments: argparse.Namespace) -> None:
     """What `start` begins."""
     device = arguments.device
     dtype = "bfloat16" if device == "cuda" else "float32"
-    place = Place(device, dtype, arguments.seconds, arguments.training, arguments.total, arguments.tiny)
+    place = Place(device, dtype, arguments.seconds, arguments.training, arguments.total,
+                  *(getattr(arguments, name) for name in FLAGS))  # fmt: skip
     Queue(arguments.name, place).run()
 
 
@@ -327,6 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--total", type=float, help="of training in all sessions (default: in this one)")
         added.add_argument("--device", default="cuda")
         added.add_argument("--tiny", action="store_true", help="everything at a size for a processor, to try it")
+        added.add_argument("--shipped", action="store_true", help="go on from the models of the repository")
         if function is start:
             added.add_argument("--gpus", type=int, default=2)
             added.add_argument("--only", nargs="+", choices=list(QUEUES), help="one of the models")

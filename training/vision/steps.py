@@ -43,7 +43,7 @@ TINY = {
 @dataclass(frozen=True)
 class Place:
     """Where and how long: seconds in all, of them for training; total: of the training of all sessions; tiny: for a
-    processor."""
+    processor; shipped: whether the models of the repository are trained further."""
 
     device: str
     dtype: str
@@ -51,6 +51,7 @@ class Place:
     training: float
     total: float
     tiny: bool = False
+    shipped: bool = False
     compiled: bool = True
 
     @property
@@ -73,7 +74,7 @@ def baatt(name: str, limit: float, *words: str) -> Step:
 
 
 def training_of(name: str, place: Place, work: Path) -> Step:
-    """The training of a model: from the beginning, or from where an earlier piece of it was."""
+    """The training of a model: from where an earlier piece of it was, from the shipped model, or from the beginning."""
     out, copied = work / name, DATA / f"{name}.safetensors"
     earlier = out if (out / "state.pt").exists() else copied if copied.exists() else None
     command = [
@@ -82,6 +83,13 @@ def training_of(name: str, place: Place, work: Path) -> Step:
     ]  # fmt: skip
     if earlier is not None:
         command += ["--resume", str(earlier)]
+    elif place.shipped:
+        command += [
+            "--resume",
+            f"src/baatt/assets/{NAMES[name]}",
+            "--progress",
+            f"benchmarks/results/training/{name}.json",
+        ]
     if name == "video":
         command += ["--scenes", ",".join(SCENES)]
     if place.tiny:

@@ -63,6 +63,14 @@ class Pupil(nn.Module):
         with torch.no_grad():
             self.head[1].bias[0] = NOTHING
 
+    @classmethod
+    def load(cls, folder: Path) -> "Pupil":
+        """Of a model in 8 bits, with a fresh head."""
+        model = VisionModel.load(folder)
+        pupil = cls(model.config)
+        pupil.model = model
+        return pupil
+
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """The model without the head."""
         own = (weights or self.state_dict()).items()

@@ -47,14 +47,9 @@ def shipped_vision_model(name: str) -> Path:
         name: `VIDEO`, which draws clips, or `VISION`, which answers questions about photos and clips.
 
     Raises:
-        FileNotFoundError: it is nowhere.
+        FileNotFoundError: as of `_shipped`.
     """
-    try:
-        return _shipped(f"{name}/config.json", name, "give its folder as --model").parent
-    except FileNotFoundError:  # what brings the other models does not bring one that nobody has trained
-        raise FileNotFoundError(
-            f"{name} is not shipped yet: training/README.md says how it is trained; give its folder as --model"
-        ) from None
+    return _shipped(f"{name}/config.json", f"the model {name}", "give its folder as --model").parent
 
 
 def _upwards() -> list[Path]:
