@@ -28,8 +28,9 @@ from baatt.lab.vision.scenes import ANSWER_WORDS, CLIP_TASKS, COLOURS, PHOTO_TAS
 
 #: The share of answers of which one word is given, as when the sampler has filled it.
 TOLD = 0.2
-#: Weight of what the tower is taught, and how sure a fresh head is that a patch is not the middle of a sign.
-TOWER, NOTHING = 0.3, 4.0
+#: Weight of what the tower is taught, and how sure a fresh head is that a patch is not the middle of a sign: of small
+#: windows, and of the long clips that a model sees that is trained further.
+TOWER, NOTHING, RARELY = 0.3, 4.0, 9.0
 #: So many backgrounds of a batch are new; the others were drawn before and get other colours and signs.
 FRESH = 6
 #: Of held-out pixels: numbers of frames, sequences of a batch, and how many batches of each task and length.
@@ -69,6 +70,8 @@ class Pupil(nn.Module):
         model = VisionModel.load(folder)
         pupil = cls(model.config)
         pupil.model = model
+        with torch.no_grad():
+            pupil.head[1].bias[0] = RARELY
         return pupil
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
