@@ -157,7 +157,8 @@ def clips(record: Record) -> str:
             [method, ORDERS.get(tiles, tiles), *(likeness(some.get(sparsity)) for sparsity in sparsities)]
             for (method, tiles), some in rows.items()
         ]
-        parts += [f"The first {percent(dense_steps)} of the steps dense:", Table(header, lines).markdown()]
+        title = f"The first {percent(dense_steps)} of the steps dense:" if dense_steps else "Every step sparse:"
+        parts += [title, Table(header, lines).markdown()]
     first: Any = record["records"][0]
     caption = (
         f"PSNR in dB [95 % bootstrap interval over clips]; SSIM; MS-SSIM, of {len(first['clips'])} clips to the dense "
@@ -194,9 +195,9 @@ CASES = {
     "video": Case(
         "clips of the small video model, sparse beside dense from the same noise: PSNR, SSIM, MS-SSIM",
         SESSION,
-        ("video_h200.json", "training/video.json"),
+        ("video.json", "training/video.json"),
         {
-            "video_clips": Block(clips, ("video_h200.json",)),
+            "video_clips": Block(clips, ("video.json",)),
             "video_figures": Block(partial(figures, names=FILMS), ("training/video.json",)),
             "video_training": Block(training, ("training/video.json",)),
         },

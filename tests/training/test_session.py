@@ -253,7 +253,7 @@ def test_parts_are_small_and_join_to_the_same(tmp_path):
 def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     work = tmp_path / "work"
-    for name in ("video/video-6m/config.json", "video/training.json", "results/video_h200.json",
+    for name in ("video/video-6m/config.json", "video/training.json", "results/video.json",
                  "pictures/video_12.png", "pictures/video_12.gif"):  # fmt: skip
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text(name)
@@ -270,7 +270,7 @@ def test_what_came_back_is_put_to_its_places(tmp_path, monkeypatch):
     for place, name in (
         ("src/baatt/assets/video-6m/config.json", "video/video-6m/config.json"),
         ("benchmarks/results/training/video.json", "video/training.json"),
-        ("benchmarks/results/video_h200.json", "results/video_h200.json"),
+        ("benchmarks/results/video.json", "results/video.json"),
         ("docs/figures/video_12.png", "pictures/video_12.png"),
     ):
         assert (tmp_path / place).read_text() == name

@@ -109,7 +109,7 @@ def video_steps(place: Place, work: Path) -> list[Step]:
         for seed in SEEDS
     ]  # fmt: skip
     table = ["evaluate", "video", *model, *steps, *place.options, "--count", "1" if place.tiny else "4",
-             "--json", str(work / "results/video_h200.json"), "--store", str(work / "video.answers")]  # fmt: skip
+             "--json", str(work / "results/video.json"), "--store", str(work / "video.answers")]  # fmt: skip
     if place.tiny:
         table += ["--sparsity", "0.5"]
     return [*looks, baatt("table", 300, *table), baatt("table", 500, *table, "--dense-steps", "0,0.1,0.2")]
