@@ -184,6 +184,16 @@ def test_what_is_to_come_back_is_left_again_and_again_until_a_step_fails(tmp_pat
     assert "1 parts" in shown
 
 
+def test_a_shipped_model_is_measured_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    mine = session.Queue("video", dataclasses.replace(PLACE, training=0, shipped=True), tmp_path)
+    monkeypatch.setattr(mine, "step", lambda step: pytest.fail(f"{step.name} was run"))
+    mine.learn()
+    shipped, copied = assets.shipped_vision_model(assets.VIDEO), tmp_path / "video" / assets.VIDEO
+    assert {one.name for one in copied.iterdir()} == {one.name for one in shipped.iterdir()}
+    assert "measured as it is shipped" in capsys.readouterr().out
+
+
 def test_more_than_can_come_back_is_told(tmp_path, monkeypatch):
     told = watched(tmp_path)
     told.seconds, told.out = 0, tmp_path / "out"
