@@ -186,7 +186,7 @@ CASES = {
         (*PIXELS, *WORDS, "training/understanding.json"),
         {
             "vision_table_8": Block(table_8, PIXELS + WORDS, together=True),
-            "vision_tasks": Block(tasks, PIXELS[-1:], together=True),
+            "vision_tasks": Block(tasks, PIXELS[-1:], together=True),  # once all are measured: of all of them
             "vision_figures": Block(partial(figures, names=PICTURES), ("training/understanding.json",)),
             "vision_training": Block(training, ("training/understanding.json",)),
         },

@@ -248,7 +248,7 @@ def reader():
 def test_a_right_answer_counts_and_a_wrong_one_does_not(reader, monkeypatch, task):
     (length,) = study.lengths_of(reader.model, task, [12])
     cell, samples = Cell(task, length, sampler=study.VISION_SAMPLER), reader.draw(task, length, 3)
-    right = torch.tensor([reader.model.encode(one.question.answer) for one in samples])
+    right = torch.tensor([reader.model.config.encode(one.question.answer) for one in samples])
     assert torch.equal(samples[2].pixels, reader.draw(task, length, 1, first=2)[0].pixels)
     for tokens, score in ((right, 1), ((right + 1) % len(WORDS), 0)):
         result = SampleResult(tokens, 2, 0.1, torch.zeros(3, 2))

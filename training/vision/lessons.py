@@ -42,8 +42,8 @@ EARLIER = "earlier"
 
 
 class Lesson(NamedTuple):
-    """name: the task, and what else tells lessons apart that are counted apart; windows: all of one size; ids [B, n] of
-    questions of one task, each with its answer at the end; placed: the signs."""
+    """name: the task, and what else tells lessons apart that are counted apart; windows: all of one size, of
+    photos or of clips; ids [B, n] of questions of one task, each with its answer at the end; placed: the signs."""
 
     name: str
     windows: list[Window]
@@ -54,18 +54,17 @@ class Lesson(NamedTuple):
 
 def pixels_of(config: VisionConfig, window: Window, *, is_photo: bool) -> tuple[int, int]:
     """Rows and columns of a window."""
-    whole = PHOTO if is_photo else whole_clip(1)
+    cells = (PHOTO if is_photo else whole_clip(1)).size
     rows, columns = config.photo if is_photo else config.frame
-    return rows // whole.size[0] * window.size[0], columns // whole.size[1] * window.size[1]
+    return rows // cells[0] * window.size[0], columns // cells[1] * window.size[1]
 
 
 def asked(
     config: VisionConfig, task: str, windows: list[Window], scenes: Sequence[Sequence[Sign]], random: Random
 ) -> Lesson:
     """A question to each scene, and where its signs are."""
-    numbers = {word: number for number, word in enumerate(config.words)}
     questions = [ask(task, signs, random) for signs in scenes]
-    ids = torch.tensor([[numbers[word] for word in (*one.words, *one.answer)] for one in questions], device="cpu")
+    ids = torch.tensor([config.encode((*one.words, *one.answer)) for one in questions], device="cpu")
     is_photo = task in PHOTO_TASKS
     size = pixels_of(config, windows[0], is_photo=is_photo)
     return Lesson(task, windows, is_photo, ids, place(scenes, windows, size, random))

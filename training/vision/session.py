@@ -102,7 +102,12 @@ class Queue:
         place = self.place
         if place.shipped and not place.training:
             model = NAMES[self.name]
-            shutil.copytree(Path("src/baatt/assets") / model, self.work / self.name / model, dirs_exist_ok=True)
+            shutil.copytree(
+                Path("src/baatt/assets") / model,
+                self.work / self.name / model,
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("*.md"),
+            )  # a card may have changed when it comes back
             self.say(f"{model} is measured as it is shipped")
             return
         for _ in range(3):

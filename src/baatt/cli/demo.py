@@ -100,8 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "needle model; a model with a chat template is asked about plain statements in a real text)")  # fmt: skip
     add("--seed", type=seed, help="which document (default: 1)")
     add("--output", type=Path, default=Path("baatt-demo.png"), help="picture (default: baatt-demo.png)")
-    add("--video", action="store_true", help="sample a clip instead, from a small video model "
-        "(--model: a folder of training/vision/video.py): frames to --output, a GIF beside it; --seed "
+    add("--video", action="store_true", help="sample a clip instead, from the shipped video model "
+        "(--model: another folder of training/vision/video.py): frames to --output, a GIF beside it; --seed "
         "says which clip and noise, the other options above are of documents")  # fmt: skip
     add("--steps", type=at_least(1), help="model evaluations of --video (default: 12)")
     add_model_options(parser, usual="smollm2 where it was fetched, else needle")

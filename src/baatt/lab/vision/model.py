@@ -64,6 +64,10 @@ class VisionConfig:
             attention_layer_norm=True, max_sequence_length=self.tokens(self.frames) + 128,
         )  # fmt: skip
 
+    def encode(self, words: Sequence[str]) -> list[int]:
+        """Ids of words."""
+        return [self.words.index(word) for word in words]
+
     def tokens(self, frames: int) -> int:
         """Visual tokens of so many frames; 0 is a photo."""
         rows, columns = self.frame if frames else self.photo
@@ -137,10 +141,6 @@ class VisionModel(nn.Module):
         """The same of visual tokens [B, K, width]."""
         seen = Seen(self.language, visual)
         return seen(torch.cat((seen.ids, ids), dim=1), logits_from=seen.ids.shape[1])
-
-    def encode(self, words: Sequence[str]) -> list[int]:
-        """Ids of words."""
-        return [self.config.words.index(word) for word in words]
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Config and weights in 8 bits; `weights` in place of the model's own, such as their moving average."""

@@ -33,7 +33,7 @@ def capture_answer(model: VisionModel, pixels: Tensor, words: Sequence[str], lay
         pixels: [F, 3, rows, columns] in [0, 1], on the model's device and in its dtype.
     """
     recorder = Recorder(layers)
-    asked = [*model.encode(words), *[model.config.language.mask_token_id] * ANSWER_WORDS]
+    asked = [*model.config.encode(words), *[model.config.language.mask_token_id] * ANSWER_WORDS]
     with torch.inference_mode(), enable(model.language, None) as handle:
         handle.watch(recorder.keep)
         seen = Seen(model.language, model.see(pixels[None]))

@@ -141,7 +141,9 @@ class VisionReader:
     @torch.inference_mode()
     def _prompt(self, samples: Sequence[VisionSample]) -> tuple[Seen, Tensor]:
         pixels = torch.stack([sample.pixels for sample in samples]).to(self.device, self.dtype) / 255
-        words = torch.tensor([self.model.encode(sample.question.words) for sample in samples], device=self.device)
+        words = torch.tensor(
+            [self.model.config.encode(sample.question.words) for sample in samples], device=self.device
+        )
         seen = Seen(self.model.language, self.model.see(pixels))
         return seen, torch.cat((seen.ids, words), dim=1)
 
