@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import card_tables
+import pixel_values
 import study_values
 from ruler_tables import beyond
 
@@ -306,5 +307,6 @@ VALUES: dict[str, Callable[..., str]] = {
     "smollm2_ruler": smollm2_ruler,
     "decoding_rate": decoding_rate,
     "decoding_gain": decoding_gain,
+    **pixel_values.VALUES,
     **study_values.VALUES,
 }

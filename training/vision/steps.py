@@ -1,7 +1,7 @@
 """What a session runs for each model: commands with limits, in the order of what must not be missing.
 
-In: a `Place`: device, time, size. Out: steps. How they run is in `session.py`. Seconds were estimated from the sizes of
-the models, not measured.
+In: a `Place`: device, time, size. Out: steps, whose limits are a multiple of what they took. How they run is in
+`session.py`.
 """
 
 import json
@@ -32,6 +32,8 @@ TABLE = {
     "paper": BETAS,
     "unsorted": (*BETAS, "--sort", "none", "--keep-first", "1"),
 }
+#: Of the longest clips.
+LONG = {"clusters": TABLE["clusters"], "paper": ("--preset", "paper", "--sparsity", "0.5,0.7,0.9")}
 #: Sizes at which everything runs on a processor, to try it.
 TINY = {
     "video": {"frames": 8, "rows": 104, "columns": 104, "heads": 1, "head_size": 32, "layers": 2, "hidden": 64},
@@ -116,7 +118,8 @@ def video_steps(place: Place, work: Path) -> list[Step]:
 
 
 def understanding_steps(place: Place, work: Path) -> list[Step]:
-    """Fig. 5 on pixels; then Table 8 in three columns: questions about clips, about photos, and RULER."""
+    """Fig. 5 on pixels; then Table 8 in three columns: questions about clips, about photos, and RULER; between them
+    the longest clips."""
     model, results = ["--model", str(work / "understanding" / NAMES["understanding"])], work / "results"
     capture = work / "vision.capture"
     small = ["--block-size", "16"] if place.tiny else []
@@ -128,6 +131,7 @@ def understanding_steps(place: Place, work: Path) -> list[Step]:
     ]  # fmt: skip
     asked = ["evaluate", "vision", *model, *place.options, *small, "--store", str(work / "vision.answers")]
     asked += ["--count", "2", "--frames", "8"] if place.tiny else ["--count", str(QUESTIONS), "--batch-size", "8"]
+    longest = ["--tasks", "clips", "--frames", "8" if place.tiny else "72"]
     ruler = ["evaluate", "ruler", *place.options, *small, "--store", str(work / "ruler.answers"), "--block-length", "8",
              "--remasking", "left_to_right", "--cache", "dual"]  # fmt: skip
     ruler += ["--tasks", "niah_single_1", "--lengths", "512", "--count", "1"] if place.tiny else [
@@ -137,11 +141,15 @@ def understanding_steps(place: Place, work: Path) -> list[Step]:
         baatt(f"ask-{name}", 300, *asked, *setting, "--json", str(results / f"vision_{name}.json"))
         for name, setting in TABLE.items()
     ]
+    long = [
+        baatt(f"ask-72-{name}", 300, *asked, *longest, *setting, "--json", str(results / f"vision_72_{name}.json"))
+        for name, setting in LONG.items()
+    ]
     words = [
         baatt(f"ruler-{name}", 200, *ruler, *setting, "--json", str(results / f"vision_ruler_{name}.json"))
         for name, setting in TABLE.items()
     ]
-    return [*figures, *pixels, *words]
+    return [*figures, *pixels, *long, *words]
 
 
 #: By model: what comes after its training.
