@@ -10,13 +10,11 @@ class Block(NamedTuple):
     Args:
         results: of the case's; none means all of them.
         together: the function takes all results in one call; else it is called for each, and the texts are stacked.
-        awaited: as in the case.
     """
 
     render: Callable[..., str]
     results: tuple[str, ...] = ()
     together: bool = False
-    awaited: bool = False
 
 
 class Case(NamedTuple):
@@ -24,18 +22,16 @@ class Case(NamedTuple):
 
     Args:
         measures: a phrase. command: in today's words; what ran is stored in the result. results: files under
-            benchmarks/results/. blocks: by name; a function alone is a block of all results. awaited: results need not
-            be there yet; a block that lacks one says so.
+            benchmarks/results/. blocks: by name; a function alone is a block of all results.
     """
 
     measures: str
     command: str
     results: tuple[str, ...]
     blocks: dict[str, Callable[..., str] | Block] = {}  # noqa: RUF012 (never changed)
-    awaited: bool = False
 
 
 def block_of(case: Case, block: Callable[..., str] | Block) -> Block:
     """A block with the results that it is made from."""
     whole = block if isinstance(block, Block) else Block(block)
-    return whole._replace(results=whole.results or case.results, awaited=case.awaited)
+    return whole._replace(results=whole.results or case.results)

@@ -3,7 +3,7 @@
 A block is `<!-- render:NAME -->`, generated text, `<!-- /render -->`. NAME is a key of `BLOCKS` in registry.py, which
 says which results it is made from and by which function. A number inside a sentence is
 `<!--=NAME WORDS-->97.1<!--/-->`, see values.py. `python benchmarks/render.py` rewrites the files, `--check` only tells
-which one is out of date. A missing result is an error, unless its case is awaited.
+which one is out of date. A missing result is an error.
 """
 
 import argparse
@@ -53,8 +53,6 @@ def render_block(name: str, root: Path) -> str:
     if not block.results:
         return block.render()
     if missing := [str(RESULTS / result) for result in block.results if not is_stored(root / RESULTS / result)]:
-        if block.awaited:
-            return f"Not measured yet: {', '.join(f'`{Path(path).name}`' for path in missing)}."
         raise RenderError(f"render:{name} needs {', '.join(missing)}")
     records = [load(root / RESULTS / result) for result in block.results]
     try:

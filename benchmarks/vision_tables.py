@@ -193,7 +193,6 @@ CASES = {
             "vision_figures": Block(partial(figures, names=PICTURES), ("training/understanding.json",)),
             "vision_training": Block(training, ("training/understanding.json",)),
         },
-        awaited=True,
     ),
     "video": Case(
         "clips of the small video model, sparse beside dense from the same noise: PSNR, SSIM, MS-SSIM",
@@ -204,6 +203,5 @@ CASES = {
             "video_figures": Block(partial(figures, names=FILMS), ("training/video.json",)),
             "video_training": Block(training, ("training/video.json",)),
         },
-        awaited=True,
     ),
 }

@@ -365,24 +365,7 @@ def test_large_results_are_packed():
 
 def test_every_stored_result_belongs_to_one_case():
     stored = stored_files()
-    results = sorted(
-        result for case in registry.CASES.values() for result in case.results if result in stored or not case.awaited
-    )
-    assert results == stored
-
-
-def test_a_result_that_is_awaited_is_said_to_be_missing(copy, monkeypatch):
-    case = registry.Case("what comes", "python x.py", ("a.json", "b.json"), {"new": registry.Block(str, together=True)})
-    (copy / "README.md").write_text("<!-- render:new -->\n<!-- /render -->\n")
-    monkeypatch.setattr(render, "BLOCKS", registry.make_blocks({"new": case}))
-    assert render.main([], copy) == 1
-    monkeypatch.setattr(render, "BLOCKS", registry.make_blocks({"new": case._replace(awaited=True)}))
-    (copy / "benchmarks/results/a.json").write_text("{}")
-    assert render.main([], copy) == 0
-    assert "Not measured yet: `b.json`." in (copy / "README.md").read_text()
-    (copy / "benchmarks/results/b.json").write_text("{}")
-    assert render.main([], copy) == 0
-    assert "[{}, {}]" in (copy / "README.md").read_text()
+    assert sorted(result for case in registry.CASES.values() for result in case.results) == stored
 
 
 def test_every_block_is_shown_and_of_one_case():
