@@ -54,7 +54,7 @@ def untimed(records):
 def test_a_run_its_summary_and_what_a_later_run_reuses(model, here, capsys):
     assert main(command(model, "--sparsity", "0.5", "--json", "first.json")) == 0
     out, error = capsys.readouterr()
-    assert "RULER at 512 tokens, tiny, 3 samples a task" in out
+    assert "RULER at 512 tokens, tiny, samples a task: 3" in out
     assert "Average, 2 of 13 tasks" in out
     assert out.endswith("Summary: first.json, answers: first.answers\n")
     assert "made for up to 256 tokens, --lengths go up to 700" in error
@@ -360,7 +360,7 @@ def lines_of(table):
 def test_the_table_of_a_length():
     records, averages = summary()
     assert lines_of(show_length(HEADER, records, averages, 512)) == [
-        "RULER at 512 tokens, m, 4 samples a task",
+        "RULER at 512 tokens, m, samples a task: 4",
         "| task | dense | beta 0.5, 50 % | oracle, 70 % |",
         "| a | 100.0 [51.0-100.0] | 50.0 [15.0-85.0] | 100.0 [51.0-100.0] |",
         "| | | 2 lost, 0 won, p 0.5 | 0 lost, 0 won, p 1 |",

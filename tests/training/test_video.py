@@ -106,6 +106,7 @@ def test_the_commands(trained, monkeypatch, capsys):
     command = ["evaluate", "video", "--model", "run/model", "--steps", "2", "--methods", "clusters,paper", "--tiles",
                "none,4x8x4", "--sparsity", "0.5", "--dense-steps", "0,0.5", "--count", "1"]  # fmt: skip
     assert main(command) == 0
+    assert "intervals" not in capsys.readouterr().out  # one clip has none
     stored = json.loads(Path("video.json").read_text())
     assert len(stored["records"]) == 8
     for one in stored["records"]:

@@ -92,7 +92,7 @@ def show_length(header: Record, records: Sequence[Record], averages: Sequence[Re
         columns, lines = ["setting", *rows], [list(line) for line in zip(names, *rows.values(), strict=True)]
     return Table(
         columns, lines, parted=None if wide else tasks,
-        title=f"RULER at {length} tokens, {header['model']}, {here[0]['n']} samples a task",
+        title=f"RULER at {length} tokens, {header['model']}, samples a task: {here[0]['n']}",
         caption="Score in percent [95 % interval]; below, samples lost and won against dense attention with McNemar's "
         "p, or the difference [95 % interval] where a score is a share. A setting is named by the share of key blocks "
         "that its sparse layers skip; the block pairs skipped are those of all layers, dense ones included. Whole "

@@ -163,7 +163,7 @@ def measure_is_there() -> None:
 
 def table(records: list[dict[str, Any]], clips: int, steps: int) -> Table:
     """A row for each setting."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             one["method"], one["tiles"], percent(one["sparsity"]), percent(one["dense_steps"]),
             percent(one["sparsity_achieved"], 1), f"{one['psnr']:.2f} [{one['psnr_low']:.2f}-{one['psnr_high']:.2f}]",
@@ -172,6 +172,9 @@ def table(records: list[dict[str, Any]], clips: int, steps: int) -> Table:
         )
         for one in records
     ]  # fmt: skip
+    if clips == 1:  # an interval of one clip has no width
+        rows = [tuple(cell.partition(" [")[0] for cell in row) for row in rows]
     columns = ("method", "tiles", "sparsity", "dense steps", "block pairs skipped", "PSNR, dB", "SSIM, %", "MS-SSIM, %")
-    caption = "To the dense sample from the same noise; in brackets 95 % bootstrap intervals over clips."
-    return Table(columns, rows, caption, f"{clips} clips, {steps} steps")
+    caption = "To the dense sample from the same noise"
+    caption += "." if clips == 1 else "; in brackets 95 % bootstrap intervals over clips."
+    return Table(columns, rows, caption, f"clips: {clips}, steps: {steps}")

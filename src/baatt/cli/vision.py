@@ -149,4 +149,4 @@ def table(records: list[Record], averages: dict[str, list[Record]], model: str) 
     ]  # fmt: skip
     columns = ("questions", "tokens", "setting", "right, %", "against dense", "block pairs skipped")
     caption = "[95 % interval]; a setting is named by the share of key blocks that its sparse layers skip."
-    return Table(columns, rows, caption, f"{model}, {records[0]['n']} questions a task", parted=len(whole))
+    return Table(columns, rows, caption, f"{model}, questions a task: {records[0]['n']}", parted=len(whole))
