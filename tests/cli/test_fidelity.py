@@ -53,7 +53,7 @@ def test_lengths_scores_and_sparsities(llada, here, capsys):
     options = ["--lengths", "512,1K", "--score", "clusters,exact", "--sparsity", "0.5,0.9"]
     assert main(command(llada, *options, "--plot", "f.png")) == 0
     out = capsys.readouterr().out
-    assert "tiny, 2 documents of 1024 tokens, float32" in out
+    assert "tiny, documents: 2, 1024 tokens each, float32" in out
     assert "Records: fidelity.json, measurements: fidelity.answers" in out
     assert (here / "f.png").stat().st_size > 10_000
     found = stored(here)

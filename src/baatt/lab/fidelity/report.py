@@ -48,7 +48,7 @@ def length_table(content: Record, length: int) -> Table:
         f"predicts too; tokens of the {content['needles']} numbers of a document that are predicted right, in percent. "
         "In brackets 95 % bootstrap intervals over documents, where they differ."
     )
-    title = f"{content['model']}, {content['documents']} documents of {length} tokens, {content['dtype']}"
+    title = f"{content['model']}, documents: {content['documents']}, {length} tokens each, {content['dtype']}"
     return Table(columns, rows, caption, title)
 
 
