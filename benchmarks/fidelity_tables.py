@@ -41,6 +41,26 @@ def by_score(record: Record) -> str:
     return block(record, header, rows, caption)
 
 
+def by_first(records: Sequence[Record]) -> str:
+    """A row per score with the first block free and kept, a column per sparsity: KL and digits recalled."""
+    sparse = [one for record in records for one in record["records"] if one["config"]]
+    header, rows = crossed(
+        sparse,
+        ("score", "first block"),
+        lambda one: (one["config"]["score"], "kept" if one["config"]["keep_first"] else "free"),
+        lambda one: percent(one["config"]["sparsity"]),
+        lambda one: f"{kl_text(one)}; {recalled_text(one)}",
+    )
+    (dense,) = (one for one in records[0]["records"] if not one["config"])
+    caption = (
+        f"{records[0]['model']}, {records[0]['documents']} documents of {dense['length']} tokens, "
+        f"{records[0]['needles']} numbers in each, {records[0]['dtype']}, every layer sparse. KL to the dense model in "
+        "nats a token of the second half; digits predicted right, in percent; 95 % bootstrap intervals over documents. "
+        f"Dense: {recalled_text(dense)}."
+    )
+    return block(list(records), header, rows, caption)
+
+
 def bars(records: Sequence[Record]) -> str:
     """What was asked beforehand and what was found; the profile, on other numbers than it was made with, last."""
     here = [one for one in records[0]["records"] if one["length"] == LENGTH and one["config"]]

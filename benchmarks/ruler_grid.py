@@ -52,7 +52,6 @@ ABLATIONS = {
         "budget-head": ("--budget", "head"),
         "sort-keys": ("--sort", "k", "--segment", "256"),
         "variance": ("--score", "clusters-variance", "--beta", "0.5"),
-        "first-by-token": ("--score", "clusters-first", "--keep-first", "0"),
     }.items()
 }
 #: BA-Att with another order of the tokens, or another weight of its compensation (the paper's Table 8).

@@ -54,6 +54,26 @@ def test_scores_by_length_and_sparsity(tables):
     assert "Dense: 100.0 at 2K." in text
 
 
+def test_the_first_block_free_and_kept(tables):
+    def free(score, *rest):
+        found = record(score, *rest)
+        return found | {"config": found["config"] | {"keep_first": 0}}
+
+    text = tables.by_first(
+        [
+            run(record("", 0.0, 0.0, recalled=1.0), free("clusters", 0.7, 0.5), free("exact", 0.7, 0.25)),
+            run(record("", 0.0, 0.0, recalled=1.0), record("clusters", 0.7, 0.25)),
+        ]
+    )
+    lines = text.splitlines()
+    assert lines[0] == "| score | first block | 70 % |"
+    assert lines[2:5] == [
+        "| clusters | free | 0.5; 90.0 |", "| exact | free | 0.25; 90.0 |", "| clusters | kept | 0.25; 90.0 |",
+    ]  # fmt: skip
+    assert "tiny, 2 documents of 8192 tokens" in text
+    assert "Dense: 100.0." in text
+
+
 def test_what_was_asked(tables):
     scores = run(
         record("", 0.0, 0.0), record("clusters", 0.7, 0.018, lost=0.004), record("exact", 0.7, 0.01),

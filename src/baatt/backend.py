@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from baatt.config import BAAttConfig
-from baatt.scores import SCORES, antidiagonal, cluster_first, clusters, covariance, exact, simple
+from baatt.scores import SCORES, antidiagonal, clusters, covariance, exact, simple
 from baatt.stages import selection, sorting, sparse, structure
 from baatt.types import (
     BlockSelection,
@@ -174,7 +174,6 @@ def cpu_twin(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., 
         simple.compare_means: cpu_scores.compare_means,
         clusters.summarise: cpu_scores.summarise_clusters,
         clusters.compare: cpu_scores.compare_clusters,
-        cluster_first.summarise: functools.partial(cluster_first.summarise, find=cpu_scores.summarise_clusters),
     }
     known = function in twins and dtype in cpu_scores.KINDS and cpu_native.library() is not None
     return twins[function] if known else function
@@ -346,11 +345,7 @@ def _cluster_twins(impl: str) -> dict[Any, Callable[..., Any]]:
         found = (fast if triton_clusters.fits(q, sides[-1].block_size) else eager)(q, *sides)
         return found
 
-    def summarise_first(q: Tensor, *sides: Any) -> tuple[BlockSummary, BlockSummary]:
-        found = iter(summarise(q, *sides))
-        return _summarise_sides(functools.partial(cluster_first.summarise, find=lambda *_: next(found)), q, *sides)
-
-    return {clusters.summarise: summarise, clusters.compare: compare, cluster_first.summarise: summarise_first}
+    return {clusters.summarise: summarise, clusters.compare: compare}
 
 
 def _or_portable(name: str, portable: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,6 @@ def test_orders_and_scores():
     )
     spread = clusters | {"score": "clusters-variance"}
     assert describe.score_name(spread) == "16 clusters with their variance, beta 0.5"
-    assert describe.score_name(clusters | {"score": "clusters-first"}) == "16 clusters and the first block's tokens"
     assert describe.selection_name(clusters | {"keep_first": 1}, []) == "16 clusters, first block kept, unsorted"
     assert describe.selection_name(CONFIG | {"keep_first": 1}, []) == "BA-Att, first block kept, k in 256"
     assert describe.score_name(clusters | {"budget": "head"}) == "16 clusters, one budget a head"

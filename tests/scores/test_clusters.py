@@ -8,7 +8,7 @@ import torch
 
 from baatt import BAAttConfig, make_plan
 from baatt.lab.recall import block_mass
-from baatt.scores import SCORES, cluster_first, cluster_variance, clusters
+from baatt.scores import SCORES, cluster_variance, clusters
 from baatt.scores.covariance import covariance_score
 from baatt.stages.pooling import pool_blocks
 from tests.lab.test_oracle import case
@@ -64,56 +64,6 @@ def test_scores_with_the_variance_of_clusters_equal_the_naive_ones(beta):
     assert torch.equal(without, clusters.compare(*summaries(q, k, plan, config), config, plan.scale))
 
 
-def with_first(q, k, plan, config):
-    sides = [cluster_first.summarise(x, o, config) for x, o in ((q, plan.query_order), (k, plan.key_order))]
-    return cluster_first.compare(*sides, config, plan.scale)
-
-
-@pytest.mark.parametrize(
-    ("order", "masked", "peak"), [("none", False, True), ("none", True, False), ("qk", True, True)]
-)
-def test_scores_with_all_tokens_of_the_first_block_equal_the_naive_ones(order, masked, peak):
-    q, k, plan = case(order, masked=masked)
-    config = dataclasses.replace(plan.config, score="clusters-first", representatives=5, peak=peak)
-    found = with_first(q, k, plan, config)
-
-    def clusters_of(x, block):
-        return naive_clusters(x, naive_cluster_tokens(x, block, config.representatives, config.refinements))
-
-    for entry in range(2):
-        length = int(plan.key_order.length[entry])
-        for head in (0, 3):  # one of each group
-            rows = plan.query_order.index[entry, head].tolist()
-            first, *others = naive_blocks(plan.key_order.index[entry, head // 2, :length].tolist(), 16) or [[]]
-            own = k[entry, head // 2]
-            keys = [naive_clusters(own, [[token] for token in first]), *(clusters_of(own, one) for one in others)]
-            for i, block in enumerate(naive_blocks(rows, 16)):
-                query = clusters_of(q[entry, head], block)
-                expected = naive_cluster_scores(query, keys, plan.scale, config.peak, 0.0) if length else []
-                assert found[entry, head, i][: len(expected)].tolist() == pytest.approx(expected, rel=1e-9)
-                assert (found[entry, head, i][len(expected) :] == -math.inf).all()
-
-
-def test_a_key_that_clusters_hide_is_seen_in_the_first_block():
-    generator = torch.Generator().manual_seed(2)
-    towards = torch.zeros(8, dtype=torch.float64)
-    towards[0] = 1
-    q = 40 * towards + torch.randn(1, 1, 128, 8, dtype=torch.float64, generator=generator)
-    k = 4 * torch.randn(1, 1, 128, 8, dtype=torch.float64, generator=generator)
-    k[..., 0] = 0
-    k[0, 0, 3] = 1.2 * towards  # short, near the mean, and what every query attends to
-    shares = {}
-    for score in ("clusters", "clusters-first", "exact-peak"):
-        config = BAAttConfig(32, score=score, representatives=4, sort="none", keep_first=0, sparsity=0.75)
-        plan = make_plan(q, k, config, impl="reference")
-        made = SCORES[score]
-        sides = [made.summarise(x, o, config) for x, o in ((q, plan.query_order), (k, plan.key_order))]
-        shares[score] = made.compare(*sides, config, plan.scale, None)[..., 0].mean().item()
-        kept_first = (plan.selection.index == 0).any(-1).float().mean().item()
-        assert kept_first == (0.25 if score == "clusters" else 1)  # of four query blocks
-    assert shares["clusters-first"] > 0.99 * shares["exact-peak"] > 1.5 * shares["clusters"]
-
-
 def test_one_representative_ranks_as_the_block_means():
     q, k, plan = case(masked=False)
     whole = q[:, :, :64], k[:, :, :96]
@@ -122,13 +72,6 @@ def test_one_representative_ranks_as_the_block_means():
     found = clusters.compare(*summaries(*whole, plan, config), config, plan.scale)
     stats = [pool_blocks(x, order, 16) for x, order in zip(whole, (plan.query_order, plan.key_order), strict=True)]
     torch.testing.assert_close(found, covariance_score(*stats, scale=plan.scale, beta=0).softmax(-1))
-
-
-def test_all_tokens_of_the_first_block_change_nothing_where_each_is_a_cluster_already():
-    q, k, plan = case("none", masked=True)
-    config = dataclasses.replace(plan.config, score="clusters", representatives=16, refinements=0)
-    found = clusters.compare(*summaries(q, k, plan, config), config, plan.scale)
-    torch.testing.assert_close(with_first(q, k, plan, config), found)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -150,12 +93,11 @@ def test_duplicates_and_fewer_tokens_than_clusters_leave_clusters_empty():
     assert torch.isfinite(clusters.compare(found, found, BAAttConfig(16), 0.5)).all()
 
 
-@pytest.mark.parametrize("score", ["clusters", "clusters-first"])
-def test_masked_tokens_change_nothing(score):
+def test_masked_tokens_change_nothing():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 2, 60, 8, generator=generator)
     mask = torch.rand(2, 60, generator=generator) > 0.4
-    config = BAAttConfig(16, sort="none", score=score, representatives=4)
+    config = BAAttConfig(16, sort="none", score="clusters", representatives=4)
     seen = []
     for value in (0.0, 1e4, math.nan):
         y = x.masked_fill(~mask[:, None, :, None], value)

@@ -132,16 +132,12 @@ def sampler_text(sampler: Config) -> str:
 
 def _clusters(config: Config) -> str:
     """`8 clusters, mean over queries`, what differs from the defaults; of another score its name."""
-    beyond = {
-        "clusters": "",
-        "clusters-first": " and the first block's tokens",
-        "clusters-variance": f" with their variance, beta {config['beta']:g}",
-    }.get(config["score"])
-    if beyond is None:
+    if config["score"] not in ("clusters", "clusters-variance"):
         return str(config["score"])
+    spread = f" with their variance, beta {config['beta']:g}" if config["score"] == "clusters-variance" else ""
     rounds = "" if config["refinements"] == 2 else f", refinements {config['refinements']}"
     number = f"{config['representatives']} cluster{'' if config['representatives'] == 1 else 's'}"
-    return f"{number}{beyond}{rounds}{'' if config['peak'] else ', mean over queries'}"
+    return f"{number}{spread}{rounds}{'' if config['peak'] else ', mean over queries'}"
 
 
 def _kept(config: Config) -> str:

@@ -7,7 +7,7 @@ matter: none is ever kept. A new score is one file here and one entry below.
 
 import functools
 
-from baatt.scores import antidiagonal, cluster_first, cluster_variance, clusters, covariance, exact, runs, simple
+from baatt.scores import antidiagonal, cluster_variance, clusters, covariance, exact, runs, simple
 from baatt.types import Score
 
 _OF_8_TOKENS = Score(
@@ -20,7 +20,6 @@ _EXACT = Score(exact.summarise, exact.compare)
 SCORES: dict[str, Score] = {
     "covariance": Score(covariance.summarise, covariance.compare, ("beta",), logits=True),
     "clusters": Score(clusters.summarise, clusters.compare, _OF_CLUSTERS),
-    "clusters-first": Score(cluster_first.summarise, cluster_first.compare, _OF_CLUSTERS),
     "clusters-variance": Score(cluster_variance.summarise, cluster_variance.compare, (*_OF_CLUSTERS, "beta")),
     "mean": Score(covariance.summarise, simple.compare_means, logits=True),
     "covariance-16": Score(functools.partial(runs.summarise, run=16), runs.compare, ("beta",)),

@@ -65,20 +65,13 @@ def compare_by(
     options: ScoreOptions,
     scale: float,
     sight: Sight | None,
-    first_parts: int = 1,
 ) -> Tensor:
-    """As `compare`.
-
-    Args:
-        logits_of: (means [n, D], keys, batch entry and key head, options, scale) -> [n, J * R] of C3 without ln n.
-        first_parts: so many of the first entries of the keys' mean and tokens are the first block together.
-    """
+    """As `compare`; logits_of: (means [n, D], keys, batch entry and key head, options, scale) -> [n, J * R] of C3
+    without ln n."""
     batch, heads, rows, clusters, _ = queries.mean.shape
-    groups, parts = keys.mean.shape[1:3]
-    blocks = parts - first_parts + 1
-    step = max(1, SLAB_LOGITS // (clusters * parts * keys.mean.shape[3]))
-    block = (torch.arange(parts, device=keys.size.device) - first_parts + 1).clamp(min=0)
-    block = block.repeat_interleave(keys.mean.shape[3])
+    groups, blocks = keys.mean.shape[1:3]
+    step = max(1, SLAB_LOGITS // (clusters * blocks * keys.mean.shape[3]))
+    block = torch.arange(blocks, device=keys.size.device).repeat_interleave(keys.mean.shape[3])
     scores: Tensor = queries.mean.new_zeros(batch, heads, rows, blocks)
     for entry in range(batch):
         for head in range(heads):
@@ -90,10 +83,7 @@ def compare_by(
                 if sight is not None:
                     seen = sight.spans[entry, slab, 3].repeat_interleave(clusters)
                     logits = logits.masked_fill(block >= rearrange(seen, "n -> n 1"), -math.inf)
-                shares = reduce(logits.softmax(-1), "n (j r) -> n j", "sum", j=parts)
-                if first_parts > 1:
-                    first = shares[:, :first_parts].sum(1, keepdim=True)
-                    shares = torch.cat((first, shares[:, first_parts:]), dim=1)
+                shares = reduce(logits.softmax(-1), "n (j r) -> n j", "sum", j=blocks)
                 shares = rearrange(shares, "(i a) j -> i a j", a=clusters)
                 count = rearrange(queries.tokens[entry, head, slab], "i a -> i a 1")
                 if options.peak:
