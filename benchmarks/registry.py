@@ -180,6 +180,13 @@ CASES: dict[str, Case] = {
             "fidelity_layers": Block(fidelity_tables.layers, ("fidelity_layers.json",)),
         },
     ),
+    "fidelity_first": Case(
+        "the first key block kept and free on a real pretrained model, causal",
+        "baatt evaluate fidelity --model FOLDER --gguf NAME --lengths 4K --documents 4 --needles 8 --sparsity 0.7,0.9 "
+        "--score clusters,exact --keep-first 0",
+        ("fidelity_first_0.json", "fidelity_first_1.json"),
+        {"fidelity_first": Block(fidelity_tables.by_first, together=True)},
+    ),
     "real_weights": Case(
         "scores on a real pretrained model, every layer sparse: KL to the dense model and planted numbers found",
         "bash benchmarks/fidelity.sh FOLDER",
