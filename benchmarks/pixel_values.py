@@ -6,18 +6,19 @@ A file of questions is named as what follows `vision_`, a sparsity as `50%`, whe
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from tables import share_of
+from vision_tables import USUAL_BETA
+
 Record = Mapping[str, Any]
 Read = Callable[[str], Record]
-#: Of the compensation, where it is not named.
-USUAL_BETA = "0.5"
 
 
-def score(read: Read, stored: str, kind: str, sparsity: str, beta: str = USUAL_BETA) -> str:
+def score(read: Read, stored: str, kind: str, sparsity: str, beta: str = str(USUAL_BETA)) -> str:
     """Right answers of a kind in percent: `pixels_score paper clips 50% 2`; `words` of a file of RULER."""
     return f"{100 * _average(read, stored, kind, sparsity, beta)['accuracy']:.1f}"
 
 
-def loss(read: Read, stored: str, kind: str, sparsity: str, beta: str = USUAL_BETA) -> str:
+def loss(read: Read, stored: str, kind: str, sparsity: str, beta: str = str(USUAL_BETA)) -> str:
     """Points lost against dense attention: `pixels_loss clusters photos 90%`."""
     return f"{0 - 100 * _average(read, stored, kind, sparsity, beta)['difference']:.1f}"
 
@@ -50,7 +51,7 @@ def dense_steps(read: Read, method: str, share: str) -> str:
     brought = [
         one["psnr"] - found[0.0, sparsity, order]["psnr"]
         for (steps, sparsity, order), one in found.items()
-        if steps == _share(share)
+        if steps == share_of(share)
     ]
     return _span(brought)
 
@@ -84,11 +85,7 @@ def _average(read: Read, stored: str, kind: str, sparsity: str, beta: str) -> Re
 
 def _is(one: Record, sparsity: str) -> bool:
     """Whether a record is of a sparsity; dense attention has no config."""
-    return one["config"].get("sparsity", 0) == _share(sparsity)
-
-
-def _share(percent: str) -> float:
-    return int(percent.removesuffix("%")) / 100
+    return one["config"].get("sparsity", 0) == share_of(sparsity)
 
 
 VALUES: dict[str, Callable[..., str]] = {

@@ -6,13 +6,15 @@ A file is named as it is stored, an order as `none`, `k256` or `qk1024`: the sor
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from tables import share_of
+
 Record = Mapping[str, Any]
 Read = Callable[[str], Record]
 
 
 def kept(read: Read, stored: str, score: str, order: str, sparsity: str, beta: str = "0.5") -> str:
     """Share of the attention that a score keeps, in percent: `kept recall_smollm2 covariance qk1024 50%`."""
-    wanted = {"layer": None, "score": score, "beta": float(beta), "sparsity": int(sparsity.removesuffix("%")) / 100}
+    wanted = {"layer": None, "score": score, "beta": float(beta), "sparsity": share_of(sparsity)}
     for one in in_order(read(stored), order):
         if wanted.items() <= one.items():
             return f"{100 * one['recall_mean']:.1f}"

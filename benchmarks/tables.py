@@ -51,6 +51,11 @@ def device_text(device: Any) -> str:
     return str(device)
 
 
+def share_of(text: str) -> float:
+    """The share that is written `70%`."""
+    return int(text.removesuffix("%")) / 100
+
+
 def crossed(
     records: Iterable[Record],
     first: Sequence[str],

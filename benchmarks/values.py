@@ -12,6 +12,7 @@ import card_tables
 import pixel_values
 import study_values
 from ruler_tables import beyond
+from tables import share_of
 
 Record = Mapping[str, Any]
 Read = Callable[[str], Record]
@@ -41,7 +42,7 @@ def ruler_score(
     read: Read, setting: str, sparsity: str, lengths: str, tasks: str = "all", *, grids: Sequence[str] = GRIDS
 ) -> str:
     """RULER's score in percent, averaged over tasks: `score safe 50% 4096,8192`, `score safe 50% 16384 needles`."""
-    return _joined(_average(read, setting, length, _share(sparsity), tasks, grids) for length in _numbers(lengths))
+    return _joined(_average(read, setting, length, share_of(sparsity), tasks, grids) for length in _numbers(lengths))
 
 
 def ruler_loss(
@@ -50,14 +51,14 @@ def ruler_loss(
     """Points that a setting loses against dense attention on the same samples: `loss safe 50% 4096,8192`."""
     return _joined(
         _average(read, setting, length, 0, tasks, grids)
-        - _average(read, setting, length, _share(sparsity), tasks, grids)
+        - _average(read, setting, length, share_of(sparsity), tasks, grids)
         for length in _numbers(lengths)
     )
 
 
 def ruler_beyond(read: Read, setting: str, other: str, sparsity: str, length: str, tasks: str = "all") -> str:
     """Points beyond another setting on the samples that both answered: `beyond keep-first-0 clusters 90% 8192`."""
-    both = [_records(read, name, int(length), _share(sparsity), tasks) for name in (setting, other)]
+    both = [_records(read, name, int(length), share_of(sparsity), tasks) for name in (setting, other)]
     count = min(len(each["scores"]) for records in both for each in records)
     return beyond(*([{"scores": each["scores"][:count]} for each in records] for records in both))
 
@@ -84,7 +85,7 @@ def operator_gain(read: Read, length: str, sparsity: str, baseline: str, setting
     """Times as fast as dense attention, of gpu_bars.py: `operator_gain 131072 90% cudnn causal`."""
     stored = OPERATORS[setting]
     score = "covariance" if setting == "covariance" else "clusters"
-    wanted = "operator", score, int(length), _share(sparsity)
+    wanted = "operator", score, int(length), share_of(sparsity)
     for one in read(stored)["records"]:
         if (one["what"], one["config"]["score"], one["shape"][2], one["sparsity"]) == wanted and one["speedup"]:
             return f"{one['speedup'][baseline]:.1f}"
@@ -97,7 +98,7 @@ def frontier_gain(read: Read, setting: str, length: str, sparsity: str) -> str:
         if (one["case"].rpartition("-")[0].rpartition("-")[0], one["shape"][2], one["sparsity"]) == (
             setting,
             int(length),
-            _share(sparsity),
+            share_of(sparsity),
         ):
             return f"{one['speedup']['cudnn']:.1f}"
     raise LookupError(f"frontier_h200 has no {setting} at {length} tokens and {sparsity}")
@@ -115,7 +116,7 @@ def chooser_gain(read: Read) -> str:
 def cpu_gain(read: Read, sparsity: str) -> str:
     """Times as fast as PyTorch's dense attention on a processor, with the default: `cpu_gain 50%`."""
     for one in read("cpu_clusters")["records"]:
-        if one["sparsity"] == _share(sparsity):
+        if one["sparsity"] == share_of(sparsity):
             return f"{one['speedup']['dense']:.1f}"
     raise LookupError(f"cpu_clusters has no {sparsity}")
 
@@ -182,7 +183,7 @@ def smollm2_read(read: Read, tokens: str) -> str:
 
 def smollm2_masked(read: Read, hidden: str) -> str:
     """Hidden tokens of held-out prose that it tells rightly, in percent: `smollm2_masked 15%`."""
-    return f"{100 * read('training/smollm2_bars')['text'][f'accuracy_at_{_share(hidden):g}']:.0f}"
+    return f"{100 * read('training/smollm2_bars')['text'][f'accuracy_at_{share_of(hidden):g}']:.0f}"
 
 
 def smollm2_bound(read: Read, whose: str) -> str:
@@ -207,10 +208,6 @@ def _joined(numbers: Iterable[float]) -> str:
     """`62.1, 65.3 and 61.2`."""
     *most, last = (f"{abs(number) if round(number, 1) == 0 else number:.1f}" for number in numbers)
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def _share(sparsity: str) -> float:
-    return int(sparsity.removesuffix("%")) / 100
 
 
 def _is_needle(one: Record) -> bool:
@@ -254,7 +251,7 @@ def _answers(read: Read, measure: str, setting: str, task: str | None) -> str:
 
 
 def _real(read: Read, setting: str, sparsity: str = "0%", first: str = "kept", beta: str = "0.5") -> Record:
-    wanted = {"sparsity": _share(sparsity), "keep_first": {"kept": 1, "free": 0}[first], "beta": float(beta)}
+    wanted = {"sparsity": share_of(sparsity), "keep_first": {"kept": 1, "free": 0}[first], "beta": float(beta)}
     for one in read("real_weights_smollm2")["records"]:
         if one["setting"] == setting and wanted.items() <= (one["config"] or wanted).items():
             return one
@@ -267,7 +264,7 @@ def _fidelity(read: Read, setting: str, sparsity: str = "0%", length: str = "819
         name = "profile" if one["name"] else one["config"].get("score", "dense")
         if (name, round(one["config"].get("sparsity", 0), 2), one["length"]) == (
             setting,
-            _share(sparsity),
+            share_of(sparsity),
             int(length),
         ):
             return one
