@@ -17,6 +17,12 @@ from baatt.lab.tables import Record, Table, percent, short_length, signed_interv
 #: Asked of clusters at this length and sparsity: digits lost in points, KL over that of exact mass by its mean.
 LENGTH, SPARSITY, MOST_LOST, MOST_KL = 8192, 0.7, 1.0, 1.5
 
+#: What cells of these tables hold.
+UNITS = (
+    "KL to the dense model in nats a token of the second half; digits predicted right, in percent; 95 % bootstrap "
+    "intervals over documents."
+)
+
 
 def by_score(record: Record) -> str:
     """A row per length and score, a column per sparsity: KL and digits recalled."""
@@ -33,8 +39,7 @@ def by_score(record: Record) -> str:
     )
     caption = (
         f"{record['model']}, {record['documents']} documents a length, {record['needles']} numbers in each, "
-        f"{record['dtype']}, every layer sparse, the first key block kept. KL to the dense model in nats a token of "
-        "the second half; digits predicted right, in percent; 95 % bootstrap intervals over documents. `covariance` is "
+        f"{record['dtype']}, every layer sparse, the first key block kept. {UNITS} `covariance` is "
         "the paper's score, `antidiagonal-8` XAttention's, `exact` the attention mass itself, its mean over queries. "
         f"Dense: {dense}."
     )
@@ -54,8 +59,7 @@ def by_first(records: Sequence[Record]) -> str:
     (dense,) = (one for one in records[0]["records"] if not one["config"])
     caption = (
         f"{records[0]['model']}, {records[0]['documents']} documents of {dense['length']} tokens, "
-        f"{records[0]['needles']} numbers in each, {records[0]['dtype']}, every layer sparse. KL to the dense model in "
-        "nats a token of the second half; digits predicted right, in percent; 95 % bootstrap intervals over documents. "
+        f"{records[0]['needles']} numbers in each, {records[0]['dtype']}, every layer sparse. {UNITS} "
         f"Dense: {recalled_text(dense)}."
     )
     return block(list(records), header, rows, caption)
