@@ -88,6 +88,9 @@ def check_compiled(printed, tiles):
     # Per consumer: first scores, scores with the product with V still running, that product, the last one.
     assert waits == ["0", "0", "1", "0"] * 2 or sorted(waits) == ["0"] * 6 + ["1"] * 2
     assert "HGMMA" in printed
+    # Consumers take turns: each waits twice, for its products with a block and for its last one, and passes it on.
+    turns = re.findall(r"bar\.(\w+) (9|10), 256;", printed)
+    assert sorted(turns) == sorted([*2 * [("sync", "9"), ("sync", "10"), ("arrive", "10")], *3 * [("arrive", "9")]])
     assert ("atom.global" in printed) == (tiles == "claimed")
     assert not re.search(r"\b(LDL|STL)\b", printed), "registers are spilled"
     assert {"240", "24"} <= set(re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", printed))

@@ -7,6 +7,10 @@ Tiles of equal work are dealt round and round. Uneven ones stand in a list, and 
 producer, a tile ahead, and tells its consumers through a ring. With a slot more than `STAGES` that ring needs no empty
 barriers: where the producer comes to a slot again, blocks of the tiles since have gone through all stages.
 
+The consumers multiply in turn: both products of one are issued before those of the other, whose softmax runs meanwhile.
+Left alone they may fall into step, and then the matrix units wait for both at once: a tenth slower where tiles are
+claimed, for that starts both together.
+
 Where rows see only the keys in front of a limit, the blocks that hold keys beyond it for some rows stand at the back of
 a list: the first one has a mask, and so have, seldom, a few more.
 
@@ -50,6 +54,19 @@ def row_layout(channels, step):
         block_bases=[],
         shape=[64, channels],
     )
+
+
+@gluon.constexpr_function
+def turn_code(action, half):
+    """For a consumer's turn, of a barrier of the hardware; Triton numbers its own from 0 up, a few to a kernel."""
+    return f"bar.{action} {9 + half}, 256; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def alternate(ACTION: gl.constexpr, HALF: gl.constexpr):
+    """Wait for the turn of a consumer ("sync"), or give it the turn ("arrive")."""
+    code: gl.constexpr = turn_code(ACTION, HALF)
+    gl.inline_asm_elementwise(code, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -199,6 +216,8 @@ def consume(
     limit_rows = HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score_layout))
     no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=score_layout)
     entry, turn = 0, 0
+    if HALF == 1:
+        alternate("arrive", 0)
 
     tile, end = first_tile_of(tiles_ptr, first_tile, last_tile)
     count = gl.maximum(gl.load(count_ptr + tile), 1)
@@ -253,11 +272,13 @@ def consume(
             stage = (entry + 1) % STAGES
             mbarrier.wait(k_full.index(stage), ((entry + 1) // STAGES) & 1)
             k_block = k_ring.index(stage).reshape([BLOCK, CHANNELS]).permute((1, 0))
+            alternate("sync", HALF)
             scores = warpgroup_mma(query_operand, k_block, no_scores, use_acc=False, is_async=True)
             v_stage = entry % STAGES
             mbarrier.wait(v_full.index(v_stage), (entry // STAGES) & 1)
             v_block = v_ring.index(v_stage).reshape([BLOCK, CHANNELS])
             accumulator = warpgroup_mma(operand, v_block, accumulator, is_async=True)
+            alternate("arrive", 1 - HALF)
             scores = warpgroup_mma_wait(1, deps=(scores,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if limit_ptr is None:
@@ -295,7 +316,9 @@ def consume(
         v_stage = entry % STAGES
         mbarrier.wait(v_full.index(v_stage), (entry // STAGES) & 1)
         v_block = v_ring.index(v_stage).reshape([BLOCK, CHANNELS])
+        alternate("sync", HALF)
         accumulator = warpgroup_mma(operand, v_block, accumulator, is_async=True)
+        alternate("arrive", 1 - HALF)
         lse = gl.convert_layout((running_max + gl.log2(running_sum)) * LN_2, out_rows)
         divisor = gl.convert_layout(gl.where(running_sum == 0.0, 1.0, running_sum), out_rows)
         gl.store(lse_ptr + target, gl.convert_layout(lse, wide_rows), mask=stored)
