@@ -128,7 +128,8 @@ def which(records: Sequence[Record]) -> str:
 
     records: times of this script and of gpu_bars.py, `baatt evaluate fidelity` of a real model, then grids.
     """
-    *reports, real = records[:4]
+    timed = next(place for place, record in enumerate(records) if any("recalled" in one for one in record["records"]))
+    reports, real, grids = records[:timed], records[timed], records[timed + 1 :]
     gains = {
         (one["shape"][2], one["sparsity"]): times(one["speedup"]["cudnn"])
         for one in itertools.chain.from_iterable(report["records"] for report in reports)
@@ -136,7 +137,7 @@ def which(records: Sequence[Record]) -> str:
     }
     lost = {
         (one["length"], one["config"]["sparsity"]): difference(one)
-        for one in averages_of(records[4:])
+        for one in averages_of(grids)
         if one["setting"] == "clusters" and one["config"]
     }
     recalled = {
@@ -159,7 +160,7 @@ def which(records: Sequence[Record]) -> str:
         "Every layer sparse."
     )
     caption += " -: not measured." if any(MISSING in row for row in rows) else ""
-    commits = ", ".join(short_commit(report["commit"]) for report in records[:4])
+    commits = ", ".join(short_commit(report["commit"]) for report in (*reports, real))
     made = "Commands: `frontier`, `gpu_clusters`, `ruler_grid` and `fidelity` of benchmarks/README.md"
     return f"{Table(header, rows, caption).markdown()}\n\n{made}; commits of the times and of SmolLM2: {commits}."
 

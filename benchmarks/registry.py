@@ -30,11 +30,14 @@ import tables
 import ulysses
 import vision_tables
 from case import Block, Case, block_of
+from values import OPERATORS
 
 #: Settings of one table in README.
 RULER_HALF = ("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_clusters.json", "ruler_clusters_16384.json")
 #: Its needle tasks alone, counted from answers of the same runs.
 RULER_PART = "ruler_grid_safe_16384.json"
+#: Of the operator with clusters, the latest last.
+GPU_CLUSTERS = tuple(f"{name}.json" for name in OPERATORS["clusters"])
 #: Libraries that take the same shapes.
 PEERS = ("gpu_peers_h200.json", "gpu_peers_64_h200.json")
 CAPTURE = "needle-18m.safetensors"  # of `baatt analyze capture`
@@ -70,7 +73,7 @@ CASES: dict[str, Case] = {
     "gpu_clusters": Case(
         "the operator with blocks chosen by clusters beside the paper's setting, cuDNN and FlashAttention on a GPU",
         "python benchmarks/gpu_bars.py --no-flex --cases NAMES --json FILE",
-        ("gpu_clusters_first_h200.json", "gpu_clusters_h200.json"),  # the latest row of a case is shown
+        GPU_CLUSTERS,  # the latest row of a case is shown
         {"gpu_clusters": Block(gpu_bars.clusters_table, together=True)},
     ),
     "gpu_causal": Case(
@@ -143,10 +146,7 @@ CASES: dict[str, Case] = {
             "frontier": Block(frontier.table, ("frontier_h200.json", *ruler_tables.GRIDS), together=True),
             "which_sparsity": Block(
                 frontier.which,
-                (
-                    *("frontier_h200.json", "gpu_clusters_first_h200.json", "gpu_clusters_h200.json"),
-                    *("fidelity_smollm2.json", *ruler_tables.GRIDS),
-                ),
+                (*("frontier_h200.json", *GPU_CLUSTERS, "fidelity_smollm2.json", *ruler_tables.GRIDS),),
                 together=True,
             ),
         },

@@ -190,8 +190,9 @@ def test_gpu_tables(copy):
     }  # fmt: skip
     (copy / "benchmarks/results/gpu_operator_h200.json").write_text(json.dumps(stored))
     slower = uneven | {"total_ms": 99.0}
-    (copy / "benchmarks/results/gpu_clusters_first_h200.json").write_text(json.dumps(stored | {"records": [slower]}))
-    (copy / "benchmarks/results/gpu_clusters_h200.json").write_text(json.dumps(stored | {"records": [uneven]}))
+    *earlier, latest = registry.OPERATORS["clusters"]
+    for name, record in [*((name, slower) for name in earlier), (latest, uneven)]:
+        (copy / f"benchmarks/results/{name}.json").write_text(json.dumps(stored | {"records": [record]}))
     blocks = [
         f"<!-- render:{name} -->\n<!-- /render -->"
         for name in ("gpu_operator", "gpu_kernel", "gpu_compensation", "gpu_clusters")

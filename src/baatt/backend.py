@@ -222,7 +222,7 @@ def _choose_in_stages(
         parts.append(selection.select_blocks(scores, keys.size, config.sparsity, config.keep_first, **options))
     axis = 2 if config.budget == "row" else 1
     index, count = torch.cat([part.index for part in parts], axis), torch.cat([part.count for part in parts], axis)
-    return BlockSelection(index, count, parts[0].mean_count)
+    return BlockSelection(index, count, parts[0].uneven)
 
 
 def _choose_on_gpu(

@@ -173,12 +173,12 @@ class BlockSelection(NamedTuple):
 
     index: [B, H, I, K] int32, ascending in its first `count` entries; the rest repeat the last kept block.
     count: [B, H, I] int32, kept blocks; 0 only where a batch entry has no key at all, or no query of a block sees one.
-    mean_count: where rows keep different numbers of blocks, about how many they keep on average; kernels plan with it.
+    uneven: whether rows may keep different numbers of blocks, as where attention is causal; kernels plan with it.
     """
 
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     count: Tensor  # type: ignore[assignment]
-    mean_count: int | None = None
+    uneven: bool = False
 
 
 def kept_blocks(sparsity: float, key_blocks: int) -> int:
@@ -197,11 +197,6 @@ def as_float(value: float) -> float:
 def widest(device: torch.device) -> torch.dtype:
     """float64, or float32 on devices that may be without it, such as MPS and XPU."""
     return torch.float64 if device.type in FLOAT64_DEVICES else torch.float32
-
-
-def mean_of_rows(kept: int, query_blocks: int, key_blocks: int) -> int:
-    """About how many blocks a row keeps on average where `kept` is K of one that sees all, the last being one."""
-    return max(1, round(kept * (1 - query_blocks / (2 * max(query_blocks, key_blocks)))))
 
 
 class Partial(NamedTuple):

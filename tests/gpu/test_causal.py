@@ -96,7 +96,7 @@ def test_the_plan_is_the_reference_s(impl, name, place, config):
     assert torch.equal(ours.sight.spans, theirs.sight.spans)
     if config.budget == "row":
         assert torch.equal(ours.selection.count, theirs.selection.count)
-    assert ours.selection.mean_count == theirs.selection.mean_count
+    assert ours.selection.uneven == theirs.selection.uneven
     kept, expected = (kept_pairs(plan.selection, 40) for plan in (ours, theirs))
     assert (kept == expected).float().mean() > 0.99  # scores at the threshold differ by a rounding
 

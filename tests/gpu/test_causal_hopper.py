@@ -37,7 +37,7 @@ def test_attention_and_its_sums(case):
     actual = hopper.sparse_attention(q, k, v, *decided, **options)
     assert_within_budget(actual.out[rows], eager.out.to(q.dtype)[rows], exact.out[rows])
     torch.testing.assert_close(actual.lse[rows], exact.lse.float()[rows], rtol=1e-5, atol=1e-4)  # -inf are the same
-    dealt = hopper.sparse_attention(q, k, v, *decided[:2], plan.selection._replace(mean_count=None), **options)
+    dealt = hopper.sparse_attention(q, k, v, *decided[:2], plan.selection._replace(uneven=False), **options)
     assert torch.equal(dealt.out[rows], actual.out[rows])
 
 

@@ -87,7 +87,7 @@ def test_the_budget_of_a_head_equals_the_naive_one(key_blocks, keep_first, spars
     scores = scores.masked_fill((size == 0)[:, None, None], -math.inf)
     selection = select_blocks(scores, size, sparsity, keep_first, budget="head", query_block_size=rows)
     assert selection.index.shape == scores.shape
-    assert selection.mean_count == max(1, math.ceil((1 - sparsity) * key_blocks))
+    assert selection.uneven
     for b in range(3):
         for h in range(2):
             table = scores[b, h, :, : available[b]].nan_to_num(nan=-math.inf, neginf=-math.inf).tolist()

@@ -79,10 +79,10 @@ def sparse_attention(
     index = selection.index.contiguous()
     properties = torch.cuda.get_device_properties(q.device)
     chunk, uneven = tiles, None
-    if selection.mean_count is None:
-        chunk = _tiles_per_launch(tiles, index.shape[-1], 2 * k[0, 0].nbytes, properties)
-    else:
+    if selection.uneven:
         uneven = longest_first(selection.count, together=cdiv(WINDOW, query_blocks))
+    else:
+        chunk = _tiles_per_launch(tiles, index.shape[-1], 2 * k[0, 0].nbytes, properties)
     limits = (None, None) if sight is None else (sight.limit.contiguous(), sight.spans.contiguous())
     for first_tile in range(0, tiles, chunk):
         last_tile = min(first_tile + chunk, tiles)

@@ -26,7 +26,7 @@ from baatt.kernels.triton_selection import (
     store_list,
     threshold,
 )
-from baatt.types import BlockSelection, BlockSummary, Sight, kept_blocks, mean_of_rows, slabs_of_heads
+from baatt.types import BlockSelection, BlockSummary, Sight, slabs_of_heads
 
 #: Block pairs of a head that one program takes.
 ALONE = 4096
@@ -59,7 +59,7 @@ def choose_blocks(
     (batch, heads), (query_blocks, key_blocks) = query_summary[0].shape[:2], (query_size.shape[1], key_size.shape[1])
     index = torch.empty(batch, heads, query_blocks, key_blocks, dtype=torch.int32, device=key_size.device)
     count = torch.empty(index.shape[:3], dtype=torch.int32, device=index.device)
-    usual, share = kept_blocks(sparsity, key_blocks), double_bits(1 - sparsity)
+    share = double_bits(1 - sparsity)
     spans = None if sight is None else sight.spans.contiguous()
     height, width = (max(16, next_power_of_2(blocks)) for blocks in (query_blocks, key_blocks))
     launch = {"WIDTH": width, "num_warps": min(16, max(1, width // 1024))}
@@ -96,7 +96,7 @@ def choose_blocks(
             values, *sizes, found, ties.cumsum(-1, dtype=torch.int32), count, index, some, heads, part.start,
             query_blocks, key_blocks, share, **launch,
         )  # fmt: skip
-    return BlockSelection(index, count, usual if sight is None else mean_of_rows(usual, query_blocks, key_blocks))
+    return BlockSelection(index, count, uneven=True)
 
 
 def longest_first(count: Tensor, together: int) -> Tensor:

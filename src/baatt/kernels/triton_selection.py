@@ -22,7 +22,6 @@ from baatt.types import (
     ScoreOptions,
     Sight,
     kept_blocks,
-    mean_of_rows,
     take_blocks,
 )
 
@@ -58,11 +57,10 @@ def choose_blocks(
     (batch, heads, query_blocks), key_blocks = query_summary[0].shape[:3], size.shape[1]
     usual = kept_blocks(sparsity, key_blocks)
     capacity = usual if sight is None else min(key_blocks, max(usual, 2))
-    mean_count = None if sight is None else mean_of_rows(usual, query_blocks, key_blocks)
     spans = None if sight is None else sight.spans.contiguous()
     index = torch.empty(batch, heads, query_blocks, capacity, dtype=torch.int32, device=size.device)
     count = torch.empty(index.shape[:3], dtype=torch.int32, device=index.device)
-    selection = BlockSelection(index, count, mean_count)
+    selection = BlockSelection(index, count, uneven=sight is not None)
     rows = max(1, min(query_blocks, SLAB_SCORES // (batch * heads * key_blocks)))
     for start in range(0, query_blocks, rows):
         slab = slice(start, start + rows)

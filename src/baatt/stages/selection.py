@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from baatt.types import BlockSelection, Sight, kept_blocks, mean_of_rows, widest
+from baatt.types import BlockSelection, Sight, kept_blocks, widest
 
 
 def select_blocks(
@@ -63,10 +63,7 @@ def select_blocks(
     kept = BUDGETS[budget](scores, present & rearrange(sizes > 0, "b i -> b 1 i 1"), first, count)
     usual = kept_blocks(sparsity, key_blocks)
     capacity = key_blocks if budget == "head" else usual if sight is None else min(key_blocks, max(usual, 2))
-    selection = _lists(kept, capacity)
-    if budget == "row" and sight is None:
-        return selection
-    return selection._replace(mean_count=usual if sight is None else mean_of_rows(usual, query_blocks, key_blocks))
+    return _lists(kept, capacity)._replace(uneven=budget == "head" or sight is not None)
 
 
 def _share(available: Tensor, sparsity: float, most: int) -> Tensor:
