@@ -146,7 +146,7 @@ CASES: dict[str, Case] = {
             "frontier": Block(frontier.table, ("frontier_h200.json", *ruler_tables.GRIDS), together=True),
             "which_sparsity": Block(
                 frontier.which,
-                (*("frontier_h200.json", *GPU_CLUSTERS, "fidelity_smollm2.json", *ruler_tables.GRIDS),),
+                ("frontier_h200.json", *GPU_CLUSTERS, "fidelity_smollm2.json", *ruler_tables.GRIDS),
                 together=True,
             ),
         },
