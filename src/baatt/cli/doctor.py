@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(soft_wrap=True)
     # PyTorch's own word for its version says what it was built for, which the package's does not.
     own = {"torch": torch.__version__}
-    found = ((name, own.get(name) or installed_version(name)) for name in PACKAGES)
-    versions = [("python", platform.python_version()), *found]
+    versions = [("python", platform.python_version())]
+    versions += [(name, own.get(name) or installed_version(name)) for name in PACKAGES]
     console.print(Table(("package", "version"), versions, title="Versions", text=True).rich())
     processor = f"{processor_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     devices = [("cpu", processor)]
