@@ -53,9 +53,12 @@ def test_it_is_the_stage(sparsity, keep_first, poisoned_memory):
     assert actual.uneven == expected.uneven
 
 
-def test_values_that_differ_in_their_last_bit():
-    scores = (torch.tensor(1.0).view(torch.int32) + torch.randperm(4 * 64)).view(1, 1, 4, 64).int().view(torch.float32)
-    key_size, query_size = torch.full((1, 64), 16), torch.full((1, 4), 16)
+@pytest.mark.parametrize("key_blocks", [triton_budget.ONE_BY_ONE.value, 4 * triton_budget.ONE_BY_ONE.value])
+def test_values_that_differ_in_their_last_bits(key_blocks):
+    """All values of a row agree in their first digits, so those of the longer rows are never counted one by one."""
+    bits = torch.tensor(1.0).view(torch.int32) + torch.randperm(4 * key_blocks).int()
+    scores = bits.view(torch.float32).view(1, 1, 4, key_blocks)
+    key_size, query_size = torch.full((1, key_blocks), 16), torch.full((1, 4), 16)
     expected = select_blocks(scores, key_size, 0.6, budget="head")
     compare = lambda *_: scores.clone()  # noqa: E731
     actual = triton_budget.choose_blocks(*sides(query_size, key_size, 1, 1), compare, 0.6)

@@ -31,6 +31,8 @@ from baatt.types import BlockSelection, BlockSummary, Sight, slabs_of_heads
 #: Block pairs of a head that one program takes.
 ALONE = 4096
 DIGITS = tl.constexpr(256)
+#: Values of a row that are counted one by one; of more a histogram is made first.
+ONE_BY_ONE = tl.constexpr(64)
 FORCED = tl.constexpr(0xFFFFFFFF)
 
 
@@ -79,7 +81,7 @@ def choose_blocks(
         rows = (query_blocks * batch * some,)
         _rank_kernel[rows](
             scores, values, *sizes, histogram, some, query_blocks, key_blocks, share, keep_first, LOGITS=logits,
-            **launch,
+            WIDTH=width, num_warps=min(16, max(1, width // 256)),
         )  # fmt: skip
         for digit in range(4):
             if digit:
@@ -147,9 +149,12 @@ def _load_row(values_ptr, query_size_ptr, heads, query_blocks, key_blocks, WIDTH
 @triton.jit
 def _count_digits(digits, counted, histogram_ptr, head_entry):
     """Add the digits of a row to the histogram of its head."""
-    counts = tl.histogram(digits.to(tl.int32), DIGITS, mask=counted)
-    place = histogram_ptr + head_entry * DIGITS + tl.arange(0, DIGITS)
-    tl.atomic_add(place, counts, mask=counts > 0, sem="relaxed")
+    histogram_ptr += head_entry * DIGITS
+    if tl.sum(counted.to(tl.int32), axis=0) > ONE_BY_ONE:
+        counts = tl.histogram(digits.to(tl.int32), DIGITS, mask=counted)
+        tl.atomic_add(histogram_ptr + tl.arange(0, DIGITS), counts, mask=counts > 0, sem="relaxed")
+    else:  # the third and fourth digit of nearly all rows
+        tl.atomic_add(histogram_ptr + digits.to(tl.int32), 1, mask=counted, sem="relaxed")
 
 
 @triton.jit
