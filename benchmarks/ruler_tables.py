@@ -24,7 +24,7 @@ ORDER = (
 GRIDS = (
     *("ruler_grid_4096.json", "ruler_grid_long.json", "ruler_grid_finer_8192.json"),
     *("ruler_clusters.json", "ruler_clusters_16384.json", "ruler_first_4096.json", "ruler_first_8192.json"),
-    "ruler_options_8192.json",
+    *("ruler_free.json", "ruler_options_8192.json"),
 )
 #: Asked of clusters: tokens, sparsity, points lost against dense attention.
 BARS = ((4096, 0.5, 1.0), (4096, 0.7, 2.0), (8192, 0.9, 2.5), (16384, 0.9, 3.5))

@@ -5,7 +5,7 @@
 #   benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS [OPTIONS of ruler_grid.py]
 #     on GPUs (GPUS, 2): RULER with several ways to choose blocks at 4096 tokens, with other orders and weights of BA-Att
 #     there, then at 8192, in this order for so many seconds. The same command goes on, on another machine too if RESULTS
-#     holds the answers.tar.gz of an earlier one. COUNT samples of every task (20), LONG_COUNT at 8192 (10): 960 seconds of
+#     holds the answers.tar.gz of an earlier one. COUNT samples of every task (20), LONG_COUNT at 8192 (10): 1060 seconds of
 #     an H200, on one or shared by several.
 #     On a machine without a network, after the parts have travelled, for example:
 #       bash benchmarks/smollm2.sh model .carry/smollm2 src/baatt/assets/smollm2-diffusion/adapter.safetensors /tmp/smollm2
@@ -43,7 +43,7 @@ grids)
   if [ ! -d "$work/answers" ] && [ -e "$results/answers.tar.gz" ]; then
     tar --extract --file "$results/answers.tar.gz" --directory "$work"
   fi
-  settings=clusters,oracle,paper,unsorted,unsorted-first,antidiagonal-first
+  settings=clusters,keep-first-0,oracle,paper,unsorted,unsorted-first,antidiagonal-first
   grid 4096 "${COUNT:-20}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings "$settings"
   grid orders "${COUNT:-20}" --lengths 4096 --sparsity 0.5,0.7,0.9 --settings orders
   grid betas "${COUNT:-20}" --lengths 4096 --sparsity 0.5 --settings betas

@@ -28,6 +28,8 @@ SMOLLM2_RUNS = ("training/smollm2_run1.json", "training/smollm2_run2.json")
 SMOLLM2_BARS = tuple(f"training/smollm2_{name}.json" for name in ("bars", "ruler", "ruler_8192"))
 #: RULER on it with the same settings at two lengths.
 SMOLLM2_GRIDS = ("ruler_smollm2_4096.json", "ruler_smollm2_8192.json")
+#: With the first key block free, at the same lengths.
+SMOLLM2_FREE = ("ruler_smollm2_free_4096.json", "ruler_smollm2_free_8192.json")
 #: Records of all tasks by order and by what differs within it.
 Cells = dict[tuple[str, float], list[Record]]
 
@@ -146,9 +148,9 @@ CASES: dict[str, Case] = {
     "smollm2_grids": Case(
         "RULER's tasks of the diffusion model grown from SmolLM2 with several ways to choose blocks, beside the paper",
         "bash benchmarks/smollm2.sh grids MODEL WORK RESULTS SECONDS",
-        (*SMOLLM2_GRIDS, "ruler_smollm2_orders.json", "ruler_smollm2_betas.json"),
+        (*SMOLLM2_GRIDS, *SMOLLM2_FREE, "ruler_smollm2_orders.json", "ruler_smollm2_betas.json"),
         {
-            "smollm2_averages": Block(ruler_tables.grid_averages, SMOLLM2_GRIDS, together=True),
+            "smollm2_averages": Block(ruler_tables.grid_averages, (*SMOLLM2_GRIDS, *SMOLLM2_FREE), together=True),
             "smollm2_dense": Block(dense_bars, SMOLLM2_GRIDS, together=True),
             "smollm2_tasks": Block(by_task, SMOLLM2_GRIDS),
             "smollm2_orders": Block(by_order, ("ruler_smollm2_orders.json",)),

@@ -19,18 +19,19 @@ Read = Callable[[str], Record]
 
 GRIDS = (
     *("ruler_grid_4096", "ruler_grid_long", "ruler_grid_safe_16384", "ruler_grid_finer_8192"),
-    *("ruler_clusters", "ruler_clusters_16384", "ruler_first_4096", "ruler_first_8192", "ruler_options_8192"),
-    "ruler_ablations",
+    *("ruler_clusters", "ruler_clusters_16384", "ruler_first_4096", "ruler_first_8192", "ruler_free"),
+    *("ruler_options_8192", "ruler_ablations"),
 )
 #: Of the model grown from SmolLM2.
-SMOLLM2_GRIDS = ("ruler_smollm2_4096", "ruler_smollm2_8192")
+SMOLLM2_GRIDS = tuple(f"ruler_smollm2_{part}" for part in ("4096", "8192", "free_4096", "free_8192"))
 #: Tasks of RULER that an average needs: all that need no data set, the needles among them, or the three of the
 #: ablations, which are asked nothing else; else the words name one task.
 TASK_COUNTS = {"all": 11, "needles": 8, "hard": 3}
 #: Where the times of an operator are stored, the latest last.
 OPERATORS = {
     "covariance": ("gpu_operator_h200",),
-    "clusters": tuple(f"gpu_clusters{part}_h200" for part in ("_first", "", "_turns", "_one_launch")),
+    "clusters": tuple(f"gpu_clusters{part}_h200" for part in ("_first", "", "_counted")),
+    "earlier": ("gpu_clusters_first_h200",),
     "causal": ("gpu_causal_h200",),
 }
 #: Short names of settings of training/evaluate.py.
@@ -60,9 +61,18 @@ def ruler_loss(
     )
 
 
-def ruler_beyond(read: Read, setting: str, other: str, sparsity: str, length: str, tasks: str = "all") -> str:
+def ruler_beyond(
+    read: Read,
+    setting: str,
+    other: str,
+    sparsity: str,
+    length: str,
+    tasks: str = "all",
+    *,
+    grids: Sequence[str] = GRIDS,
+) -> str:
     """Points beyond another setting on the samples that both answered: `beyond keep-first-0 clusters 90% 8192`."""
-    both = [_records(read, name, int(length), share_of(sparsity), tasks) for name in (setting, other)]
+    both = [_records(read, name, int(length), share_of(sparsity), tasks, grids) for name in (setting, other)]
     count = min(len(each["scores"]) for records in both for each in records)
     return beyond(*([{"scores": each["scores"][:count]} for each in records] for records in both))
 
@@ -300,6 +310,7 @@ VALUES: dict[str, Callable[..., str]] = {
     "loss": ruler_loss,
     "beyond": ruler_beyond,
     "smollm2_loss": partial(ruler_loss, grids=SMOLLM2_GRIDS),
+    "smollm2_beyond": partial(ruler_beyond, grids=SMOLLM2_GRIDS),
     "lowest": lowest_score,
     "word_for_word": word_for_word,
     "every_value": every_value,

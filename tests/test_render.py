@@ -280,14 +280,14 @@ def test_numbers_of_the_prose_are_those_of_the_files(copy, capsys):
 
 def test_differences_are_of_the_samples_that_both_answered():
     read = functools.cache(lambda name: json.loads(stored_text(ROOT / f"benchmarks/results/{name}.json")))
-    found = sys.modules["values"].VALUES["beyond"](read, "keep-first-0", "clusters", "90%", "8192", "vt")
+    found = sys.modules["values"].VALUES["beyond"](read, "budget-head", "clusters", "90%", "8192", "vt")
     both = [
         next(
             one["scores"]
             for one in read(grid)["settings"][setting]["records"]
             if (one["task"], one["length"], one["config"].get("sparsity")) == ("vt", 8192, 0.9)
         )
-        for setting, grid in (("keep-first-0", "ruler_options_8192"), ("clusters", "ruler_clusters"))
+        for setting, grid in (("budget-head", "ruler_options_8192"), ("clusters", "ruler_clusters"))
     ]
     assert [len(scores) for scores in both] == [100, 200]
     expected = sum(one - other for one, other in zip(*both, strict=False))  # of 100 samples: in percent
