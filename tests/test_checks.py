@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from baatt import BAAttConfig, Policy, attend, ba_attention, make_plan
 from baatt.config import PRESETS
+from baatt.types import BlockSelection
 
 CONFIG = BAAttConfig(block_size=16, segment=32)
 
@@ -138,6 +139,15 @@ OPTIONS = [
     ({"scale": -1}, ValueError, "scale must be finite and positive, got -1"),
     ({"scale": math.nan}, ValueError, "scale must be finite and positive, got nan"),
     ({"scale": math.inf}, ValueError, "scale must be finite and positive, got inf"),
+    ({"scale": 10**400}, ValueError, f"scale must be finite and positive, got {10**400}"),
+    ({"scale": torch.ones((), device="meta")}, TypeError, "scale must be a number or None, got Tensor"),
+    ({"causal": 2**63}, ValueError, f"causal must be at most {2**30}, got {2**63}"),
+    ({"causal": 1, "query_start": 2**62}, ValueError, f"query_start must be at most {2**30}, got {2**62}"),
+    (
+        {"key_mask": torch.ones(2, 50, dtype=torch.bool).to_sparse()},
+        TypeError,
+        "key_mask must have the layout torch.strided, got torch.sparse_coo",
+    ),
     (
         {"impl": "fast"},
         ValueError,
@@ -192,6 +202,24 @@ def test_a_plan_on_another_device(part, field):
     moved = plan._replace(**{part: order._replace(**{field: getattr(order, field).to("meta")})})
     with pytest.raises(ValueError, match=rf"^plan\.{part}\.{field} must be on the device of query cpu, got meta$"):
         attend(q, k, v, moved)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_plan_whose_numbers_are_of_another_kind(impl):
+    q, k, v = inputs().values()
+    plan = make_plan(q, k, CONFIG)
+    expected = attend(q, k, v, plan, impl=impl)
+    for part, field, kind in (("query_order", "index", torch.int64), ("selection", "index", torch.int32)):
+        numbers = getattr(plan, part)
+        changed = plan._replace(**{part: numbers._replace(**{field: getattr(numbers, field).half()})})
+        with pytest.raises(TypeError, match=rf"^plan\.{part}\.{field} must have dtype {kind}, got torch\.float16$"):
+            attend(q, k, v, changed, impl=impl)
+    narrow = plan._replace(query_order=plan.query_order._replace(index=plan.query_order.index.int()))
+    with pytest.raises(TypeError, match=r"^plan\.query_order\.index must have dtype torch\.int64, got torch\.int32$"):
+        attend(q, k, v, narrow, impl=impl)
+    index, count, uneven = plan.selection
+    edited = plan._replace(selection=BlockSelection(index.long(), count.long(), uneven))
+    assert torch.equal(attend(q, k, v, edited, impl=impl), expected)
 
 
 @pytest.mark.parametrize("impl", ["triton", "hopper"])
@@ -283,6 +311,22 @@ def test_tensors_of_which_a_kernel_would_read_foreign_memory(name):
         torch.func.vmap(lambda x: ba_attention(*{**given, name: x}.values(), CONFIG))(given[name][None])
 
 
+@pytest.mark.parametrize("name", ["key_mask", "query_mask"])
+def test_masks_of_which_a_kernel_would_read_foreign_memory(name):
+    q, k, v = inputs().values()
+    mask = torch.ones(2, 50 if name == "key_mask" else 40, dtype=torch.bool)
+    with pytest.raises(TypeError, match=rf"^{name} must hold its values itself, got a FakeTensor$"):
+        ba_attention(q, k, v, CONFIG, **{name: FakeTensorMode().from_tensor(mask)})
+    with pytest.raises(TypeError, match=rf"^{name} must hold its values itself, got one under vmap$"):
+        torch.func.vmap(lambda x: ba_attention(q, k, v, CONFIG, **{name: x}))(mask[None])
+
+
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([torch.ones(4, 40, 8)] * 2)
+    with pytest.raises(TypeError, match=r"^query must have the layout torch.strided, got a nested tensor$"):
+        ba_attention(nested, *list(inputs().values())[1:], CONFIG)
+
+
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_a_derivative_forward_is_refused_as_one_backward(name):
     given = dict(zip(("query", "key", "value"), inputs().values(), strict=True))
@@ -298,3 +342,26 @@ def test_a_derivative_forward_is_refused_as_one_backward(name):
 def test_options_are_numbers_that_a_float_holds(kind, name, value):
     with pytest.raises(TypeError, match=f"{name} must be a finite number, got"):
         kind(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["sort", "score", "budget"])
+def test_names_are_words(name):
+    with pytest.raises(ValueError, match=rf"^{name} must be one of .*, got \[\]$"):
+        BAAttConfig(**{name: []})
+    with pytest.raises(ValueError, match=r"^preset must be one of .*, got \[\]$"):
+        BAAttConfig.preset([])
+
+
+def test_counts_fit_in_what_kernels_take():
+    for name in ("refinements", "keep_first"):
+        with pytest.raises(ValueError, match=rf"^{name} must be at most {2**30}, got {2**63}$"):
+            BAAttConfig(**{name: 2**63})
+    q, k, v = inputs().values()
+    some = BAAttConfig(16, 0.5, keep_first=2**30)
+    assert torch.equal(ba_attention(q, k, v, some), ba_attention(q, k, v, BAAttConfig(16, 0.5, keep_first=2)))
+
+
+def test_numbers_of_numpy_become_python_s():
+    config = BAAttConfig(16, np.float64(0.5), beta=np.float64(0.25))
+    assert (type(config.sparsity), type(config.beta)) == (float, float)
+    assert config == BAAttConfig(16, 0.5, beta=0.25)

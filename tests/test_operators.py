@@ -36,3 +36,19 @@ def test_refusals_pass_through():
     q, k, v, _ = inputs(33)
     with pytest.raises(ValueError, match="value must have the shape of key"):
         attention(q, k, v[:, :, :5], None, None, None, None, None, "auto", *BAAttConfig(16, 0.5, "qk", 32).values)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"causal": True}, "causal must be an int or None, got True"),
+        ({"causal": 1, "query_start": True}, "query_start must be an int or None, got True"),
+        ({"scale": True}, "scale must be a number or None, got bool"),
+        ({"config": None}, "config must be a BAAttConfig, got NoneType"),
+    ],
+)
+def test_a_graph_refuses_what_is_refused_outside(options, text):
+    q, k, v, _ = inputs(33)
+    compiled = torch.compile(lambda q, k, v: ba_attention(q, k, v, **options), backend="eager")
+    with pytest.raises(TypeError, match=text):
+        compiled(q, k, v)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from baatt.backend import Backend, Workload, choose_backend
 from baatt.checks import (
+    check_constants,
     check_make_plan,
     check_plan,
     check_query_and_key,
@@ -22,7 +23,7 @@ from baatt.checks import (
 )
 from baatt.config import BAAttConfig
 from baatt.plan import Plan
-from baatt.types import Partial, SortedBlocks
+from baatt.types import BlockSelection, Partial, SortedBlocks
 
 
 def ba_attention(
@@ -69,6 +70,7 @@ def ba_attention(
     """
     refuse_arguments(others)
     if torch.compiler.is_compiling():  # one opaque node of the graph, see baatt.operators
+        check_constants(config, causal, query_start, scale)
         given = causal, query_start, key_mask, query_mask, scale, impl
         traced: Tensor = torch.ops.baatt.attention(q, k, v, *given, *config.values)
         return traced
@@ -138,6 +140,8 @@ def attend_partial(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, impl: str = "
     check_query_and_key(q, k)
     check_value(q, k, v)
     check_plan(plan, q, k)
+    index, count, uneven = plan.selection
+    plan = plan._replace(selection=BlockSelection(index.int(), count.int(), uneven))  # an edited one may have int64
     return _carry_out(q, k, v, plan, _backend(impl, q, plan.config, plan.scale), {})
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from baatt.config import BAAttConfig
+from baatt.config import MOST, BAAttConfig
 from baatt.plan import Plan
+from baatt.types import as_float
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 
 #: Arguments of scaled_dot_product_attention that the operator has under another name, or not at all.
 SDPA_ARGUMENTS = {
@@ -45,22 +45,47 @@ def check_make_plan(
 ) -> None:
     """Refuse arguments that `make_plan` cannot work with."""
     check_query_and_key(q, k)
-    if not isinstance(config, BAAttConfig):
-        hint = f" in the place of attn_mask: {SDPA_ARGUMENTS['attn_mask']}" if isinstance(config, Tensor) else ""
-        raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}{hint}")
+    _check_config(config)
     for name, mask, x, axes in (("key_mask", key_mask, k, "[B, M]"), ("query_mask", query_mask, q, "[B, N]")):
         if mask is not None:
             _check_mask(name, mask, x, axes)
     scale = as_number(scale)
+    _check_is_number(scale)
+    if scale is not None and not (math.isfinite(as_float(scale)) and scale > 0):
+        raise ValueError(f"scale must be finite and positive, got {scale}")
+
+
+def check_constants(config: BAAttConfig, causal: int | None, query_start: int | None, scale: float | None) -> None:
+    """Refuse, while a graph is being traced, what its operator would take for something else: True for 1."""
+    _check_config(config)
+    for name, value in (("causal", causal), ("query_start", query_start)):
+        _check_is_integer(name, value)
+    if isinstance(scale, bool):
+        _check_is_number(scale)
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, BAAttConfig):
+        hint = f" in the place of attn_mask: {SDPA_ARGUMENTS['attn_mask']}" if isinstance(config, Tensor) else ""
+        raise TypeError(f"config must be a BAAttConfig, got {type(config).__name__}{hint}")
+
+
+def _check_is_number(scale: object) -> None:
     if scale is not None and (not isinstance(scale, (int, float)) or isinstance(scale, bool)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be finite and positive, got {scale}")
+
+
+def _check_is_integer(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        hint = ": causal=1 is causal attention, None is none" if isinstance(value, bool) and name == "causal" else ""
+        raise TypeError(f"{name} must be an int or None, got {value!r}{hint}")
 
 
 def as_number(scale: Any) -> Any:
     """A number as PyTorch takes them, of numpy or a tensor without axes, as Python's; anything else as it is."""
-    return scale.item() if not isinstance(scale, (int, float)) and getattr(scale, "ndim", None) == 0 else scale
+    if isinstance(scale, (int, float)) or getattr(scale, "ndim", None) != 0:
+        return scale
+    return scale if isinstance(scale, Tensor) and not holds_values(scale) else scale.item()
 
 
 def check_structure(
@@ -74,13 +99,10 @@ def check_structure(
 ) -> tuple[int, int] | None:
     """Tokens per causal block and position of the first query; None if attention is bidirectional."""
     for name, value, least in (("causal", causal, 1), ("query_start", query_start, 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            hint = (
-                ": causal=1 is causal attention, None is none" if isinstance(value, bool) and name == "causal" else ""
-            )
-            raise TypeError(f"{name} must be an int or None, got {value!r}{hint}")
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+        _check_is_integer(name, value)
+        if value is not None and not least <= value <= MOST:
+            bound = f"least {least}" if value < least else f"most {MOST}"
+            raise ValueError(f"{name} must be at {bound}, got {value}")
     if causal is None:
         if query_start is not None:
             raise ValueError(f"query_start must be None where causal is None, got {query_start}")
@@ -138,6 +160,9 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
             raise ValueError(f"plan.{name} must have shape {shape} to fit query and key, got {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"plan.{name} must be on the device of query {q.device}, got {x.device}")
+        dtype = torch.int64 if "order" in name else torch.int32
+        if x.dtype != dtype and not ("selection" in name and x.dtype == torch.int64):
+            raise TypeError(f"plan.{name} must have dtype {dtype}, got {x.dtype}")
 
 
 def check_query_and_key(q: Tensor, k: Tensor) -> None:
@@ -167,14 +192,19 @@ def _check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must have a dtype of {[str(dtype) for dtype in DTYPES]}, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must have the layout torch.strided, got {x.layout}")
+    _check_layout(name, x)
     if is_differentiated(x):
         received = "requires_grad=True" if x.requires_grad else "a tangent of torch.autograd.forward_ad"
         raise ValueError(
             f"{name} must not require gradients, got {received}: baatt is inference only; "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
+
+
+def _check_layout(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        received = "a nested tensor" if x.is_nested else x.layout
+        raise TypeError(f"{name} must have the layout torch.strided, got {received}")
 
 
 def is_differentiated(x: Tensor) -> bool:
@@ -221,3 +251,5 @@ def _check_mask(name: str, mask: Tensor, x: Tensor, axes: str) -> None:
         raise ValueError(f"{name} must have shape {axes} = ({batch}, {tokens}), got {tuple(mask.shape)}")
     if mask.device != x.device:
         raise ValueError(f"{name} must be on the device of query {x.device}, got {mask.device}")
+    _check_layout(name, mask)
+    _check_values(name, mask)

@@ -17,6 +17,7 @@ from baatt.stages.sorting import ORDERS
 from baatt.types import as_float, kept_blocks
 
 BLOCK_SIZES = (16, 32, 64, 128)
+MOST = 2**30  # of tokens or blocks: the sum of two is an integer of 32 bits
 
 
 def _is_integer(value: object) -> bool:
@@ -94,7 +95,7 @@ class BAAttConfig:
             hint = f"; a share: {self.sparsity / 100:g} for {self.sparsity:g} %" if 2 <= self.sparsity < 100 else ""
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}{hint}")
         for name, known in (("sort", ORDERS), ("score", SCORES), ("budget", BUDGETS)):
-            if getattr(self, name) not in known:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
         if self.segment is not None and not _is_integer(self.segment):
             raise TypeError(f"segment must be an int or None, got {self.segment!r}")
@@ -102,13 +103,17 @@ class BAAttConfig:
             raise ValueError(f"segment must be a positive multiple of block_size={self.block_size}, got {self.segment}")
         if self.beta < 0:
             raise ValueError(f"beta must be at least 0, got {self.beta}")
+        for name in ("sparsity", "beta"):
+            if type(getattr(self, name)) not in (int, float):  # a number of numpy, which compilers take for a tensor
+                object.__setattr__(self, name, float(getattr(self, name)))
         for name, least in (("representatives", 1), ("refinements", 0), ("keep_first", 0)):
             if not _is_integer(getattr(self, name)):
                 raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.representatives > max(BLOCK_SIZES):
-            raise ValueError(f"representatives must be at most {max(BLOCK_SIZES)}, got {self.representatives}")
+        for name, most in (("representatives", max(BLOCK_SIZES)), ("refinements", MOST), ("keep_first", MOST)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if not isinstance(self.peak, bool):
             raise TypeError(f"peak must be a bool, got {self.peak!r}")
 
@@ -250,6 +255,6 @@ PRESETS = {
 
 
 def _preset(name: str) -> Preset:
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset must be one of {list(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -199,6 +199,16 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type in FLOAT64_DEVICES else torch.float32
 
 
+def norms(x: Tensor) -> Tensor:
+    """L2 norms [B, H, N] of tokens [B, H, N, D], in float32 at least.
+
+    PyTorch adds up channels that are not side by side in another order, in which near ties may change places.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm
+
+
 class Partial(NamedTuple):
     """Attention over a subset of the keys, in the original token order.
 

@@ -11,7 +11,7 @@ import torch
 from baatt import ba_attention, make_plan
 from baatt.kernels import cpu, cpu_gather, cpu_native
 from baatt.stages import sparse
-from baatt.stages.sorting import by_norm
+from baatt.stages.sorting import by_norm, by_position
 from baatt.types import BlockSelection
 from tests.budget import assert_within_budget, eager_dtype
 from tests.pairs import mostly_pairs
@@ -215,3 +215,16 @@ def test_plans_agree_with_the_reference():
     config = sorted_config(16, segment=64)
     plans = [make_plan(q, k, config, impl=impl) for impl in ("reference", "cpu")]
     assert torch.equal(plans[0].selection.index, plans[1].selection.index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_logits_of_billions_are_subtracted_before_they_are_rounded(way, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 256, 64, generator=generator).clamp(-1, 1).mul(6e4).to(dtype) for _ in range(2))
+    v = torch.randn(1, 2, 256, 64, generator=generator).to(dtype)
+    order = by_position(q, None, None)
+    selection = BlockSelection(torch.arange(4).expand(1, 2, 4, 4).int(), torch.full((1, 2, 4), 4).int())
+    partial = cpu.sparse_attention(q, k, v, order, order, selection, block_size=64, scale=0.125)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.125)
+    torch.testing.assert_close(partial.out.double(), exact, rtol=1e-2, atol=1e-2)
+    assert partial.lse.isfinite().all()

@@ -243,3 +243,9 @@ def test_values_that_are_not_numbers_or_too_large_still_give_a_plan(value):
     assert ((plan.selection.index >= 0) & (plan.selection.index < 6)).all()
     other = make_plan(q[:, 1:], k[:, 1:], config(representatives=16), impl="cpu")
     assert torch.equal(plan.selection.index[:, 1:], other.selection.index)
+
+
+def test_shares_of_logits_of_billions_agree_with_the_reference():
+    (q, _), (k, _) = random_case((1, 2, 2, 320, 320, 64), torch.float32)
+    plans = [make_plan(q * 2e5, k * 2e5, config(representatives=16), impl=impl) for impl in ("reference", "cpu")]
+    assert torch.equal(plans[0].selection.index, plans[1].selection.index)

@@ -122,3 +122,11 @@ def test_rows_of_logits_share_a_budget_by_their_distributions():
     even = log_distribution(logits + torch.tensor([[0.0], [100.0]]))
     assert select_blocks(even, size, 0.5, budget="head").count.tolist() == ours
     assert select_blocks(logits + torch.tensor([[0.0], [100.0]]), size, 0.5, budget="head").count.tolist() == [[[1, 3]]]
+
+
+@pytest.mark.parametrize("budget", ["row", "head"])
+def test_a_score_that_is_not_a_number_loses_to_any(budget):
+    scores = torch.tensor([0.0, math.nan, 3.0, -5.0, math.nan, 1.0, math.inf, -math.inf]).view(1, 1, 1, 8)
+    size = torch.ones(1, 8, dtype=torch.int64)
+    chosen = select_blocks(scores, size, 0.5, 1, budget=budget)
+    assert chosen.index[..., :4].flatten().tolist() == [0, 2, 5, 6]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from baatt.kernels import cpu_orders
 from baatt.stages.sorting import ORDERS, by_norm, by_position
 from tests.naive import naive_order
 
@@ -84,3 +85,13 @@ def test_the_registry_names_queries_then_keys():
         "k": (False, True),
         "qk": (True, True),
     }
+
+
+@pytest.mark.parametrize("order", [by_norm, cpu_orders.by_norm])
+def test_channels_that_are_not_side_by_side_change_no_order(order):
+    """Norms so near one another that another order of the sum would swap them."""
+    x = torch.randn(2, 4, 512, 80, generator=torch.Generator().manual_seed(0))
+    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    apart = torch.stack([x, x], -1)[..., 0]
+    assert torch.equal(order(apart, None, None).index, order(x, None, None).index)
+    assert torch.equal(order(x.mT.contiguous().mT, None, None).index, order(x, None, None).index)

@@ -84,7 +84,7 @@ static void scores_task(const void *argument, int64_t task, float *scratch) {
   }
 }
 
-/* Sums [blocks, WIDTH] of exp(logit), each as often as its cluster has tokens, over 2^shift, the maximum up to here. */
+/* Sums [blocks, WIDTH] of exp(logit - shift), each as often as its cluster has tokens, of the maximum up to here. */
 static __attribute__((noinline)) void tile_sums(const float *logits, const int64_t *count, int64_t clusters,
                                                 int64_t blocks, float *maximum, float *total, float *shifts,
                                                 float *sums) {
@@ -93,18 +93,17 @@ static __attribute__((noinline)) void tile_sums(const float *logits, const int64
     vector highest = lowest, all = broadcast(0.0f);
     for (int64_t row = 0; row < blocks * clusters; row++)
       if (count[row]) highest = larger(load(logits + row * WIDTH + column), highest);
-    const vector before = load(maximum + column), after = larger(highest * broadcast(LOG2_E), before);
+    const vector before = load(maximum + column), after = larger(highest, before);
     const vector shift = choose(after == lowest, broadcast(0.0f), after);
     for (int64_t block = 0; block < blocks; block++) {
       vector sum = broadcast(0.0f);
       for (int64_t row = block * clusters; row < (block + 1) * clusters; row++)
         if (count[row])
-          sum += broadcast((float)count[row]) *
-                 power_of_two(load(logits + row * WIDTH + column) * broadcast(LOG2_E) - shift);
+          sum += broadcast((float)count[row]) * exponential(load(logits + row * WIDTH + column) - shift);
       store(sums + block * WIDTH + column, sum);
       all += sum;
     }
-    store(total + column, load(total + column) * power_of_two(before - shift) + all);
+    store(total + column, load(total + column) * exponential(before - shift) + all);
     store(maximum + column, after);
     store(shifts + column, shift);
   }
@@ -142,7 +141,7 @@ static int64_t share_panel(const Comparison *c, int64_t place, int64_t lanes, in
   for (int64_t block = 0; block < end; block++)
     for (int64_t column = 0; column < WIDTH; column += LANES) {
       const vector sum = load(total + column), shift = load(shifts + block / blocks * WIDTH + column);
-      const vector factor = power_of_two(shift - load(maximum + column)) / sum;
+      const vector factor = exponential(shift - load(maximum + column)) / sum;
       float *share = shares + block * WIDTH + column;
       store(share, choose(sum == broadcast(0.0f), broadcast(0.0f), load(share) * factor));
     }

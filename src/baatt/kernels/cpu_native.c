@@ -6,8 +6,6 @@
 
 #include "cpu_vectors.h"
 
-#define LOG_2 0.69314718f
-
 typedef struct {
   const float *query;          /* heads x queries x channels, strides in elements, channels contiguous */
   const float *key, *value;    /* one head: keys x channels, in sorted order */
@@ -23,8 +21,8 @@ typedef struct {
   double scale;
 } Problem;
 
-/* Turns scores [keys, width] into weights exp(score - maximum) and updates the running maximum, in units of ln 2, and
- * sum of each query. Keys are taken four at a time, for four chains of sums; `scores` has room for that. */
+/* Turns scores [keys, width] into weights exp(score - maximum) and updates the running maximum and sum of each query.
+ * Keys are taken four at a time, for four chains of sums; `scores` has room for that. */
 static __attribute__((noinline)) void softmax(float *scores, int64_t keys, int64_t width, float *maximum, float *sum,
                                               float *rescale) {
   int64_t end = keys;
@@ -35,17 +33,17 @@ static __attribute__((noinline)) void softmax(float *scores, int64_t keys, int64
     vector highest[4] = {lowest, lowest, lowest, lowest}, total[4] = {{0}};
     for (int64_t key = 0; key < end; key += 4)
       for (int i = 0; i < 4; i++) highest[i] = larger(load(scores + (key + i) * width), highest[i]);
-    const vector block = larger(larger(highest[0], highest[1]), larger(highest[2], highest[3])) * broadcast(LOG2_E);
+    const vector block = larger(larger(highest[0], highest[1]), larger(highest[2], highest[3]));
     const vector after = larger(block, before);
     /* Where every score so far is -inf, subtracting 0 gives weights of 0 instead of NaN. */
     const vector shift = choose(after == lowest, broadcast(0.0f), after);
     for (int64_t key = 0; key < end; key += 4)
       for (int i = 0; i < 4; i++) {
-        const vector weight = power_of_two(load(scores + (key + i) * width) * broadcast(LOG2_E) - shift);
+        const vector weight = exponential(load(scores + (key + i) * width) - shift);
         store(scores + (key + i) * width, weight);
         total[i] += weight;
       }
-    const vector factor = power_of_two(before - shift);
+    const vector factor = exponential(before - shift);
     store(rescale + column, factor);
     store(maximum + column, after);
     store(sum + column, load(sum + column) * factor + ((total[0] + total[1]) + (total[2] + total[3])));
@@ -125,7 +123,7 @@ static void attend_task(const void *argument, int64_t task, float *scratch) {
     const float *source = accumulator + panel * channels + row % WIDTH, inverse = sum[row] == 0 ? 0 : 1 / sum[row];
     for (int64_t channel = 0; channel < channels; channel++)
       problem->output[target * channels + channel] = source[channel * width] * inverse;
-    problem->lse[target] = sum[row] == 0 ? -INFINITY : maximum[row] * LOG_2 + logf(sum[row]);
+    problem->lse[target] = sum[row] == 0 ? -INFINITY : maximum[row] + logf(sum[row]);
   }
 }
 

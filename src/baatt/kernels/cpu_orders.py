@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baatt.kernels import cpu_native
-from baatt.types import TokenOrder
+from baatt.types import TokenOrder, norms
 
 
 class _Order(ctypes.Structure):
@@ -29,7 +29,7 @@ def by_norm(x: Tensor, segment: int | None, mask: Tensor | None) -> TokenOrder:
     whole = {"dtype": torch.int64, "device": x.device}
     index, length = (torch.empty(shape, **whole) for shape in ((batch, heads, tokens), (batch,)))
     tensors = {
-        "norm": torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).contiguous(),
+        "norm": norms(x).contiguous(),
         "places": torch.empty(batch, tokens, **whole),
         "length": length,
         "index": index,

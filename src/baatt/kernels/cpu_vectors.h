@@ -83,6 +83,10 @@ static inline vector power_of_two(vector x) {
   return p * (vector)((bits)shifted << 23);
 }
 
+/* e^x for x <= 0. Of two large numbers the difference is taken before it is multiplied: a product that is rounded for one
+ * and, fused with the difference, exact for the other may leave the largest score hundreds below itself. */
+static inline vector exponential(vector x) { return power_of_two(x * broadcast(LOG2_E)); }
+
 /* c [rows, columns * LANES] = rescale * c + a [rows, depth] b [depth, columns * LANES], rescale one factor a column; no
  * rescale: c is not read. The products of one block are summed apart and then added: one chain over all keys would
  * round three times worse. */

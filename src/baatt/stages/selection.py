@@ -90,6 +90,7 @@ def _best_of_rows(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) -
 
     pairs: [B, 1, I, J], where both blocks have a token. With sight `count` and `first` have an axis of rows.
     """
+    scores = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # NaN would stand before all others
     ranked = torch.where(first, math.inf, scores).argsort(dim=-1, descending=True, stable=True)
     best = torch.arange(scores.shape[-1], device=scores.device) < count
     return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, ranked, best.expand_as(ranked))

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from baatt.types import TokenOrder
+from baatt.types import TokenOrder, norms
 
 OrderFunction = Callable[[Tensor, int | None, Tensor | None], TokenOrder]
 
@@ -40,7 +40,7 @@ def by_norm(x: Tensor, segment: int | None, mask: Tensor | None) -> TokenOrder:
     heads, tokens = x.shape[1], x.shape[2]
     compacted, length = _unmasked_first(x, mask)
     compacted = repeat(compacted, "b n -> b h n", h=heads)
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    norm = norms(x)
     # A NaN would sort behind the masked tokens and let one of them in; as +inf it stays in front of them.
     norm = norm.gather(-1, compacted).nan_to_num(nan=math.inf, posinf=math.inf)
     absent = torch.arange(tokens, device=x.device) >= rearrange(length, "b -> b 1 1")
