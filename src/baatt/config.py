@@ -170,7 +170,7 @@ class Policy:
         """
         try:
             stored = json.loads(Path(path).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} must hold the JSON of Policy.save, got {error}") from None
         known = {one.name for one in dataclasses.fields(cls)}
         if not isinstance(stored, dict) or not stored.keys() <= known:

@@ -367,6 +367,9 @@ def test_masks_of_inference_mode(read, real, counting):
                 read(mask[:, :, :, :M], B, M)
             mask[:, :, :2] = False
         assert counting.count == 4
+        read.end_forward()
+        read(mask[:, :, :, :M], B, M)
+        assert counting.count == 5
 
 
 def test_an_additive_row_is_read_once(read, real, counting):

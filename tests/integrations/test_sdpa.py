@@ -479,3 +479,14 @@ def test_layers_of_torch_around_multi_head_attention():
         with sparse_sdpa(BAAttConfig(block_size=16, sparsity=0.0)) as handle:
             torch.testing.assert_close(model(x), expected)
     assert counts(handle) == (2, 0)
+
+
+def test_nested_tensors_stay_dense():
+    rows = [draw(20, H, D), draw(33, H, D, seed=1)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(nested, nested, nested)
+    with sparse_sdpa(BAAttConfig(16, 0.5), policy=Policy(min_length=2**20)) as handle:  # which asks for no sparse call
+        actual = F.scaled_dot_product_attention(nested, nested, nested)
+    assert handle.reasons == {"nested tensors": 1}
+    for one, other in zip(actual.unbind(), expected.unbind(), strict=True):
+        assert torch.equal(one, other)

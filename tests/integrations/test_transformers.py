@@ -508,6 +508,21 @@ def test_layers_share_one_reading_of_a_mask(mode, monkeypatch):
     assert handle.sparse_calls == 2 * 2
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_that_changed_between_calls_of_a_part(mode):
+    """A part of the model called by itself begins no forward of the model."""
+    model, ids = decoder("Qwen2ForCausalLM"), tokens()
+    mask = torch.ones(1, 1, 70, 70, dtype=torch.bool).tril()
+    with mode():
+        expected = run(model.model, ids, torch.ones_like(mask))
+        with baatt.enable(model, ALL_BLOCKS):
+            run(model, ids)
+            changing = mask.clone()
+            run(model.model, ids, changing)
+            changing.fill_(True)
+            torch.testing.assert_close(run(model.model, ids, changing), expected)
+
+
 def test_a_config_that_sorts_is_refused_for_a_causal_model():
     paper = BAAttConfig.preset("paper")
     model, ids = MODELS["Qwen2"](), tokens()
@@ -732,7 +747,7 @@ def test_another_implementation_may_be_chosen_meanwhile():
         model.set_attn_implementation("eager")
         run(model, tokens())
     assert (handle.sparse_calls, handle.dense_calls) == (0, 0)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "eager"  # and stays, as other changes of others do
 
 
 # Remote code.

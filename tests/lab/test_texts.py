@@ -89,6 +89,10 @@ def test_other_files_with_a_mark(tmp_path):
     assert load_chat_templates(tmp_path).source() == "C"
     assert read_essay(write("essay.txt", "one two")) == ("one", "two")
     assert read_word_list(write("words.json", '["b", "a"]')) == ("a", "b")
+    with pytest.raises(
+        ValueError, match=r"policy\.json must hold the JSON of Policy\.save, got maximum recursion depth"
+    ):
+        Policy.load(write("policy.json", "[" * 100_000))
     (tmp_path / "config.json").write_bytes(b"\xff{}")
     with pytest.raises(ValueError, match=r"config\.json: must hold JSON: .* byte 0xff in position 0"):
         read_json(tmp_path / "config.json")

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser(next((word for word in argv if not word.startswith("-")), None)).parse_args(argv)
         arguments.command = shlex.join(["baatt", *argv])
         arguments.run(arguments)
-    except (UsageError, OSError, ValueError, TypeError) as error:
+    except (UsageError, OSError, ValueError, TypeError, RecursionError) as error:
         # Python's own `[Errno 21] Is a directory: 'folder'` in words.
         told = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
         text = f"{error.filename} cannot be used: {error.strerror}" if told else str(error)  # type: ignore[union-attr]

@@ -40,6 +40,8 @@ class SdpaCall(NamedTuple):
     def refusal(self) -> str | None:
         """Why it stays dense whatever a policy says, or None; a call that is an error gets it from torch itself."""
         q, k, v, mask = self.query, self.key, self.value, self.attn_mask
+        if q.is_nested or k.is_nested or v.is_nested:
+            return "nested tensors"
         if q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or len({x.shape[0] for x in (q, k, v)}) > 1:
             return "tensors that are not [B, H, N, D]"
         if 0 in q.shape or 0 in k.shape:

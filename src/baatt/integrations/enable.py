@@ -166,7 +166,10 @@ def _watch(root: nn.Module, handle: Handle) -> None:
         handle.masks.start_forward()
         if handle.read_step is not None and handle.policy.dense_steps > 0 and not handle.progress.told:
             handle.read_step(args, kwargs)
-        out = forward(*args, **kwargs)
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            handle.masks.end_forward()
         reasons = handle.unasked()
         if reasons is not None and not (known and reasons <= known):
             known.update(reasons or {NOTHING_SEEN})

@@ -171,7 +171,7 @@ class Handle(Counts):
         if torch.compiler.is_compiling():
             return
         pairs = 0
-        if q is not None and k is not None and min(q.ndim, k.ndim) > 2:
+        if q is not None and k is not None and min(q.ndim, k.ndim) > 2 and not (q.is_nested or k.is_nested):
             config, start = self.config_of(layer), known.query_start or 0
             pairs = block_pairs(config, q.shape[-2], k.shape[-2], known.causal, start)[0] * math.prod(q.shape[:-2])
         self.count(layer, reason, pairs)

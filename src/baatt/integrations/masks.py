@@ -80,7 +80,7 @@ class MaskReader:
 
     A mask costs a few passes over it, 2 bytes an entry against the 4 * D operations of every head, and one wait for the
     device; all layers of a forward share that. Tensors of inference mode do not say whether they were written to: those
-    are remembered until `start_forward` is called again, if it ever was.
+    are remembered between `start_forward` and `end_forward` alone.
     """
 
     def __init__(self) -> None:
@@ -91,6 +91,10 @@ class MaskReader:
     def start_forward(self) -> None:
         """A new forward of a model begins: tensors of inference mode may hold something else now."""
         self._forwards[threading.get_ident()] = next(self._numbers)
+
+    def end_forward(self) -> None:
+        """It has ended: what is called of the model now may not begin with `start_forward`."""
+        self._forwards.pop(threading.get_ident(), None)
 
     def __call__(self, mask: Tensor | None, batch: int, keys: int) -> Structure:
         """The structure of a mask.

@@ -135,11 +135,12 @@ def attach(model: Any, handle: Handle) -> int:
 
 
 def _detach(number: int) -> None:
-    """Give the configs that no other handle needs back what they named before."""
+    """Give the configs that no other handle needs back what they named before, unless they name another one now."""
     for key, (config, former, users) in list(_changed.items()):
         users.discard(number)
         if not users:
-            config._attn_implementation_internal = former
+            if config._attn_implementation_internal == _ENABLED_NAME:
+                config._attn_implementation_internal = former
             del _changed[key]
     del _enabled[number]
 

@@ -71,7 +71,7 @@ def load_records(path: Path, fields: Collection[str], made_by: str) -> dict[str,
     """
     try:
         stored = json.loads(stored_text(path))
-    except (ValueError, EOFError, zlib.error) as error:
+    except (ValueError, RecursionError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} must hold the JSON of {made_by}, got {error}") from None
     if not isinstance(stored, dict) or not set(fields) <= stored.keys():
         raise ValueError(f"{path} must hold the fields {', '.join(fields)} of {made_by}")
