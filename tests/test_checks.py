@@ -222,6 +222,19 @@ def test_a_plan_whose_numbers_are_of_another_kind(impl):
     assert torch.equal(attend(q, k, v, edited, impl=impl), expected)
 
 
+def test_an_edited_plan_that_cannot_be_carried_out():
+    q, k, v = inputs().values()
+    plan = make_plan(q, k, CONFIG)
+    for scale in (None, math.nan, -1.0, 0):
+        with pytest.raises(ValueError, match=rf"^plan\.scale must be a finite, positive number, got {scale}$"):
+            attend(q, k, v, plan._replace(scale=scale))
+    with pytest.raises(TypeError, match=r"^plan\.config must be a BAAttConfig, got NoneType$"):
+        attend(q, k, v, plan._replace(config=None))
+    for index in (plan.selection.index[..., :0], torch.zeros((), dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"^plan\.selection\.index must have shape \(2, 4, 3, 1\) to fit"):
+            attend(q, k, v, plan._replace(selection=plan.selection._replace(index=index)))
+
+
 @pytest.mark.parametrize("impl", ["triton", "hopper"])
 def test_kernels_of_another_device_say_so(impl):
     for call in calls({}, impl=impl):

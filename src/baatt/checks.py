@@ -137,9 +137,13 @@ def check_value(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
-    """Refuse a plan that was made for other shapes or another device."""
+    """Refuse a plan that was made for other shapes or another device, or edited into what no kernel can carry out."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan from make_plan, got {type(plan).__name__}")
+    if not isinstance(plan.config, BAAttConfig):
+        raise TypeError(f"plan.config must be a BAAttConfig, got {type(plan.config).__name__}")
+    if not isinstance(plan.scale, (int, float)) or not (math.isfinite(as_float(plan.scale)) and plan.scale > 0):
+        raise ValueError(f"plan.scale must be a finite, positive number, got {plan.scale!r}")
     batch, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
     rows = (batch, heads, -(-queries // plan.config.block_size))
@@ -148,7 +152,7 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
         ("query_order.length", plan.query_order.length, (batch,)),
         ("key_order.index", plan.key_order.index, (batch, groups, keys)),
         ("key_order.length", plan.key_order.length, (batch,)),
-        ("selection.index", plan.selection.index, (*rows, plan.selection.index.shape[-1])),
+        ("selection.index", plan.selection.index, (*rows, max([1, *plan.selection.index.shape[-1:]]))),
         ("selection.count", plan.selection.count, rows),
     ]
     if plan.sight is not None:
