@@ -27,7 +27,7 @@ SMOLLM2_GRIDS = tuple(f"ruler_smollm2_{part}" for part in ("4096", "8192", "free
 #: Tasks of RULER that an average needs: all that need no data set, the needles among them, or the three of the
 #: ablations, which are asked nothing else; else the words name one task.
 TASK_COUNTS = {"all": 11, "needles": 8, "hard": 3}
-#: Where the times of an operator are stored, the latest last.
+#: Where the times of an operator are stored, the latest last; "earlier": what the prose compares some of them with.
 OPERATORS = {
     "covariance": ("gpu_operator_h200",),
     "clusters": tuple(f"gpu_clusters{part}_h200" for part in ("_first", "", "_counted")),

@@ -46,10 +46,11 @@ def select_blocks(
     """
     query_blocks, key_blocks = scores.shape[2:]
     present, columns = rearrange(key_block_size > 0, "b j -> b 1 1 j"), torch.arange(key_blocks, device=scores.device)
+    # +inf is left to what is kept whatever its score, and what is not a number loses to any.
+    scores = scores.nan_to_num(nan=-math.inf, posinf=torch.finfo(scores.dtype).max, neginf=-math.inf)
     if sight is not None:
         present = present & (columns < rearrange(sight.spans[..., 3], "b i -> b 1 i 1"))
-        lowest, highest = -math.inf, torch.finfo(scores.dtype).max  # +inf is left to what is kept whatever its score
-        scores = scores.masked_fill(~present, lowest).nan_to_num(nan=lowest, posinf=highest, neginf=lowest)
+        scores = scores.masked_fill(~present, -math.inf)
     available = present.sum(-1, keepdim=True)
     count = _share(available, sparsity, key_blocks).clamp(min=1).minimum(available)
     first = present & (columns < count.clamp(max=keep_first))
@@ -90,7 +91,6 @@ def _best_of_rows(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) -
 
     pairs: [B, 1, I, J], where both blocks have a token. With sight `count` and `first` have an axis of rows.
     """
-    scores = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # NaN would stand before all others
     ranked = torch.where(first, math.inf, scores).argsort(dim=-1, descending=True, stable=True)
     best = torch.arange(scores.shape[-1], device=scores.device) < count
     return torch.zeros_like(ranked, dtype=torch.bool).scatter(-1, ranked, best.expand_as(ranked))
@@ -98,7 +98,6 @@ def _best_of_rows(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) -
 
 def _best_of_heads(scores: Tensor, pairs: Tensor, first: Tensor, count: Tensor) -> Tensor:
     """As `_best_of_rows`, `count` of a row on average over the rows of a head that have tokens."""
-    scores = scores.nan_to_num(nan=-math.inf, neginf=-math.inf)  # +inf is left to what is kept whatever its score
     best = torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True)
     forced = first | (best & (first.sum(-1, keepdim=True) < count))
     flat = rearrange(torch.where(forced, math.inf, scores), "b h i j -> b h (i j)")
